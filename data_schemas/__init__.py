@@ -1,0 +1,23 @@
+"""Arrow schemas of every table that AlphaToken reads back or hands to a trainer.
+
+Imports pyarrow alone, so that a consumer can check a file without torch or Ray. Every schema carries its name and
+version in the metadata key ``alphatoken.schema``; a reader refuses a version that it does not know.
+"""
+
+from data_schemas.masks import MASK_EXTRA_COLUMNS, masks_schema
+from data_schemas.prepared import PREPARED
+from data_schemas.quarantine import QUARANTINE
+from data_schemas.values import COMPONENTS, VALUES
+from data_schemas.version import SCHEMA_KEY, SchemaMismatch, check
+
+__all__ = [
+    "COMPONENTS",
+    "MASK_EXTRA_COLUMNS",
+    "PREPARED",
+    "QUARANTINE",
+    "SCHEMA_KEY",
+    "VALUES",
+    "SchemaMismatch",
+    "check",
+    "masks_schema",
+]

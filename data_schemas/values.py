@@ -1,0 +1,21 @@
+"""`values/`: the sidecar of token values. Same parts and same row order as `prepared/`."""
+
+import pyarrow as pa
+
+from data_schemas.version import versioned
+
+# Higher is better in every component: a positive value means that training on the token lowers the validation loss
+# (adaptation) or moves the weights back toward the reference where its Fisher says it matters (stability).
+COMPONENTS = ("adaptation_direct", "adaptation_causal", "stability_direct", "stability_causal")
+
+VALUES = versioned(
+    "values-sft",
+    1,
+    [
+        pa.field("id", pa.string(), nullable=False),
+        # Index i speaks of token input_ids[i] as a PREDICTED token; 0.0 outside the response.
+        *[pa.field(name, pa.list_(pa.float32()), nullable=False) for name in COMPONENTS],
+        # Cross-entropy of the token under the policy, in nats.
+        pa.field("loss", pa.list_(pa.float32()), nullable=False),
+    ],
+)

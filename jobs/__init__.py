@@ -1,0 +1,1 @@
+"""Entry points: one short file per stage, the command line, and the configuration. Hydra lives here alone."""

@@ -1,0 +1,108 @@
+"""Overrides become typed settings; whatever is wrong with them is said all at once."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+from hydra import compose, initialize_config_module
+from hydra.core.config_store import ConfigStore
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from pipeline.settings import Settings
+from pipeline.stages.failure import SettingsWrong
+
+
+def load(overrides: Sequence[str]) -> Settings:
+    """Compose the configuration with ``overrides`` and check it.
+
+    Raises SettingsWrong with every problem: wrong keys, types and groups as well as settings that do not fit together.
+    """
+    problems = []
+    good = list(overrides)
+    composed = _compose(good)
+    if isinstance(composed, str):
+        alone = {override: _compose([override]) for override in overrides}
+        problems = [f"{override}: {result}" for override, result in alone.items() if isinstance(result, str)]
+        if not problems:
+            raise SettingsWrong([composed])
+        good = [override for override, result in alone.items() if not isinstance(result, str)]
+        composed = _compose(good)
+        if isinstance(composed, str):
+            raise SettingsWrong([*problems, composed])
+    problems += composed.problems()
+    if problems:
+        raise SettingsWrong(problems)
+    return composed
+
+
+def _compose(overrides: Sequence[str]) -> Settings | str:
+    """The settings, or what is wrong with the overrides in one line."""
+    schema = OmegaConf.structured(Settings)
+    _writable(schema)
+    ConfigStore.instance().store(name="settings", node=schema)
+    GlobalHydra.instance().clear()
+    try:
+        with initialize_config_module("conf", version_base="1.3"):
+            config = compose("config", overrides=list(overrides))
+        missing = OmegaConf.missing_keys(config)
+        if missing:
+            return f"missing: {', '.join(sorted(missing))}"
+        for key in ("experiment", "hydra"):
+            if key in config:
+                OmegaConf.set_struct(config, False)
+                config.pop(key)
+        unknown = sorted(set(_leaves(config)) - keys(Settings).keys())
+        if unknown:  # a leading + adds keys that the types would refuse
+            return "; ".join(f"{key}: {_no_such_key(key)}" for key in unknown)
+        return OmegaConf.to_object(config)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException, ValueError) as error:
+        return _reason(error, overrides)
+
+
+def _writable(node: Any) -> None:
+    """Frozen dataclasses become read-only nodes, which could not be overridden while they are composed."""
+    OmegaConf.set_readonly(node, None)
+    for child in node.values() if OmegaConf.is_dict(node) else ():
+        if OmegaConf.is_config(child):
+            _writable(child)
+
+
+def _reason(error: BaseException, overrides: Sequence[str]) -> str:
+    lines = [line.strip() for e in (error.__cause__, error) if e for line in str(e).splitlines() if line.strip()]
+    text = lines[0] if lines else type(error).__name__
+    key = overrides[0].lstrip("+~").partition("=")[0] if len(overrides) == 1 else ""
+    if key and "=" in overrides[0] and key not in keys(Settings) and ("." in key or "not in 'Settings'" in text):
+        return _no_such_key(key)
+    return text
+
+
+def _no_such_key(key: str) -> str:
+    near = difflib.get_close_matches(key, keys(Settings), n=1)
+    return "no such key" + (f"; did you mean {near[0]}?" if near else "")
+
+
+def _leaves(node: Any, prefix: str = "") -> list[str]:
+    found = []
+    for key, child in node.items_ex(resolve=False):
+        is_group = OmegaConf.is_dict(child) and child is not None
+        found += _leaves(child, f"{prefix}{key}.") if is_group else [f"{prefix}{key}"]
+    return found
+
+
+def keys(kind: Any, prefix: str = "") -> dict[str, tuple[Any, str]]:
+    """Every configuration key -> (default, help text)."""
+    found: dict[str, tuple[Any, str]] = {}
+    instance = kind()
+    for f in fields(kind):
+        value, name = getattr(instance, f.name), f"{prefix}{f.name}"
+        if is_dataclass(value):
+            found.update(keys(type(value), f"{name}."))
+        else:
+            found[name] = (value, f.metadata.get("help", ""))
+    return found

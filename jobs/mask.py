@@ -1,0 +1,26 @@
+"""alphatoken mask: threshold and write the trainer-ready data set. Loads no model."""
+
+import sys
+
+from jobs.session import Session
+
+
+def execute(session: Session) -> None:
+    """Run the stage and say where the masks are."""
+    from pipeline.stages.mask import run_mask
+
+    settings = session.settings
+    summary = run_mask(session.storage, session.manifest, settings.mask, settings.run.seed, session.progress)
+    place = session.storage.path(f"masks/{settings.mask.name}")
+    for line in (
+        f"masks: {place}",
+        f"kept:  {summary['kept_fraction']:.1%} of {summary['response_tokens']:,} response tokens",
+        f"next:  alphatoken mask run.dir={settings.run.dir} mask.rho=0.3 mask.name=rho-0.3",
+    ):
+        print(line)
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    sys.exit(main(["mask", *sys.argv[1:]]))

@@ -1,0 +1,1 @@
+"""The maths: torch and transformers only. No Ray, no Hydra, no file formats beyond loading directions."""

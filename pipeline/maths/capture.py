@@ -1,0 +1,157 @@
+"""Capture of (h, d) at every scored linear map, and of the attention band, during one forward and backward pass.
+
+The capture owns what its hooks collect; nothing is stored on modules, and leaving the `with` block takes the hooks
+away. No parameter requires a gradient: the graph starts at the outputs of the first scored linear maps, so the lower
+layers run without autograd and no weight gradient is ever formed (identity 2 of the method).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from pipeline.maths.attention import BandBlock, intercepted
+from pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
+from pipeline.maths.experts import tapped_experts
+
+
+@dataclass(frozen=True, slots=True)
+class Captured:
+    """Input and output error of one linear map in one backward pass.
+
+    ``entering`` h: (n, d_in); ``error`` d: (n, d_out), the gradient of the summed loss with respect to the map's
+    output. ``rows``: the flat positions (batch * length) that the n rows belong to; None where row i is position i.
+    ``expert``: which of the stacked matrices; 0 for a single one. ``band``: the attention band of the map's layer.
+    """
+
+    map: LinearMap
+    entering: torch.Tensor
+    error: torch.Tensor
+    rows: torch.Tensor | None
+    expert: int
+    shape: tuple[int, int]
+    band: list[BandBlock] | None
+
+
+Visitor = Callable[[Captured], None]
+
+
+class _Tap(torch.autograd.Function):
+    """The identity, whose backward shows the error to a visitor; starts a graph where there is none."""
+
+    @staticmethod
+    def forward(ctx, output, anchor, visit):  # type: ignore[no-untyped-def]
+        ctx.visit = visit
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx, error):  # type: ignore[no-untyped-def]
+        visit, ctx.visit = ctx.visit, None  # h is freed as soon as it has been used
+        visit(error)
+        return (error if ctx.needs_input_grad[0] else None), None, None
+
+
+@contextmanager
+def captured(scored: ScoredLayers, visitor: Visitor, kernel: str = "sdpa", window: int = 0) -> Iterator[None]:
+    """Show (h, d) of every scored linear map to ``visitor`` while the backward pass of the block runs.
+
+    ``window`` W > 0 also computes the attention band of the scored layers. The model is put into evaluation mode and
+    its parameters do not require gradients inside the block; both are as before when it is left. Raises
+    UnsupportedModel where the model calls a scored linear map for some positions only, or past its module.
+    """
+    bands: dict[int, list[BandBlock]] = {}
+    layer_of = scored.layer_of()
+    anchor = torch.zeros((), device=next(scored.model.parameters()).device, requires_grad=True)
+
+    def listen(module: nn.Module, value: torch.Tensor, band: Callable[[int], list[BandBlock]]) -> None:
+        if window > 0 and module in layer_of:
+            bands[layer_of[module]] = band(window)
+
+    def tap(
+        linear: LinearMap, expert: int, entering: torch.Tensor, output: torch.Tensor, rows: torch.Tensor | None, shape: tuple
+    ) -> torch.Tensor:
+        entering = entering.detach().reshape(-1, entering.shape[-1])
+
+        def visit(error: torch.Tensor) -> None:
+            flat = error.reshape(-1, error.shape[-1])
+            visitor(Captured(linear, entering, flat, rows, expert, shape, bands.get(linear.layer)))
+
+        return _Tap.apply(output, anchor, visit)
+
+    hidden_shape: list[tuple[int, int]] = []
+    seen: set[str] = set()
+    owner = type(scored.model).__name__
+
+    def remember_shape(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        hidden_shape[:] = [(hidden.shape[0], hidden.shape[1])]
+
+    def hook(linear: LinearMap) -> Callable:
+        def forward_hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
+            batch, length = hidden_shape[0]
+            if args[0].shape[:-1].numel() != batch * length:
+                raise UnsupportedModel(f"{owner}: {linear.name} is not applied once to every position of the batch")
+            seen.add(linear.name)
+            return tap(linear, 0, args[0], output, None, (batch, length))
+
+        return forward_hook
+
+    stacked = {(m.module, m.name.rpartition(".")[2]): m for m in scored.maps if m.experts}
+
+    def expert_tap(
+        module: nn.Module, name: str, expert: int, entering: torch.Tensor, output: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        return tap(stacked[module, name], expert, entering, output, rows, hidden_shape[0])
+
+    with ExitStack() as stack:
+        stack.enter_context(frozen(scored.model))
+        stack.enter_context(intercepted(scored.model, kernel, listen))
+        if stacked:
+            stack.enter_context(tapped_experts(scored.model, {module for module, _ in stacked}, expert_tap))
+        first = scored.layers[0].register_forward_pre_hook(remember_shape, with_kwargs=True)
+        stack.callback(first.remove)
+        for linear in scored.maps:
+            if not linear.experts:
+                stack.callback(linear.module.register_forward_hook(hook(linear)).remove)
+        yield
+        unseen = [m.name for m in scored.maps if not m.experts and m.name not in seen]
+        if unseen:
+            raise UnsupportedModel(f"{owner}: {unseen} are applied past their modules, so their input cannot be seen")
+
+
+@contextmanager
+def frozen(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode and no parameter gradients inside the block, as before outside."""
+    training = [m for m in model.modules() if m.training]
+    wanting = [p for p in model.parameters() if p.requires_grad]
+    model.eval()
+    for parameter in wanting:
+        parameter.requires_grad_(False)
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for parameter in wanting:
+            parameter.requires_grad_(True)
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def swapped(scored: ScoredLayers, weights: dict[str, torch.Tensor] | None) -> Iterator[None]:
+    """Put other scored weights into the model for one block of code (a snapshot of a trajectory); None: no change."""
+    if weights is None:
+        yield
+        return
+    before = {m.name: m.parameter.data for m in scored.maps}
+    for m in scored.maps:
+        m.parameter.data = weights[m.name].to(m.parameter.device, m.parameter.dtype)
+    try:
+        yield
+    finally:
+        for m in scored.maps:
+            m.parameter.data = before[m.name]

@@ -1,0 +1,65 @@
+"""Directions: one matrix per scored linear map, in the shape in which the model stores the weight.
+
+A token's value is linear in its direction, so everything downstream takes any number of named ones. Two matter:
+adaptation G (the validation gradient) and stability V = F * (W - W_ref) (the Fisher-drift proxy, Eq. 10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors.torch
+import torch
+
+NAMES = ("adaptation", "stability")
+
+
+@dataclass(frozen=True, slots=True)
+class Directions:
+    """Named directions at one point of a trajectory.
+
+    ``named``: direction name -> parameter name -> tensor. ``weights``: the scored weights at that point where they are
+    not the model's own (a warm-up's end); None: the model's own.
+    """
+
+    named: Mapping[str, Mapping[str, torch.Tensor]]
+    weights: Mapping[str, torch.Tensor] | None = None
+
+    @classmethod
+    def load(cls, directory: str | Path) -> Directions:
+        """Read ``adaptation.safetensors``, ``stability.safetensors`` and, where present, ``policy.safetensors``.
+
+        ``directory``: a local one, such as RUN/anchors/snapshot-00. Raises FileNotFoundError naming what is missing.
+        """
+        place = Path(directory)
+        missing = [name for name in NAMES if not (place / f"{name}.safetensors").is_file()]
+        if missing:
+            raise FileNotFoundError(f"{place} has no {missing[0]}.safetensors: run `alphatoken anchor` first")
+        named = {name: safetensors.torch.load_file(place / f"{name}.safetensors") for name in NAMES}
+        policy = place / "policy.safetensors"
+        return cls(named, safetensors.torch.load_file(policy) if policy.is_file() else None)
+
+    def check(self, weights: Mapping[str, torch.Tensor]) -> None:
+        """Raise ValueError unless every direction, and the policy's own weights, have the parameters and shapes of ``weights``."""
+        policy = {} if self.weights is None else {"policy": self.weights}
+        for direction, tensors in {**self.named, **policy}.items():
+            missing, unknown = sorted(weights.keys() - tensors.keys()), sorted(tensors.keys() - weights.keys())
+            if missing or unknown:
+                raise ValueError(
+                    f"direction {direction} is not for these scored layers: missing {missing[:3]}, unknown {unknown[:3]}; "
+                    "was it made with another model or another valuation.layers?"
+                )
+            for name, tensor in tensors.items():
+                if tensor.shape != weights[name].shape:
+                    raise ValueError(
+                        f"direction {direction}: {name} has shape {tuple(tensor.shape)}, the weight {tuple(weights[name].shape)}"
+                    )
+
+
+def fisher_drift(
+    fisher: torch.Tensor, policy: torch.Tensor, reference: torch.Tensor
+) -> torch.Tensor:
+    """V = F * (W - W_ref), elementwise in float32 (Eq. 10); all of the weight's shape."""
+    return fisher.float() * (policy.float() - reference.float())

@@ -1,0 +1,82 @@
+"""Load a policy or a reference: a local directory, a hub id, or a PEFT adapter merged into its base."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+ADAPTER = "adapter_config.json"
+
+
+class UnreadableModel(ValueError):
+    """A model or tokenizer cannot be loaded; the message names the place and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """Where a model comes from and how it is loaded."""
+
+    path: str
+    revision: str | None = None
+    dtype: str = "auto"
+    trust_remote_code: bool = False
+
+    def _arguments(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+
+def adapter_base(path: str) -> str | None:
+    """The base model of a PEFT adapter directory; None where ``path`` is not one."""
+    file = Path(path) / ADAPTER
+    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
+
+
+def load_config(source: ModelSource) -> Any:
+    """The model's configuration, without its weights. Raises UnreadableModel."""
+    path = adapter_base(source.path) or source.path
+    return _reading(path, lambda: AutoConfig.from_pretrained(path, **source._arguments()))
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
+    """The model's tokenizer. Raises UnreadableModel."""
+    base = adapter_base(source.path)
+    own = base is None or (Path(source.path) / "tokenizer_config.json").is_file()
+    path = source.path if own else str(base)
+    return _reading(path, lambda: AutoTokenizer.from_pretrained(path, **source._arguments()))
+
+
+def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
+    """The model in evaluation mode on ``device``, an adapter merged. Raises UnreadableModel.
+
+    dtype ``auto``: float32 on a CPU, where bfloat16 is slow; the checkpoint's own elsewhere.
+    """
+    dtype: Any = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(source.dtype)
+    if dtype is None:
+        dtype = torch.float32 if device.type == "cpu" else "auto"
+    base = adapter_base(source.path)
+    path = base or source.path
+    model = _reading(path, lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **source._arguments()))
+    if base is not None:
+        model = _merged(model, source.path)
+    return model.to(device).eval()
+
+
+def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise UnreadableModel(f"{adapter} is a PEFT adapter: install peft (pip install 'alphatoken[peft]')") from error
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+
+
+def _reading(path: str, read: Any) -> Any:
+    try:
+        return read()
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise UnreadableModel(f"{path} cannot be read as a model: {reason}") from error

@@ -1,0 +1,98 @@
+"""The token valuer: a batch of sequences in, one number per component and response token out.
+
+This is the library's front door; it needs torch and transformers alone.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from pipeline.maths.batch import IGNORED, Batch
+from pipeline.maths.capture import swapped
+from pipeline.maths.contraction import Contraction, StackedDirections
+from pipeline.maths.decoder import scored_layers
+from pipeline.maths.directions import Directions
+from pipeline.maths.ghost import ghost_pass
+from pipeline.maths.nonfinite import locate
+from pipeline.maths.value_projection import value_projections
+
+
+class TokenValuer:
+    """Values every response token along the given directions (Eqs. 8, 9 and 11).
+
+    ``model``: a causal language model of transformers, the policy. ``directions``: at the same point of the
+    trajectory; where they bring their own scored weights, those are used inside each call. ``layers`` K: the last K
+    decoder layers are scored. ``window`` W: reach of the causal path in tokens; 0 leaves it out. ``attention``: sdpa |
+    flash_attention_2 | eager. Raises ValueError when the directions are not for these layers, UnsupportedModel when
+    the model cannot be scored.
+    """
+
+    def __init__(
+        self, model: nn.Module, directions: Directions, layers: int = 3, window: int = 32, attention: str = "sdpa"
+    ) -> None:
+        self.scored = scored_layers(model, layers)
+        directions.check(self.scored.weights())
+        self.weights = dict(directions.weights) if directions.weights is not None else None
+        self.window, self.attention = window, attention
+        self.values = value_projections(self.scored, attention) if window > 0 else {}
+        self.directions = StackedDirections(self.scored, directions.named, set(self.values))
+
+    def __call__(
+        self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor
+    ) -> dict[str, torch.Tensor]:
+        """Column name -> float32 tensor (batch, length); float64 for a float64 model.
+
+        ``attention_mask`` (batch, length): 1 at tokens, 0 at padding on either side; None: no padding. ``labels``: -100
+        outside the response. Columns: ``<direction>_direct``, ``<direction>_causal``, ``loss`` (nats). Index i speaks
+        of token i as a PREDICTED token; 0.0 outside the response. Positive: learning the token moves the weights
+        along the direction's descent (adaptation: lowers the validation loss; stability: back to the reference).
+        """
+        device = self.directions.matrices[self.scored.maps[0].name].device
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        batch, columns = _right_padded(input_ids.to(device), attention_mask.to(device), labels.to(device))
+        found = self.value(batch)
+        return {name: torch.zeros_like(v).scatter(1, columns, v) for name, v in found.items()}
+
+    def value(self, batch: Batch, positions: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
+        """As ``__call__`` for a right-padded batch.
+
+        ``positions``: flat network positions to contract instead of those that predict a response token; their values
+        stand at the following index.
+        """
+        predicting = batch.predicting()
+        chosen = predicting if positions is None else positions
+        contraction = Contraction(self.directions, self.values, chosen, batch.shape)
+        with swapped(self.scored, self.weights):
+            losses = ghost_pass(self.scored, batch, contraction, self.attention, self.window)
+            columns = {"loss": (predicting, losses)}
+            for row, name in enumerate(self.directions.names):
+                columns[f"{name}_direct"] = (chosen, contraction.direct[row])
+                columns[f"{name}_causal"] = (chosen, contraction.causal[row])
+            if not all(bool(torch.isfinite(values).all()) for _, values in columns.values()):
+                raise locate(self.scored, batch, self.attention)
+        return {name: _at_token(where, values, batch, contraction.dtype) for name, (where, values) in columns.items()}
+
+
+def _at_token(positions: torch.Tensor, values: torch.Tensor, batch: Batch, dtype: torch.dtype) -> torch.Tensor:
+    """Values computed at network positions p, stored at the tokens p + 1 that they predict: (batch, length)."""
+    rows, length = batch.shape
+    flat = torch.zeros(rows * length + 1, dtype=dtype, device=values.device)
+    flat[positions + 1] = values.to(dtype)
+    return flat[:-1].unflatten(0, (rows, length))
+
+
+def _right_padded(
+    input_ids: torch.Tensor, attention_mask: torch.Tensor, labels: torch.Tensor
+) -> tuple[Batch, torch.Tensor]:
+    """The same sequences padded on the right, and the column (batch, length) where each of its entries came from."""
+    mask = attention_mask.bool()
+    steps = (mask[:, 1:] != mask[:, :-1]).sum(dim=1)
+    if not bool(mask.any(dim=1).all()) or bool((steps > 1 + (~mask[:, 0]).long()).any()):
+        raise ValueError("attention_mask: the tokens of a sequence must stand together, with padding before or after")
+    columns = torch.argsort((~mask).long(), dim=1, stable=True)
+    kept = mask.gather(1, columns)
+    ids = input_ids.gather(1, columns).masked_fill(~kept, 0)
+    targets = labels.gather(1, columns).masked_fill(~kept, IGNORED)
+    return Batch(ids, targets, mask.sum(dim=1)), columns

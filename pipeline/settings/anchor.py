@@ -1,0 +1,66 @@
+"""How the two directions are made: Fisher, drift, validation gradient."""
+
+from dataclasses import dataclass, field
+
+from pipeline.settings.option import at_least, auto_or_at_least, not_yet, one_of, option
+
+
+@dataclass(frozen=True, slots=True)
+class FisherSettings:
+    """Configuration group ``anchor.fisher``: completions sampled from the reference (Eq. 5)."""
+
+    prompts: int | str = option(
+        "auto", "prompts, held out of the training data; auto: a tenth of the rows, at most 1,000"
+    )
+    max_new_tokens: int = option(128, "tokens sampled per prompt")
+    temperature: float = option(1.0, "sampling temperature; 1.0 samples from the model itself")
+
+
+@dataclass(frozen=True, slots=True)
+class WarmupSettings:
+    """Configuration group ``anchor.warmup``: optimizer steps on the scored modules that make a drift."""
+
+    steps: int = option(8, "AdamW steps")
+    learning_rate: float = option(5e-5, "peak learning rate of AdamW")
+    examples: int = option(32, "training examples drawn with the seed")
+    batch_size: int = option(4, "examples per step")
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorSettings:
+    """Configuration group ``anchor``."""
+
+    drift: str = option(
+        "auto", "auto (checkpoint where policy and reference differ, else warmup) | checkpoint | warmup | none"
+    )
+    fisher: FisherSettings = field(default_factory=FisherSettings, metadata={"help": "reference Fisher"})
+    warmup: WarmupSettings = field(default_factory=WarmupSettings, metadata={"help": "drift by warm-up"})
+    snapshots: int = option(1, "points along the warm-up at which tokens are valued")
+    snapshot_scale: str = option("none", "none | rms")
+    precondition: str = option("none", "none | adam | kfac")
+    damping: float = option(0.1, "relative damping of the preconditioner")
+
+    def problems(self, stability_weight: float) -> list[str]:
+        """Every reason why these settings cannot be used, one sentence each.
+
+        ``stability_weight`` is mask.stability_weight: without a drift there is no stability value to weigh.
+        """
+        found = one_of("anchor.drift", self.drift, ("auto", "checkpoint", "warmup", "none"))
+        if self.drift == "none" and stability_weight > 0:
+            found.append(
+                f"anchor.drift=none leaves no stability value to weigh by mask.stability_weight={stability_weight}: "
+                "set anchor.drift to checkpoint (policy and reference differ) or warmup, or mask.stability_weight=0"
+            )
+        found += auto_or_at_least("anchor.fisher.prompts", self.fisher.prompts, 1)
+        found += at_least("anchor.fisher.max_new_tokens", self.fisher.max_new_tokens, 1)
+        if not self.fisher.temperature > 0:
+            found.append(f"anchor.fisher.temperature={self.fisher.temperature}: must be above 0")
+        found += at_least("anchor.warmup.steps", self.warmup.steps, 1)
+        found += at_least("anchor.warmup.examples", self.warmup.examples, 1)
+        found += at_least("anchor.warmup.batch_size", self.warmup.batch_size, 1)
+        if not self.warmup.learning_rate > 0:
+            found.append(f"anchor.warmup.learning_rate={self.warmup.learning_rate}: must be above 0")
+        found += not_yet("anchor.snapshots", self.snapshots, (1,))
+        found += not_yet("anchor.snapshot_scale", self.snapshot_scale, ("none",))
+        found += not_yet("anchor.precondition", self.precondition, ("none",))
+        return found

@@ -1,0 +1,29 @@
+"""Where the work runs."""
+
+from dataclasses import dataclass
+
+from pipeline.settings.option import auto_or_at_least, option
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterSettings:
+    """Configuration group ``cluster``."""
+
+    address: str | None = option(None, "null: start a local Ray; auto, ray:// or host:port: join that one")
+    dashboard: str | None = option(None, "the job API's address, for `submit`")
+    workers: int | str = option("auto", "model workers; auto: one per device")
+    gpus_per_worker: float | str = option("auto", "GPUs per worker; auto: 1 where the cluster has any, else 0")
+    cpus_per_worker: int | str = option("auto", "CPU threads per worker; part of what makes results reproducible")
+    shard_timeout: float = option(3600.0, "seconds without progress after which a worker is taken for hung")
+
+    def problems(self) -> list[str]:
+        """Every reason why these settings cannot be used, one sentence each."""
+        found = auto_or_at_least("cluster.workers", self.workers, 1)
+        found += auto_or_at_least("cluster.cpus_per_worker", self.cpus_per_worker, 1)
+        if isinstance(self.gpus_per_worker, str):
+            found += auto_or_at_least("cluster.gpus_per_worker", self.gpus_per_worker, 0)
+        elif self.gpus_per_worker < 0:
+            found.append(f"cluster.gpus_per_worker={self.gpus_per_worker}: must be at least 0")
+        if not self.shard_timeout > 0:
+            found.append(f"cluster.shard_timeout={self.shard_timeout}: must be above 0")
+        return found

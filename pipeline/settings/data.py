@@ -1,0 +1,64 @@
+"""Which data, and how rows become token sequences."""
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from pipeline.settings.option import at_least, one_of, option
+
+
+@dataclass(frozen=True, slots=True)
+class ColumnSettings:
+    """Configuration group ``data.columns``: the user's name of a column, where it is not the usual one."""
+
+    messages: str | None = option(None, "name of the column with message lists")
+    prompt: str | None = option(None, "name of the prompt column")
+    completion: str | None = option(None, "name of the completion column")
+    instruction: str | None = option(None, "name of the instruction column")
+    input: str | None = option(None, "name of the column with the instruction's input")
+    output: str | None = option(None, "name of the output column")
+    system: str | None = option(None, "name of the system prompt column")
+    conversations: str | None = option(None, "name of the ShareGPT column")
+    tools: str | None = option(None, "name of the tool list column")
+    input_ids: str | None = option(None, "name of the token id column")
+    labels: str | None = option(None, "name of the label column")
+    chosen: str | None = option(None, "name of the chosen column")
+    rejected: str | None = option(None, "name of the rejected column")
+    id: str | None = option(None, "name of the identifier column")
+
+    def given(self) -> dict[str, str]:
+        """Canonical name -> the user's name, for those that were given."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: value for name, value in named.items() if value}
+
+
+@dataclass(frozen=True, slots=True)
+class DataSettings:
+    """Configuration group ``data``."""
+
+    train: Any = option("embedded", "file, glob, directory, list of them, hub id, or `embedded` (code problems)")
+    validation: Any = option(32, "the same, or an integer: hold that many examples out of data.train")
+    format: str = option("auto", "auto | sft | preference")
+    max_length: int = option(2048, "tokens; longer examples are truncated from the right and counted")
+    shard_examples: int = option(1024, "examples per shard: the unit of work, of retry and of resume")
+    chat_template: str = option("auto", "auto | always | never: whether rows go through the tokenizer's chat template")
+    columns: ColumnSettings = field(
+        default_factory=ColumnSettings, metadata={"help": "column names, where not the usual ones"}
+    )
+
+    def problems(self) -> list[str]:
+        """Every reason why these settings cannot be used, one sentence each."""
+        found = one_of("data.format", self.format, ("auto", "sft", "preference"))
+        if self.format == "preference":
+            found.append("data.format=preference: not available in this version; available: sft")
+        found += one_of("data.chat_template", self.chat_template, ("auto", "always", "never"))
+        found += at_least("data.max_length", self.max_length, 2)
+        found += at_least("data.shard_examples", self.shard_examples, 1)
+        if self.train is None or self.train == []:
+            found.append("data.train is missing: give a file, a glob, a directory, a hub id or `embedded`")
+        elif isinstance(self.train, int | float):
+            found.append(f"data.train={self.train}: must be a file, a glob, a directory or a hub id")
+        if isinstance(self.validation, bool | float) or self.validation is None:
+            found.append(f"data.validation={self.validation}: must be a file or a whole number of examples to hold out")
+        elif isinstance(self.validation, int):
+            found += at_least("data.validation", self.validation, 1)
+        return found

@@ -1,0 +1,45 @@
+"""Which tokens are kept."""
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+from data_schemas import MASK_EXTRA_COLUMNS
+from pipeline.settings.option import at_least, not_yet, one_of, option
+
+
+@dataclass(frozen=True, slots=True)
+class MaskSettings:
+    """Configuration group ``mask``."""
+
+    rho: float = option(0.5, "fraction of the response tokens that is kept")
+    stability_weight: float = option(1.5, "lambda: value = adaptation + lambda * stability")
+    scope: str = option("dataset", "dataset | example | batch: among which tokens the threshold is taken")
+    rule: str = option("top", "top: keep the tokens at or above the threshold")
+    batch_size: int = option(64, "examples per batch, for mask.scope=batch")
+    normalize: str = option("none", "none | rms: divide adaptation and stability by their own root mean square first")
+    always_keep: list[Any] = option(["eos"], "tokens that are always kept: eos, token strings or token ids")
+    min_kept: int = option(1, "kept tokens per example at least")
+    name: str = option("default", "the mask is written to masks/<name>")
+    extra_columns: list[str] = option([], "any of loss_mask, assistant_masks")
+
+    def problems(self) -> list[str]:
+        """Every reason why these settings cannot be used, one sentence each."""
+        found = []
+        if not 0 < self.rho <= 1:
+            found.append(f"mask.rho={self.rho}: must be above 0 and at most 1")
+        found += at_least("mask.stability_weight", self.stability_weight, 0)
+        found += one_of("mask.scope", self.scope, ("dataset", "example", "batch", "token_id"))
+        found += not_yet("mask.scope", self.scope, ("dataset", "example", "batch"))
+        found += not_yet("mask.rule", self.rule, ("top",))
+        found += at_least("mask.batch_size", self.batch_size, 1)
+        found += one_of("mask.normalize", self.normalize, ("none", "rms"))
+        found += at_least("mask.min_kept", self.min_kept, 0)
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", self.name):
+            found.append(f"mask.name={self.name}: letters, digits and . _ = , + - only, since it names a directory")
+        for column in self.extra_columns:
+            found += one_of("mask.extra_columns", column, MASK_EXTRA_COLUMNS)
+        for token in self.always_keep:
+            if isinstance(token, bool) or not isinstance(token, int | str):
+                found.append(f"mask.always_keep={token}: must be eos, a token string or a token id")
+        return found

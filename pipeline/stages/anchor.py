@@ -1,0 +1,267 @@
+"""anchor: the reference's Fisher, the drift, the validation gradient, and from them the two directions per snapshot.
+
+Sums are taken over a fixed partition of the examples that does not depend on the number of workers, each part is
+written as one file, and the driver adds the files in order: the same bytes however many workers there were.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from typing import Any
+
+import torch
+
+from data_schemas import PREPARED
+from pipeline.maths.decoder import Coverage
+from pipeline.maths.directions import fisher_drift
+from pipeline.maths.models import ModelSource
+from pipeline.settings import Settings
+from pipeline.stages import coverage as coverage_report
+from pipeline.stages.anchor_worker import AnchorTask, AnchorWorker, Sequences
+from pipeline.stages.failure import RunFailed, SettingsWrong
+from pipeline.stages.fingerprint import of_model
+from pipeline.stages.manifest import Manifest
+from pipeline.stages.progress import Progress
+from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
+from pipeline.stages.storage import Storage
+from pipeline.stages.tensors import read_tensors, write_tensors
+
+PARTIAL = "anchors/partial"
+SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
+
+
+def drift_of(settings: Settings, policy: str, reference: str) -> str:
+    """checkpoint | warmup | none, with ``auto`` resolved. Raises SettingsWrong where there can be no drift."""
+    drift = settings.anchor.drift
+    if drift == "auto":
+        return "warmup" if of_model(policy) == of_model(reference) else "checkpoint"
+    if drift == "checkpoint" and of_model(policy) == of_model(reference):
+        raise SettingsWrong(
+            [
+                "anchor.drift=checkpoint, but model.policy and model.reference are the same: give two checkpoints, or set anchor.drift=warmup"
+            ]
+        )
+    return drift
+
+
+def run_anchor(
+    storage: Storage,
+    manifest: Manifest,
+    settings: Settings,
+    policy: str,
+    reference: str,
+    cluster: Cluster,
+    progress: Progress,
+) -> None:
+    """Write anchors/, unless done already.
+
+    ``policy``, ``reference``: resolved paths or hub ids. Raises SettingsWrong and RunFailed.
+    """
+    started = time.monotonic()
+    prepared = manifest.require("prepare", "anchor")
+    drift = drift_of(settings, policy, reference)
+    inputs = anchor_inputs(settings, prepared["fingerprint"], policy, reference, drift)
+    configuration = {"model": settings.model, "anchor": settings.anchor}
+    fingerprint = manifest.begin("anchor", inputs, configuration)
+    if manifest.done("anchor"):
+        progress.say("anchor: done already")
+        return
+    stage = _Anchor(storage, manifest, settings, fingerprint, cluster, progress)
+    counts = stage.run(policy, reference, drift)
+    manifest.finish("anchor", time.monotonic() - started, drift=drift, **counts)
+    storage.remove(PARTIAL)
+
+
+def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str, drift: str) -> dict[str, Any]:
+    """Everything that anchors/ depends on."""
+    anchor = settings.anchor
+    inputs: dict[str, Any] = {
+        "prepare": upstream,
+        "policy": of_model(policy),
+        "reference": of_model(reference),
+        "model.revision": settings.model.revision,
+        "model.dtype": settings.model.dtype,
+        "valuation.layers": settings.valuation.layers,
+        "anchor.drift": drift,
+        "run.seed": settings.run.seed,
+    }
+    if drift != "none":
+        inputs["anchor.fisher.max_new_tokens"] = anchor.fisher.max_new_tokens
+        inputs["anchor.fisher.temperature"] = anchor.fisher.temperature
+    if drift == "warmup":
+        for name in ("steps", "learning_rate", "examples", "batch_size"):
+            inputs[f"anchor.warmup.{name}"] = getattr(anchor.warmup, name)
+    return inputs
+
+
+class _Anchor:
+    """One run of the stage."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        settings: Settings,
+        fingerprint: str,
+        cluster: Cluster,
+        progress: Progress,
+    ) -> None:
+        self.storage, self.manifest, self.settings = storage, manifest, settings
+        self.fingerprint, self.cluster, self.progress = fingerprint, cluster, progress
+        self.eos = manifest.stage("prepare")["counts"]["eos_token_ids"]
+        self.coverage: Coverage | None = None
+
+    def run(self, policy: str, reference: str, drift: str) -> dict[str, Any]:
+        """Fisher at the reference, then warm-up and gradients at the policy; returns the counts."""
+        counts: dict[str, Any] = {"snapshots": 1}
+        if drift != "none":
+            counts["fisher"] = self._reference_phase(reference)
+        with self._pool(policy) as pool:
+            snapshots = self._snapshots(pool, drift)
+            for index, weights in enumerate(snapshots):
+                counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights, drift)
+        assert self.coverage is not None
+        counts["coverage"] = coverage_report.as_json(self.coverage)
+        if left_out := coverage_report.warning(self.coverage):
+            self.progress.say(f"anchor: {left_out}")
+        return counts
+
+    def _pool(self, model: str) -> WorkerPool:
+        own = self.settings.model
+        source = ModelSource(model, own.revision, own.dtype, own.trust_remote_code)
+        arguments = {"storage": self.storage, "source": source, "settings": self.settings, "eos": self.eos}
+        timeout = self.settings.cluster.shard_timeout
+        return WorkerPool(AnchorWorker, arguments, self.cluster.model_resources(), timeout, self.settings.debug)
+
+    def _reference_phase(self, reference: str) -> dict[str, Any]:
+        prompts = self._read("prepared/fisher.parquet")
+        with self._pool(reference) as pool:
+            self._one(
+                pool,
+                AnchorTask("weights", f"{PARTIAL}/reference.safetensors", Sequences([], [], [])),
+                "reference weights",
+            )
+            counts, totals = self._sum(pool, "fisher", prompts, None, "anchor: Fisher", "prompts")
+        prompt_count = counts["prompts"]
+        fisher = {name: total / prompt_count for name, total in totals.items()}
+        metadata = {**self._metadata(), "prompts": str(prompt_count), "completion_tokens": str(counts["tokens"])}
+        write_tensors(self.storage, "anchors/fisher.safetensors", fisher, metadata)
+        self.progress.say(f"anchor: Fisher from {prompt_count:,} prompts, {counts['tokens']:,} sampled tokens")
+        return counts
+
+    def _snapshots(self, pool: WorkerPool, drift: str) -> list[str]:
+        """Files with the scored weights of every snapshot, in the order of the trajectory."""
+        if drift != "warmup":
+            name = f"{PARTIAL}/policy.safetensors"
+            self._one(pool, AnchorTask("weights", name, Sequences([], [], [])), "policy weights")
+            return [name]
+        warmup, seed = self.settings.anchor.warmup, self.settings.run.seed
+        examples = self._draw(warmup.examples)
+        name = "anchors/snapshot-00/policy.safetensors"
+        self._one(pool, AnchorTask("weights", f"{PARTIAL}/policy.safetensors", Sequences([], [], [])), "policy weights")
+        with self.progress.task("anchor: warm-up", warmup.steps, "steps") as task:
+            shard = Shard("warm-up", warmup.steps)
+            pool.run([shard], lambda s: AnchorTask("warmup", name, examples, seed), lambda s, r: None, task)
+        return [name]
+
+    def _snapshot(self, pool: WorkerPool, index: int, weights: str, drift: str) -> dict[str, Any]:
+        """Write both directions of one snapshot."""
+        own = weights if drift == "warmup" else None
+        validation = self._read("prepared/validation.parquet")
+        counts, totals = self._sum(
+            pool, f"gradient-{index:02d}", validation, own, "anchor: validation gradient", "examples"
+        )
+        if not counts["positions"]:
+            raise RunFailed("the validation set has no response token: give other rows with data.validation")
+        directory = f"anchors/snapshot-{index:02d}"
+        gradient = {name: total / counts["positions"] for name, total in totals.items()}
+        metadata = {**self._metadata(), "validation_positions": str(counts["positions"]), "drift": drift}
+        write_tensors(self.storage, f"{directory}/adaptation.safetensors", gradient, metadata)
+        if drift == "none":
+            stability = {name: torch.zeros_like(total) for name, total in totals.items()}
+        else:
+            fisher = read_tensors(self.storage, "anchors/fisher.safetensors")
+            there, before = (
+                read_tensors(self.storage, weights),
+                read_tensors(self.storage, f"{PARTIAL}/reference.safetensors"),
+            )
+            self._same_shapes(there, before)
+            stability = {name: fisher_drift(fisher[name], there[name], before[name]) for name in there}
+        write_tensors(self.storage, f"{directory}/stability.safetensors", stability, metadata)
+        norm = sum(float(t.double().square().sum()) for t in stability.values()) ** 0.5
+        loss = counts["loss"] / counts["positions"]
+        self.progress.say(
+            f"anchor: snapshot {index}, validation loss {loss:.4f} nats over {counts['positions']:,} tokens, drift {drift}"
+        )
+        return {"validation_positions": counts["positions"], "validation_loss": loss, "stability_norm": norm}
+
+    def _same_shapes(self, policy: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+        wrong = [
+            n
+            for n in policy.keys() | reference.keys()
+            if n not in policy or n not in reference or policy[n].shape != reference[n].shape
+        ]
+        if wrong:
+            raise RunFailed(
+                f"model.policy and model.reference differ in shape at {sorted(wrong)[0]}: they must be the same architecture"
+            )
+
+    def _sum(
+        self, pool: WorkerPool, what: str, sequences: Sequences, weights: str | None, title: str, unit: str
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Sum counts and tensors over the fixed partition of ``sequences``, tensors in float32 and in order."""
+        parts = min(SUMS, max(1, -(-len(sequences.ids) // 8)))
+        names = [f"{PARTIAL}/{what}-{index:05d}-of-{parts:05d}.safetensors" for index in range(parts)]
+        kind, seed = what.split("-")[0], self.settings.run.seed
+        tasks = {
+            f"{what} part {i}": AnchorTask(kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights)
+            for i in range(parts)
+        }
+        results: dict[str, dict[str, Any]] = {}
+        shards = [Shard(name, len(task.sequences.ids)) for name, task in tasks.items()]
+        with self.progress.task(title, len(sequences.ids), unit) as task:
+            pool.run(shards, lambda s: tasks[s.name], lambda s, r: results.__setitem__(s.name, r), task)
+        counts: dict[str, Any] = {}
+        totals: dict[str, torch.Tensor] = {}
+        for shard, name in zip(shards, names, strict=True):
+            for key, value in results[shard.name].items():
+                counts[key] = counts.get(key, 0) + value
+            for key, tensor in read_tensors(self.storage, name).items():
+                totals[key] = totals[key].add_(tensor) if key in totals else tensor
+        return counts, totals
+
+    def _one(self, pool: WorkerPool, work: AnchorTask, title: str) -> None:
+        def done(shard: Shard, result: dict[str, Any]) -> None:
+            self.coverage = result["coverage"]
+
+        with self.progress.task(f"anchor: {title}", 1, "models") as task:
+            pool.run([Shard(title, 1)], lambda s: work, done, task)
+
+    def _read(self, name: str) -> Sequences:
+        table = self.storage.read_table(name, PREPARED)
+        return Sequences(*(table.column(c).to_pylist() for c in ("id", "input_ids", "labels")))
+
+    def _draw(self, count: int) -> Sequences:
+        """``count`` training examples drawn with the seed over all parts, in file order."""
+        parts = self.manifest.stage("prepare")["counts"]["parts"]
+        sizes = [
+            self.storage.rows_of(f"prepared/{p}", self.manifest.stage("prepare")["fingerprint"]) or 0 for p in parts
+        ]
+        total = sum(sizes)
+        chosen = sorted(random.Random(self.settings.run.seed).sample(range(total), min(count, total)))
+        found, start = Sequences([], [], []), 0
+        for part, size in zip(parts, sizes, strict=True):
+            rows = [row - start for row in chosen if start <= row < start + size]
+            start += size
+            if rows:
+                table = self.storage.read_table(f"prepared/{part}", PREPARED).take(rows)
+                for column, values in zip(
+                    ("id", "input_ids", "labels"), (found.ids, found.input_ids, found.labels), strict=True
+                ):
+                    values += table.column(column).to_pylist()
+        return found
+
+    def _metadata(self) -> dict[str, str]:
+        assert self.coverage is not None
+        return {"fingerprint": self.fingerprint, "coverage": f"{self.coverage.fraction:.6f}", "format": "pt"}

@@ -1,0 +1,154 @@
+"""The anchor's worker: holds one model, the reference or the policy, and makes sums over examples with it."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from pipeline.maths.batch import IGNORED, Batch, by_token_budget, collate
+from pipeline.maths.capture import swapped
+from pipeline.maths.ghost import ghost_pass
+from pipeline.maths.models import ModelSource, load_model
+from pipeline.maths.nonfinite import NonFinite, locate
+from pipeline.maths.outer_sums import OuterSum
+from pipeline.maths.sampling import sample_completions
+from pipeline.maths.warmup import warm_up
+from pipeline.settings import Settings
+from pipeline.stages.coverage import checked_layers
+from pipeline.stages.failure import RunFailed
+from pipeline.stages.storage import Storage
+from pipeline.stages.tensors import read_tensors, write_tensors
+
+TOKENS_PER_PASS = 4096
+PROMPTS_PER_BATCH = 16
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Examples of one worker call, unpadded, with their identifiers for messages."""
+
+    ids: list[str]
+    input_ids: list[list[int]]
+    labels: list[list[int]]
+
+    def part(self, index: int, parts: int) -> Sequences:
+        """The index-th of ``parts`` contiguous parts."""
+        n = len(self.ids)
+        cut = slice(index * n // parts, (index + 1) * n // parts)
+        return Sequences(self.ids[cut], self.input_ids[cut], self.labels[cut])
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorTask:
+    """``what``: weights | fisher | warmup | gradient; ``output``: the file to write; ``seed``: of this task alone."""
+
+    what: str
+    output: str
+    sequences: Sequences
+    seed: int = 0
+    weights: str | None = None  # a file with the scored weights to use instead of the model's own
+
+
+class AnchorWorker:
+    """Holds one model, the reference or the policy, and makes sums over examples with it."""
+
+    def __init__(self, storage: Storage, source: ModelSource, settings: Settings, eos: Sequence[int]) -> None:
+        self.storage, self.settings, self.eos = storage, settings, eos
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.scored = checked_layers(load_model(source, self.device), settings)
+        self.kernel = settings.model.attention
+        self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
+
+    def __call__(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Run one task; returns counts."""
+        work = {"weights": self._weights, "fisher": self._fisher, "warmup": self._warmup, "gradient": self._gradient}
+        with self.device_lock:
+            return work[task.what](task, advance)
+
+    def _weights(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        self._save(task.output, self.scored.weights())
+        return {"coverage": self.scored.coverage}
+
+    def _fisher(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Sum of (d^2)^T (h^2) over sampled completions, float32; divided by the number of prompts by the driver."""
+        fisher = self.settings.anchor.fisher
+        torch.manual_seed(task.seed)
+        total, tokens = OuterSum(self.scored, squared=True), 0
+        prompts = [
+            _prompt(ids, labels) for ids, labels in zip(task.sequences.input_ids, task.sequences.labels, strict=True)
+        ]
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        for start in range(0, len(order), PROMPTS_PER_BATCH):
+            rows = order[start : start + PROMPTS_PER_BATCH]
+            sampled = sample_completions(
+                self.scored.model, [prompts[i] for i in rows], fisher.max_new_tokens, fisher.temperature, self.eos
+            )
+            for group in by_token_budget(sampled.lengths.tolist(), TOKENS_PER_PASS):
+                batch = sampled.rows(torch.tensor(group))
+                losses = ghost_pass(self.scored, batch, total, self.kernel)
+                self._finite(losses, batch, [task.sequences.ids[rows[i]] for i in group])
+                tokens += len(losses)
+            advance(len(rows))
+        self._save(task.output, total.total)
+        return {"prompts": len(prompts), "tokens": tokens}
+
+    def _warmup(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        warmup = self.settings.anchor.warmup
+        order: list[int] = []
+        generator = random.Random(task.seed)
+        while len(order) < warmup.steps * warmup.batch_size:  # epochs, each in its own order
+            epoch = list(range(len(task.sequences.ids)))
+            generator.shuffle(epoch)
+            order += epoch
+        batches = []
+        for step in range(warmup.steps):
+            rows = order[step * warmup.batch_size : (step + 1) * warmup.batch_size]
+            ids, labels = ([column[i] for i in rows] for column in (task.sequences.input_ids, task.sequences.labels))
+            batches.append(collate(ids, labels).to(self.device))
+        try:
+            masters = warm_up(self.scored, batches, warmup.learning_rate, self.kernel, advance)
+        except NonFinite as error:
+            raise RunFailed(f"warm-up: {error}; try a smaller anchor.warmup.learning_rate") from error
+        self._save(task.output, masters)
+        return {"steps": warmup.steps, "examples": len(task.sequences.ids)}
+
+    def _gradient(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Sum of d h^T over the positions that predict a response token, float32; divided by their number later."""
+        weights = read_tensors(self.storage, task.weights) if task.weights else None
+        total, positions, loss = OuterSum(self.scored), 0, 0.0
+        lengths = [len(ids) for ids in task.sequences.input_ids]
+        with swapped(self.scored, weights):
+            for group in by_token_budget(lengths, TOKENS_PER_PASS):
+                ids, labels = (
+                    [column[i] for i in group] for column in (task.sequences.input_ids, task.sequences.labels)
+                )
+                batch = collate(ids, labels).to(self.device)
+                total.positions = batch.predicting()
+                losses = ghost_pass(self.scored, batch, total, self.kernel)
+                self._finite(losses, batch, [task.sequences.ids[i] for i in group])
+                positions, loss = positions + len(losses), loss + float(losses.double().sum())
+                advance(len(group))
+        self._save(task.output, total.total)
+        return {"positions": positions, "loss": loss}
+
+    def _finite(self, losses: torch.Tensor, batch: Batch, ids: list[str]) -> None:
+        if not bool(torch.isfinite(losses).all()):
+            error = locate(self.scored, batch, self.kernel)
+            raise RunFailed(f"NaN or infinity in {error.where}, example {ids[error.row]}: check the model or its dtype")
+
+    def _save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        for key, tensor in tensors.items():
+            if not bool(torch.isfinite(tensor).all()):
+                raise RunFailed(f"NaN or infinity in {key} while making {name}: check the model or its dtype")
+        write_tensors(self.storage, name, tensors, {})
+
+
+def _prompt(input_ids: list[int], labels: list[int]) -> list[int]:
+    """The tokens before the first response token."""
+    first = next(i for i, label in enumerate(labels) if label != IGNORED)
+    return input_ids[:first]

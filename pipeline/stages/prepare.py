@@ -1,0 +1,315 @@
+"""prepare: raw rows become tokenized shards, held-out examples, and a quarantine with reasons.
+
+The driver reads raw rows and hands them out; templates and tokenization run on the workers. The shard plan (which rows
+go into which part) is frozen in the manifest before the first part is written.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from data_schemas import PREPARED, QUARANTINE
+from pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
+from pipeline.settings import Settings
+from pipeline.stages.draw import draw_order
+from pipeline.stages.failure import RunFailed, SettingsWrong
+from pipeline.stages.fingerprint import of_model
+from pipeline.stages.manifest import Manifest
+from pipeline.stages.progress import Progress
+from pipeline.stages.rows import TemplateRequired, Unusable, require_template, row_kind
+from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
+from pipeline.stages.sources import Sources, decode, open_sources
+from pipeline.stages.storage import Storage
+from pipeline.stages.tokenize import Example, ExampleMaker
+
+MOST_FISHER_PROMPTS = 1000
+Pieces = list[tuple[str, list[int], pa.Table]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """Rows for one worker call. ``part``: the file name to write, or None to send the examples back."""
+
+    pieces: Pieces
+    part: str | None
+    quarantine: str | None
+    fingerprint: str
+
+
+class PrepareWorker:
+    """Tokenizes raw rows; holds the tokenizer and the place to write to."""
+
+    def __init__(self, storage: Storage, source: ModelSource, vocabulary: int, settings: Settings) -> None:
+        data = settings.data
+        self.storage = storage
+        self.make = ExampleMaker(
+            load_tokenizer(source), data.max_length, data.chat_template, data.columns.given(), vocabulary
+        )
+
+    def __call__(self, task: _Task, advance: Callable[[int], None]) -> tuple[dict[str, Any], list[Example | None]]:
+        """Returns the counts, and for a task without a part the examples in row order (None: not usable)."""
+        examples: list[Example | None] = []
+        rejected: list[dict[str, Any]] = []
+        for name, numbers, table in task.pieces:
+            for number, (row, reason) in zip(numbers, decode(table), strict=True):
+                example = None
+                if reason is None:
+                    try:
+                        example = self.make(row, f"{name}:{number}")
+                    except TemplateRequired as error:
+                        raise RunFailed(f"{name}, row {number}: {error}") from error
+                    except Unusable as error:
+                        reason = str(error)
+                if reason is not None:
+                    rejected.append({"file": name, "row": number, "reason": _storable(reason), "raw": _raw(row)})
+                examples.append(example)
+                advance(1)
+        usable = [e for e in examples if e is not None]
+        if task.quarantine and rejected:
+            self.storage.write_table(task.quarantine, pa.Table.from_pylist(rejected, QUARANTINE), task.fingerprint)
+        if task.part:
+            self.storage.write_table(task.part, to_table(usable), task.fingerprint)
+            examples = []
+        return _counts(usable, rejected), examples
+
+
+def to_table(examples: Iterable[Example]) -> pa.Table:
+    """Examples as a prepared table."""
+    rows = list(examples)
+    return pa.table({name: [getattr(e, name) for e in rows] for name in PREPARED.names}, schema=PREPARED)
+
+
+def run_prepare(
+    storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster, progress: Progress
+) -> None:
+    """Write prepared/ and quarantine/, unless done already.
+
+    ``policy``: the resolved model.policy, whose tokenizer is used. Raises SettingsWrong and RunFailed.
+    """
+    started = time.monotonic()
+    source = ModelSource(policy, settings.model.revision, trust_remote_code=settings.model.trust_remote_code)
+    train = open_sources("data.train", settings.data.train)
+    held_out = isinstance(settings.data.validation, int)
+    validation = None if held_out else open_sources("data.validation", settings.data.validation)
+    inputs = prepare_inputs(settings, policy, train, validation)
+    fingerprint = manifest.begin(
+        "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}
+    )
+    if manifest.done("prepare"):
+        progress.say(f"prepare: done already, {manifest.stage('prepare')['counts']['rows_used']:,} examples")
+        return
+    facts = _check(source, settings, train)
+    arguments = {"storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings}
+    total = train.starts[-1]
+    with WorkerPool(
+        PrepareWorker, arguments, _resources(cluster, total), settings.cluster.shard_timeout, settings.debug
+    ) as pool:
+        stage = _Prepare(storage, settings, fingerprint, pool, progress)
+        drawn, counts = stage.hold_out(train, validation)
+        parts = _plan(total - len(drawn), settings.data.shard_examples)
+        manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
+        counts += stage.shards(train, drawn, parts)
+    if not counts["train_rows"]:
+        raise RunFailed(
+            f"data.train: none of the {total} rows can be used; see the reasons in {storage.path('quarantine')}"
+        )
+    reasons = {key.removeprefix("reason/"): n for key, n in sorted(counts.items()) if key.startswith("reason/")}
+    plain = {key: n for key, n in sorted(counts.items()) if not key.startswith("reason/")}
+    if held_out:
+        plain["rows_in"], plain["rows_used"] = total, total - plain.get("quarantined", 0)
+    manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **plain)
+    progress.say(
+        f"prepare: {plain['train_rows']:,} training examples in {len(parts)} shard(s), {plain['validation_rows']:,} for "
+        f"validation, {plain['fisher_rows']:,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
+        f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({_listed(reasons)})" if reasons else "")
+    )
+
+
+def prepare_inputs(settings: Settings, policy: str, train: Sources, validation: Sources | None) -> dict[str, Any]:
+    """Everything that prepared/ depends on."""
+    data = settings.data
+    return {
+        "data.train": [file.fingerprint for file in train.files],
+        "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
+        "data.max_length": data.max_length,
+        "data.shard_examples": data.shard_examples,
+        "data.chat_template": data.chat_template,
+        "data.columns": data.columns.given(),
+        "anchor.fisher.prompts": settings.anchor.fisher.prompts,
+        "run.seed": settings.run.seed,
+        "tokenizer": of_model(policy, tokenizer_only=True),
+        "schema": (PREPARED.metadata or {})[b"alphatoken.schema"].decode(),
+    }
+
+
+def _plan(rows: int, per_shard: int) -> list[str]:
+    count = -(-rows // per_shard)
+    return [f"part-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
+
+
+def _resources(cluster: Cluster, rows: int) -> Resources:
+    resources = cluster.tokenizer_resources()
+    few = max(1, -(-rows // 256))  # starting a worker takes longer than tokenizing some hundred rows
+    return Resources(min(resources.workers, few), resources.cpus, resources.gpus)
+
+
+def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str, Any]:
+    """What can be said before any worker starts: the tokenizer, the shape of the data, its size."""
+    if not train.starts[-1]:
+        raise SettingsWrong([f"data.train={settings.data.train}: there is no row in it"])
+    try:
+        tokenizer, config = load_tokenizer(source), load_config(source)
+    except UnreadableModel as error:
+        raise SettingsWrong([f"model.policy: {error}"]) from error
+    columns = settings.data.columns.given()
+    for file in train.files:
+        if not len(file.rows):
+            continue
+        row, reason = next(iter(decode(file.table([0]))))
+        if reason is not None:
+            continue
+        kind = row_kind(row.keys(), columns)
+        if kind == "preference":
+            raise SettingsWrong([f"data.train={file.name}: preference data is not available in this version"])
+        try:
+            require_template(kind, row, columns, settings.data.chat_template, bool(tokenizer.chat_template))
+        except TemplateRequired as error:
+            raise SettingsWrong([f"data.train={file.name}, model.policy={source.path}: {error}"]) from error
+    ends = tokenizer.eos_token_id
+    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
+    return {"vocabulary": config.get_text_config().vocab_size, "eos_token_ids": ends, "tokenizer": source.path}
+
+
+class _Prepare:
+    """One run of the stage."""
+
+    def __init__(
+        self, storage: Storage, settings: Settings, fingerprint: str, pool: WorkerPool, progress: Progress
+    ) -> None:
+        self.storage, self.settings, self.fingerprint = storage, settings, fingerprint
+        self.pool, self.progress = pool, progress
+
+    def hold_out(self, train: Sources, validation: Sources | None) -> tuple[set[int], Counter[str]]:
+        """Write validation.parquet and fisher.parquet; returns the training rows that they took, and the counts.
+
+        Rows are drawn from the seeded order until enough usable ones are found. A drawn row that cannot be used stays
+        in its shard, where it goes to the quarantine like any other.
+        """
+        total = train.starts[-1]
+        wanted_validation = int(self.settings.data.validation) if validation is None else 0
+        asked = self.settings.anchor.fisher.prompts
+        wanted_fisher = min(MOST_FISHER_PROMPTS, max(1, total // 10)) if isinstance(asked, str) else asked
+        wanted = wanted_validation + wanted_fisher
+        if wanted >= total:
+            raise SettingsWrong(
+                [
+                    f"data.train has {total} rows, of which data.validation={self.settings.data.validation} and "
+                    f"anchor.fisher.prompts={asked} would leave none to train on: give a validation file or smaller numbers"
+                ]
+            )
+        order = draw_order(total, self.settings.run.seed)
+        found: list[tuple[int, Example]] = []
+        with self.progress.task("prepare: hold out", wanted, "rows") as task:
+            while len(found) < wanted:
+                candidates = [row for row, _ in zip(order, range(wanted - len(found) + 16), strict=False)]
+                if not candidates:
+                    raise RunFailed(f"data.train: only {len(found)} usable rows, but {wanted} are to be held out")
+                results = self._examples(train, candidates, task)
+                found += [(row, example) for row, example in results if example is not None]
+        found = found[:wanted]
+        taken = {row for row, _ in found}
+        counts = Counter[str]()
+        held = [example for _, example in found]
+        if validation is None:
+            self._write("validation", held[:wanted_validation], counts)
+        else:
+            counts += self._validation(validation)
+        self._write("fisher", held[wanted_validation:], counts)
+        counts["truncated"] += sum(example.truncated for example in held)
+        return taken, counts
+
+    def _examples(self, sources: Sources, rows: Sequence[int], task: Any) -> list[tuple[int, Example | None]]:
+        """(row, example or None) in the order of ``rows``."""
+        ordered = sorted(rows)
+        results: list[Example | None] = []
+        work = _Task(sources.pieces(ordered), None, None, self.fingerprint)
+        self.pool.run([Shard("held-out rows", 0)], lambda s: work, lambda s, r: results.extend(r[1]), task)
+        by_row = dict(zip(ordered, results, strict=True))
+        return [(row, by_row[row]) for row in rows]
+
+    def _validation(self, sources: Sources) -> Counter[str]:
+        rows = range(sources.starts[-1])
+        work = _Task(
+            sources.pieces(rows), "prepared/validation.parquet", "quarantine/validation.parquet", self.fingerprint
+        )
+        counts = Counter[str]()
+        with self.progress.task("prepare: validation", len(rows), "rows") as task:
+            self.pool.run([Shard("validation rows", len(rows))], lambda s: work, lambda s, r: counts.update(r[0]), task)
+        if not counts["rows_used"]:
+            raise RunFailed(
+                f"data.validation={self.settings.data.validation}: none of its {len(rows)} rows has a response token; "
+                f"see the reasons in {self.storage.path('quarantine/validation.parquet')}"
+            )
+        renamed = Counter(
+            {
+                f"validation_{key}" if not key.startswith("reason/") else f"reason/validation {key[7:]}": n
+                for key, n in counts.items()
+            }
+        )
+        renamed["validation_rows"] = counts["rows_used"]
+        return renamed
+
+    def _write(self, name: str, examples: Sequence[Example], counts: Counter[str]) -> None:
+        self.storage.write_table(f"prepared/{name}.parquet", to_table(examples), self.fingerprint)
+        counts[f"{name}_rows"] = len(examples)
+        if not examples:
+            del counts[f"{name}_rows"]
+
+    def shards(self, train: Sources, held_out: set[int], parts: Sequence[str]) -> Counter[str]:
+        """Write every part of the plan that is not there yet; returns the counts."""
+        rows = [row for row in range(train.starts[-1]) if row not in held_out]
+        size, counts = self.settings.data.shard_examples, Counter[str]()
+        plan = {part: rows[i * size : (i + 1) * size] for i, part in enumerate(parts)}
+
+        def payload(shard: Shard) -> _Task:
+            return _Task(
+                train.pieces(plan[shard.name]), f"prepared/{shard.name}", f"quarantine/{shard.name}", self.fingerprint
+            )
+
+        def done(shard: Shard, result: tuple[dict[str, Any], list]) -> None:
+            counts.update(result[0])
+            counts["train_rows"] += result[0]["rows_used"]
+
+        with self.progress.task("prepare: tokenize", len(rows), "rows") as task:
+            self.pool.run([Shard(part, len(plan[part])) for part in parts], payload, done, task)
+        return counts
+
+
+def _counts(usable: Sequence[Example], rejected: Sequence[dict[str, Any]]) -> dict[str, int]:
+    counts = Counter(f"reason/{row['reason'].split(':')[0]}" for row in rejected)
+    counts["rows_used"] = len(usable)
+    counts["quarantined"] = len(rejected)
+    counts["truncated"] = sum(example.truncated for example in usable)
+    counts["tokens"] = sum(len(example.input_ids) for example in usable)
+    counts["response_tokens"] = sum(label != -100 for example in usable for label in example.labels)
+    return dict(counts)
+
+
+def _raw(row: Any) -> str:
+    return _storable(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str))
+
+
+def _storable(text: str) -> str:
+    """Arrow strings are UTF-8: lone surrogates are written as escapes."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _listed(reasons: dict[str, int]) -> str:
+    return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())

@@ -1,0 +1,206 @@
+"""Raw rows: files, globs, directories and hub ids become `datasets.Dataset`s of known length, one per file.
+
+Text formats become data sets with one column `json` that holds a row as text, decoded where it is tokenized: a broken
+line then is one row for the quarantine and not the end of a file. Parquet and Arrow keep their typed columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import glob
+import gzip
+import io
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, cast
+
+import datasets
+import pyarrow as pa
+
+from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.fingerprint import of_file
+
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+TEXT = "json"  # the column of text formats
+TOO_MANY_FIELDS = "__too_many_fields__"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file (or one hub data set): its name in reports, its rows, and a fingerprint of its content."""
+
+    name: str
+    rows: datasets.Dataset
+    fingerprint: str
+
+    def table(self, rows: Sequence[int]) -> pa.Table:
+        """Some rows as an Arrow table."""
+        return self.rows.with_format("arrow")[list(rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All rows of a data set, numbered from 0 over its files in order."""
+
+    files: tuple[Source, ...]
+
+    @property
+    def starts(self) -> list[int]:
+        """The first global row number of every file, and the total at the end."""
+        starts = [0]
+        for file in self.files:
+            starts.append(starts[-1] + len(file.rows))
+        return starts
+
+    def pieces(self, rows: Sequence[int]) -> list[tuple[str, list[int], pa.Table]]:
+        """(file name, row numbers within the file, raw rows) for ascending global row numbers."""
+        starts, found = self.starts, []
+        by_file: dict[int, list[int]] = {}
+        for row in rows:
+            index = bisect_right(starts, row) - 1
+            by_file.setdefault(index, []).append(row - starts[index])
+        for index, numbers in by_file.items():
+            found.append((self.files[index].name, numbers, self.files[index].table(numbers)))
+        return found
+
+
+def decode(table: pa.Table) -> Iterator[tuple[Any, str | None]]:
+    """Rows of a raw table as (row, None), or (raw text, reason) for a row that cannot be read."""
+    if table.column_names != [TEXT]:
+        for row in table.to_pylist():
+            yield row, None
+        return
+    for text in table.column(TEXT).to_pylist():
+        content = text.encode("latin-1")
+        try:
+            row = json.loads(content)
+        except (ValueError, RecursionError) as error:
+            yield content.decode("utf-8", "backslashreplace"), f"broken_json: {error}"
+            continue
+        if not isinstance(row, dict):
+            yield row, f"wrong_type: a row must be an object, not {type(row).__name__}"
+        elif TOO_MANY_FIELDS in row:
+            yield row, "broken_csv: more fields than the header has columns"
+        else:
+            yield row, None
+
+
+def open_sources(key: str, value: Any) -> Sources:
+    """Open what ``key`` (data.train or data.validation) names. Raises SettingsWrong naming the file and the remedy."""
+    names = list(value) if isinstance(value, list | tuple) else [value]
+    files = [file for name in names for file in _expand(key, str(name))]
+    return Sources(tuple(files))
+
+
+def _expand(key: str, name: str) -> list[Source]:
+    path = Path(name).expanduser()
+    if path.is_file():
+        return [_file(key, path)]
+    if path.is_dir():
+        root = path.resolve()
+        found = [p for p in sorted(path.rglob("*")) if p.is_file() and _format(p) and not p.name.startswith(".")]
+        inside = [p for p in found if p.resolve().is_relative_to(root)]  # a link must not lead out of the directory
+        if not inside:
+            raise SettingsWrong([f"{key}={name}: the directory holds no file of {', '.join(sorted(set(FORMATS)))}"])
+        return [_file(key, p) for p in inside]
+    if any(c in name for c in "*?["):
+        matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        if not matches:
+            raise SettingsWrong([f"{key}={name}: the pattern matches no file"])
+        return [_file(key, p) for p in matches]
+    if _format(path) or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise SettingsWrong([f"{key}={name}: no such file; give a file, a glob, a directory or a hub id"])
+    return [_hub(key, name)]
+
+
+def _format(path: Path) -> str | None:
+    return FORMATS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
+
+
+def _file(key: str, path: Path) -> Source:
+    kind = _format(path)
+    if kind is None:
+        raise SettingsWrong(
+            [f"{key}={path}: unknown format; known: {', '.join(sorted(FORMATS))} (also .gz of the text ones)"]
+        )
+    fingerprint = of_file(path)
+    try:
+        if path.stat().st_size == 0:
+            rows = datasets.Dataset.from_dict({TEXT: []})
+        elif kind in ("parquet", "arrow"):
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        else:
+            rows = datasets.Dataset.from_generator(
+                _TEXT_ROWS[kind], gen_kwargs={"path": str(path), "content": fingerprint},
+                features=datasets.Features({TEXT: datasets.Value("large_string")}),
+            )  # fmt: skip
+    except (OSError, ValueError, pa.ArrowInvalid, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise SettingsWrong([f"{key}={path}: cannot be read as {kind}: {reason}"]) from error
+    return Source(str(path), rows, fingerprint)
+
+
+def _hub(key: str, name: str) -> Source:
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SettingsWrong(
+            [f"{key}={name}: no such file, and not a data set that can be read from the hub: {reason}"]
+        ) from error
+    return Source(name, rows, f"hub:{name}:{rows._fingerprint}")
+
+
+def _open(path: str) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
+
+
+# Bytes are carried as latin-1 text, which keeps every byte, so that broken UTF-8 is seen by `decode` and not lost here.
+def _jsonl_rows(path: str, content: str) -> Iterator[dict[str, str]]:
+    with _open(path) as file:
+        for line in file:
+            if line.strip():
+                yield {TEXT: line.rstrip(b"\r\n").decode("latin-1")}
+
+
+def _json_rows(path: str, content: str) -> Iterator[dict[str, str]]:
+    with _open(path) as file:
+        start = file.read(1 << 16).lstrip()[:1]
+    if start != b"[":  # one object per line under the other name
+        yield from _jsonl_rows(path, content)
+        return
+    with _open(path) as file:
+        for row in json.load(file):
+            yield {TEXT: json.dumps(row)}
+
+
+def _csv_rows(path: str, content: str) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(1 << 30)
+    with _open(path) as file:
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="replace", newline="")
+        for row in csv.DictReader(text, restkey=TOO_MANY_FIELDS):
+            yield {TEXT: json.dumps({name: value for name, value in row.items() if name is not None})}
+
+
+_TEXT_ROWS = {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}
+
+
+def describe(value: Any) -> Any:
+    """A data setting as it is recorded: local paths made absolute, so that a run can be continued from elsewhere."""
+    if isinstance(value, list | tuple):
+        return [describe(item) for item in value]
+    if isinstance(value, str) and os.path.exists(os.path.expanduser(value)):
+        return os.path.abspath(os.path.expanduser(value))
+    return value

@@ -1,0 +1,217 @@
+"""value: the components and the loss of every response token, one sidecar part per prepared part.
+
+The only stage over the whole data set with the model. Batches are formed within a shard from length-sorted rows by a
+token budget, so values do not depend on the number of workers; while one shard computes, the next is read and the last
+is written.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from data_schemas import COMPONENTS, PREPARED, VALUES
+from pipeline.maths.batch import by_token_budget, collate
+from pipeline.maths.decoder import UnsupportedModel
+from pipeline.maths.directions import Directions
+from pipeline.maths.models import ModelSource, load_model
+from pipeline.maths.nonfinite import NonFinite
+from pipeline.maths.valuer import TokenValuer
+from pipeline.settings import Settings
+from pipeline.stages.coverage import checked_layers
+from pipeline.stages.failure import RunFailed, SettingsWrong
+from pipeline.stages.fingerprint import of_model
+from pipeline.stages.manifest import Manifest
+from pipeline.stages.progress import Progress
+from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
+from pipeline.stages.storage import Storage
+from pipeline.stages.tensors import read_tensors
+
+COLUMNS = (*COMPONENTS, "loss")
+CPU_TOKENS = 2048
+BYTES_PER_TOKEN_SAFETY = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One shard: the part's file name, and the fingerprint that its values carry."""
+
+    part: str
+    fingerprint: str
+
+
+class ValueWorker:
+    """Holds the policy and the directions, and values one shard after the other."""
+
+    def __init__(self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int) -> None:
+        self.storage, self.settings = storage, settings
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model = load_model(source, self.device)
+        checked_layers(model, settings)
+        valuation = settings.valuation
+        try:
+            self.valuers = [
+                TokenValuer(
+                    model, _directions(storage, index), valuation.layers, valuation.window, settings.model.attention
+                )
+                for index in range(snapshots)
+            ]
+        except UnsupportedModel as error:
+            raise RunFailed(f"model.policy: {error}") from error
+        self.budget = token_budget(valuation.tokens_per_batch, self.device)
+        self.device_lock = threading.Lock()
+
+    def __call__(self, task: _Task, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Write one part of values; returns counts."""
+        table = self.storage.read_table(f"prepared/{task.part}", PREPARED)
+        ids = table.column("id").to_pylist()
+        input_ids, labels = table.column("input_ids").to_pylist(), table.column("labels").to_pylist()
+        columns = {name: [np.zeros(len(row), np.float32) for row in input_ids] for name in COLUMNS}
+        padded = 0
+        groups = by_token_budget([len(row) for row in input_ids], self.budget)
+        while groups:
+            group = groups.pop(0)
+            batch = collate([input_ids[i] for i in group], [labels[i] for i in group])
+            with self.device_lock:
+                try:
+                    found = self._values(batch.to(self.device))
+                except NonFinite as error:
+                    raise RunFailed(
+                        f"NaN or infinity in {error.where}, example {ids[group[error.row]]}: check the model or its dtype"
+                    ) from error
+                except torch.OutOfMemoryError as error:
+                    if len(group) == 1:
+                        raise RunFailed(
+                            f"example {ids[group[0]]} with {len(input_ids[group[0]])} tokens does not fit into the "
+                            "device's memory: set a smaller data.max_length"
+                        ) from error
+                    torch.cuda.empty_cache()
+                    self.budget = max(1, batch.shape[0] * batch.shape[1] // 2)
+                    rest = [i for g in (group, *groups) for i in g]
+                    regrouped = by_token_budget([len(input_ids[i]) for i in rest], self.budget)
+                    groups = [[rest[i] for i in g] for g in regrouped]
+                    continue
+            for row, index in enumerate(group):
+                for name in COLUMNS:
+                    columns[name][index][:] = found[name][row, : len(input_ids[index])]
+            padded += batch.shape[0] * batch.shape[1]
+            advance(int(batch.lengths.sum()))
+        arrays = [pa.array(ids, pa.string()), *[_lists(columns[name]) for name in COLUMNS]]
+        self.storage.write_table(f"values/{task.part}", pa.Table.from_arrays(arrays, schema=VALUES), task.fingerprint)
+        tokens = sum(len(row) for row in input_ids)
+        return {"rows": len(ids), "tokens": tokens, "padded_tokens": padded}
+
+    def _values(self, batch: Any) -> dict[str, np.ndarray]:
+        """Mean over the snapshots, brought to the host in one copy."""
+        total: torch.Tensor | None = None
+        for valuer in self.valuers:
+            found = valuer.value(batch)
+            stacked = torch.stack([found[name] for name in COLUMNS]).float()
+            total = stacked if total is None else total + stacked
+        assert total is not None
+        host = (total / len(self.valuers)).cpu().numpy()
+        return dict(zip(COLUMNS, host, strict=True))
+
+
+def _lists(rows: list[np.ndarray]) -> pa.ListArray:
+    """Rows of different lengths as one list<float> column, without a Python object per number."""
+    offsets = np.zeros(len(rows) + 1, np.int32)
+    np.cumsum([len(row) for row in rows], out=offsets[1:])
+    flat = np.concatenate(rows) if rows else np.zeros(0, np.float32)
+    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.float32()))
+
+
+def _directions(storage: Storage, snapshot: int) -> Directions:
+    place = f"anchors/snapshot-{snapshot:02d}"
+    named = {name: read_tensors(storage, f"{place}/{name}.safetensors") for name in ("adaptation", "stability")}
+    own = f"{place}/policy.safetensors"
+    return Directions(named, read_tensors(storage, own) if storage.exists(own) else None)
+
+
+def token_budget(setting: int | str, device: torch.device) -> int:
+    """Padded tokens per batch: as set, or a start that is halved when the device runs out of memory."""
+    if isinstance(setting, int):
+        return setting
+    if device.type == "cpu":
+        return CPU_TOKENS
+    free, _ = torch.cuda.mem_get_info(device)
+    return max(CPU_TOKENS, int(free * BYTES_PER_TOKEN_SAFETY) // (1 << 20))
+
+
+def run_value(
+    storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster, progress: Progress
+) -> None:
+    """Write values/, unless done already; goes on with the parts that are missing."""
+    started = time.monotonic()
+    anchor = manifest.require("anchor", "value")
+    if anchor["inputs"]["policy"] != of_model(policy):
+        raise SettingsWrong(
+            [f"model.policy={policy} is not the policy that the anchors of {storage.root} were made with"]
+        )
+    if anchor["inputs"]["valuation.layers"] != settings.valuation.layers:
+        raise SettingsWrong(
+            [
+                f"valuation.layers={settings.valuation.layers}, but the anchors were made for {anchor['inputs']['valuation.layers']}"
+            ]
+        )
+    inputs = value_inputs(settings, anchor["fingerprint"])
+    fingerprint = manifest.begin("value", inputs, {"valuation": settings.valuation, "cluster": settings.cluster})
+    if manifest.done("value"):
+        progress.say("value: done already")
+        return
+    prepared = manifest.stage("prepare")
+    rows = {p: storage.rows_of(f"prepared/{p}", prepared["fingerprint"]) for p in prepared["counts"]["parts"]}
+    damaged = [part for part, count in rows.items() if count is None]
+    if damaged:
+        raise RunFailed(f"prepared/{damaged[0]} is missing or damaged: start anew with run.overwrite=prepare")
+    missing = [part for part in rows if storage.rows_of(f"values/{part}", fingerprint) != rows[part]]
+    if len(missing) < len(rows):
+        progress.say(f"value: {len(rows) - len(missing)} of {len(rows)} shards are complete already")
+    own = settings.model
+    source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
+    snapshots = anchor["counts"]["snapshots"]
+    arguments = {"storage": storage, "source": source, "settings": settings, "snapshots": snapshots}
+    resources = cluster.model_resources()
+    tokens = {part: _tokens(storage, part) for part in missing}
+    counts: dict[str, Any] = {"tokens": 0, "padded_tokens": 0}
+
+    def done(shard: Shard, result: dict[str, Any]) -> None:
+        for key in counts:
+            counts[key] += result[key]
+
+    with (
+        WorkerPool(ValueWorker, arguments, resources, settings.cluster.shard_timeout, settings.debug) as pool,
+        progress.task("value", sum(tokens.values()), "tokens") as task,
+    ):
+        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), done, task)
+    seconds = time.monotonic() - started
+    padding = 1 - counts["tokens"] / counts["padded_tokens"] if counts["padded_tokens"] else 0.0
+    manifest.finish(
+        "value", seconds, rows=sum(r or 0 for r in rows.values()), padding=round(padding, 4),
+        workers=resources.workers, cpus_per_worker=resources.cpus, gpus_per_worker=resources.gpus, **counts,
+    )  # fmt: skip
+    progress.say(f"value: {counts['tokens']:,} tokens in {seconds:.0f} s, padding {padding:.1%}")
+
+
+def value_inputs(settings: Settings, upstream: str) -> dict[str, Any]:
+    """Everything that values/ depends on."""
+    return {
+        "anchor": upstream,
+        "valuation.window": settings.valuation.window,
+        "valuation.estimator": settings.valuation.estimator,
+        "valuation.method": settings.valuation.method,
+        "schema": (VALUES.metadata or {})[b"alphatoken.schema"].decode(),
+    }
+
+
+def _tokens(storage: Storage, part: str) -> int:
+    return sum(
+        batch.column("input_ids").values.__len__() for batch in storage.read_batches(f"prepared/{part}", PREPARED)
+    )

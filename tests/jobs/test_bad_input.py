@@ -1,0 +1,125 @@
+"""What is wrong is said in one line, with the right exit status, before any worker starts where that is possible."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.conftest import SMALL, chat_row, save_model, write_rows
+
+
+def test_wrong_keys_types_and_groups_are_all_said_at_once(alphatoken, tmp_path):
+    status, out, err = alphatoken(
+        "run", f"run.dir={tmp_path}/r", "mask.rhoo=0.5", "valuation.layers=three", "cluster=moon", "mask.rho=2", "data.max_length=1"
+    )
+    assert status == 2 and out == ""
+    for text in ("did you mean mask.rho", "valuation.layers=three", "cluster/moon", "mask.rho=2", "data.max_length=1"):
+        assert text in err
+    assert not (tmp_path / "r").exists()
+
+
+def test_no_drift_with_a_stability_weight_names_the_remedies(alphatoken, tmp_path):
+    status, _, err = alphatoken("run", f"run.dir={tmp_path}/r", "anchor.drift=none")
+    assert status == 2 and "checkpoint" in err and "warmup" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+def test_no_drift_is_fine_without_a_stability_weight(alphatoken, tmp_path, policy, train_file):
+    status, _, err = alphatoken(
+        "run", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4",
+        "anchor.drift=none", "mask.stability_weight=0",
+    )  # fmt: skip
+    assert status == 0, err
+
+
+def test_checkpoint_drift_of_equal_models_is_refused(alphatoken, tmp_path, policy, train_file):
+    common = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    status, _, err = alphatoken("run", *common, "anchor.drift=checkpoint")
+    assert status == 2 and "anchor.drift=warmup" in err
+
+
+@pytest.mark.parametrize("command", ["plan", "fly"])
+def test_unknown_and_later_commands_are_refused(alphatoken, command):
+    status, _, err = alphatoken(command)
+    assert status == 2 and command in err
+
+
+def test_missing_file(alphatoken, tmp_path, policy):
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={tmp_path}/no.jsonl")
+    assert status == 2 and "data.train" in err and "no.jsonl: no such file" in err
+
+
+def test_unreadable_model_directory(alphatoken, tmp_path, train_file):
+    (tmp_path / "empty").mkdir()
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/r", f"model.policy={tmp_path}/empty", f"data.train={train_file}")
+    assert status == 2 and "model.policy" in err and "config.json" in err
+
+
+def test_chat_data_without_a_template(alphatoken, tmp_path, train_file):
+    plain = save_model(tmp_path / "plain", seed=3, chat_template=None)
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/r", f"model.policy={plain}", f"data.train={train_file}")
+    assert status == 2 and "chat template" in err and str(plain) in err
+
+
+def test_preference_data_is_refused_by_name(alphatoken, tmp_path, policy):
+    train = write_rows(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train}")
+    assert status == 2 and "preference" in err
+
+
+def test_too_few_rows_to_hold_out(alphatoken, tmp_path, policy, train_file):
+    status, _, err = alphatoken(
+        "prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", "data.validation=40"
+    )
+    assert status == 2 and "data.validation=40" in err
+
+
+def test_no_usable_rows(alphatoken, tmp_path, policy, validation_file):
+    train = write_rows(tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 5)
+    status, _, err = alphatoken(
+        "prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train}", f"data.validation={validation_file}"
+    )
+    assert status == 1 and "usable" in err.strip().splitlines()[-1]
+
+
+def test_validation_without_a_response_token(alphatoken, tmp_path, policy, train_file):
+    bad = write_rows(tmp_path / "v.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 3)
+    status, _, err = alphatoken(
+        "prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", f"data.validation={bad}"
+    )
+    assert status == 1 and "data.validation" in err.splitlines()[-1] and "response token" in err.splitlines()[-1]
+
+
+def test_damaged_parquet_is_named(alphatoken, tmp_path, policy):
+    damaged = tmp_path / "d.parquet"
+    damaged.write_bytes(b"PAR1 and then nothing useful")
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={damaged}")
+    assert status == 2 and "d.parquet" in err and "parquet" in err
+
+
+def test_a_stage_before_its_time_names_the_one_to_run(alphatoken, tmp_path, policy):
+    status, _, err = alphatoken("value", f"run.dir={tmp_path}/r", f"model.policy={policy}")
+    assert status == 1 and "alphatoken anchor" in err
+
+
+def test_nan_stops_the_run_and_names_example_and_module(alphatoken, tmp_path, policy, reference):
+    train = write_rows(tmp_path / "t.jsonl", [{**chat_row(i), "id": f"row-{i}"} for i in range(20)])
+    common = [
+        f"run.dir={tmp_path}/r", f"model.policy={policy}", f"model.reference={reference}", f"data.train={train}", *SMALL,
+        "data.validation=3",
+    ]  # fmt: skip
+    assert alphatoken("prepare", *common)[0] == 0 and alphatoken("anchor", *common)[0] == 0
+    broken = save_model(tmp_path / "broken", seed=1)
+    model = AutoModelForCausalLM.from_pretrained(broken)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[3, 4] = float("nan")
+    model.save_pretrained(broken)
+    manifest = json.loads((tmp_path / "r/run.json").read_text())
+    from pipeline.stages.fingerprint import of_model
+
+    manifest["stages"]["anchor"]["inputs"]["policy"] = of_model(str(broken))  # as if the file had rotted since
+    (tmp_path / "r/run.json").write_text(json.dumps(manifest))
+    status, _, err = alphatoken("value", *common[:1], f"model.policy={broken}", *common[2:])
+    last = err.strip().splitlines()[-1]
+    assert status == 1 and "row-" in last and "part-0000" in last and "mlp" in last
