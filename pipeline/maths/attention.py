@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -81,11 +82,20 @@ def _attention(
     scores = _Scores(query, key, attention_mask, scale, softcap, s_aux, sliding_window)
     if listener is not None:
         listener(module, value, lambda window: _band(scores, window))
-    if kernel == "eager" or softcap is not None or s_aux is not None:
+    differentiated = any(forward_ad.unpack_dual(t).tangent is not None for t in (query, key, value))
+    if kernel == "eager" or softcap is not None or s_aux is not None or differentiated:
         return _blockwise(scores, value), None
     function = ALL_ATTENTION_FUNCTIONS[kernel]
     output, _ = function(
-        module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, sliding_window=sliding_window, **kwargs
+        module,
+        query,
+        key,
+        value,
+        attention_mask,
+        dropout=dropout,
+        scaling=scaling,
+        sliding_window=sliding_window,
+        **kwargs,
     )
     return output, None
 
@@ -109,7 +119,9 @@ class _Scores:
             stop = min(start + BLOCK, length)
             yield start, stop, 0 if self.window is None else max(0, start - self.window + 1)
 
-    def log_probability(self, query: torch.Tensor, key: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
+    def log_probability(
+        self, query: torch.Tensor, key: torch.Tensor, start: int, stop: int, first: int
+    ) -> torch.Tensor:
         """Log attention probabilities (batch, heads, stop - start, stop - first) in at least float32."""
         groups = query.shape[1] // key.shape[1]
         batch, heads, rows, size = query.shape
@@ -149,7 +161,8 @@ def _band(scores: _Scores, window: int) -> list[BandBlock]:
         first = max(low, start - window)
         probability = log_probability[..., first - low :].exp().mean(dim=1)
         distance = (
-            torch.arange(start, stop, device=query.device)[:, None] - torch.arange(first, stop, device=query.device)[None]
+            torch.arange(start, stop, device=query.device)[:, None]
+            - torch.arange(first, stop, device=query.device)[None]
         )
         probability.masked_fill_((distance <= 0) | (distance > window), 0.0)
         found.append(BandBlock(start, stop, first, probability))
@@ -159,7 +172,9 @@ def _band(scores: _Scores, window: int) -> list[BandBlock]:
 def _blockwise(scores: _Scores, value: torch.Tensor) -> torch.Tensor:
     """Attention output (batch, length, heads, size) by blocks of queries; probabilities are recomputed in backward."""
 
-    def block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
+    def block(
+        query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, stop: int, first: int
+    ) -> torch.Tensor:
         probability = scores.log_probability(query, key, start, stop, first).exp().to(value.dtype)
         batch, heads, rows, width = probability.shape
         grouped = probability.reshape(batch, value.shape[1], -1, width) @ value

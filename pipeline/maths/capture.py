@@ -72,7 +72,12 @@ def captured(scored: ScoredLayers, visitor: Visitor, kernel: str = "sdpa", windo
             bands[layer_of[module]] = band(window)
 
     def tap(
-        linear: LinearMap, expert: int, entering: torch.Tensor, output: torch.Tensor, rows: torch.Tensor | None, shape: tuple
+        linear: LinearMap,
+        expert: int,
+        entering: torch.Tensor,
+        output: torch.Tensor,
+        rows: torch.Tensor | None,
+        shape: tuple,
     ) -> torch.Tensor:
         entering = entering.detach().reshape(-1, entering.shape[-1])
 

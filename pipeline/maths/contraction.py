@@ -50,7 +50,11 @@ class Contraction:
     """
 
     def __init__(
-        self, directions: StackedDirections, values: Mapping[str, ValueProjection], positions: torch.Tensor, shape: tuple[int, int]
+        self,
+        directions: StackedDirections,
+        values: Mapping[str, ValueProjection],
+        positions: torch.Tensor,
+        shape: tuple[int, int],
     ) -> None:
         self.directions, self.values, self.positions = directions, values, positions
         first = next(iter(directions.matrices.values()))

@@ -6,7 +6,7 @@ through transformers' experts interface. Embeddings and the LM head lie outside 
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import nn
@@ -78,9 +78,12 @@ class ScoredLayers:
 
 def decoder_of(model: nn.Module) -> nn.Module:
     """The module that maps token ids to hidden states: the model without its LM head."""
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else getattr(model, "base_model", None)
+    getter: Any = getattr(model, "get_decoder", None)
+    decoder = getter() if getter is not None else getattr(model, "base_model", None)
     if decoder is None or decoder is model:
-        raise UnsupportedModel(f"{type(model).__name__} has no decoder below a language-model head: load it as a causal LM")
+        raise UnsupportedModel(
+            f"{type(model).__name__} has no decoder below a language-model head: load it as a causal LM"
+        )
     return decoder
 
 
@@ -127,7 +130,9 @@ def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
             if id(parameter) not in scored:
                 left_out.append(path)
     if not maps:
-        reason = f"none of the {len(left_out)} matrices of the last {layers} layers is a plain floating-point linear map"
+        reason = (
+            f"none of the {len(left_out)} matrices of the last {layers} layers is a plain floating-point linear map"
+        )
         remedy = "if it is quantised, load it unquantised"
         raise UnsupportedModel(f"{type(model).__name__}: {reason} (the first: {left_out[:1]}); {remedy}")
     coverage = Coverage(sum(scored.values()), matrices, tuple(left_out), vectors)
@@ -136,11 +141,13 @@ def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
 
 def _stored(layer: nn.Module, prefix: str) -> list[tuple[str, torch.Tensor]]:
     """The parameters of a layer, and the integer buffers in which some quantisers keep their matrices."""
-    buffers = [(n, b) for n, b in layer.named_buffers(prefix=prefix) if not b.is_floating_point() and b.dtype != torch.bool]
+    buffers = [
+        (n, b) for n, b in layer.named_buffers(prefix=prefix) if not b.is_floating_point() and b.dtype != torch.bool
+    ]
     return [*layer.named_parameters(prefix=prefix), *buffers]
 
 
-def _is_float(weight: object) -> bool:
+def _is_float(weight: object) -> TypeGuard[torch.Tensor]:
     """Whether a weight is stored in a dtype that is computed in; an 8-bit float is a code with a scale elsewhere."""
     return isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
 

@@ -58,8 +58,6 @@ class Directions:
                     )
 
 
-def fisher_drift(
-    fisher: torch.Tensor, policy: torch.Tensor, reference: torch.Tensor
-) -> torch.Tensor:
+def fisher_drift(fisher: torch.Tensor, policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """V = F * (W - W_ref), elementwise in float32 (Eq. 10); all of the weight's shape."""
     return fisher.float() * (policy.float() - reference.float())

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+
 import torch
+from torch import nn
 
 from pipeline.maths.batch import Batch
-from pipeline.maths.capture import Captured
+from pipeline.maths.capture import Captured, frozen
 from pipeline.maths.decoder import ScoredLayers
 from pipeline.maths.ghost import ghost_pass
 
@@ -19,19 +22,42 @@ class NonFinite(ArithmeticError):
 
 
 def locate(scored: ScoredLayers, batch: Batch, kernel: str) -> NonFinite:
-    """Go through a batch that gave NaN or infinity one example at a time and name the first place where it shows."""
+    """Go through a batch that gave NaN or infinity one example at a time and name the first module where it shows."""
     for row in range(batch.shape[0]):
-        places: list[str] = []
+        one = batch.rows(slice(row, row + 1))
+        module = _first_output(scored.model, one)
+        if module is not None:
+            return NonFinite(row, f"the output of {module}")
+        gradients: list[str] = []
 
-        def look(captured: Captured, places: list[str] = places) -> None:
-            for what, tensor in (("input", captured.entering), ("gradient", captured.error)):
-                if not bool(torch.isfinite(tensor).all()):
-                    places.append(f"the {what} of {captured.map.name.removesuffix('.weight')}")
+        def look(captured: Captured, gradients: list[str] = gradients) -> None:
+            if not bool(torch.isfinite(captured.error).all()):
+                gradients.append(f"the gradient of {captured.map.name.removesuffix('.weight')}")
 
-        losses = ghost_pass(scored, batch.rows(slice(row, row + 1)), look, kernel)
-        if places:
-            inputs = [place for place in places if "input" in place]
-            return NonFinite(row, inputs[-1] if inputs else places[0])  # the earliest in the forward direction
+        losses = ghost_pass(scored, one, look, kernel)
+        if gradients:
+            return NonFinite(row, gradients[0])  # the backward pass goes from the last layer to the first
         if not bool(torch.isfinite(losses).all()):
             return NonFinite(row, "the loss")
     return NonFinite(0, "the products with the directions (their scale exceeds the dtype)")
+
+
+@torch.no_grad()
+def _first_output(model: nn.Module, batch: Batch) -> str | None:
+    """The first module without children, in the order of the forward pass, whose output is not finite."""
+    found: list[str] = []
+    with ExitStack() as stack:
+        stack.enter_context(frozen(model))
+        for name, module in model.named_modules():
+            if not any(module.children()):
+
+                def hook(module: nn.Module, args: tuple, output: object, name: str = name) -> None:
+                    if found or not isinstance(output, torch.Tensor):
+                        return
+                    if output.is_floating_point() and not bool(torch.isfinite(output).all()):
+                        found.append(name)
+
+                stack.callback(module.register_forward_hook(hook).remove)
+        with torch.no_grad():  # `frozen` turns gradients on
+            model(input_ids=batch.input_ids, use_cache=False)
+    return found[0] if found else None

@@ -1,6 +1,6 @@
 """Sums of outer products over positions: the gradient of the scored weights, and their diagonal Fisher.
 
-    gradient  G_l = sum over positions of  d_p h_p^T            Fisher  F_l = sum over positions of  (d_p^2) (h_p^2)^T
+gradient  G_l = sum over positions of  d_p h_p^T            Fisher  F_l = sum over positions of  (d_p^2) (h_p^2)^T
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from pipeline.maths.capture import swapped
 from pipeline.maths.contraction import Contraction, StackedDirections
 from pipeline.maths.decoder import scored_layers
 from pipeline.maths.directions import Directions
+from pipeline.maths.exact import exact_values
 from pipeline.maths.ghost import ghost_pass
 from pipeline.maths.nonfinite import locate
 from pipeline.maths.value_projection import value_projections
@@ -24,17 +25,29 @@ class TokenValuer:
     ``model``: a causal language model of transformers, the policy. ``directions``: at the same point of the
     trajectory; where they bring their own scored weights, those are used inside each call. ``layers`` K: the last K
     decoder layers are scored. ``window`` W: reach of the causal path in tokens; 0 leaves it out. ``attention``: sdpa |
-    flash_attention_2 | eager. Raises ValueError when the directions are not for these layers, UnsupportedModel when
-    the model cannot be scored.
+    flash_attention_2 | eager. ``estimator``: ghost (the paper's, by position) | exact (the derivative of each token's
+    own loss; it knows no paths: the causal columns are 0). Raises ValueError when the directions are not for these
+    layers, UnsupportedModel when the model cannot be scored.
     """
 
     def __init__(
-        self, model: nn.Module, directions: Directions, layers: int = 3, window: int = 32, attention: str = "sdpa"
+        self,
+        model: nn.Module,
+        directions: Directions,
+        layers: int = 3,
+        window: int = 32,
+        attention: str = "sdpa",
+        estimator: str = "ghost",
     ) -> None:
+        if estimator not in ("ghost", "exact"):
+            raise ValueError(f"estimator={estimator}: must be ghost or exact")
         self.scored = scored_layers(model, layers)
+        self.estimator, self.named = estimator, directions.named
         directions.check(self.scored.weights())
         self.weights = dict(directions.weights) if directions.weights is not None else None
         self.window, self.attention = window, attention
+        if estimator == "exact":
+            return
         self.values = value_projections(self.scored, attention) if window > 0 else {}
         self.directions = StackedDirections(self.scored, directions.named, set(self.values))
 
@@ -48,7 +61,7 @@ class TokenValuer:
         of token i as a PREDICTED token; 0.0 outside the response. Positive: learning the token moves the weights
         along the direction's descent (adaptation: lowers the validation loss; stability: back to the reference).
         """
-        device = self.directions.matrices[self.scored.maps[0].name].device
+        device = self.scored.maps[0].parameter.device
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         batch, columns = _right_padded(input_ids.to(device), attention_mask.to(device), labels.to(device))
@@ -61,6 +74,8 @@ class TokenValuer:
         ``positions``: flat network positions to contract instead of those that predict a response token; their values
         stand at the following index.
         """
+        if self.estimator == "exact":
+            return self._exact(batch)
         predicting = batch.predicting()
         chosen = predicting if positions is None else positions
         contraction = Contraction(self.directions, self.values, chosen, batch.shape)
@@ -73,6 +88,18 @@ class TokenValuer:
             if not all(bool(torch.isfinite(values).all()) for _, values in columns.values()):
                 raise locate(self.scored, batch, self.attention)
         return {name: _at_token(where, values, batch, contraction.dtype) for name, (where, values) in columns.items()}
+
+    def _exact(self, batch: Batch) -> dict[str, torch.Tensor]:
+        predicting = batch.predicting()
+        with swapped(self.scored, self.weights):
+            losses, derivatives = exact_values(self.scored, batch, self.named, self.attention)
+            if not bool(torch.isfinite(losses).all() and torch.isfinite(derivatives).all()):
+                raise locate(self.scored, batch, self.attention)
+        columns = {"loss": losses}
+        for name, derivative in zip(self.named, derivatives, strict=True):
+            columns[f"{name}_direct"] = derivative
+            columns[f"{name}_causal"] = torch.zeros_like(derivative)
+        return {name: _at_token(predicting, values, batch, losses.dtype) for name, values in columns.items()}
 
 
 def _at_token(positions: torch.Tensor, values: torch.Tensor, batch: Batch, dtype: torch.dtype) -> torch.Tensor:

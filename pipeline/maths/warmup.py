@@ -19,15 +19,23 @@ from pipeline.maths.outer_sums import OuterSum
 
 
 def warm_up(
-    scored: ScoredLayers, batches: Sequence[Batch], learning_rate: float, kernel: str, advance: Callable[[int], None]
+    scored: ScoredLayers,
+    batches: Sequence[Batch],
+    learning_rate: float,
+    kernel: str,
+    advance: Callable[[int], None],
+    keep: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, masters: None,
 ) -> dict[str, torch.Tensor]:
     """Train the scored weights in place, one AdamW step per batch; returns their float32 masters by parameter name.
+
+    ``keep(steps, masters)`` is called before the first step (0) and after each, with the steps done so far.
 
     The step's loss is the mean over the batch's response tokens; the learning rate rises over the first tenth of the
     steps and falls to zero along a cosine; gradients are clipped to norm 1. ``advance`` is called with 1 after a step.
     """
     masters = {name: torch.nn.Parameter(w.detach().float().clone()) for name, w in scored.weights().items()}
     optimizer = torch.optim.AdamW(masters.values(), lr=learning_rate, weight_decay=0.0)
+    keep(0, _plain(masters))
     for step, batch in enumerate(batches):
         gradient = OuterSum(scored)
         losses = ghost_pass(scored, batch, gradient, kernel)
@@ -42,7 +50,19 @@ def warm_up(
         with torch.no_grad():
             for linear in scored.maps:
                 linear.parameter.copy_(masters[linear.name])
+        keep(step + 1, _plain(masters))
         advance(1)
+    return _plain(masters)
+
+
+def snapshot_steps(steps: int, snapshots: int) -> list[int]:
+    """After how many of ``steps`` steps each snapshot is taken: evenly from the start to the end; one: the end."""
+    if snapshots == 1:
+        return [steps]
+    return [round(index * steps / (snapshots - 1)) for index in range(snapshots)]
+
+
+def _plain(masters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: master.detach() for name, master in masters.items()}
 
 

@@ -60,7 +60,13 @@ class AnchorSettings:
         found += at_least("anchor.warmup.batch_size", self.warmup.batch_size, 1)
         if not self.warmup.learning_rate > 0:
             found.append(f"anchor.warmup.learning_rate={self.warmup.learning_rate}: must be above 0")
-        found += not_yet("anchor.snapshots", self.snapshots, (1,))
+        found += at_least("anchor.snapshots", self.snapshots, 1)
+        if self.snapshots > 1 and self.drift in ("checkpoint", "none"):
+            found.append(
+                f"anchor.snapshots={self.snapshots}: snapshots are points of a warm-up: set anchor.drift=warmup"
+            )
+        if self.snapshots > self.warmup.steps + 1:
+            found.append(f"anchor.snapshots={self.snapshots}: a warm-up of {self.warmup.steps} steps has fewer points")
         found += not_yet("anchor.snapshot_scale", self.snapshot_scale, ("none",))
         found += not_yet("anchor.precondition", self.precondition, ("none",))
         return found

@@ -39,7 +39,8 @@ def drift_of(settings: Settings, policy: str, reference: str) -> str:
     if drift == "checkpoint" and of_model(policy) == of_model(reference):
         raise SettingsWrong(
             [
-                "anchor.drift=checkpoint, but model.policy and model.reference are the same: give two checkpoints, or set anchor.drift=warmup"
+                "anchor.drift=checkpoint, but model.policy and model.reference are the same: give two checkpoints, "
+                "or set anchor.drift=warmup"
             ]
         )
     return drift
@@ -90,6 +91,7 @@ def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str
         inputs["anchor.fisher.max_new_tokens"] = anchor.fisher.max_new_tokens
         inputs["anchor.fisher.temperature"] = anchor.fisher.temperature
     if drift == "warmup":
+        inputs["anchor.snapshots"] = anchor.snapshots
         for name in ("steps", "learning_rate", "examples", "batch_size"):
             inputs[f"anchor.warmup.{name}"] = getattr(anchor.warmup, name)
     return inputs
@@ -114,11 +116,12 @@ class _Anchor:
 
     def run(self, policy: str, reference: str, drift: str) -> dict[str, Any]:
         """Fisher at the reference, then warm-up and gradients at the policy; returns the counts."""
-        counts: dict[str, Any] = {"snapshots": 1}
+        counts: dict[str, Any] = {}
         if drift != "none":
             counts["fisher"] = self._reference_phase(reference)
         with self._pool(policy) as pool:
             snapshots = self._snapshots(pool, drift)
+            counts["snapshots"] = len(snapshots)
             for index, weights in enumerate(snapshots):
                 counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights, drift)
         assert self.coverage is not None
@@ -158,12 +161,12 @@ class _Anchor:
             return [name]
         warmup, seed = self.settings.anchor.warmup, self.settings.run.seed
         examples = self._draw(warmup.examples)
-        name = "anchors/snapshot-00/policy.safetensors"
+        name = "anchors/snapshot-{index:02d}/policy.safetensors"
         self._one(pool, AnchorTask("weights", f"{PARTIAL}/policy.safetensors", Sequences([], [], [])), "policy weights")
         with self.progress.task("anchor: warm-up", warmup.steps, "steps") as task:
             shard = Shard("warm-up", warmup.steps)
             pool.run([shard], lambda s: AnchorTask("warmup", name, examples, seed), lambda s, r: None, task)
-        return [name]
+        return [name.format(index=index) for index in range(self.settings.anchor.snapshots)]
 
     def _snapshot(self, pool: WorkerPool, index: int, weights: str, drift: str) -> dict[str, Any]:
         """Write both directions of one snapshot."""

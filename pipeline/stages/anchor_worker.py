@@ -17,7 +17,7 @@ from pipeline.maths.models import ModelSource, load_model
 from pipeline.maths.nonfinite import NonFinite, locate
 from pipeline.maths.outer_sums import OuterSum
 from pipeline.maths.sampling import sample_completions
-from pipeline.maths.warmup import warm_up
+from pipeline.maths.warmup import snapshot_steps, warm_up
 from pipeline.settings import Settings
 from pipeline.stages.coverage import checked_layers
 from pipeline.stages.failure import RunFailed
@@ -48,7 +48,7 @@ class AnchorTask:
     """``what``: weights | fisher | warmup | gradient; ``output``: the file to write; ``seed``: of this task alone."""
 
     what: str
-    output: str
+    output: str  # for a warm-up, with {index} in the place of the snapshot's number
     sequences: Sequences
     seed: int = 0
     weights: str | None = None  # a file with the scored weights to use instead of the model's own
@@ -110,11 +110,16 @@ class AnchorWorker:
             rows = order[step * warmup.batch_size : (step + 1) * warmup.batch_size]
             ids, labels = ([column[i] for i in rows] for column in (task.sequences.input_ids, task.sequences.labels))
             batches.append(collate(ids, labels).to(self.device))
+        snapshots = {step: i for i, step in enumerate(snapshot_steps(warmup.steps, self.settings.anchor.snapshots))}
+
+        def keep(steps: int, masters: dict[str, torch.Tensor]) -> None:
+            if steps in snapshots:
+                self._save(task.output.format(index=snapshots[steps]), masters)
+
         try:
-            masters = warm_up(self.scored, batches, warmup.learning_rate, self.kernel, advance)
+            warm_up(self.scored, batches, warmup.learning_rate, self.kernel, advance, keep)
         except NonFinite as error:
             raise RunFailed(f"warm-up: {error}; try a smaller anchor.warmup.learning_rate") from error
-        self._save(task.output, masters)
         return {"steps": warmup.steps, "examples": len(task.sequences.ids)}
 
     def _gradient(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:

@@ -3,7 +3,8 @@
 import json
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -73,29 +74,39 @@ class Storage:
         self.write_bytes(name, (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode())
 
     def write_table(self, name: str, table: pa.Table, fingerprint: str) -> None:
-        """Write a Parquet part with the fingerprint of the stage that made it.
+        """Write a Parquet part with the fingerprint of the stage that made it."""
+        with self.table_writer(name, table.schema, fingerprint) as part:
+            part.write(table)
 
-        zstd level 3, byte-stream-split for floats, dictionaries only for strings, page index on.
+    @contextmanager
+    def table_writer(self, name: str, schema: pa.Schema, fingerprint: str) -> Iterator["PartWriter"]:
+        """Write a Parquet part table by table; it appears under its name when the ``with`` block ends.
+
+        zstd level 3, byte-stream-split for floats, dictionaries only for strings, page index on. The bytes do not
+        depend on how the rows are cut into tables.
         """
-        metadata = {**(table.schema.metadata or {}), FINGERPRINT_KEY: fingerprint.encode()}
-        table = table.replace_schema_metadata(metadata)
-        strings = [field.name for field in table.schema if pa.types.is_string(field.type)]
+        strings = [field.name for field in schema if pa.types.is_string(field.type)]
         floats = [
             f"{field.name}.list.element"
-            for field in table.schema
+            for field in schema
             if pa.types.is_list(field.type) and pa.types.is_floating(field.type.value_type)
         ]
-        with _Commit(self, name) as stream:
-            pq.write_table(
-                table,
+        metadata = {**(schema.metadata or {}), FINGERPRINT_KEY: fingerprint.encode()}
+        with (
+            _Commit(self, name) as stream,
+            pq.ParquetWriter(
                 stream,
-                row_group_size=ROWS_PER_GROUP,
+                schema.with_metadata(metadata),
                 compression="zstd",
                 compression_level=3,
                 use_dictionary=strings or False,
                 use_byte_stream_split=floats or False,
                 write_page_index=True,
-            )
+            ) as writer,
+        ):
+            part = PartWriter(writer, schema)
+            yield part
+            part.flush()
 
     def read_table(self, name: str, schema: pa.Schema) -> pa.Table:
         """Read a whole Parquet part; raises SchemaMismatch when it has not the schema expected."""
@@ -103,11 +114,16 @@ class Storage:
             check(file.schema_arrow, schema, name)
             return file.read()
 
-    def read_batches(self, name: str, schema: pa.Schema, rows: int = ROWS_PER_GROUP) -> Iterator[pa.RecordBatch]:
-        """Read a Parquet part some rows at a time, for passes whose memory must not grow with the part."""
+    def read_batches(
+        self, name: str, schema: pa.Schema, rows: int = ROWS_PER_GROUP, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """Read a Parquet part at most ``rows`` rows at a time, for passes whose memory must not grow with the part.
+
+        ``columns``: those to read; default: all.
+        """
         with pq.ParquetFile(self.path(name), filesystem=self.fs) as file:
             check(file.schema_arrow, schema, name)
-            yield from file.iter_batches(batch_size=rows)
+            yield from file.iter_batches(batch_size=rows, columns=None if columns is None else list(columns))
 
     def rows_of(self, name: str, fingerprint: str) -> int | None:
         """The row count of a complete part that carries ``fingerprint``; None where it has to be written (again)."""
@@ -120,6 +136,29 @@ class Storage:
                 return file.metadata.num_rows
         except (pa.ArrowInvalid, OSError):
             return None
+
+
+class PartWriter:
+    """Cuts the tables that it is given into row groups of ROWS_PER_GROUP rows; made by ``Storage.table_writer``."""
+
+    def __init__(self, writer: pq.ParquetWriter, schema: pa.Schema) -> None:
+        self._writer, self._held = writer, schema.empty_table()
+
+    def write(self, table: pa.Table) -> None:
+        """Add the rows of ``table``; at most one row group of rows is held back."""
+        self._held = pa.concat_tables([self._held, table])
+        while self._held.num_rows >= ROWS_PER_GROUP:
+            self._group(self._held.slice(0, ROWS_PER_GROUP))
+            self._held = self._held.slice(ROWS_PER_GROUP)
+
+    def flush(self) -> None:
+        """Write the rest. A part without rows has no row group: `datasets` cannot read an empty one."""
+        if self._held.num_rows:
+            self._group(self._held)
+
+    def _group(self, table: pa.Table) -> None:
+        # One chunk per column, since the writer breaks pages at the borders of chunks.
+        self._writer.write_table(table.combine_chunks(), row_group_size=ROWS_PER_GROUP)
 
 
 class _Commit:
@@ -138,11 +177,10 @@ class _Commit:
         return self.stream
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is not None and not self.storage.local:
-            return  # an upload that is never closed is never committed
+        # Arrow's upload streams commit what they have when they are dropped, so that a failed one has to be taken back.
         self.stream.close()
         if kind is not None:
-            os.unlink(self.temporary)
+            self.storage.fs.delete_file(self.temporary)
         elif self.storage.local:
             descriptor = os.open(self.temporary, os.O_RDONLY)
             try:

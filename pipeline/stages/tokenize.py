@@ -164,10 +164,8 @@ class _Chat:
 
     def labels(self, special: frozenset[int]) -> list[int]:
         """Labels of the responses; ``special``: ids of which the last in a response is its end of turn."""
-        if _MARKER.search(self._template):
-            spans = self._marked()
-        else:
-            spans = [self._span(i) for i in self._row.respond]
+        marked = _MARKER.search(self._template)
+        spans = self._marked() if marked else [self._span(i) for i in self._row.respond]
         return _labels(self.ids, self._offsets, [self._trimmed(span, special) for span in spans])
 
     def _checked_template(self) -> str:

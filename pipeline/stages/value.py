@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from data_schemas import COMPONENTS, PREPARED, VALUES
 from pipeline.maths.batch import by_token_budget, collate
 from pipeline.maths.decoder import UnsupportedModel
 from pipeline.maths.directions import Directions
+from pipeline.maths.lower import lower_layers_once
 from pipeline.maths.models import ModelSource, load_model
 from pipeline.maths.nonfinite import NonFinite
 from pipeline.maths.valuer import TokenValuer
@@ -59,7 +61,12 @@ class ValueWorker:
         try:
             self.valuers = [
                 TokenValuer(
-                    model, _directions(storage, index), valuation.layers, valuation.window, settings.model.attention
+                    model,
+                    _directions(storage, index),
+                    valuation.layers,
+                    valuation.window,
+                    settings.model.attention,
+                    valuation.estimator,
                 )
                 for index in range(snapshots)
             ]
@@ -110,12 +117,11 @@ class ValueWorker:
 
     def _values(self, batch: Any) -> dict[str, np.ndarray]:
         """Mean over the snapshots, brought to the host in one copy."""
-        total: torch.Tensor | None = None
-        for valuer in self.valuers:
-            found = valuer.value(batch)
-            stacked = torch.stack([found[name] for name in COLUMNS]).float()
-            total = stacked if total is None else total + stacked
-        assert total is not None
+        total = torch.zeros(())
+        with lower_layers_once(self.valuers[0].scored) if len(self.valuers) > 1 else nullcontext():
+            for valuer in self.valuers:
+                found = valuer.value(batch)
+                total = total.to(self.device) + torch.stack([found[name] for name in COLUMNS]).float()
         host = (total / len(self.valuers)).cpu().numpy()
         return dict(zip(COLUMNS, host, strict=True))
 

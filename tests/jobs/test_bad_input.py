@@ -11,7 +11,13 @@ from tests.conftest import SMALL, chat_row, save_model, write_rows
 
 def test_wrong_keys_types_and_groups_are_all_said_at_once(alphatoken, tmp_path):
     status, out, err = alphatoken(
-        "run", f"run.dir={tmp_path}/r", "mask.rhoo=0.5", "valuation.layers=three", "cluster=moon", "mask.rho=2", "data.max_length=1"
+        "run",
+        f"run.dir={tmp_path}/r",
+        "mask.rhoo=0.5",
+        "valuation.layers=three",
+        "cluster=moon",
+        "mask.rho=2",
+        "data.max_length=1",
     )
     assert status == 2 and out == ""
     for text in ("did you mean mask.rho", "valuation.layers=three", "cluster/moon", "mask.rho=2", "data.max_length=1"):
@@ -34,7 +40,13 @@ def test_no_drift_is_fine_without_a_stability_weight(alphatoken, tmp_path, polic
 
 
 def test_checkpoint_drift_of_equal_models_is_refused(alphatoken, tmp_path, policy, train_file):
-    common = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    common = [
+        f"run.dir={tmp_path}/r",
+        f"model.policy={policy}",
+        f"data.train={train_file}",
+        *SMALL,
+        "data.validation=4",
+    ]
     status, _, err = alphatoken("run", *common, "anchor.drift=checkpoint")
     assert status == 2 and "anchor.drift=warmup" in err
 
@@ -46,13 +58,17 @@ def test_unknown_and_later_commands_are_refused(alphatoken, command):
 
 
 def test_missing_file(alphatoken, tmp_path, policy):
-    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={tmp_path}/no.jsonl")
+    status, _, err = alphatoken(
+        "prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={tmp_path}/no.jsonl"
+    )
     assert status == 2 and "data.train" in err and "no.jsonl: no such file" in err
 
 
 def test_unreadable_model_directory(alphatoken, tmp_path, train_file):
     (tmp_path / "empty").mkdir()
-    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/r", f"model.policy={tmp_path}/empty", f"data.train={train_file}")
+    status, _, err = alphatoken(
+        "prepare", f"run.dir={tmp_path}/r", f"model.policy={tmp_path}/empty", f"data.train={train_file}"
+    )
     assert status == 2 and "model.policy" in err and "config.json" in err
 
 
@@ -78,7 +94,11 @@ def test_too_few_rows_to_hold_out(alphatoken, tmp_path, policy, train_file):
 def test_no_usable_rows(alphatoken, tmp_path, policy, validation_file):
     train = write_rows(tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 5)
     status, _, err = alphatoken(
-        "prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train}", f"data.validation={validation_file}"
+        "prepare",
+        f"run.dir={tmp_path}/r",
+        f"model.policy={policy}",
+        f"data.train={train}",
+        f"data.validation={validation_file}",
     )
     assert status == 1 and "usable" in err.strip().splitlines()[-1]
 
@@ -86,7 +106,11 @@ def test_no_usable_rows(alphatoken, tmp_path, policy, validation_file):
 def test_validation_without_a_response_token(alphatoken, tmp_path, policy, train_file):
     bad = write_rows(tmp_path / "v.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 3)
     status, _, err = alphatoken(
-        "prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", f"data.validation={bad}"
+        "prepare",
+        f"run.dir={tmp_path}/r",
+        f"model.policy={policy}",
+        f"data.train={train_file}",
+        f"data.validation={bad}",
     )
     assert status == 1 and "data.validation" in err.splitlines()[-1] and "response token" in err.splitlines()[-1]
 

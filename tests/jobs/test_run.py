@@ -55,7 +55,9 @@ def test_writes_every_file_of_the_contract(done_run):
 def test_masks_load_with_exactly_three_columns_and_about_half_kept(done_run, tmp_path):
     rows = datasets.load_dataset(str(done_run / "masks/default"), split="train", cache_dir=str(tmp_path))
     assert rows.column_names == ["input_ids", "attention_mask", "labels"]
-    prepared = [r for i in range(4) for r in pq.read_table(done_run / f"prepared/part-{i:05d}-of-00004.parquet").to_pylist()]
+    prepared = [
+        r for i in range(4) for r in pq.read_table(done_run / f"prepared/part-{i:05d}-of-00004.parquet").to_pylist()
+    ]
     response = sum(label != -100 for row in prepared for label in row["labels"])
     kept = sum(label != -100 for row in rows for label in row["labels"])
     always = len(prepared)  # the end-of-turn token of each is always kept
@@ -94,7 +96,9 @@ def test_loss_column_is_the_cross_entropy_of_the_token_at_the_same_index(done_ru
     weights = load_file(done_run / "anchors/snapshot-00/policy.safetensors")
     model.load_state_dict(weights, strict=False)
     for row, stored in zip(
-        pq.read_table(done_run / "prepared" / part).to_pylist(), pq.read_table(done_run / "values" / part).to_pylist(), strict=True
+        pq.read_table(done_run / "prepared" / part).to_pylist(),
+        pq.read_table(done_run / "values" / part).to_pylist(),
+        strict=True,
     ):
         ids = torch.tensor([row["input_ids"]])
         log_probability = model(ids).logits[0].log_softmax(-1)
@@ -114,7 +118,9 @@ def test_held_out_rows_are_excluded_from_training(alphatoken, tmp_path, policy, 
     assert len(everything) == len(set(everything)) == 40
 
 
-def test_checkpoint_drift_is_fisher_times_difference(alphatoken, tmp_path, policy, reference, train_file, validation_file):
+def test_checkpoint_drift_is_fisher_times_difference(
+    alphatoken, tmp_path, policy, reference, train_file, validation_file
+):
     run = tmp_path / "r"
     status, out, err = alphatoken(
         *arguments(run, policy, train_file, f"model.reference={reference}", f"data.validation={validation_file}")
@@ -122,7 +128,10 @@ def test_checkpoint_drift_is_fisher_times_difference(alphatoken, tmp_path, polic
     assert status == 0, err
     assert len(out.splitlines()) == 3 and str(run) in out
     assert not (run / "anchors/snapshot-00/policy.safetensors").exists()
-    fisher, stability = load_file(run / "anchors/fisher.safetensors"), load_file(run / "anchors/snapshot-00/stability.safetensors")
+    fisher, stability = (
+        load_file(run / "anchors/fisher.safetensors"),
+        load_file(run / "anchors/snapshot-00/stability.safetensors"),
+    )
     there = AutoModelForCausalLM.from_pretrained(policy).state_dict()
     before = AutoModelForCausalLM.from_pretrained(reference).state_dict()
     assert len(stability) == 14
@@ -144,7 +153,9 @@ def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, r
     assert found[0] == found[1] and len(found[0]) > 10
 
 
-def test_the_same_command_again_skips_everything_and_another_setting_is_refused(alphatoken, done_run, policy, train_file, validation_file):
+def test_the_same_command_again_skips_everything_and_another_setting_is_refused(
+    alphatoken, done_run, policy, train_file, validation_file
+):
     same = arguments(done_run, policy, train_file, f"data.validation={validation_file}")
     before = hashes(done_run)
     status, _, err = alphatoken(*same)
@@ -157,7 +168,9 @@ def test_the_same_command_again_skips_everything_and_another_setting_is_refused(
 
 
 def test_another_rho_needs_no_model(alphatoken, done_run):
-    status, out, _ = alphatoken("mask", f"run.dir={done_run}", "mask.rho=0.25", "mask.name=quarter", "mask.always_keep=[]", "mask.min_kept=0")
+    status, out, _ = alphatoken(
+        "mask", f"run.dir={done_run}", "mask.rho=0.25", "mask.name=quarter", "mask.always_keep=[]", "mask.min_kept=0"
+    )
     assert status == 0 and len(out.splitlines()) == 3
     summary = json.loads((done_run / "masks/quarter/summary.json").read_text())
     assert summary["kept_fraction"] == pytest.approx(0.25, abs=0.01)
@@ -190,7 +203,13 @@ def test_overwrite_starts_a_stage_and_the_later_ones_anew(alphatoken, tmp_path, 
 
 
 def test_broken_rows_go_to_quarantine_and_are_counted(alphatoken, tmp_path, policy, validation_file):
-    bad = ['{"messages": [', "[1, 2]", {"messages": "x"}, {"messages": [{"role": "user", "content": "hello"}]}, {"other": 1}]
+    bad = [
+        '{"messages": [',
+        "[1, 2]",
+        {"messages": "x"},
+        {"messages": [{"role": "user", "content": "hello"}]},
+        {"other": 1},
+    ]
     train = write_rows(tmp_path / "bad.jsonl", [*bad[:2], *[chat_row(i) for i in range(12)], *bad[2:]])
     run = tmp_path / "r"
     status, _, err = alphatoken("prepare", *arguments(run, policy, train, f"data.validation={validation_file}")[1:])

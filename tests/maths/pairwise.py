@@ -54,7 +54,7 @@ def gpt_oss_gate(inner: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One sequence of length T: losses by predicting position, (h (T, d_in), d (T, d_out)) by matrix, A (T, T) by layer."""
+    """One sequence of length T: losses by predicting position, h (T, d_in) and d (T, d_out) by matrix, A (T, T)."""
 
     losses: dict[int, float]
     seen: dict[Key, tuple[torch.Tensor, torch.Tensor]]
@@ -130,7 +130,9 @@ def record(twin: nn.Module, layout: Layout, layers: int, ids: Sequence[int], lab
                 hooks.enter_context(_looped(twin, layout, f"{name}.{layout.experts}", keep))
         twin.zero_grad()
         logits = twin(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
-    losses = {t - 1: F.cross_entropy(logits[t - 1], torch.tensor(labels[t])) for t in range(1, len(ids)) if labels[t] >= 0}
+    losses = {
+        t - 1: F.cross_entropy(logits[t - 1], torch.tensor(labels[t])) for t in range(1, len(ids)) if labels[t] >= 0
+    }
     torch.stack(list(losses.values())).sum().backward()
     seen = {}
     for key, (entering, output) in outputs.items():

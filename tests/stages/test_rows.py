@@ -113,9 +113,7 @@ def test_sharegpt_names_become_roles():
 def test_a_system_column_goes_first_unless_a_system_message_does():
     said = {"role": "system", "content": "Be brief."}
     turns = [{"from": "human", "value": "2+2?"}, {"from": "gpt", "value": "4"}]
-    assert parse({"conversations": turns, "system": "Be brief."}) == Conversation(
-        [said, USER, SAID], None, (2,)
-    )
+    assert parse({"conversations": turns, "system": "Be brief."}) == Conversation([said, USER, SAID], None, (2,))
     assert parse({"conversations": [said, *turns], "system": "Ignored"}).messages == [said, USER, SAID]
     assert parse({"messages": [USER, SAID], "system": "gpt-4"}).messages == [USER, SAID]
     named = parse({"messages": [USER, SAID], "persona": "Be brief."}, {"system": "persona"})

@@ -51,9 +51,7 @@ KEEPS_LAST_STEPS = (
 # Like DeepSeek-R1: the generation prompt opens a thought that finished turns do not have.
 OPENED_THOUGHT = CHATML.replace("assistant\n' }}{% endif", "assistant\n<think>\n' }}{% endif")
 DATED = "{{ '[' + strftime_now('%d %b %Y, %-d %B') + ']\n' }}" + CHATML
-STRICT = (
-    "{% if messages[0]['role'] != 'user' %}{{ raise_exception('User must go first') }}{% endif %}" + CHATML
-)
+STRICT = "{% if messages[0]['role'] != 'user' %}{{ raise_exception('User must go first') }}{% endif %}" + CHATML
 WITH_TOOLS = "{% for t in tools or [] %}{{ t | tojson }}\n{% endfor %}" + CHATML.replace(
     "m['content'] +", "(m['content'] or '') + (m['tool_calls'] | tojson if m['tool_calls'] else '') +"
 )
@@ -120,9 +118,7 @@ def responses(tokenizer, example):
         if label != -100:
             current.append(label)
         elif current:
-            runs.append(
-                tokenizer.decode(current, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-            )
+            runs.append(tokenizer.decode(current, skip_special_tokens=False, clean_up_tokenization_spaces=False))
             current = []
     return runs
 
@@ -149,19 +145,13 @@ def test_a_response_that_the_prompt_contains_is_not_searched_for(build):
     example = maker(tokenizer)(chat("four", "four", "say four", "four"), "a")
     assert responses(tokenizer, example) == ["four<|im_end|>"] * 2
     first = example.labels.index(next(label for label in example.labels if label != -100))
-    assert (
-        tokenizer.decode(example.input_ids[:first])
-        == "<|im_start|>user\nfour<|im_end|>\n<|im_start|>assistant\n"
-    )
+    assert tokenizer.decode(example.input_ids[:first]) == "<|im_start|>user\nfour<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_template_that_writes_bos_does_not_get_a_second_one(build):
     tokenizer = build(LLAMA, adds_bos=True)
     example = maker(tokenizer)(chat("What is it?", " An answer.\n", "So?", "four"), "a")
-    assert (
-        example.input_ids.count(tokenizer.bos_token_id) == 1
-        and example.input_ids[0] == tokenizer.bos_token_id
-    )
+    assert example.input_ids.count(tokenizer.bos_token_id) == 1 and example.input_ids[0] == tokenizer.bos_token_id
     assert responses(tokenizer, example) == ["An answer.<|eot|>", "four<|eot|>"]
     assert (
         example.input_ids
@@ -307,9 +297,7 @@ def test_truncation_cuts_from_the_right_and_says_so(build):
     first = next(i for i, label in enumerate(whole.labels) if label != -100)
     cut = maker(tokenizer, first + 1)(row, "a")
     assert cut.truncated and cut.input_ids == whole.input_ids[: first + 1] and cut.labels[-1] != -100
-    with pytest.raises(
-        Unusable, match=rf"^no_response: truncated away, .* {first} and data.max_length={first}$"
-    ):
+    with pytest.raises(Unusable, match=rf"^no_response: truncated away, .* {first} and data.max_length={first}$"):
         maker(tokenizer, first)(row, "a")
 
 
@@ -396,19 +384,13 @@ def test_what_can_never_work_is_said_with_its_remedy(build):
     assert not isinstance(caught.value, Unusable)
 
 
-LITTLE = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+LITTLE = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 NAMES = [
     *("messages", "prompt", "completion", "response", "instruction", "input", "output", "conversations"),
     *("input_ids", "labels", "id", "tools", "system", "chosen", "rejected"),
 ]
-WORDS = st.one_of(
-    st.text(max_size=8), st.sampled_from(["four", "", "<|im_end|>", "<s>", "</s>", "[]", "\ud800"])
-)
-ROLE = st.sampled_from(
-    ["user", "assistant", "system", "tool", "human", "gpt", "function_call", "bot", None, 3]
-)
+WORDS = st.one_of(st.text(max_size=8), st.sampled_from(["four", "", "<|im_end|>", "<s>", "</s>", "[]", "\ud800"]))
+ROLE = st.sampled_from(["user", "assistant", "system", "tool", "human", "gpt", "function_call", "bot", None, 3])
 SCALARS = st.one_of(st.none(), st.booleans(), st.integers(-5, 600), st.floats(), WORDS)
 JSON = st.recursive(
     SCALARS,
@@ -422,14 +404,10 @@ MESSAGE = st.fixed_dictionaries(
 VALUES = st.one_of(JSON, WORDS, st.lists(MESSAGE, max_size=4), st.lists(st.integers(-100, 500), max_size=5))
 ANYTHING = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=3), VALUES, max_size=4)
 # Rows that are nearly right reach further into the code than arbitrary ones.
-SAID = st.fixed_dictionaries(
-    {"role": st.sampled_from(["user", "assistant", "assistant", "tool"]), "content": WORDS}
-)
+SAID = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "assistant", "tool"]), "content": WORDS})
 SHAPED = st.one_of(
     st.fixed_dictionaries({"messages": st.lists(SAID | MESSAGE, max_size=5)}, optional={"tools": JSON}),
-    st.fixed_dictionaries(
-        {"conversations": st.lists(SAID | MESSAGE, max_size=4)}, optional={"system": WORDS}
-    ),
+    st.fixed_dictionaries({"conversations": st.lists(SAID | MESSAGE, max_size=4)}, optional={"system": WORDS}),
     st.fixed_dictionaries({"prompt": WORDS | st.lists(SAID), "completion": WORDS | st.lists(SAID)}),
     st.fixed_dictionaries({"instruction": WORDS, "output": WORDS}, optional={"input": WORDS, "id": SCALARS}),
     st.lists(st.integers(-1, 425), max_size=30).map(lambda ids: {"input_ids": ids, "labels": list(ids)}),
@@ -454,9 +432,7 @@ def test_any_row_gives_a_valid_example_or_a_reason(build, row, columns, template
         assert example.id.encode("utf-8") and max(example.input_ids) < 420
 
 
-PLAIN_WORDS = st.text(
-    st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=12
-)
+PLAIN_WORDS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="<"), min_size=1, max_size=12)
 TURN = PLAIN_WORDS.map(str.strip).filter(bool)
 
 

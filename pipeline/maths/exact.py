@@ -1,0 +1,90 @@
+"""The exact estimator: the derivative of each token's own loss along each direction.
+
+`direct` splits the training gradient by position; a mask removes one token's loss. What that is worth to first order
+is <gradient of the token's own loss, M>, the directional derivative of the per-token loss vector along M, obtained for
+all tokens at once by forward-mode differentiation. Tangents live in the scored layers alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+from pipeline.maths.attention import intercepted
+from pipeline.maths.batch import Batch
+from pipeline.maths.capture import frozen
+from pipeline.maths.decoder import ScoredLayers
+from pipeline.maths.experts import tapped_experts
+from pipeline.maths.head import chunk_rows, head_of
+from pipeline.maths.lower import lower_layers_once
+
+
+def exact_values(
+    scored: ScoredLayers, batch: Batch, named: Mapping[str, Mapping[str, torch.Tensor]], kernel: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses (n,) in nats and derivatives (directions, n) at the n positions that predict a response token.
+
+    ``named``: direction name -> parameter name -> tensor. Positive: a step against the gradient of this token's loss
+    has a positive product with the direction, as in the other estimator. One pass of the scored layers per direction.
+    """
+    positions = batch.predicting()
+    targets = batch.labels.flatten()[positions + 1]
+    if not len(positions):
+        return torch.zeros(0, device=targets.device), torch.zeros(len(named), 0, device=targets.device)
+    losses, derivatives = torch.zeros(0), []
+    experts = {m.module for m in scored.maps if m.experts}
+    with ExitStack() as stack:
+        stack.enter_context(frozen(scored.model))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(intercepted(scored.model, kernel, None))
+        if experts:
+            stack.enter_context(
+                tapped_experts(scored.model, experts, lambda m, name, e, entering, output, rows: output)
+            )
+        stack.enter_context(lower_layers_once(scored))
+        stack.enter_context(forward_ad.dual_level())
+        for direction in named.values():
+            with _tangents(scored, direction):
+                outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
+                hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
+                losses, derivative = _losses(scored, outputs, hidden, targets)
+                derivatives.append(derivative)
+    return losses, torch.stack(derivatives)
+
+
+def _losses(
+    scored: ScoredLayers, outputs: object, hidden: torch.Tensor, targets: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    losses, derivatives = [], []
+    rows = chunk_rows(scored.model, hidden)
+    with head_of(scored, outputs) as head:
+        for part, wanted in zip(hidden.split(rows), targets.split(rows), strict=True):
+            logits = head(part)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = logits.logsumexp(dim=-1) - logits.gather(1, wanted[:, None]).squeeze(1)
+            primal, tangent = forward_ad.unpack_dual(loss)
+            losses.append(primal)
+            derivatives.append(torch.zeros_like(primal) if tangent is None else tangent)
+    return torch.cat(losses), torch.cat(derivatives)
+
+
+@contextmanager
+def _tangents(scored: ScoredLayers, direction: Mapping[str, torch.Tensor]) -> Iterator[None]:
+    """Give the scored weights a tangent for one block of code."""
+    before = []
+    for linear in scored.maps:
+        leaf = linear.name.rpartition(".")[2]
+        weight = linear.parameter
+        before.append((linear.module, leaf, weight))
+        tangent = direction[linear.name].to(weight.device, weight.dtype)
+        del linear.module._parameters[leaf]
+        setattr(linear.module, leaf, forward_ad.make_dual(weight.detach(), tangent))
+    try:
+        yield
+    finally:
+        for module, leaf, weight in before:
+            delattr(module, leaf)
+            module.register_parameter(leaf, weight)

@@ -1,0 +1,178 @@
+"""From token values to kept tokens: exact order statistics of a stream in bounded memory.
+
+numpy alone, so that masks can be made again and again where there is no torch. Arrays called *flat* hold the response
+tokens of several examples laid end to end; ``offsets`` ``(examples + 1,)`` says where each example begins.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from fractions import Fraction
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+OBJECTIVES = ("adaptation", "stability")
+_SIGN = np.uint32(1 << 31)
+_HALF = 1 << 16
+
+
+def objective(components: Mapping[str, Floats], name: str) -> npt.NDArray[np.float64]:
+    """Direct plus causal part of ``adaptation`` or ``stability``, ``(tokens,)`` float64."""
+    return components[f"{name}_direct"].astype(np.float64) + components[f"{name}_causal"]
+
+
+def token_values(components: Mapping[str, Floats], weight: float, scale: Mapping[str, float]) -> Floats:
+    """The value of every token (Eq. 12), ``(tokens,)`` float32; higher is better.
+
+    ``value = adaptation / scale["adaptation"] + weight * stability / scale["stability"]``, each objective being the sum
+    of its direct and causal component. Computed in float64 and rounded once, so that the order of equal sums does not
+    depend on how they were added up. A result beyond float32 becomes infinite.
+    """
+    if not all(0 < scale[name] < math.inf for name in OBJECTIVES):
+        raise ValueError(f"scales must be positive and finite, not {dict(scale)}")
+    value = objective(components, "adaptation") / scale["adaptation"]
+    if weight:
+        value += weight * objective(components, "stability") / scale["stability"]
+    with np.errstate(over="ignore"):
+        return value.astype(np.float32)
+
+
+def rank_of(rho: float, n: int) -> int:
+    """How many of ``n`` tokens a fraction ``rho`` is: ``ceil(rho * n)``, at least 1.
+
+    ``rho`` is taken as the decimal number that was typed: in floats ``0.7 * 10`` is a little above 7.
+    """
+    if not 0 < rho <= 1 or n < 1:
+        raise ValueError(f"need 0 < rho <= 1 and at least one token, not rho={rho}, n={n}")
+    return min(n, math.ceil(Fraction(repr(float(rho))) * n))
+
+
+def threshold_of(values: Floats, rho: float) -> np.float32:
+    """The threshold of one group (Eq. 13): its ``ceil(rho * n)``-th largest value.
+
+    Keep ``values >= threshold``; ties at the threshold are all kept. Raises ValueError for an empty group or a NaN.
+    """
+    if np.isnan(values).any():
+        raise ValueError("NaN has no rank")
+    place = len(values) - rank_of(rho, len(values))
+    return np.float32(np.partition(values, place)[place])
+
+
+def thresholds_in_groups(values: Floats, offsets: Ints, size: int, rho: float) -> tuple[Floats, Floats]:
+    """Thresholds of groups of ``size`` consecutive examples; the last group may be smaller.
+
+    ``values``: flat. Returns one threshold per token, and one per group that has any token.
+    """
+    examples = len(offsets) - 1
+    borders = offsets[np.append(np.arange(0, examples, size), examples)]
+    borders = borders[np.append(True, np.diff(borders) > 0)]  # groups without a token have no threshold
+    pairs = zip(borders[:-1], borders[1:], strict=True)
+    groups = np.array([threshold_of(values[start:stop], rho) for start, stop in pairs], np.float32)
+    return np.repeat(groups, np.diff(borders)), groups
+
+
+class RankSelect:
+    """The exact k-th largest float32 of a stream that can be read twice; 1 MiB, whatever the length of the stream.
+
+    A float32 becomes a uint32 of the same order. The first pass counts the upper 16 bits, which tells the bin that
+    holds the k-th largest; the second counts the lower 16 bits within that bin. -0.0 equals 0.0; NaN raises ValueError.
+
+        select = RankSelect()
+        for values in stream: select.count(values)
+        select.choose(rank_of(rho, select.total))
+        for values in stream: select.refine(values)
+        threshold = select.threshold()
+    """
+
+    def __init__(self) -> None:
+        self._high = np.zeros(_HALF, np.int64)
+        self._low = np.zeros(_HALF, np.int64)
+        self._bin = -1
+        self._rank = 0
+
+    @property
+    def total(self) -> int:
+        """Values counted in the first pass."""
+        return int(self._high.sum())
+
+    def count(self, values: Floats) -> None:
+        """First pass."""
+        self._high += np.bincount(_keys(values) >> 16, minlength=_HALF)
+
+    def choose(self, k: int) -> np.float32:
+        """End the first pass. Returns the smallest value of the chosen bin: the k-th largest to about 8 bits."""
+        if not 1 <= k <= self.total:
+            raise ValueError(f"there is no {k}-th largest of {self.total} values")
+        self._bin, self._rank = _from_above(self._high, k)
+        return _value(self._bin << 16)
+
+    def refine(self, values: Floats) -> None:
+        """Second pass, over the same values."""
+        keys = _keys(values)
+        inside = keys[(keys >> 16) == self._bin] & (_HALF - 1)
+        self._low += np.bincount(inside, minlength=_HALF)
+
+    def threshold(self) -> np.float32:
+        """The k-th largest value; raises ValueError when the second pass saw other values than the first."""
+        if self._bin < 0 or self._low.sum() != self._high[self._bin]:
+            raise ValueError("the second pass did not see the values of the first")
+        low, _ = _from_above(self._low, self._rank)
+        return _value(self._bin << 16 | low)
+
+
+def keep(values: Floats, response: Bools, threshold: float, always: Bools, min_kept: int) -> Bools:
+    """Which tokens of one example are kept (Eq. 13), ``(length,)``.
+
+    Response tokens with ``value >= threshold``, and response tokens in ``always``. If these are fewer than
+    ``min_kept``, the highest-valued other response tokens are added, the earlier of equal ones first.
+    """
+    kept = np.zeros(len(values), np.bool_)
+    inside = values[response]
+    offsets = np.array([0, len(inside)])
+    kept[response] = keep_flat(inside, offsets, np.float32(threshold), always[response], min_kept)
+    return kept
+
+
+def keep_flat(values: Floats, offsets: Ints, threshold: np.float32 | Floats, always: Bools, min_kept: int) -> Bools:
+    """``keep`` for the response tokens of many examples; ``threshold`` is one number or one per token."""
+    kept = (values >= threshold) | always
+    ends = np.concatenate([[0], np.cumsum(kept)])[offsets]
+    missing = np.minimum(min_kept, np.diff(offsets)) - np.diff(ends)
+    for example in np.flatnonzero(missing > 0):
+        start, stop = offsets[example], offsets[example + 1]
+        others = start + np.flatnonzero(~kept[start:stop])
+        best = np.argsort(-values[others], kind="stable")[: missing[example]]
+        kept[others[best]] = True
+    return kept
+
+
+def _keys(values: Floats) -> npt.NDArray[np.uint32]:
+    """uint32 numbers in the order of the floats."""
+    if values.dtype != np.float32:
+        raise TypeError(f"values must be float32, not {values.dtype}")
+    if np.isnan(values).any():
+        raise ValueError("NaN has no rank")
+    bits = np.ascontiguousarray(values).view(np.uint32)
+    bits = np.where(bits == _SIGN, np.uint32(0), bits)  # -0.0
+    # Negative floats grow in magnitude with their bits: invert them all, so that the most negative comes first.
+    return np.where(bits & _SIGN, ~bits, bits | _SIGN)
+
+
+def _value(key: int) -> np.float32:
+    """The float of a key."""
+    bits = key ^ (1 << 31) if key >> 31 else ~key & 0xFFFFFFFF
+    return np.uint32(bits).view(np.float32)
+
+
+def _from_above(counts: Ints, k: int) -> tuple[int, int]:
+    """The bin of the k-th largest, and its rank from above within that bin."""
+    reached = np.cumsum(counts[::-1])
+    steps = int(np.searchsorted(reached, k))
+    place = len(counts) - 1 - steps
+    return place, k - int(reached[steps] - counts[place])

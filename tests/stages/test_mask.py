@@ -1,0 +1,335 @@
+"""The mask stage on synthetic runs, against a definition in plain Python over all rows at once."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from fractions import Fraction
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from rich.console import Console
+
+from data_schemas import COMPONENTS, VALUES
+from pipeline.settings import MaskSettings
+from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.manifest import Manifest
+from pipeline.stages.mask import ROWS_AT_ONCE, run_mask
+from pipeline.stages.progress import Progress
+from pipeline.stages.storage import ROWS_PER_GROUP, Storage
+from tests.conftest import save_tokenizer
+from tests.stages.synthetic_run import EOS, contents, mask, masks, write_run
+
+
+def naive(prepared, values, sizes, settings: MaskSettings):
+    """Kept tokens of every row, the number kept only by always_keep, and only by min_kept."""
+    inside = [[label != -100 for label in row["labels"]] for row in prepared]
+    scale = {}
+    for name in ("adaptation", "stability"):
+        summed = [
+            a + b
+            for row, r in zip(values, inside, strict=True)
+            for a, b, i in zip(row[f"{name}_direct"], row[f"{name}_causal"], r, strict=True)
+            if i
+        ]
+        rms = math.sqrt(sum(x * x for x in summed) / len(summed))
+        scale[name] = rms if settings.normalize == "rms" and rms else 1.0
+    scored = [
+        [
+            np.float32((a + b) / scale["adaptation"] + settings.stability_weight * (c + d) / scale["stability"])
+            for a, b, c, d in zip(*(row[name] for name in COMPONENTS), strict=True)
+        ]
+        for row in values
+    ]
+    groups, start = [], 0
+    for size in sizes:
+        step = {"example": 1, "batch": settings.batch_size}.get(settings.scope, size)
+        groups += [range(i, min(i + step, start + size)) for i in range(start, start + size, step or 1)]
+        start += size
+    if settings.scope == "dataset":
+        groups = [range(len(prepared))]
+    kept, always_only, minimum_only = [], 0, 0
+    for group in groups:
+        pool = sorted((v for r in group for v, i in zip(scored[r], inside[r], strict=True) if i), reverse=True)
+        threshold = pool[math.ceil(Fraction(str(settings.rho)) * len(pool)) - 1] if pool else 0
+        for r in group:
+            tokens = [t for t in range(len(inside[r])) if inside[r][t]]
+            chosen = {t for t in tokens if scored[r][t] >= threshold}
+            always = {t for t in tokens if "eos" in settings.always_keep and prepared[r]["input_ids"][t] == EOS}
+            always_only += len(always - chosen)
+            chosen |= always
+            missing = min(settings.min_kept, len(tokens)) - len(chosen)
+            others = sorted((t for t in tokens if t not in chosen), key=lambda t: (-scored[r][t], t))
+            minimum_only += max(0, missing)
+            kept.append(chosen | set(others[: max(0, missing)]))
+    return kept, always_only, minimum_only
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"rho": 0.1, "always_keep": [], "min_kept": 0},
+        {"rho": 0.3, "min_kept": 4},
+        {"rho": 1.0},
+        {"normalize": "rms", "stability_weight": 3.0},
+        {"stability_weight": 0.0},
+        {"scope": "example", "rho": 0.3},
+        {"scope": "example", "min_kept": 3, "normalize": "rms"},
+        {"scope": "batch", "batch_size": 7, "rho": 0.4},
+        {"scope": "batch", "batch_size": 1000, "always_keep": []},
+        {"scope": "batch", "batch_size": 1, "rho": 0.2, "min_kept": 0},
+    ],
+    ids=str,
+)
+def test_masks_are_those_of_the_definition(tmp_path, settings):
+    sizes = (40, 0, ROWS_AT_ONCE + 45, 3)
+    storage, prepared, values = write_run(tmp_path, sizes, seed=len(str(settings)))
+    expected, always_only, minimum_only = naive(prepared, values, sizes, MaskSettings(**settings))
+    summary = mask(storage, **settings)
+    found = masks(storage)
+    assert len(found) == len(prepared)
+    for row, whole, kept in zip(found, prepared, expected, strict=True):
+        assert row == {
+            "input_ids": whole["input_ids"],
+            "attention_mask": [1] * len(whole["input_ids"]),
+            "labels": [t if i in kept else -100 for i, t in enumerate(whole["labels"])],
+        }
+    response = sum(label != -100 for row in prepared for label in row["labels"])
+    assert summary["rows"] == len(prepared)
+    assert summary["response_tokens"] == response
+    assert summary["kept_tokens"] == sum(map(len, expected))
+    assert summary["kept_fraction"] == summary["kept_tokens"] / response
+    assert summary["kept_only_by_always_keep"] == always_only
+    assert summary["kept_only_by_min_kept"] == minimum_only
+    assert summary["rows_with_nothing_kept"] == sum(not kept for kept in expected)
+    assert summary == storage.read_json("masks/default/summary.json")
+
+
+def test_kept_fraction_is_rho_up_to_ties_and_exceptions(tmp_path):
+    storage, *_ = write_run(tmp_path, (300, 300))
+    for rho in (0.1, 0.5, 0.9):
+        summary = mask(storage, rho=rho, always_keep=[], min_kept=0, name=f"rho-{rho}")
+        assert rho <= summary["kept_fraction"] < rho + 0.02
+
+
+def test_statistics_are_those_of_the_columns(tmp_path):
+    storage, prepared, values = write_run(tmp_path)
+    summary = mask(storage, rho=0.3)
+    inside = np.array([label != -100 for row in prepared for label in row["labels"]])
+    kept = np.array([label != -100 for row in masks(storage) for label in row["labels"]])[inside]
+    columns = {name: np.array([v for row in values for v in row[name]])[inside] for name in COMPONENTS}
+    value = sum(columns[n] for n in COMPONENTS[:2]) + 1.5 * sum(columns[n] for n in COMPONENTS[2:])
+    for name, column in {**columns, "value": value}.items():
+        found = summary["columns"][name]
+        for key, expected in {
+            "mean": column.mean(), "rms": np.sqrt((column**2).mean()), "min": column.min(), "max": column.max(),
+            "negative_fraction": (column < 0).mean(), "mean_kept": column[kept].mean(),
+            "mean_masked": column[~kept].mean(),
+        }.items():  # fmt: skip
+            assert found[key] == pytest.approx(expected, rel=1e-5, abs=1e-6), (name, key)
+    rank = math.ceil(0.3 * len(value))
+    assert summary["threshold"] == pytest.approx(np.sort(value)[::-1][rank - 1], abs=1e-6)
+    adaptation = sum(columns[n] for n in COMPONENTS[:2]).astype(np.float32)
+    passed = value.astype(np.float32) >= np.float32(summary["threshold"])
+    changed = passed != (adaptation >= np.sort(adaptation)[::-1][rank - 1])
+    assert summary["decisions_changed_by_stability"] == pytest.approx(changed.mean(), abs=1e-9)
+    assert summary["scales"] == {"adaptation": 1.0, "stability": 1.0} and summary["notes"] == []
+
+
+def test_group_thresholds_are_summed_up(tmp_path):
+    sizes = (40, 33)
+    storage, prepared, values = write_run(tmp_path, sizes)
+    summary = mask(storage, scope="example", stability_weight=0.0)
+    per_row = []
+    for row, value in zip(prepared, values, strict=True):
+        both = zip(value[COMPONENTS[0]], value[COMPONENTS[1]], row["labels"], strict=True)
+        pool = sorted((np.float32(a + b) for a, b, label in both if label != -100), reverse=True)
+        per_row += [pool[math.ceil(len(pool) / 2) - 1]] if pool else []
+    found = summary["thresholds"]
+    assert summary["threshold"] is None
+    assert found["groups"] == len(per_row) and found["min"] == min(per_row) and found["max"] == max(per_row)
+    middle = sorted(per_row, reverse=True)[(len(per_row) + 1) // 2 - 1]
+    assert found["median"] == pytest.approx(middle, rel=2**-7)
+    assert summary["decisions_changed_by_stability"] == 0
+
+
+def test_zero_stability_keeps_scale_one_and_says_so(tmp_path):
+    storage, *_ = write_run(tmp_path, stability=0.0)
+    summary = mask(storage, normalize="rms")
+    assert summary["scales"]["stability"] == 1.0 and summary["scales"]["adaptation"] != 1.0
+    assert any("stability is zero" in note for note in summary["notes"])
+    assert "stability is zero" in (tmp_path / "masks/default/README.md").read_text()
+
+
+def test_many_ties_are_said(tmp_path):
+    storage, prepared, values = write_run(tmp_path, (20,))
+    flat = [{"id": v["id"], **{n: [0.0] * len(v["loss"]) for n in (*COMPONENTS, "loss")}} for v in values]
+    fingerprint = Manifest(storage).stage("value")["fingerprint"]
+    storage.write_table("values/part-00000-of-00001.parquet", pa.Table.from_pylist(flat, VALUES), fingerprint)
+    summary = mask(storage)
+    assert summary["kept_fraction"] == 1.0 and any("tie" in note for note in summary["notes"])
+
+
+def test_extra_columns_say_what_labels_say(tmp_path):
+    storage, *_ = write_run(tmp_path)
+    mask(storage, extra_columns=["loss_mask", "assistant_masks", "loss_mask"])
+    for row in masks(storage):
+        assert list(row) == ["input_ids", "attention_mask", "labels", "loss_mask", "assistant_masks"]
+        assert row["loss_mask"] == row["assistant_masks"] == [int(label != -100) for label in row["labels"]]
+    assert "assistant_masks" in (tmp_path / "masks/default/README.md").read_text()
+
+
+@pytest.mark.parametrize("sizes", [(40, 0, 33), (0, 5), (5,)])
+def test_load_dataset_gives_exactly_three_columns(tmp_path, sizes):
+    storage, *_ = write_run(tmp_path / "run", sizes)
+    mask(storage, name="a=1,b")
+    place = str(tmp_path / "run/masks/a=1,b")
+    loaded = datasets.load_dataset(place, cache_dir=str(tmp_path / "cache"))
+    assert list(loaded) == ["train"]
+    assert loaded["train"].column_names == ["input_ids", "attention_mask", "labels"]
+    assert loaded["train"].to_list() == masks(storage, "a=1,b")
+
+
+def test_card_survives_whatever_users_type(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer")
+    storage, *_ = write_run(tmp_path / "run", tokenizer=str(tmp_path / "tokenizer"), vocabulary=1000)
+    mask(storage, always_keep=["eos", "|", "`", "#"], name="x,y=1")
+    text = (tmp_path / "run/masks/x,y=1/README.md").read_text()
+    _, front, body = text.split("---\n", 2)
+    assert yaml.safe_load(front)["configs"] == [
+        {"config_name": "default", "data_files": [{"split": "train", "path": "train-*.parquet"}]}
+    ]
+    block = body.split("```json\n")[1].split("\n```")[0]
+    assert json.loads(block)["always_keep"] == ["eos", "|", "`", "#"]
+
+
+def test_always_keep_by_token_id_and_by_token(tmp_path):
+    tokenizer = save_tokenizer(tmp_path / "tokenizer")
+    word = tokenizer.convert_tokens_to_ids("fox") if "fox" in tokenizer.get_vocab() else 7
+    storage, prepared, _ = write_run(tmp_path / "run", tokenizer=str(tmp_path / "tokenizer"), vocabulary=1000)
+    text = tokenizer.convert_ids_to_tokens(word)
+    summary = mask(storage, always_keep=[5, text, "<|im_end|>", "\n"], rho=0.05)
+    newline = tokenizer.encode("\n")
+    assert len(newline) == 1
+    kept_ids = {5, word, tokenizer.eos_token_id, *newline}
+    assert summary["always_keep_ids"] == sorted(kept_ids)
+    assert summary["kept_only_by_always_keep"] > 0
+    for row, whole in zip(masks(storage), prepared, strict=True):
+        for label, before in zip(row["labels"], whole["labels"], strict=True):
+            assert label == before or before not in kept_ids
+
+
+def test_no_end_of_sequence_token_is_said(tmp_path):
+    storage, *_ = write_run(tmp_path, eos_token_ids=[])
+    summary = mask(storage)
+    assert summary["kept_only_by_always_keep"] == 0 and "end-of-sequence" in summary["notes"][0]
+
+
+def test_two_runs_write_the_same_bytes(tmp_path):
+    found = []
+    for name in ("one", "two"):
+        storage, *_ = write_run(tmp_path / name, (300, 0, 20))
+        mask(storage, normalize="rms")
+        found.append(contents(storage))
+    assert found[0] == found[1]
+    assert len(found[0]) == 5
+    groups = pq.ParquetFile(tmp_path / "one/masks/default/train-00000-of-00003.parquet").metadata
+    assert groups.num_rows == 300 <= ROWS_PER_GROUP and groups.num_row_groups == 1
+
+
+def test_done_is_not_done_again_and_other_settings_are_refused_by_key(tmp_path, monkeypatch):
+    storage, *_ = write_run(tmp_path)
+    summary = mask(storage)
+    before = contents(storage)
+    monkeypatch.setattr("pipeline.stages.mask.PairedParts", None)
+    assert mask(storage) == summary
+    monkeypatch.undo()
+    with pytest.raises(SettingsWrong) as error:
+        mask(storage, rho=0.3, min_kept=2)
+    text = str(error.value)
+    assert "mask.rho was 0.5, now 0.3" in text and "mask.min_kept was 1, now 2" in text and "mask.name" in text
+    mask(storage, rho=0.3, name="other")
+    assert contents(storage) == before and storage.exists("masks/other/summary.json")
+
+
+def test_goes_on_after_a_stop_with_the_same_bytes(tmp_path):
+    storage, *_ = write_run(tmp_path, (300, 0, 20, 31))
+    summary = mask(storage)
+    before = contents(storage)
+    manifest = Manifest(storage)
+    manifest.content["stages"]["mask/default"]["state"] = "running"
+    storage.write_json("run.json", manifest.content)
+    place = tmp_path / "masks/default"
+    (place / "summary.json").unlink()
+    (place / "README.md").unlink()
+    (place / "train-00002-of-00004.parquet").unlink()
+    last = place / "train-00003-of-00004.parquet"
+    last.write_bytes(last.read_bytes()[:80])
+    untouched = (place / "train-00000-of-00004.parquet").stat().st_mtime_ns
+    assert mask(storage) == summary
+    assert contents(storage) == before
+    assert (place / "train-00000-of-00004.parquet").stat().st_mtime_ns == untouched
+
+
+def test_a_failure_while_writing_leaves_no_part_behind(tmp_path, monkeypatch):
+    storage, *_ = write_run(tmp_path, (600,))
+    calls = []
+
+    def broken(*arguments):
+        calls.append(arguments)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    from pipeline.stages import mask as stage
+
+    original = stage._table
+    monkeypatch.setattr(stage, "_table", broken)
+    with pytest.raises(KeyboardInterrupt):
+        mask(storage)
+    assert os.listdir(tmp_path / "masks/default") == []
+    monkeypatch.undo()
+    mask(storage)
+    assert len(masks(storage)) == 600
+
+
+def test_progress_counts_every_row_of_every_pass(tmp_path, capsys):
+    storage, *_ = write_run(tmp_path)
+    with Progress(Console(file=sys.stderr, width=200)) as progress:
+        run_mask(storage, Manifest(storage), MaskSettings(normalize="rms"), 0, progress)
+        run_mask(storage, Manifest(storage), MaskSettings(normalize="rms"), 0, progress)
+    said = capsys.readouterr().err
+    for line in ("mask: scales: done, 73 rows", "mask: threshold: done, 146 rows", "mask: write: done, 73 rows"):
+        assert line in said
+    assert "done already" in said
+
+
+def test_file_uris_are_run_directories_too(tmp_path):
+    storage, *_ = write_run(tmp_path / "run")
+    mask(storage)
+    storage, *_ = write_run(tmp_path / "again")
+    uri = Storage((tmp_path / "again").as_uri())
+    assert asdict(replace(MaskSettings())) == mask(uri)["settings"]
+    assert contents(uri) == contents(Storage(str(tmp_path / "run")))
+
+
+def test_loads_neither_torch_nor_transformers(tmp_path):
+    write_run(tmp_path)
+    code = f"""
+import sys
+from pipeline.settings import MaskSettings
+from pipeline.stages.manifest import Manifest
+from pipeline.stages.mask import run_mask
+from pipeline.stages.storage import Storage
+storage = Storage({str(tmp_path)!r})
+run_mask(storage, Manifest(storage), MaskSettings(), 0, None)
+assert not {{"torch", "transformers", "ray", "datasets"}} & set(sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
