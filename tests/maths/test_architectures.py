@@ -34,7 +34,7 @@ def compare(policy: nn.Module, layout: pairwise.Layout, attention: str = "sdpa",
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_components_and_loss_equal_the_pairwise_definition(family: str) -> None:
-    relative = 1e-7 if family == "deepseek_v3" else 1e-9  # its router computes in float32 whatever the model's dtype
+    relative = 1e-6 if family == "deepseek_v3" else 1e-9  # its router computes in float32 whatever the model's dtype
     compare(model_of(family, seed=1), FAMILIES[family].layout, relative=relative)
 
 
