@@ -63,7 +63,7 @@ class GroupSelect:
     ``ranks``: (groups, wanted), each from 1 to the group's size. A radix selection from the highest digit down: a pass
     counts, for each wanted order statistic, the next digit of the values that begin with the digits found so far. The
     counts take 2 KiB per wanted order statistic in 4 passes of 8 bits, and 128 bytes in 8 passes of 4 bits where
-    more than WIDE_DIGITS_UP_TO are wanted: 6 MiB for the thresholds of 49,000 ids. -0.0 equals 0.0; NaN raises
+    more than WIDE_DIGITS_UP_TO are wanted: 6 MiB for the thresholds of 49,000 ids, twice that while a pass ends. -0.0 equals 0.0; NaN raises
     ValueError, and so does a pass that sees other values than the one before.
 
         select = GroupSelect(ranks)
@@ -106,7 +106,10 @@ class GroupSelect:
         self._left -= np.take_along_axis(reached, steps[..., None], axis=-1)[..., 0] - self._expected
         self._prefix = self._prefix << np.uint64(self.bits) | digits.astype(np.uint64)
         self._shift -= self.bits
-        self._counts[:] = 0
+        if self._shift:
+            self._counts[:] = 0
+        else:
+            self._counts = np.zeros((*self._counts.shape[:2], 0), np.int64)  # no longer needed
 
     def found(self) -> Floats:
         """The order statistics, (groups, wanted)."""

@@ -78,4 +78,5 @@ def test_memory_does_not_grow_with_the_part(growing_runs, scope, rule, rare):
     (numpy_small, arrow_small), (numpy_large, arrow_large) = peaks
     data = 16 * ROWS_PER_GROUP * 64 * 4 * 6  # bytes of the larger run's columns that are read
     assert numpy_large < 1.2 * numpy_small and arrow_large < 1.2 * arrow_small, peaks
-    assert numpy_large + arrow_large < data, peaks
+    per_id = 512 * 50_000 if scope == "token_id" else 0  # every id has a threshold, with and without stability
+    assert numpy_large + arrow_large < data + per_id, peaks
