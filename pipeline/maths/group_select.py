@@ -63,8 +63,8 @@ class GroupSelect:
     ``ranks``: (groups, wanted), each from 1 to the group's size. A radix selection from the highest digit down: a pass
     counts, for each wanted order statistic, the next digit of the values that begin with the digits found so far. The
     counts take 2 KiB per wanted order statistic in 4 passes of 8 bits, and 128 bytes in 8 passes of 4 bits where
-    more than WIDE_DIGITS_UP_TO are wanted: 6 MiB for the thresholds of 49,000 ids, twice that while a pass ends. -0.0 equals 0.0; NaN raises
-    ValueError, and so does a pass that sees other values than the one before.
+    more than WIDE_DIGITS_UP_TO are wanted: 6 MiB for the thresholds of 49,000 ids, twice that while a pass ends.
+    -0.0 equals 0.0; NaN raises ValueError, and so does a pass that sees other values than the one before.
 
         select = GroupSelect(ranks)
         for _ in range(select.passes):
