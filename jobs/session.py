@@ -8,6 +8,7 @@ from types import TracebackType
 
 from pipeline.settings import Settings
 from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.lock import RunLock
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.progress import Progress
 from pipeline.stages.storage import Storage
@@ -32,14 +33,32 @@ class Session:
         self.manifest = Manifest(self.storage)
         self.cluster = Cluster(settings.cluster)
         self._models: Models | None = None
+        self._lock: RunLock | None = None
 
     def __enter__(self) -> Session:
         return self
 
+    def claim(self) -> None:
+        """Become the only one that writes to the run directory; for every command that does, before it starts.
+
+        Raises RunFailed while another driver lives.
+        """
+        self._lock = RunLock(self.storage)
+        self._lock.__enter__()
+        self.storage.sweep()
+        self.manifest = Manifest(self.storage, self._lock.check)  # as the driver before has left it
+        self.manifest.tidy()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cluster.__exit__()
+        try:
+            self.cluster.__exit__()
+            if self._lock is not None:
+                self.storage.sweep()  # after workers that were killed or hung
+        finally:
+            if self._lock is not None:
+                self._lock.__exit__()
 
     @property
     def models(self) -> Models:
