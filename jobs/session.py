@@ -64,27 +64,32 @@ class Session:
     def models(self) -> Models:
         """The models' places; fetches the embedded one on first use. Raises SettingsWrong for one that is not there."""
         if self._models is None:
-            from pipeline.maths.models import adapter_base
+            from pipeline.maths.models import ModelSource, adapter_base
+            from pipeline.stages.remote import here
 
             policy = self._place("model.policy", self.settings.model.policy)
             reference = self.settings.model.reference
-            place = self._place("model.reference", reference) if reference else adapter_base(policy) or policy
+            if reference:
+                place = self._place("model.reference", reference)
+            else:
+                place = adapter_base(here(ModelSource(policy), weights=False).path) or policy
             self._models = Models(policy, place)
         return self._models
 
     def _place(self, key: str, name: str) -> str:
         from pipeline.maths.models import ModelSource, UnreadableModel, load_config
         from pipeline.stages.example import example_model
+        from pipeline.stages.remote import Unreachable, here
 
         if name == "embedded":
             return str(example_model(self.progress.say))
-        place = Path(name).expanduser()
+        place = Path(name.removeprefix("file://")).expanduser()
         path = str(place.resolve()) if place.exists() else name
+        own = self.settings.model
         try:
-            load_config(
-                ModelSource(path, self.settings.model.revision, trust_remote_code=self.settings.model.trust_remote_code)
-            )
-        except UnreadableModel as error:
+            source = ModelSource(path, own.revision, trust_remote_code=own.trust_remote_code)
+            load_config(here(source, weights=False))
+        except (UnreadableModel, Unreachable) as error:
             raise SettingsWrong(
                 [f"{key}: {error}; give a directory with config.json and weights, or a hub id"]
             ) from error

@@ -21,6 +21,7 @@ from pipeline.maths.warmup import snapshot_steps, warm_up
 from pipeline.settings import Settings
 from pipeline.stages.coverage import checked_layers
 from pipeline.stages.failure import RunFailed
+from pipeline.stages.remote import here
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_tensors, write_tensors
 
@@ -60,7 +61,7 @@ class AnchorWorker:
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings, eos: Sequence[int]) -> None:
         self.storage, self.settings, self.eos = storage, settings, eos
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scored = checked_layers(load_model(source, self.device), settings)
+        self.scored = checked_layers(load_model(here(source), self.device), settings)
         self.kernel = settings.model.attention
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
 

@@ -97,13 +97,13 @@ class Manifest:
 
     def note(self, stage: str, **counts: Any) -> None:
         """Record facts about a running stage, such as the frozen shard plan."""
-        self.content["stages"][stage]["counts"].update(counts)
+        self.content["stages"][stage]["counts"].update(without_secrets(counts))
         self._write()
 
     def finish(self, stage: str, seconds: float, **counts: Any) -> None:
         """Mark a stage as done."""
         record = self.content["stages"][stage]
-        record["counts"].update(counts)
+        record["counts"].update(without_secrets(counts))
         record["state"] = "done"
         record["seconds"] = round(record["seconds"] + seconds, 3)
         record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -14,7 +14,7 @@ import json
 import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -62,6 +62,10 @@ class Sources:
         for file in self.files:
             starts.append(starts[-1] + len(file.rows))
         return starts
+
+    def named(self, names: Sequence[str]) -> Sources:
+        """The same files under other names in reports and identifiers."""
+        return Sources(tuple(replace(file, name=name) for file, name in zip(self.files, names, strict=True)))
 
     def pieces(self, rows: Sequence[int]) -> list[tuple[str, list[int], pa.Table]]:
         """(file name, row numbers within the file, raw rows) for ascending global row numbers."""

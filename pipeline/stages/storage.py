@@ -2,7 +2,6 @@
 
 import json
 import os
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,12 +13,11 @@ import pyarrow.fs as pafs
 import pyarrow.parquet as pq
 
 from data_schemas import check
+from pipeline.stages.attempts import insist
 
 FINGERPRINT_KEY = b"alphatoken.fingerprint"
 COUNTS_KEY = b"alphatoken.counts"
 ROWS_PER_GROUP = 2048
-PAUSES = (0.5, 1.0, 2.0, 4.0)  # seconds between the attempts at an object store, on top of the client's own
-LASTING = ("ACCESS_DENIED", "NO_SUCH_BUCKET", "INVALID_ACCESS_KEY_ID", "SIGNATURE_DOES_NOT_MATCH")
 T = TypeVar("T")
 
 
@@ -195,19 +193,7 @@ class Storage:
         self._insist(write)
 
     def _insist(self, attempt: Callable[[], T]) -> T:
-        """The result of ``attempt``, made up to five times where an object store answers with a passing error."""
-        if self.local:
-            return attempt()
-        for pause in PAUSES:
-            try:
-                return attempt()
-            except (FileNotFoundError, pa.ArrowInvalid):
-                raise
-            except OSError as error:
-                if any(code in str(error) for code in LASTING):
-                    raise
-                time.sleep(pause)
-        return attempt()
+        return attempt() if self.local else insist(attempt)
 
 
 class PartWriter:
