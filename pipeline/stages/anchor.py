@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,16 +19,15 @@ from pipeline.maths.directions import fisher_drift
 from pipeline.maths.models import ModelSource
 from pipeline.settings import Settings
 from pipeline.stages import coverage as coverage_report
-from pipeline.stages.anchor_worker import AnchorTask, AnchorWorker, Sequences
+from pipeline.stages.anchor_worker import PARTIAL, AnchorTask, AnchorWorker, Sequences
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.progress import Progress
 from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
-from pipeline.stages.tensors import read_tensors, write_tensors
+from pipeline.stages.tensors import counts_of, fingerprint_of, read_tensors, write_tensors
 
-PARTIAL = "anchors/partial"
 SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
 
 
@@ -65,13 +65,23 @@ def run_anchor(
     inputs = anchor_inputs(settings, prepared["fingerprint"], policy, reference, drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}
     fingerprint = manifest.begin("anchor", inputs, configuration)
-    if manifest.done("anchor"):
+    if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), drift):
+        storage.remove(PARTIAL)  # where the run was killed before it came to that
         progress.say("anchor: done already")
         return
     stage = _Anchor(storage, manifest, settings, fingerprint, cluster, progress)
     counts = stage.run(policy, reference, drift)
     manifest.finish("anchor", time.monotonic() - started, drift=drift, **counts)
     storage.remove(PARTIAL)
+
+
+def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
+    """Whether a file of the finished stage is gone or damaged."""
+    names = [] if drift == "none" else ["anchors/fisher.safetensors"]
+    for index in range(record["counts"]["snapshots"]):
+        kinds = ["adaptation", "stability", *(["policy"] if drift == "warmup" else [])]
+        names += [f"anchors/snapshot-{index:02d}/{kind}.safetensors" for kind in kinds]
+    return any(fingerprint_of(storage, name) != record["fingerprint"] for name in names)
 
 
 def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str, drift: str) -> dict[str, Any]:
@@ -163,10 +173,14 @@ class _Anchor:
         examples = self._draw(warmup.examples)
         name = "anchors/snapshot-{index:02d}/policy.safetensors"
         self._one(pool, AnchorTask("weights", f"{PARTIAL}/policy.safetensors", Sequences([], [], [])), "policy weights")
+        names = [name.format(index=index) for index in range(self.settings.anchor.snapshots)]
+        if all(counts_of(self.storage, each, self.fingerprint) is not None for each in names):
+            return names
         with self.progress.task("anchor: warm-up", warmup.steps, "steps") as task:
             shard = Shard("warm-up", warmup.steps)
-            pool.run([shard], lambda s: AnchorTask("warmup", name, examples, seed), lambda s, r: None, task)
-        return [name.format(index=index) for index in range(self.settings.anchor.snapshots)]
+            work = AnchorTask("warmup", name, examples, seed, fingerprint=self.fingerprint)
+            pool.run([shard], lambda s: work, lambda s, r: None, task)
+        return names
 
     def _snapshot(self, pool: WorkerPool, index: int, weights: str, drift: str) -> dict[str, Any]:
         """Write both directions of one snapshot."""
@@ -218,13 +232,19 @@ class _Anchor:
         names = [f"{PARTIAL}/{what}-{index:05d}-of-{parts:05d}.safetensors" for index in range(parts)]
         kind, seed = what.split("-")[0], self.settings.run.seed
         tasks = {
-            f"{what} part {i}": AnchorTask(kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights)
+            f"{what} part {i}": AnchorTask(
+                kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights, self.fingerprint
+            )
             for i in range(parts)
         }
         results: dict[str, dict[str, Any]] = {}
         shards = [Shard(name, len(task.sequences.ids)) for name, task in tasks.items()]
-        with self.progress.task(title, len(sequences.ids), unit) as task:
-            pool.run(shards, lambda s: tasks[s.name], lambda s, r: results.__setitem__(s.name, r), task)
+        for shard, name in zip(shards, names, strict=True):
+            if (found := counts_of(self.storage, name, self.fingerprint)) is not None:
+                results[shard.name] = found
+        missing = [shard for shard in shards if shard.name not in results]
+        with self.progress.task(title, sum(shard.units for shard in missing), unit) as task:
+            pool.run(missing, lambda s: tasks[s.name], lambda s, r: results.__setitem__(s.name, r), task)
         counts: dict[str, Any] = {}
         totals: dict[str, torch.Tensor] = {}
         for shard, name in zip(shards, names, strict=True):
@@ -236,8 +256,13 @@ class _Anchor:
 
     def _one(self, pool: WorkerPool, work: AnchorTask, title: str) -> None:
         def done(shard: Shard, result: dict[str, Any]) -> None:
-            self.coverage = result["coverage"]
+            self.coverage = Coverage(**{**result["coverage"], "left_out": tuple(result["coverage"]["left_out"])})
 
+        before = counts_of(self.storage, work.output, self.fingerprint)
+        if before is not None:
+            done(Shard(title, 1), before)
+            return
+        work = replace(work, fingerprint=self.fingerprint)
         with self.progress.task(f"anchor: {title}", 1, "models") as task:
             pool.run([Shard(title, 1)], lambda s: work, done, task)
 

@@ -9,6 +9,8 @@ from typing import Any
 
 from pipeline.stages.remote import MODEL_FILES, is_remote, model_files
 
+ADAPTER = "adapter_config.json"
+
 
 def digest(value: Any) -> str:
     """sha256 of a JSON value, independent of key order."""
@@ -43,7 +45,12 @@ def of_model(path: str, tokenizer_only: bool = False) -> str:
     if not directory.is_dir():
         return f"hub:{path}"
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.suffix in MODEL_FILES)
-    return digest({p.name: of_file(p) for p in files if not tokenizer_only or _of_tokenizer(p.name)})
+    found = {p.name: of_file(p) for p in files if not tokenizer_only or _of_tokenizer(p.name)}
+    adapter = directory / ADAPTER
+    if adapter.is_file():  # of the base that it is put upon as well
+        base = str(json.loads(adapter.read_text()).get("base_model_name_or_path"))
+        found["base model"] = of_model(base, tokenizer_only)
+    return digest(found)
 
 
 def _of_tokenizer(name: str) -> bool:

@@ -31,6 +31,7 @@ from pipeline.stages.storage import Storage
 from pipeline.stages.tokenize import Example, ExampleMaker
 
 MOST_FISHER_PROMPTS = 1000
+LONGEST_RAW = 1 << 20  # characters of a row that the quarantine keeps
 Pieces = list[tuple[str, list[int], pa.Table]]
 
 
@@ -372,7 +373,13 @@ def _counts(usable: Sequence[Example], rejected: Sequence[dict[str, Any]]) -> di
 
 
 def _raw(row: Any) -> str:
-    return _storable(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str))
+    try:
+        text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+    except (RecursionError, TypeError, ValueError):
+        text = json.dumps(f"a {type(row).__name__} that cannot be written as JSON")
+    if len(text) > LONGEST_RAW:
+        text = f"{text[:LONGEST_RAW]}... ({len(text)} characters)"
+    return _storable(text)
 
 
 def _storable(text: str) -> str:

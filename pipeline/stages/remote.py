@@ -12,14 +12,17 @@ import shutil
 import uuid
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.fs as pafs
 
-from pipeline.maths.models import ModelSource
 from pipeline.stages.attempts import insist
 from pipeline.stages.example import cache_directory
 from pipeline.stages.redaction import redacted
+
+if TYPE_CHECKING:
+    from pipeline.maths.models import ModelSource  # with transformers and torch, which listing files does not need
 
 MODEL_FILES = (".safetensors", ".json", ".bin", ".gguf", ".model", ".jinja", ".txt")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
