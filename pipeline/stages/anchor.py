@@ -243,6 +243,8 @@ class _Anchor:
             if (found := counts_of(self.storage, name, self.fingerprint)) is not None:
                 results[shard.name] = found
         missing = [shard for shard in shards if shard.name not in results]
+        if len(missing) < len(shards):
+            self.progress.say(f"{title}: {len(shards) - len(missing)} of {len(shards)} parts are complete already")
         with self.progress.task(title, sum(shard.units for shard in missing), unit) as task:
             pool.run(missing, lambda s: tasks[s.name], lambda s, r: results.__setitem__(s.name, r), task)
         counts: dict[str, Any] = {}
