@@ -85,6 +85,14 @@ def driver(arguments: list[str], claimed: int, die_at_step: int | None) -> int:
         claim(self)
         os.write(claimed, b"1")
 
+    upload = storage.Storage._upload
+
+    def uploading(self, name, content):
+        step()
+        upload(self, name, content)
+        step()
+
+    storage.Storage._upload = uploading
     storage._Rename.__enter__ = entering
     storage._to_disk = writing
     session.Session.claim = claiming
@@ -134,11 +142,10 @@ def interrupt(arguments: list[str], kills: int, seed: int) -> dict[str, int]:
 
 
 def finished(run: str) -> bool:
-    try:
-        with open(f"{run}/run.json") as file:
-            stages = json.load(file)["stages"]
-    except FileNotFoundError:
-        return False
+    from pipeline.stages.storage import Storage
+
+    storage = Storage(run)
+    stages = storage.read_json("run.json")["stages"] if storage.exists("run.json") else {}
     return stages.get("mask/default", {}).get("state") == "done"
 
 
