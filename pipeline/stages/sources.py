@@ -21,6 +21,7 @@ from typing import IO, Any, cast
 
 import datasets
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from pipeline.stages.failure import SettingsWrong
 from pipeline.stages.fingerprint import of_file
@@ -207,7 +208,7 @@ def _file(key: str, path: Path, remote: RemoteFile | None = None) -> Source:
             rows = datasets.load_dataset(kind, data_files=str(path), split="train")
         else:
             rows = datasets.Dataset.from_generator(
-                _TEXT_ROWS[kind], gen_kwargs={"path": str(path), "content": fingerprint, "version": READER},
+                _TEXT_ROWS[kind], gen_kwargs=given,
                 features=datasets.Features({TEXT: datasets.Value("large_string")}),
             )  # fmt: skip
     except (OSError, ValueError, pa.ArrowException, csv.Error, datasets.exceptions.DatasetGenerationError) as error:
@@ -215,6 +216,13 @@ def _file(key: str, path: Path, remote: RemoteFile | None = None) -> Source:
         reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise SettingsWrong([f"{key}={name}: cannot be read as {kind}: {reason}"]) from error
     return Source(name, rows, fingerprint)
+
+
+def _has_no_row(kind: str, given: dict[str, Any]) -> bool:
+    """Whether a file is one of rows and has none, which `datasets` takes for an error."""
+    if kind == "parquet":
+        return pq.read_metadata(given["path"]).num_rows == 0
+    return kind in _TEXT_ROWS and next(iter(_TEXT_ROWS[kind](**given)), None) is None
 
 
 def _hub(key: str, name: str) -> Source:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -26,6 +27,7 @@ class ObjectStore:
         self.application = DomainDispatcherApplication(create_backend_app)
         self.fault: Callable[[str, str, str], int | None] = lambda method, path, query: None
         self.requests = 0
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)
         self.server = make_server("127.0.0.1", 0, self._answer, threaded=True)
         self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
         self.thread.start()

@@ -34,7 +34,6 @@ def test_a_run_from_and_to_an_object_store_is_that_of_a_local_one_however_often_
     killed = object_store.get("killed", tmp_path / "killed")
     assert contents(killed) == contents(tmp_path / "local")
     for file in killed.rglob("*"):
-        assert file.is_dir() or not {SECRET.encode(), USER.encode()} & set(file.read_bytes().split(b'"')), file
         assert file.is_dir() or SECRET.encode() not in file.read_bytes(), file
 
 
@@ -89,7 +88,7 @@ def test_errors_that_pass_are_sat_out(object_store, storage, status):
 
 
 def test_errors_that_do_not_pass_end_in_one_that_names_the_store(object_store, storage, monkeypatch):
-    monkeypatch.setattr("pipeline.stages.attempts.PAUSES", (0.0, 0.0))
+    monkeypatch.setattr("pipeline.stages.attempts.PAUSES", ())
     object_store.fault = lambda method, path, query: 503 if method == "PUT" else None
     with pytest.raises(OSError, match=r"part\.parquet.*"):
         storage.write_table("values/part.parquet", TABLE, "f")

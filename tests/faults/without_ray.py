@@ -119,7 +119,10 @@ def fork(arguments: list[str], die_at_step: int | None = None) -> tuple[int, int
 
 def interrupt(arguments: list[str], kills: int, seed: int) -> dict[str, int]:
     """Kill ``kills`` drivers of one run, then let one finish; returns what happened."""
-    draw, run = random.Random(seed), next(a.removeprefix("run.dir=") for a in arguments if a.startswith("run.dir="))
+    draw, run = (
+        random.Random(seed),
+        next(a.removeprefix("run.dir=").strip("'") for a in arguments if a.startswith("run.dir=")),
+    )
     done, unfinished = 0, 0
     while done < kills:
         outside = draw.random() < 0.5
@@ -142,11 +145,15 @@ def interrupt(arguments: list[str], kills: int, seed: int) -> dict[str, int]:
 
 
 def finished(run: str) -> bool:
-    from pipeline.stages.storage import Storage
+    """Whether the last stage of a run is done; found out in a process of its own, since clients do not survive a fork."""
+    process = os.fork()
+    if process == 0:
+        from pipeline.stages.storage import Storage
 
-    storage = Storage(run)
-    stages = storage.read_json("run.json")["stages"] if storage.exists("run.json") else {}
-    return stages.get("mask/default", {}).get("state") == "done"
+        storage = Storage(run)
+        stages = storage.read_json("run.json")["stages"] if storage.exists("run.json") else {}
+        os._exit(0 if stages.get("mask/default", {}).get("state") == "done" else 1)
+    return os.waitpid(process, 0)[1] == 0
 
 
 if __name__ == "__main__":
