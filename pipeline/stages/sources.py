@@ -201,8 +201,9 @@ def _file(key: str, path: Path, remote: RemoteFile | None = None) -> Source:
             [f"{key}={name}: unknown format; known: {', '.join(sorted(FORMATS))} (also .gz of the text ones)"]
         )
     fingerprint = remote.version if remote else of_file(path)
+    given = {"path": str(path), "content": fingerprint, "version": READER}
     try:
-        if path.stat().st_size == 0:
+        if path.stat().st_size == 0 or _has_no_row(kind, given):
             rows = datasets.Dataset.from_dict({TEXT: []})
         elif kind in ("parquet", "arrow"):
             rows = datasets.load_dataset(kind, data_files=str(path), split="train")
