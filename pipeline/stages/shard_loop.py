@@ -332,17 +332,22 @@ class _Loop:
     def _feed(self, host: Any) -> None:
         """Hand out shards; one that has failed before runs alone, so that no other is blamed for it."""
         flying = [shard for other, shard in self.flights.values() if other is host]
-        for _ in range(len(self.queue)):
-            if len(flying) >= SHARDS_IN_FLIGHT or (flying and any(s.name in self.attempts for s in flying)):
+        while len(flying) < SHARDS_IN_FLIGHT and not any(shard.name in self.attempts for shard in flying):
+            shard = self._next(alone=not flying)
+            if shard is None:
                 return
-            shard = self.queue.popleft()
-            late = self.not_before.get(shard.name, 0.0) > time.monotonic()
-            if late or (flying and shard.name in self.attempts):
-                self.queue.append(shard)
-                continue
             self.flights[host.run.remote(shard.name, self.payload(shard))] = (host, shard)
             self.alive_at[host] = time.monotonic()
             flying.append(shard)
+
+    def _next(self, alone: bool) -> Shard | None:
+        """The first shard that may be tried now. ``alone``: on a worker without another, so one that failed as well."""
+        now = time.monotonic()
+        for shard in self.queue:
+            if self.not_before.get(shard.name, 0.0) <= now and (alone or shard.name not in self.attempts):
+                self.queue.remove(shard)
+                return shard
+        return None
 
     def _landed(self, future: Any) -> None:
         host, shard = self.flights.pop(future)
@@ -381,7 +386,7 @@ class _Loop:
         self.task.progress.say(f"{shard.name}: {reason} (attempt {attempt} of {ATTEMPTS})")
         if attempt < ATTEMPTS:
             self.not_before[shard.name] = time.monotonic() + RETRY_SECONDS * 2 ** (attempt - 1)
-            self.queue.append(shard)
+            self.queue.appendleft(shard)  # soon, so that what every shard will meet is known before all have been tried
             return
         self.set_aside[shard.name] = reason
         self.set_aside_in_a_row += 1

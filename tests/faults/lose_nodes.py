@@ -17,21 +17,20 @@ class Sleeper:
         for _ in range(8):
             time.sleep(0.25)
             advance(1)
-        return payload
+        return ray.get_runtime_context().get_node_id()
 
 
 if __name__ == "__main__":
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    doomed = [cluster.add_node(num_cpus=1)]
+    nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
-    done: list[int] = []
+    done: list[str] = []
 
     def take_away() -> None:
         while not done:  # while its worker is in the middle of a shard
             time.sleep(0.1)
         time.sleep(0.5)
-        cluster.add_node(num_cpus=1)
-        cluster.remove_node(doomed[0], allow_graceful=False)
+        cluster.remove_node(next(n for n in nodes if n.node_id == done[0]), allow_graceful=False)
 
     thread = threading.Thread(target=take_away)
     thread.start()
