@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from jobs.config import keys, load
 from pipeline.settings import Settings
 from pipeline.stages.failure import RunFailed, SettingsWrong
+from pipeline.stages.redaction import redacted
 
 COMMANDS = {
     "run": "every stage below, in order; skips what is already done",
@@ -53,6 +54,7 @@ def _execute(command: str, settings: Settings) -> int:
 
     try:
         with Progress() as progress, Session(settings, progress) as session:
+            session.claim()
             if settings.run.overwrite:
                 session.manifest.discard(settings.run.overwrite)
             importlib.import_module(f"jobs.{command}").execute(session)
@@ -66,14 +68,14 @@ def _execute(command: str, settings: Settings) -> int:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         hint = "" if isinstance(error, RunFailed) else f" ({type(error).__name__}; debug=true shows where)"
-        print(f"alphatoken {command}: {text}{hint}", file=sys.stderr)
+        print(f"alphatoken {command}: {redacted(text)}{hint}", file=sys.stderr)
         return 1
     return 0
 
 
 def _wrong(error: SettingsWrong) -> int:
     for problem in error.problems:
-        print(f"alphatoken: {problem}", file=sys.stderr)
+        print(f"alphatoken: {redacted(problem)}", file=sys.stderr)
     return 2
 
 

@@ -8,6 +8,7 @@ from jobs.session import Session
 def execute(session: Session) -> None:
     """Run the stage and say where the masks are."""
     from pipeline.stages.mask import run_mask
+    from pipeline.stages.redaction import redacted
 
     settings = session.settings
     summary = run_mask(session.storage, session.manifest, settings.mask, settings.run.seed, session.progress)
@@ -18,7 +19,7 @@ def execute(session: Session) -> None:
     for line in (
         f"masks: {place}",
         f"{told} of {summary['response_tokens']:,} response tokens",
-        f"next:  alphatoken mask run.dir={settings.run.dir} mask.rho=0.3 mask.name=rho-0.3",
+        f"next:  alphatoken mask run.dir={redacted(settings.run.dir)} mask.rho=0.3 mask.name=rho-0.3",
     ):
         print(line)
 

@@ -8,6 +8,7 @@ from types import TracebackType
 
 from pipeline.settings import Settings
 from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.lock import RunLock
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.progress import Progress
 from pipeline.stages.storage import Storage
@@ -32,40 +33,63 @@ class Session:
         self.manifest = Manifest(self.storage)
         self.cluster = Cluster(settings.cluster)
         self._models: Models | None = None
+        self._lock: RunLock | None = None
 
     def __enter__(self) -> Session:
         return self
 
+    def claim(self) -> None:
+        """Become the only one that writes to the run directory; for every command that does, before it starts.
+
+        Raises RunFailed while another driver lives.
+        """
+        self._lock = RunLock(self.storage)
+        self._lock.__enter__()
+        self.storage.sweep()
+        self.manifest = Manifest(self.storage, self._lock.check)  # as the driver before has left it
+        self.manifest.tidy()
+
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.cluster.__exit__()
+        try:
+            self.cluster.__exit__()
+            if self._lock is not None:
+                self.storage.sweep()  # after workers that were killed or hung
+        finally:
+            if self._lock is not None:
+                self._lock.__exit__()
 
     @property
     def models(self) -> Models:
         """The models' places; fetches the embedded one on first use. Raises SettingsWrong for one that is not there."""
         if self._models is None:
-            from pipeline.maths.models import adapter_base
+            from pipeline.maths.models import ModelSource, adapter_base
+            from pipeline.stages.remote import here
 
             policy = self._place("model.policy", self.settings.model.policy)
             reference = self.settings.model.reference
-            place = self._place("model.reference", reference) if reference else adapter_base(policy) or policy
+            if reference:
+                place = self._place("model.reference", reference)
+            else:
+                place = adapter_base(here(ModelSource(policy), weights=False).path) or policy
             self._models = Models(policy, place)
         return self._models
 
     def _place(self, key: str, name: str) -> str:
         from pipeline.maths.models import ModelSource, UnreadableModel, load_config
         from pipeline.stages.example import example_model
+        from pipeline.stages.remote import Unreachable, here
 
         if name == "embedded":
             return str(example_model(self.progress.say))
-        place = Path(name).expanduser()
+        place = Path(name.removeprefix("file://")).expanduser()
         path = str(place.resolve()) if place.exists() else name
+        own = self.settings.model
         try:
-            load_config(
-                ModelSource(path, self.settings.model.revision, trust_remote_code=self.settings.model.trust_remote_code)
-            )
-        except UnreadableModel as error:
+            source = ModelSource(path, own.revision, trust_remote_code=own.trust_remote_code)
+            load_config(here(source, weights=False))
+        except (UnreadableModel, Unreachable) as error:
             raise SettingsWrong(
                 [f"{key}: {error}; give a directory with config.json and weights, or a hub id"]
             ) from error

@@ -48,6 +48,23 @@ def ray_cluster():
     ray.shutdown()
 
 
+@pytest.fixture(scope="session")
+def object_store():
+    from tests.faults.object_store import ObjectStore
+
+    store = ObjectStore()
+    yield store
+    store.close()
+
+
+@pytest.fixture(autouse=True)
+def _well_behaved_store(request):
+    """Leave the store as it was found."""
+    yield
+    if "object_store" in request.fixturenames:
+        request.getfixturevalue("object_store").fault = lambda method, path, query: None
+
+
 def sentence(index: int, words: int = 9) -> str:
     """A sentence that depends on its index alone."""
     return " ".join(WORDS[(index * 7 + k * (1 + index % 3)) % len(WORDS)] for k in range(words))

@@ -17,6 +17,8 @@ from pipeline.maths.ghost import ghost_pass
 from pipeline.maths.nonfinite import locate
 from pipeline.maths.outer_sums import OuterSum
 
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
 
 def warm_up(
     scored: ScoredLayers,
@@ -25,18 +27,29 @@ def warm_up(
     kernel: str,
     advance: Callable[[int], None],
     keep: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, masters: None,
+    save: Callable[[int, dict[str, torch.Tensor]], None] = lambda step, state: None,
+    start: tuple[int, dict[str, torch.Tensor]] | None = None,
 ) -> dict[str, torch.Tensor]:
     """Train the scored weights in place, one AdamW step per batch; returns their float32 masters by parameter name.
 
     ``keep(steps, masters)`` is called before the first step (0) and after each, with the steps done so far.
+    ``save(steps, state)`` is called after ``keep``: all that is needed to go on from there, as ``start``, to the same
+    numbers.
 
     The step's loss is the mean over the batch's response tokens; the learning rate rises over the first tenth of the
     steps and falls to zero along a cosine; gradients are clipped to norm 1. ``advance`` is called with 1 after a step.
     """
     masters = {name: torch.nn.Parameter(w.detach().float().clone()) for name, w in scored.weights().items()}
     optimizer = torch.optim.AdamW(masters.values(), lr=learning_rate, weight_decay=0.0)
-    keep(0, _plain(masters))
-    for step, batch in enumerate(batches):
+    first = 0
+    if start is None:
+        keep(0, _plain(masters))
+    else:
+        first, state = start
+        _restore(optimizer, masters, first, state)
+        _copy_to_model(scored, masters)
+        advance(first)
+    for step, batch in enumerate(batches[first:], first):
         gradient = OuterSum(scored)
         losses = ghost_pass(scored, batch, gradient, kernel)
         if not bool(torch.isfinite(losses).all()):
@@ -47,10 +60,9 @@ def warm_up(
         for group in optimizer.param_groups:
             group["lr"] = learning_rate * schedule(step, len(batches))
         optimizer.step()
-        with torch.no_grad():
-            for linear in scored.maps:
-                linear.parameter.copy_(masters[linear.name])
+        _copy_to_model(scored, masters)
         keep(step + 1, _plain(masters))
+        save(step + 1, _state(optimizer, masters))
         advance(1)
     return _plain(masters)
 
@@ -64,6 +76,34 @@ def snapshot_steps(steps: int, snapshots: int) -> list[int]:
 
 def _plain(masters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
     return {name: master.detach() for name, master in masters.items()}
+
+
+@torch.no_grad()
+def _copy_to_model(scored: ScoredLayers, masters: dict[str, torch.nn.Parameter]) -> None:
+    for linear in scored.maps:
+        linear.parameter.copy_(masters[linear.name])
+
+
+def _state(optimizer: torch.optim.AdamW, masters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+    """Masters and both moments, float32, by ``<kind>/<parameter name>``."""
+    found = {f"master/{name}": master.detach() for name, master in masters.items()}
+    for name, master in masters.items():
+        for moment in MOMENTS:
+            found[f"{moment}/{name}"] = optimizer.state[master][moment]
+    return found
+
+
+@torch.no_grad()
+def _restore(
+    optimizer: torch.optim.AdamW,
+    masters: dict[str, torch.nn.Parameter],
+    steps: int,
+    state: dict[str, torch.Tensor],
+) -> None:
+    for name, master in masters.items():
+        master.copy_(state[f"master/{name}"])
+        moments = {moment: state[f"{moment}/{name}"].to(master.device).clone() for moment in MOMENTS}
+        optimizer.state[master] = {"step": torch.tensor(float(steps)), **moments}
 
 
 def schedule(step: int, steps: int) -> float:

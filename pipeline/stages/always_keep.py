@@ -45,11 +45,12 @@ def _token_ids(strings: Sequence[str], tokenizer: str, manifest: Manifest) -> Ma
     """String -> token id, or None where there is none."""
     # Here and not above: the mask stage needs neither transformers nor torch otherwise.
     from pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
+    from pipeline.stages.remote import here
 
     model = manifest.content["configuration"].get("model", {})
     source = ModelSource(tokenizer, model.get("revision"), trust_remote_code=model.get("trust_remote_code", False))
     try:
-        loaded = load_tokenizer(source)
+        loaded = load_tokenizer(here(source, weights=False))
     except UnreadableModel as error:
         wanted = ", ".join(strings)
         raise SettingsWrong([f"mask.always_keep={wanted}: {error}; token ids need no tokenizer"]) from error

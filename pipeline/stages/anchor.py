@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from pipeline.stages.manifest import Manifest
 from pipeline.stages.progress import Progress
 from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
-from pipeline.stages.tensors import read_tensors, write_tensors
+from pipeline.stages.tensors import counts_of, fingerprint_of, read_tensors, write_tensors
 
 NO_ROWS = Sequences([], [], [])
 SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
@@ -73,13 +74,23 @@ def run_anchor(
     inputs = anchor_inputs(settings, prepared["fingerprint"], policy, reference, drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}
     fingerprint = manifest.begin("anchor", inputs, configuration)
-    if manifest.done("anchor"):
+    if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), drift):
+        storage.remove(PARTIAL)  # where the run was killed before it came to that
         progress.say("anchor: done already")
         return
     stage = _Anchor(storage, manifest, settings, fingerprint, cluster, progress)
     counts = stage.run(policy, reference, drift)
     manifest.finish("anchor", time.monotonic() - started, drift=drift, **counts)
     storage.remove(PARTIAL)
+
+
+def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
+    """Whether a file of the finished stage is gone or damaged."""
+    names = ["anchors/fisher.safetensors"] if "fisher" in record["counts"] else []
+    for index in range(record["counts"]["snapshots"]):
+        kinds = ["adaptation", "stability", *(["policy"] if drift == "warmup" else [])]
+        names += [f"anchors/snapshot-{index:02d}/{kind}.safetensors" for kind in kinds]
+    return any(fingerprint_of(storage, name) != record["fingerprint"] for name in names)
 
 
 def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str, drift: str) -> dict[str, Any]:
@@ -177,10 +188,14 @@ class _Anchor:
         warmup, seed = self.settings.anchor.warmup, self.settings.run.seed
         examples = self._draw(warmup.examples)
         name = "anchors/snapshot-{index:02d}/policy.safetensors"
+        names = [name.format(index=index) for index in range(self.settings.anchor.snapshots)]
+        if all(counts_of(self.storage, each, self.fingerprint) is not None for each in names):
+            return names
         with self.progress.task("anchor: warm-up", warmup.steps, "steps") as task:
             shard = Shard("warm-up", warmup.steps)
-            pool.run([shard], lambda s: AnchorTask("warmup", name, examples, seed), lambda s, r: None, task)
-        return [name.format(index=index) for index in range(self.settings.anchor.snapshots)]
+            work = AnchorTask("warmup", name, examples, seed, fingerprint=self.fingerprint)
+            pool.run([shard], lambda s: work, lambda s, r: None, task)
+        return names
 
     def _snapshot(self, pool: WorkerPool, index: int, weights: str, drift: str) -> dict[str, Any]:
         """Write both directions of one snapshot."""
@@ -196,8 +211,17 @@ class _Anchor:
         anchor = self.settings.anchor
         sample = self._draw(anchor.warmup.examples) if anchor.snapshot_scale == "rms" else NO_ROWS
         metadata = {**self._metadata(), "validation_positions": str(counts["positions"]), "drift": drift}
-        work = AnchorTask("directions", "", sample, weights=weights, index=index, drift=drift, metadata=metadata)
-        made = self._one(pool, work, "directions")
+        place = f"anchors/snapshot-{index:02d}"
+        work = AnchorTask(
+            "directions",
+            f"{place}/stability.safetensors",
+            sample,
+            weights=weights,
+            index=index,
+            drift=drift,
+            metadata=metadata,
+        )
+        made = self._one(pool, work, "directions")  # adaptation.safetensors is written first
         loss = counts["loss"] / counts["positions"]
         self.progress.say(
             f"anchor: snapshot {index}, validation loss {loss:.4f} nats over {counts['positions']:,} tokens, drift {drift}"
@@ -212,13 +236,21 @@ class _Anchor:
         names = [f"{PARTIAL}/{what}-{index:05d}-of-{parts:05d}.safetensors" for index in range(parts)]
         kind, seed = what.split("-")[0], self.settings.run.seed
         tasks = {
-            f"{what} part {i}": AnchorTask(kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights)
+            f"{what} part {i}": AnchorTask(
+                kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights, self.fingerprint
+            )
             for i in range(parts)
         }
         results: dict[str, dict[str, Any]] = {}
         shards = [Shard(name, len(task.sequences.ids)) for name, task in tasks.items()]
-        with self.progress.task(title, len(sequences.ids), unit) as task:
-            pool.run(shards, lambda s: tasks[s.name], lambda s, r: results.__setitem__(s.name, r), task)
+        for shard, name in zip(shards, names, strict=True):
+            if (found := counts_of(self.storage, name, self.fingerprint)) is not None:
+                results[shard.name] = found
+        missing = [shard for shard in shards if shard.name not in results]
+        if len(missing) < len(shards):
+            self.progress.say(f"{title}: {len(shards) - len(missing)} of {len(shards)} parts are complete already")
+        with self.progress.task(title, sum(shard.units for shard in missing), unit) as task:
+            pool.run(missing, lambda s: tasks[s.name], lambda s, r: results.__setitem__(s.name, r), task)
         counts: dict[str, Any] = {}
         totals: dict[str, torch.Tensor] = {}
         for shard, name in zip(shards, names, strict=True):
@@ -229,12 +261,17 @@ class _Anchor:
         return counts, totals
 
     def _one(self, pool: WorkerPool, work: AnchorTask, title: str) -> dict[str, Any]:
-        """Run a single task; returns its counts."""
-        results: list[dict[str, Any]] = []
-        with self.progress.task(f"anchor: {title}", 1, "models") as task:
-            pool.run([Shard(title, 1)], lambda s: work, lambda s, r: results.append(r), task)
-        self.coverage = results[0].pop("coverage", self.coverage)
-        return results[0]
+        """Run a single task, unless its output is there already; returns its counts."""
+        results = [counts_of(self.storage, work.output, self.fingerprint)]
+        if results[0] is None:
+            work = replace(work, fingerprint=self.fingerprint)
+            with self.progress.task(f"anchor: {title}", 1, "models") as task:
+                pool.run([Shard(title, 1)], lambda s: work, lambda s, r: results.append(r), task)
+        counts = results[-1]
+        assert counts is not None
+        if found := counts.pop("coverage", None):
+            self.coverage = Coverage(**{**found, "left_out": tuple(found["left_out"])})
+        return counts
 
     def _read(self, name: str) -> Sequences:
         table = self.storage.read_table(name, PREPARED)

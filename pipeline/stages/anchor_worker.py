@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,16 +25,18 @@ from pipeline.maths.warmup import snapshot_steps, warm_up
 from pipeline.settings import Settings
 from pipeline.stages.coverage import checked_layers
 from pipeline.stages.failure import RunFailed
+from pipeline.stages.remote import here
 from pipeline.stages.storage import Storage
-from pipeline.stages.tensors import read_tensors, write_tensors
+from pipeline.stages.tensors import carried, counts_of, read_tensors, write_tensors
 
-PARTIAL = "anchors/partial"
+PARTIAL = "anchors/partial"  # what is needed until the stage is done
 FISHER = "anchors/fisher.safetensors"
 FACTORS = f"{PARTIAL}/factors.safetensors"
 REFERENCE = f"{PARTIAL}/reference.safetensors"
 GRADIENT = PARTIAL + "/gradient-{index:02d}.safetensors"
 TOKENS_PER_PASS = 4096
 PROMPTS_PER_BATCH = 16
+WARMUP_STATE = f"{PARTIAL}/warm-up.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +63,7 @@ class AnchorTask:
     sequences: Sequences
     seed: int = 0  # of this task alone
     weights: str | None = None  # a file with the scored weights to use instead of the model's own
+    fingerprint: str = ""  # what the output carries
     index: int = 0  # of the snapshot
     drift: str = "none"
     metadata: dict[str, str] = field(default_factory=dict)
@@ -71,12 +75,12 @@ class AnchorWorker:
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings, eos: Sequence[int]) -> None:
         self.storage, self.settings, self.eos = storage, settings, eos
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scored = checked_layers(load_model(source, self.device), settings)
+        self.scored = checked_layers(load_model(here(source), self.device), settings)
         self.kernel = settings.model.attention
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
 
     def __call__(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
-        """Run one task; returns counts."""
+        """Run one task; returns counts, which the output carries as well."""
         work = {
             "weights": self._weights, "fisher": self._fisher, "warmup": self._warmup, "gradient": self._gradient,
             "directions": self._directions,
@@ -85,8 +89,9 @@ class AnchorWorker:
             return work[task.what](task, advance)
 
     def _weights(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
-        self._save(task.output, self.scored.weights())
-        return {"coverage": self.scored.coverage}
+        counts = {"coverage": asdict(self.scored.coverage)}
+        self._save(task, task.output, self.scored.weights(), counts)
+        return counts
 
     def _fisher(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Sums over sampled completions, float32: (d^2)^T (h^2), and Kronecker factors where they are wanted."""
@@ -117,8 +122,9 @@ class AnchorWorker:
                 self._finite(losses, batch, [task.sequences.ids[rows[i]] for i in group])
                 tokens += len(losses)
             advance(len(rows))
-        self._save(task.output, {**total.total, **(factors.total if factors is not None else {})})
-        return {"prompts": len(prompts), "tokens": tokens}
+        counts = {"prompts": len(prompts), "tokens": tokens}
+        self._save(task, task.output, {**total.total, **(factors.total if factors is not None else {})}, counts)
+        return counts
 
     def _warmup(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
         warmup = self.settings.anchor.warmup
@@ -137,10 +143,16 @@ class AnchorWorker:
 
         def keep(steps: int, masters: dict[str, torch.Tensor]) -> None:
             if steps in snapshots:
-                self._save(task.output.format(index=snapshots[steps]), masters)
+                self._save(task, task.output.format(index=snapshots[steps]), masters)
 
+        saving = Saving(self, task)
+        # In copies of the weights: the model itself stays what the checkpoint says, should this be done again here.
+        copies = {name: weight.clone() for name, weight in self.scored.weights().items()}
         try:
-            warm_up(self.scored, batches, warmup.learning_rate, self.kernel, advance, keep)
+            with swapped(self.scored, copies):
+                warm_up(
+                    self.scored, batches, warmup.learning_rate, self.kernel, advance, keep, saving, saving.last_state()
+                )
         except NonFinite as error:
             raise RunFailed(f"warm-up: {error}; try a smaller anchor.warmup.learning_rate") from error
         return {"steps": warmup.steps, "examples": len(task.sequences.ids)}
@@ -161,8 +173,9 @@ class AnchorWorker:
                 self._finite(losses, batch, [task.sequences.ids[i] for i in group])
                 positions, loss = positions + len(losses), loss + float(losses.double().sum())
                 advance(len(group))
-        self._save(task.output, total.total)
-        return {"positions": positions, "loss": loss}
+        counts = {"positions": positions, "loss": loss}
+        self._save(task, task.output, total.total, counts)
+        return counts
 
     def _directions(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write both directions of one snapshot, preconditioned and scaled as asked; returns norms and scales."""
@@ -194,10 +207,12 @@ class AnchorWorker:
             scales = self._root_mean_squares(Directions(named, own), task.sequences)
             for name, tensors in named.items():  # values are linear in the direction
                 tensors.update({key: tensor / scales[name] for key, tensor in tensors.items()})
+        counts = {**norms, **{f"{name}_scale": scale for name, scale in scales.items()}}
         for name, tensors in named.items():
-            metadata = {**task.metadata, "precondition": anchor.precondition, "scale": repr(scales[name])}
-            self._save(f"anchors/snapshot-{task.index:02d}/{name}.safetensors", tensors, metadata)
-        return {**norms, **{f"{name}_scale": scale for name, scale in scales.items()}}
+            more = {"precondition": anchor.precondition, "scale": repr(scales[name]), **task.metadata}
+            place = f"anchors/snapshot-{task.index:02d}/{name}.safetensors"
+            write_tensors(self.storage, place, tensors, {**more, **carried(task.fingerprint, counts)})
+        return counts
 
     def _root_mean_squares(self, directions: Directions, sample: Sequences) -> dict[str, float]:
         """Per direction, the root mean square of direct + causal over the sample's response tokens; 1 where it is 0."""
@@ -217,11 +232,31 @@ class AnchorWorker:
             error = locate(self.scored, batch, self.kernel)
             raise RunFailed(f"NaN or infinity in {error.where}, example {ids[error.row]}: check the model or its dtype")
 
-    def _save(self, name: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
-        for key, tensor in tensors.items():
-            if not bool(torch.isfinite(tensor).all()):
-                raise RunFailed(f"NaN or infinity in {key} while making {name}: check the model or its dtype")
-        write_tensors(self.storage, name, tensors, metadata or {})
+    def _save(
+        self, task: AnchorTask, name: str, tensors: dict[str, torch.Tensor], counts: dict[str, Any] | None = None
+    ) -> None:
+        write_tensors(self.storage, name, tensors, carried(task.fingerprint, counts or {}))
+
+
+class Saving:
+    """Keeps the state of a warm-up in one file, as often as a tenth of its time allows."""
+
+    def __init__(self, worker: AnchorWorker, task: AnchorTask) -> None:
+        self.storage, self.name, self.fingerprint = worker.storage, WARMUP_STATE, task.fingerprint
+        self.ready_at = 0.0
+
+    def last_state(self) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """Steps done and state of the interrupted warm-up; None to start from the beginning."""
+        counts = counts_of(self.storage, self.name, self.fingerprint)
+        return (counts["steps"], read_tensors(self.storage, self.name)) if counts else None
+
+    def __call__(self, steps: int, state: dict[str, torch.Tensor]) -> None:
+        """Save, unless the last time is too short ago for what a save costs."""
+        started = time.monotonic()
+        if started >= self.ready_at:
+            write_tensors(self.storage, self.name, state, carried(self.fingerprint, {"steps": steps}))
+            now = time.monotonic()
+            self.ready_at = now + 9 * (now - started)
 
 
 def _norm(tensors: dict[str, torch.Tensor]) -> float:

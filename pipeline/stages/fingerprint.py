@@ -2,10 +2,14 @@
 
 import hashlib
 import json
+import os
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-MODEL_FILES = (".safetensors", ".json", ".bin", ".gguf", ".model", ".jinja", ".txt")
+from pipeline.stages.remote import MODEL_FILES, is_remote, model_files
+
+ADAPTER = "adapter_config.json"
 
 
 def digest(value: Any) -> str:
@@ -14,7 +18,13 @@ def digest(value: Any) -> str:
 
 
 def of_file(path: str | Path) -> str:
-    """sha256 of a local file's content."""
+    """sha256 of a local file's content; read once per process while its size and times stay the same."""
+    status = os.stat(path)
+    return _of_content(str(path), status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@cache
+def _of_content(path: str, *version: int) -> str:
     state = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(1 << 20):
@@ -23,17 +33,28 @@ def of_file(path: str | Path) -> str:
 
 
 def of_model(path: str, tokenizer_only: bool = False) -> str:
-    """Fingerprint of a model directory by content, or of a hub id by its name (its revision is a setting).
+    """Fingerprint of a model directory by content, of one behind a URI by what its store says of size and time of the
+    files, or of a hub id by its name (its revision is a setting).
 
     ``tokenizer_only`` leaves the weights and the model's configuration out: what `prepare` depends on.
     """
     directory = Path(path)
+    if is_remote(path):
+        remote = model_files(path)
+        return digest({name: remote[name].version for name in remote if not tokenizer_only or _of_tokenizer(name)})
     if not directory.is_dir():
         return f"hub:{path}"
     files = sorted(p for p in directory.iterdir() if p.is_file() and p.suffix in MODEL_FILES)
-    if tokenizer_only:
-        files = [p for p in files if "token" in p.name or p.suffix in (".model", ".jinja") or p.name in _VOCABULARY]
-    return digest({p.name: of_file(p) for p in files})
+    found = {p.name: of_file(p) for p in files if not tokenizer_only or _of_tokenizer(p.name)}
+    adapter = directory / ADAPTER
+    if adapter.is_file():  # of the base that it is put upon as well
+        base = str(json.loads(adapter.read_text()).get("base_model_name_or_path"))
+        found["base model"] = of_model(base, tokenizer_only)
+    return digest(found)
+
+
+def _of_tokenizer(name: str) -> bool:
+    return "token" in name or name.endswith((".model", ".jinja")) or name in _VOCABULARY
 
 
 _VOCABULARY = {"vocab.json", "merges.txt", "vocab.txt"}

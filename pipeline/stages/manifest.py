@@ -5,7 +5,9 @@ is skipped, or goes on where it stopped. Other inputs: refused, with the keys th
 to start anew.
 """
 
+import json
 import time
+from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -13,21 +15,32 @@ from typing import Any
 from pipeline.settings import STAGES
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import differences, digest
+from pipeline.stages.redaction import without_secrets
 from pipeline.stages.storage import Storage
 
 NAME = "run.json"
+SCHEMA = 1
 PACKAGES = ("alphatoken", "torch", "transformers", "tokenizers", "ray", "pyarrow", "datasets", "safetensors")
 OUTPUTS = {"prepare": ("prepared", "quarantine"), "anchor": ("anchors",), "value": ("values",), "mask": ("masks",)}
 
 
 class Manifest:
-    """The manifest of the run directory behind ``storage``; every change is written at once."""
+    """The manifest of the run directory behind ``storage``; every change is written at once.
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-        self.content: dict[str, Any] = {"schema": 1, "versions": _versions(), "configuration": {}, "stages": {}}
+    ``may_write`` raises RunFailed when another driver may write there by now. Raises RunFailed for a file that is not
+    a manifest of this version.
+    """
+
+    def __init__(self, storage: Storage, may_write: Callable[[], None] = lambda: None) -> None:
+        self.storage, self.may_write = storage, may_write
+        self.content: dict[str, Any] = {"schema": SCHEMA, "versions": _versions(), "configuration": {}, "stages": {}}
         if storage.exists(NAME):
-            self.content = storage.read_json(NAME)
+            self.content = _read(storage)
+
+    def tidy(self) -> None:
+        """Finish a removal that was interrupted."""
+        if "removing" in self.content:
+            self._remove()
 
     def stage(self, stage: str) -> dict[str, Any]:
         """The record of a stage: ``inputs``, ``fingerprint``, ``state``, ``counts``, ``seconds``; empty if never begun."""
@@ -46,10 +59,16 @@ class Manifest:
 
     def discard(self, first: str) -> None:
         """Forget ``first`` and every later stage and remove what they wrote (run.overwrite)."""
-        for stage in STAGES[STAGES.index(first) :]:
-            for directory in OUTPUTS[stage]:
-                self.storage.remove(directory)
-            self.content["stages"] = {k: v for k, v in self.content["stages"].items() if k.split("/")[0] != stage}
+        gone = STAGES[STAGES.index(first) :]
+        self.content["stages"] = {k: v for k, v in self.content["stages"].items() if k.split("/")[0] not in gone}
+        self.content["removing"] = [directory for stage in gone for directory in OUTPUTS[stage]]
+        self._write()  # first, so that no stage is ever said to be done whose files are gone
+        self._remove()
+
+    def _remove(self) -> None:
+        for directory in self.content["removing"]:
+            self.storage.remove(directory)
+        del self.content["removing"]
         self._write()
 
     def begin(self, stage: str, inputs: dict[str, Any], configuration: dict[str, Any]) -> str:
@@ -58,6 +77,7 @@ class Manifest:
         ``inputs``: everything that the stage's output depends on, and nothing else. ``configuration``: the groups to
         record. Raises SettingsWrong with every differing key when the stage was begun with other inputs.
         """
+        inputs = without_secrets(inputs)
         fingerprint = digest(inputs)
         record = self.stage(stage)
         if record and record["fingerprint"] != fingerprint:
@@ -71,26 +91,38 @@ class Manifest:
         if not record:
             record = {"fingerprint": fingerprint, "inputs": inputs, "state": "running", "seconds": 0.0, "counts": {}}
         self.content["stages"][stage] = record
-        self.content["configuration"].update(_plain(configuration))
+        self.content["configuration"].update(without_secrets(_plain(configuration)))
         self._write()
         return fingerprint
 
     def note(self, stage: str, **counts: Any) -> None:
         """Record facts about a running stage, such as the frozen shard plan."""
-        self.content["stages"][stage]["counts"].update(counts)
+        self.content["stages"][stage]["counts"].update(without_secrets(counts))
         self._write()
 
     def finish(self, stage: str, seconds: float, **counts: Any) -> None:
         """Mark a stage as done."""
         record = self.content["stages"][stage]
-        record["counts"].update(counts)
+        record["counts"].update(without_secrets(counts))
         record["state"] = "done"
         record["seconds"] = round(record["seconds"] + seconds, 3)
         record["finished"] = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
         self._write()
 
     def _write(self) -> None:
+        self.may_write()
         self.storage.write_json(NAME, self.content)
+
+
+def _read(storage: Storage) -> dict[str, Any]:
+    try:
+        content = storage.read_json(NAME)
+        if isinstance(content, dict) and content["schema"] == SCHEMA and isinstance(content["stages"], dict):
+            return content
+        reason = "it is of another version"
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
+        reason = f"{type(error).__name__}: {error}"
+    raise RunFailed(f"{storage.path(NAME)} is not a manifest of this version ({reason}): choose another run.dir")
 
 
 def _versions() -> dict[str, str]:

@@ -76,7 +76,9 @@ def run_mask(
         "schema": (schema.metadata or {})[SCHEMA_KEY].decode(),
     }
     fingerprint = manifest.begin(stage, inputs, {"mask": settings})
-    if manifest.done(stage) and storage.exists(f"{place}/summary.json"):
+    parts_there = manifest.stage("prepare")["counts"]["parts"]
+    whole = all(storage.rows_of(f"{place}/{_mask_part(part)}", fingerprint) is not None for part in parts_there)
+    if manifest.done(stage) and whole and all(storage.exists(f"{place}/{n}") for n in ("README.md", "summary.json")):
         if progress:
             progress.say(f"mask: {settings.name} is done already")
         return storage.read_json(f"{place}/summary.json")
@@ -95,6 +97,10 @@ def run_mask(
     told = ("rows", "response_tokens", "kept_tokens", "kept_fraction")
     manifest.finish(stage, time.monotonic() - started, **{key: summary[key] for key in told})
     return summary
+
+
+def _mask_part(part: str) -> str:
+    return part.replace("part-", "train-", 1)
 
 
 class _Advancing(Protocol):
@@ -217,7 +223,7 @@ class _Masking:
         counts = MaskCounts()
         with self._task("mask: write", 1) as task:
             for part, expected in self.parts.rows.items():
-                name = f"{place}/{part.replace('part-', 'train-', 1)}"
+                name = f"{place}/{_mask_part(part)}"
                 complete = self.storage.rows_of(name, fingerprint) == expected
                 file = nullcontext() if complete else self.storage.table_writer(name, schema, fingerprint)
                 with file as out:

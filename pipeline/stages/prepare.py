@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.progress import Progress
+from pipeline.stages.remote import here
 from pipeline.stages.rows import TemplateRequired, Unusable, require_template, row_kind
 from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
 from pipeline.stages.sources import Sources, decode, open_sources
@@ -30,6 +31,7 @@ from pipeline.stages.storage import Storage
 from pipeline.stages.tokenize import Example, ExampleMaker
 
 MOST_FISHER_PROMPTS = 1000
+LONGEST_RAW = 1 << 20  # characters of a row that the quarantine keeps
 Pieces = list[tuple[str, list[int], pa.Table]]
 
 
@@ -50,7 +52,11 @@ class PrepareWorker:
         data = settings.data
         self.storage = storage
         self.make = ExampleMaker(
-            load_tokenizer(source), data.max_length, data.chat_template, data.columns.given(), vocabulary
+            load_tokenizer(here(source, weights=False)),
+            data.max_length,
+            data.chat_template,
+            data.columns.given(),
+            vocabulary,
         )
 
     def __call__(self, task: _Task, advance: Callable[[int], None]) -> tuple[dict[str, Any], list[Example | None]]:
@@ -74,10 +80,11 @@ class PrepareWorker:
         usable = [e for e in examples if e is not None]
         if task.quarantine and rejected:
             self.storage.write_table(task.quarantine, pa.Table.from_pylist(rejected, QUARANTINE), task.fingerprint)
-        if task.part:
-            self.storage.write_table(task.part, to_table(usable), task.fingerprint)
+        counts = _counts(usable, rejected)
+        if task.part:  # after its quarantine, so that a part that is there has both
+            self.storage.write_table(task.part, to_table(usable), task.fingerprint, counts)
             examples = []
-        return _counts(usable, rejected), examples
+        return counts, examples
 
 
 def to_table(examples: Iterable[Example]) -> pa.Table:
@@ -98,14 +105,18 @@ def run_prepare(
     train = open_sources("data.train", settings.data.train)
     held_out = isinstance(settings.data.validation, int)
     validation = None if held_out else open_sources("data.validation", settings.data.validation)
-    inputs = prepare_inputs(settings, policy, train, validation)
+    vocabulary = _vocabulary(source)
+    inputs = prepare_inputs(settings, policy, vocabulary, train, validation)
     fingerprint = manifest.begin(
         "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}
     )
-    if manifest.done("prepare"):
+    if manifest.done("prepare") and not _missing(storage, manifest.stage("prepare")):
         progress.say(f"prepare: done already, {manifest.stage('prepare')['counts']['rows_used']:,} examples")
         return
-    facts = _check(source, settings, train)
+    facts = _check(source, vocabulary, settings, train)
+    # Names of files are part of the rows' identifiers: those that the stage was begun with, wherever the files are now.
+    manifest.note("prepare", files=manifest.stage("prepare")["counts"].get("files") or [f.name for f in train.files])
+    train = train.named(manifest.stage("prepare")["counts"]["files"])
     arguments = {"storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings}
     total = train.starts[-1]
     with WorkerPool(
@@ -132,7 +143,9 @@ def run_prepare(
     )
 
 
-def prepare_inputs(settings: Settings, policy: str, train: Sources, validation: Sources | None) -> dict[str, Any]:
+def prepare_inputs(
+    settings: Settings, policy: str, vocabulary: int, train: Sources, validation: Sources | None
+) -> dict[str, Any]:
     """Everything that prepared/ depends on."""
     data = settings.data
     return {
@@ -145,8 +158,25 @@ def prepare_inputs(settings: Settings, policy: str, train: Sources, validation: 
         "anchor.fisher.prompts": settings.anchor.fisher.prompts,
         "run.seed": settings.run.seed,
         "tokenizer": of_model(policy, tokenizer_only=True),
+        "vocabulary": vocabulary,
         "schema": (PREPARED.metadata or {})[b"alphatoken.schema"].decode(),
     }
+
+
+def _missing(storage: Storage, record: dict[str, Any]) -> bool:
+    """Whether a file of the finished stage is gone or damaged."""
+    names = ["validation.parquet", "fisher.parquet", *record["counts"]["parts"]]
+    return any(complete(storage, name, record["fingerprint"]) is None for name in names)
+
+
+def complete(storage: Storage, name: str, fingerprint: str) -> dict[str, Any] | None:
+    """The counts of a prepared file that is whole, with its quarantine; None where it has to be written (again)."""
+    counts = storage.counts_of(f"prepared/{name}", fingerprint)
+    if counts is None or storage.rows_of(f"prepared/{name}", fingerprint) != counts["rows_used"]:
+        return None
+    if counts.get("quarantined") and storage.rows_of(f"quarantine/{name}", fingerprint) != counts["quarantined"]:
+        return None
+    return counts
 
 
 def _plan(rows: int, per_shard: int) -> list[str]:
@@ -160,12 +190,20 @@ def _resources(cluster: Cluster, rows: int) -> Resources:
     return Resources(min(resources.workers, few), resources.cpus, resources.gpus)
 
 
-def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str, Any]:
+def _vocabulary(source: ModelSource) -> int:
+    """Rows of the model's embedding: larger ids cannot be used."""
+    try:
+        return load_config(here(source, weights=False)).get_text_config().vocab_size
+    except UnreadableModel as error:
+        raise SettingsWrong([f"model.policy: {error}"]) from error
+
+
+def _check(source: ModelSource, vocabulary: int, settings: Settings, train: Sources) -> dict[str, Any]:
     """What can be said before any worker starts: the tokenizer, the shape of the data, its size."""
     if not train.starts[-1]:
         raise SettingsWrong([f"data.train={settings.data.train}: there is no row in it"])
     try:
-        tokenizer, config = load_tokenizer(source), load_config(source)
+        tokenizer = load_tokenizer(here(source, weights=False))
     except UnreadableModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     columns = settings.data.columns.given()
@@ -184,7 +222,7 @@ def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str,
             raise SettingsWrong([f"data.train={file.name}, model.policy={source.path}: {error}"]) from error
     ends = tokenizer.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return {"vocabulary": config.get_text_config().vocab_size, "eos_token_ids": ends, "tokenizer": source.path}
+    return {"vocabulary": vocabulary, "eos_token_ids": ends, "tokenizer": source.path}
 
 
 class _Prepare:
@@ -214,6 +252,9 @@ class _Prepare:
                     f"anchor.fisher.prompts={asked} would leave none to train on: give a validation file or smaller numbers"
                 ]
             )
+        before = [complete(self.storage, f"{name}.parquet", self.fingerprint) for name in ("validation", "fisher")]
+        if before[0] is not None and before[1] is not None:
+            return self._held_out_before(before[0], before[1], validation is not None)
         order = draw_order(total, self.settings.run.seed)
         found: list[tuple[int, Example]] = []
         with self.progress.task("prepare: hold out", wanted, "rows") as task:
@@ -226,14 +267,20 @@ class _Prepare:
         found = found[:wanted]
         taken = {row for row, _ in found}
         counts = Counter[str]()
-        held = [example for _, example in found]
         if validation is None:
-            self._write("validation", held[:wanted_validation], counts)
+            self._write("validation", found[:wanted_validation], counts)
         else:
             counts += self._validation(validation)
-        self._write("fisher", held[wanted_validation:], counts)
-        counts["truncated"] += sum(example.truncated for example in held)
+        self._write("fisher", found[wanted_validation:], counts)
         return taken, counts
+
+    def _held_out_before(
+        self, validation: dict[str, Any], fisher: dict[str, Any], from_file: bool
+    ) -> tuple[set[int], Counter[str]]:
+        """As `hold_out`, from the counts of the two files."""
+        counts = _of_validation(validation) if from_file else _held("validation", validation)
+        counts += _held("fisher", fisher)
+        return {*validation.get("held_out", ()), *fisher["held_out"]}, counts
 
     def _examples(self, sources: Sources, rows: Sequence[int], task: Any) -> list[tuple[int, Example | None]]:
         """(row, example or None) in the order of ``rows``."""
@@ -257,20 +304,15 @@ class _Prepare:
                 f"data.validation={self.settings.data.validation}: none of its {len(rows)} rows has a response token; "
                 f"see the reasons in {self.storage.path('quarantine/validation.parquet')}"
             )
-        renamed = Counter(
-            {
-                f"validation_{key}" if not key.startswith("reason/") else f"reason/validation {key[7:]}": n
-                for key, n in counts.items()
-            }
-        )
-        renamed["validation_rows"] = counts["rows_used"]
-        return renamed
+        return _of_validation(counts)
 
-    def _write(self, name: str, examples: Sequence[Example], counts: Counter[str]) -> None:
-        self.storage.write_table(f"prepared/{name}.parquet", to_table(examples), self.fingerprint)
-        counts[f"{name}_rows"] = len(examples)
-        if not examples:
-            del counts[f"{name}_rows"]
+    def _write(self, name: str, found: Sequence[tuple[int, Example]], counts: Counter[str]) -> None:
+        """Write held-out rows, and which ones they are beside them."""
+        examples = [example for _, example in found]
+        own: dict[str, Any] = {"held_out": [row for row, _ in found], "rows_used": len(examples)}
+        own["truncated"] = sum(example.truncated for example in examples)
+        self.storage.write_table(f"prepared/{name}.parquet", to_table(examples), self.fingerprint, own)
+        counts += _held(name, own)
 
     def shards(self, train: Sources, held_out: set[int], parts: Sequence[str]) -> Counter[str]:
         """Write every part of the plan that is not there yet; returns the counts."""
@@ -278,18 +320,46 @@ class _Prepare:
         size, counts = self.settings.data.shard_examples, Counter[str]()
         plan = {part: rows[i * size : (i + 1) * size] for i, part in enumerate(parts)}
 
+        def add(found: dict[str, Any]) -> None:
+            counts.update(found)
+            counts["train_rows"] += found["rows_used"]
+
+        before = {part: complete(self.storage, part, self.fingerprint) for part in parts}
+        missing = [part for part, found in before.items() if found is None]
+        for found in before.values():
+            if found is not None:
+                add(found)
+        if len(missing) < len(parts):
+            self.progress.say(f"prepare: {len(parts) - len(missing)} of {len(parts)} shards are complete already")
+
         def payload(shard: Shard) -> _Task:
             return _Task(
                 train.pieces(plan[shard.name]), f"prepared/{shard.name}", f"quarantine/{shard.name}", self.fingerprint
             )
 
-        def done(shard: Shard, result: tuple[dict[str, Any], list]) -> None:
-            counts.update(result[0])
-            counts["train_rows"] += result[0]["rows_used"]
-
-        with self.progress.task("prepare: tokenize", len(rows), "rows") as task:
-            self.pool.run([Shard(part, len(plan[part])) for part in parts], payload, done, task)
+        todo = sum(len(plan[part]) for part in missing)
+        with self.progress.task("prepare: tokenize", todo, "rows") as task:
+            shards = [Shard(part, len(plan[part])) for part in missing]
+            self.pool.run(shards, payload, lambda shard, result: add(result[0]), task)
         return counts
+
+
+def _held(name: str, counts: dict[str, Any]) -> Counter[str]:
+    """The stage's counts of rows held out of the training data."""
+    found = Counter({f"{name}_rows": counts["rows_used"], "truncated": counts["truncated"]})
+    return Counter({key: n for key, n in found.items() if n})
+
+
+def _of_validation(counts: Mapping[str, Any]) -> Counter[str]:
+    """The stage's counts of a validation file of its own."""
+    renamed = Counter(
+        {
+            f"validation_{key}" if not key.startswith("reason/") else f"reason/validation {key[7:]}": n
+            for key, n in counts.items()
+        }
+    )
+    renamed["validation_rows"] = counts["rows_used"]
+    return renamed
 
 
 def _counts(usable: Sequence[Example], rejected: Sequence[dict[str, Any]]) -> dict[str, int]:
@@ -303,7 +373,13 @@ def _counts(usable: Sequence[Example], rejected: Sequence[dict[str, Any]]) -> di
 
 
 def _raw(row: Any) -> str:
-    return _storable(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str))
+    try:
+        text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
+    except (RecursionError, TypeError, ValueError):
+        text = json.dumps(f"a {type(row).__name__} that cannot be written as JSON")
+    if len(text) > LONGEST_RAW:
+        text = f"{text[:LONGEST_RAW]}... ({len(text)} characters)"
+    return _storable(text)
 
 
 def _storable(text: str) -> str:

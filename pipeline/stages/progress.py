@@ -17,6 +17,8 @@ from rich.progress import (
 )
 from rich.progress import Progress as RichProgress
 
+from pipeline.stages.redaction import redacted
+
 PLAIN_SECONDS = 30.0
 
 
@@ -46,7 +48,7 @@ class Progress:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(redacted(text), highlight=False, markup=False, soft_wrap=True)
 
     def task(self, name: str, total: int | None, unit: str) -> Task:
         """Begin to show a task of ``total`` units (None: unknown)."""

@@ -19,6 +19,7 @@ from pipeline.settings import Settings
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
+from pipeline.stages.remote import here
 from pipeline.stages.shard_loop import Cluster
 from pipeline.stages.storage import Storage
 from pipeline.stages.value import COLUMNS, ValueJob, ValueWorker, token_budget
@@ -33,7 +34,7 @@ class SelectionWorker(ValueWorker):
         """``sources``: policy and reference, as far as they are run. ``vocabulary``: ids in prepared/ are below it."""
         self.storage, self.settings = storage, settings
         self.device = torch.device("cuda" if sources and torch.cuda.is_available() else "cpu")
-        models = {name: load_model(source, self.device) for name, source in sources.items()}
+        models = {name: load_model(here(source), self.device) for name, source in sources.items()}
         for name, model in models.items():
             size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
             if vocabulary is not None and size < vocabulary:

@@ -1,30 +1,36 @@
 """The shard loop: explicit shards on Ray actors that hold their model once. The only file that talks to Ray.
 
 A shard is the unit of work, of retry and of resume. A future that dies with its actor puts its shard back into the
-queue and a new actor in its place; a shard that has lost its worker three times is set aside and named at the end,
-when all others are finished.
+queue and a new actor in its place; so does a worker that hangs or reports that a disk, a store or the memory refused.
+A shard that failed three times is set aside and named with its reason at the end, when all others are finished. A
+node that goes away is not held against the shards on it.
 """
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError, RayError
+from ray.exceptions import NodeDiedError, RayActorError, RayError
 
 from pipeline.settings import ClusterSettings
 from pipeline.stages.failure import RunFailed
 from pipeline.stages.progress import Task
 
 ATTEMPTS = 3
+LOST_NODES = 20  # a shard may lose as many nodes under it, as on machines that are taken away
+SET_ASIDE_IN_A_ROW = 3  # with no success between them it is not the shards: a disk is full, a store is gone
+RETRY_SECONDS = 2.0  # before a shard is tried again; doubled each time
 POLL_SECONDS = 1.0
 SHARDS_IN_FLIGHT = 2  # per worker: one computes while the other is read or written
 
@@ -76,10 +82,11 @@ class Cluster:
         address = self.settings.address
         try:
             if address is None:
-                ray.init(
-                    address="local", num_cpus=_local_cpus(self.settings), include_dashboard=False, log_to_driver=False,
-                    logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
-                )  # fmt: skip
+                with _loopback_only():
+                    ray.init(
+                        address="local", num_cpus=_local_cpus(self.settings), include_dashboard=False,
+                        log_to_driver=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
+                    )  # fmt: skip
             else:
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RayError, ValueError, RuntimeError) as error:
@@ -116,6 +123,22 @@ class Cluster:
         return Resources(min(workers, most), 1, 0.0)
 
 
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let a local Ray listen on the loopback interface alone.
+
+    Ray replaces 127.0.0.1 by the machine's outer address where clusters are enabled, and has no option against that.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
 def _local_cpus(settings: ClusterSettings) -> int:
     """The machine's CPUs, or as many as the user explicitly asked the workers to take together."""
     asked = 0
@@ -136,7 +159,12 @@ class _Host:
 
     def start(self) -> tuple[str, Any]:
         """Make the worker; errors come back as values, so that they are told apart from a lost actor."""
-        return _caught(lambda: setattr(self, "worker", self.make(**self.arguments)))
+
+        def start() -> str:
+            self.worker = self.make(**self.arguments)
+            return ray.get_runtime_context().get_node_id()
+
+        return _caught(start)
 
     def run(self, name: str, payload: Any) -> tuple[str, Any]:
         """Run one shard."""
@@ -162,10 +190,15 @@ class _Host:
 
 
 def _caught(work: Callable[[], Any]) -> tuple[str, Any]:
+    """("ok", result), ("error", ...) for what will be the same next time, or ("retry", ...) for what may pass."""
     try:
         return "ok", work()
     except Exception as error:
-        return "error", (f"{type(error).__name__}: {error}", traceback.format_exc(), isinstance(error, RunFailed))
+        kind = "retry" if isinstance(error, OSError | MemoryError) or _NO_MEMORY in str(error) else "error"
+        return kind, (f"{type(error).__name__}: {error}", traceback.format_exc(), isinstance(error, RunFailed))
+
+
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class WorkerPool:
@@ -177,14 +210,15 @@ class WorkerPool:
         self.make, self.arguments, self.resources = make, arguments, resources
         self.timeout, self.debug = timeout, debug
         self.hosts: list[Any] = []
+        self.nodes: dict[Any, str] = {}  # host that is ready -> its node
 
     def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, *_: object) -> None:
         for host in self.hosts:
-            ray.kill(host)
-        self.hosts = []
+            _kill(host)
+        self.hosts, self.nodes = [], {}
 
     def run(
         self, shards: Sequence[Shard], payload: Callable[[Shard], Any], done: Callable[[Shard, Any], None], task: Task
@@ -192,7 +226,8 @@ class WorkerPool:
         """Run every shard once, in any order; ``done(shard, result)`` is called in the driver for each.
 
         ``payload(shard)`` is made when the shard is handed out, so that at most two per worker are in memory. Raises
-        RunFailed at once when a worker reports an error, and at the end when shards had to be set aside.
+        RunFailed at once when a worker reports an error that would come again, and at the end when shards had to be
+        set aside, with the reasons.
         """
         _Loop(self, shards, payload, done, task).run()
 
@@ -218,9 +253,14 @@ class _Loop:
         self.pool, self.payload, self.done, self.task = pool, payload, done, task
         self.queue = deque(shards)
         self.attempts: dict[str, int] = {}
-        self.set_aside: list[str] = []
+        self.lost_nodes: dict[str, int] = {}
+        self.not_before: dict[str, float] = {}  # shard -> when it may be tried again
+        self.set_aside: dict[str, str] = {}  # shard -> reason
+        self.set_aside_in_a_row = 0
         self.flights: dict[Any, tuple[Any, Shard]] = {}  # future -> (host, shard)
         self.starting: dict[Any, Any] = {}  # future -> host
+        self.node_of: dict[Any, str] = {}  # host that is ready -> its node
+        self.asked: dict[Any, Any] = {}  # host -> the future of its progress
         self.seen: dict[Any, dict[str, int]] = {}  # host -> units of the shards in work
         self.alive_at: dict[Any, float] = {}  # host -> when it last made progress
         self.failed_starts = 0
@@ -228,26 +268,39 @@ class _Loop:
         self.polled = 0.0
 
     def run(self) -> None:
-        wanted = min(self.pool.resources.workers, len(self.queue))
-        ready = list(self.pool.hosts)
-        for host in ready:
-            self._feed(host)
-        for _ in range(wanted - len(ready)):
-            self._start()
+        self.node_of = dict(self.pool.nodes)
         while self.queue or self.flights:
+            self._assign()
             pending = [*self.flights, *self.starting]
+            if not pending:
+                time.sleep(POLL_SECONDS / 10)  # all that is left waits for its next attempt
+                continue
             for future in ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)[0]:
                 if future in self.starting:
                     self._started(future)
-                else:
+                elif future in self.flights:
                     self._landed(future)
             self._poll()
+        self.pool.nodes = self.node_of
         self.task.at(self.finished_units)
         if self.set_aside:
-            raise RunFailed(
-                f"{len(self.set_aside)} shard(s) lost their worker {ATTEMPTS} times and were set aside, all others are "
-                f"finished: {', '.join(self.set_aside)}; look for out-of-memory kills, then run the same command again"
-            )
+            raise RunFailed(self._told("all others are finished"))
+
+    def _told(self, others: str) -> str:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.set_aside.items())
+        return (
+            f"{len(self.set_aside)} shard(s) failed {ATTEMPTS} times and were set aside, {others}: {reasons}; remove the "
+            "cause, then run the same command again"
+        )
+
+    def _assign(self) -> None:
+        """Feed every worker that is ready, and start as many as there is work for."""
+        for host in self.node_of:
+            self._feed(host)
+        while self.queue and len(self.pool.hosts) < self.pool.resources.workers:
+            if len(self.starting) >= len(self.queue):
+                return
+            self._start()
 
     def _start(self) -> None:
         host = self.pool.spawn()
@@ -259,68 +312,93 @@ class _Loop:
         try:
             status, result = ray.get(future)
         except RayError as error:
-            self.failed_starts += 1
-            if self.failed_starts >= ATTEMPTS:
-                raise RunFailed(
-                    f"workers die while they start: {_first_line(error)}; is there enough memory?"
-                ) from error
-            self._retire(host)
-            self._start()
+            self._no_start(host, f"workers die while they start: {_first_line(error)}; is there enough memory?")
             return
         if status == "error":
             raise RunFailed(self._explain("a worker cannot start", result))
+        if status == "retry":
+            self._no_start(host, self._explain("a worker cannot start", result))
+            return
+        self.failed_starts = 0
+        self.node_of[host] = result
         self.alive_at[host] = time.monotonic()
-        self._feed(host)
+
+    def _no_start(self, host: Any, reason: str) -> None:
+        self._retire(host)
+        self.failed_starts += 1
+        if self.failed_starts >= ATTEMPTS:
+            raise RunFailed(reason)
 
     def _feed(self, host: Any) -> None:
-        """Hand out shards; one that has lost a worker before runs alone, so that no other is blamed for it."""
+        """Hand out shards; one that has failed before runs alone, so that no other is blamed for it."""
         flying = [shard for other, shard in self.flights.values() if other is host]
-        while self.queue and len(flying) < SHARDS_IN_FLIGHT:
-            if flying and any(shard.name in self.attempts for shard in (*flying, self.queue[0])):
+        while len(flying) < SHARDS_IN_FLIGHT and not any(shard.name in self.attempts for shard in flying):
+            shard = self._next(alone=not flying)
+            if shard is None:
                 return
-            shard = self.queue.popleft()
             self.flights[host.run.remote(shard.name, self.payload(shard))] = (host, shard)
             self.alive_at[host] = time.monotonic()
             flying.append(shard)
+
+    def _next(self, alone: bool) -> Shard | None:
+        """The first shard that may be tried now. ``alone``: on a worker without another, so one that failed as well."""
+        now = time.monotonic()
+        for shard in self.queue:
+            if self.not_before.get(shard.name, 0.0) <= now and (alone or shard.name not in self.attempts):
+                self.queue.remove(shard)
+                return shard
+        return None
 
     def _landed(self, future: Any) -> None:
         host, shard = self.flights.pop(future)
         try:
             status, result = ray.get(future)
-        except RayActorError:
-            self._requeue(shard)
-            self._replace(host)
+        except RayError as error:
+            self._lost(host, [shard], f"its worker was lost ({_first_line(error)})", _took_node(error))
             return
         if status == "error":
             raise RunFailed(self._explain(shard.name, result))
-        self.finished_units += shard.units
         self.alive_at[host] = time.monotonic()
+        if status == "retry":
+            self._failed(shard, self._explain("", result).removeprefix(": "))
+            return
+        self.set_aside_in_a_row = 0
+        self.finished_units += shard.units
         self.done(shard, result)
-        self._feed(host)
 
-    def _requeue(self, shard: Shard) -> None:
-        self.attempts[shard.name] = self.attempts.get(shard.name, 0) + 1
-        if self.attempts[shard.name] >= ATTEMPTS:
-            self.set_aside.append(shard.name)
-        else:
-            self.queue.append(shard)
-        self.task.progress.say(f"{shard.name}: its worker was lost (attempt {self.attempts[shard.name]} of {ATTEMPTS})")
-
-    def _replace(self, host: Any) -> None:
-        for future, (other, shard) in list(self.flights.items()):
-            if other is host:
-                del self.flights[future]
-                self._requeue(shard)
+    def _lost(self, host: Any, shards: Iterable[Shard], reason: str, with_node: bool) -> None:
+        """A worker is gone: its shards go back into the queue."""
+        with_node = with_node or self.node_of.get(host) in _dead_nodes()
+        also = [future for future, (other, _) in self.flights.items() if other is host]
+        for shard in [*shards, *(self.flights.pop(future)[1] for future in also)]:
+            lost = self.lost_nodes.get(shard.name, 0) + 1
+            if with_node and lost <= LOST_NODES:
+                self.lost_nodes[shard.name] = lost
+                self.queue.append(shard)
+                self.task.progress.say(f"{shard.name}: its node went away, it is done again elsewhere")
+            else:
+                self._failed(shard, reason)
         self._retire(host)
-        if self.queue and not self.starting:
-            self._start()
+
+    def _failed(self, shard: Shard, reason: str) -> None:
+        """An attempt at a shard failed: later again, or set aside."""
+        attempt = self.attempts[shard.name] = self.attempts.get(shard.name, 0) + 1
+        self.task.progress.say(f"{shard.name}: {reason} (attempt {attempt} of {ATTEMPTS})")
+        if attempt < ATTEMPTS:
+            self.not_before[shard.name] = time.monotonic() + RETRY_SECONDS * 2 ** (attempt - 1)
+            self.queue.appendleft(shard)  # soon, so that what every shard will meet is known before all have been tried
+            return
+        self.set_aside[shard.name] = reason
+        self.set_aside_in_a_row += 1
+        if self.set_aside_in_a_row >= SET_ASIDE_IN_A_ROW and len(self.queue) + len(self.flights) > 0:
+            raise RunFailed(self._told("and no other was finished meanwhile, so that the rest was not tried"))
 
     def _retire(self, host: Any) -> None:
         if host in self.pool.hosts:
             self.pool.hosts.remove(host)
-        self.seen.pop(host, None)
-        self.alive_at.pop(host, None)
-        ray.kill(host)
+        for known in (self.seen, self.alive_at, self.node_of, self.asked):
+            known.pop(host, None)  # type: ignore[attr-defined]
+        _kill(host)
 
     def _poll(self) -> None:
         now = time.monotonic()
@@ -328,14 +406,16 @@ class _Loop:
             return
         self.polled = now
         busy = {host for host, _ in self.flights.values()}
-        asked = {host.progress.remote(): host for host in busy}
-        answered = ray.wait(list(asked), num_returns=len(asked), timeout=POLL_SECONDS)[0] if asked else []
-        for future in answered:
+        for host in busy - self.asked.keys():
+            self.asked[host] = host.progress.remote()
+        asked = {future: host for host, future in self.asked.items()}
+        for future in ray.wait(list(asked), num_returns=len(asked), timeout=0.2)[0] if asked else ():
+            host = asked[future]
+            del self.asked[host]
             try:
                 units = ray.get(future)
             except RayError:
                 continue  # its shards' futures will say so
-            host = asked[future]
             if units != self.seen.get(host):
                 self.alive_at[host] = now
             self.seen[host] = units
@@ -346,26 +426,45 @@ class _Loop:
         self.task.at(self.finished_units + running)
 
     def _hung(self, host: Any) -> None:
-        self.task.progress.say(f"a worker made no progress for cluster.shard_timeout={self.pool.timeout:g} s: replaced")
+        limit = f"cluster.shard_timeout={self.pool.timeout:g} s"
         for future, other in list(self.starting.items()):
             if other is host:
                 del self.starting[future]
-                self.failed_starts += 1
-                if self.failed_starts >= ATTEMPTS:
-                    raise RunFailed(
-                        f"no worker could be started within cluster.shard_timeout={self.pool.timeout:g} s: the cluster "
-                        f"must have {self.pool.resources.cpus} CPUs and {self.pool.resources.gpus:g} GPUs free"
-                    )
-                self._retire(host)
-                self._start()
+                self.task.progress.say(f"a worker did not start within {limit}")
+                self._no_start(
+                    host,
+                    f"no worker could be started within {limit}: the cluster must have "
+                    f"{self.pool.resources.cpus} CPUs and {self.pool.resources.gpus:g} GPUs free",
+                )
                 return
-        self._replace(host)
+        self._lost(host, [], f"its worker made no progress for {limit}", False)
 
     def _explain(self, where: str, error: tuple[str, str, bool]) -> str:
         message, trace, expected = error
         if expected:
             message = message.partition(": ")[2]
+        if any(f"[Errno {code}]" in message or f"[errno {code}]" in message for code in (errno.ENOSPC, errno.EDQUOT)):
+            message += " (the disk is full)"
         return f"{where}: {message}" + (f"\n{trace}" if self.pool.debug else "")
+
+
+def _kill(host: Any) -> None:
+    with suppress(RayError, ValueError):  # it may be gone already, or Ray with it
+        ray.kill(host)
+
+
+def _took_node(error: RayError) -> bool:
+    """Whether Ray says that a worker was lost because of its node."""
+    return (
+        isinstance(error, NodeDiedError)
+        or (isinstance(error, RayActorError) and getattr(error, "preempted", False))
+        or "node has died" in str(error)
+        or "node was terminated" in str(error)
+    )
+
+
+def _dead_nodes() -> set[str]:
+    return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
 
 
 def _first_line(error: BaseException) -> str:

@@ -32,6 +32,7 @@ from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.progress import Progress
+from pipeline.stages.remote import here
 from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_tensors
@@ -65,7 +66,7 @@ class ValueWorker:
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int) -> None:
         self.storage, self.settings = storage, settings
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model = load_model(source, self.device)
+        model = load_model(here(source), self.device)
         checked_layers(model, settings)
         valuation = settings.valuation
         try:
@@ -121,9 +122,10 @@ class ValueWorker:
             padded += batch.shape[0] * batch.shape[1]
             advance(int(batch.lengths.sum()))
         arrays = [pa.array(ids, pa.string()), *[_lists(columns[name]) for name in COLUMNS]]
-        self.storage.write_table(f"values/{task.part}", pa.Table.from_arrays(arrays, schema=VALUES), task.fingerprint)
-        tokens = sum(len(row) for row in input_ids)
-        return {"rows": len(ids), "tokens": tokens, "padded_tokens": padded}
+        counts = {"tokens": sum(len(row) for row in input_ids), "padded_tokens": padded}
+        table = pa.Table.from_arrays(arrays, schema=VALUES)
+        self.storage.write_table(f"values/{task.part}", table, task.fingerprint, counts)
+        return counts
 
     def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
         """Mean over the snapshots, brought to the host in one copy."""
@@ -183,30 +185,35 @@ def run_value(
         job = selection_job(storage, manifest, settings, policy, reference or policy, cluster)
     configuration = {"model": settings.model, "valuation": settings.valuation, "cluster": settings.cluster}
     fingerprint = manifest.begin("value", job.inputs, configuration)
-    if manifest.done("value"):
-        progress.say("value: done already")
-        return
     prepared = manifest.stage("prepare")
     rows = {p: storage.rows_of(f"prepared/{p}", prepared["fingerprint"]) for p in prepared["counts"]["parts"]}
     damaged = [part for part, count in rows.items() if count is None]
     if damaged:
-        raise RunFailed(f"prepared/{damaged[0]} is missing or damaged: start anew with run.overwrite=prepare")
+        raise RunFailed(f"prepared/{damaged[0]} is missing or damaged: run `alphatoken prepare` again")
     missing = [part for part in rows if storage.rows_of(f"values/{part}", fingerprint) != rows[part]]
+    if manifest.done("value") and not missing:
+        progress.say("value: done already")
+        return
     if len(missing) < len(rows):
         progress.say(f"value: {len(rows) - len(missing)} of {len(rows)} shards are complete already")
     resources = job.resources()
     tokens = {part: _tokens(storage, part) for part in missing}
     counts: dict[str, Any] = {"tokens": 0, "padded_tokens": 0}
 
-    def done(shard: Shard, result: dict[str, Any]) -> None:
+    def add(found: dict[str, Any]) -> None:
         for key in counts:
-            counts[key] += result[key]
+            counts[key] += found[key]
+
+    for part in rows.keys() - set(missing):
+        add(storage.counts_of(f"values/{part}", fingerprint) or dict.fromkeys(counts, 0))
 
     with (
         WorkerPool(job.worker, job.arguments, resources, settings.cluster.shard_timeout, settings.debug) as pool,
         progress.task("value", sum(tokens.values()), "tokens") as task,
     ):
-        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), done, task)
+        pool.run(
+            [Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), lambda s, r: add(r), task
+        )
     seconds = time.monotonic() - started
     padding = 1 - counts["tokens"] / counts["padded_tokens"] if counts["padded_tokens"] else 0.0
     manifest.finish(

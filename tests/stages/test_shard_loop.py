@@ -60,7 +60,7 @@ def test_a_lost_actors_shards_are_queued_again(ray_cluster, tmp_path):
 
 
 def test_a_shard_that_always_kills_its_worker_is_set_aside_and_the_others_are_finished(ray_cluster, tmp_path):
-    with pytest.raises(RunFailed, match=r"1 shard\(s\) lost their worker 3 times .* shard 3;"):
+    with pytest.raises(RunFailed, match=r"1 shard\(s\) failed 3 times .* shard 3: its worker was lost"):
         run(tmp_path, {3: "die always"})
     assert {p.name for p in tmp_path.glob("seen-*")} == {f"seen-{n}" for n in range(8)}
 

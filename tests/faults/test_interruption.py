@@ -1,0 +1,114 @@
+"""A run that is killed again and again, in each of the ways in which machines do it, ends with the bytes of a calm one."""
+
+import random
+import signal
+import threading
+import time
+
+import psutil
+import pytest
+
+from tests.conftest import chat_row, save_model, write_rows
+from tests.faults.interrupted_run import MANY_PIECES, contents, family, python, until, without_ray
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> list[str]:
+    place = tmp_path_factory.mktemp("inputs")
+    train = write_rows(place / "train.jsonl", [chat_row(i) for i in range(60)])
+    return [f"model.policy={save_model(place / 'policy', seed=1)}", f"data.train={train}", *MANY_PIECES]
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory, inputs) -> dict:
+    """What an undisturbed run leaves."""
+    run = tmp_path_factory.mktemp("calm") / "run"
+    assert without_ray(0, 0, "run", f"run.dir={run}", *inputs)["status"] == 0
+    return contents(run)
+
+
+def test_thirty_killed_drivers_give_the_bytes_of_a_calm_run(tmp_path, inputs, calm):
+    told = without_ray(30, 5, "run", f"run.dir={tmp_path}/run", *inputs)
+    assert told["kills"] == 30 and told["status"] == 0
+    assert told["unfinished"] >= 20, "the kills came too late to test anything"
+    assert contents(tmp_path / "run") == calm
+
+
+def test_killed_drivers_and_machines_with_ray_go_on_with_the_same_command(tmp_path, inputs, calm):
+    """In turn the driver alone, as by a user, and everything below it at once, as when a machine goes away."""
+    draw, run = random.Random(7), tmp_path / "run"
+    for turn in range(4):
+        process = python("jobs", "run", f"run.dir={run}", *inputs)
+        until((run / ".lock").exists, 120)
+        time.sleep(draw.uniform(0.0, 14.0))
+        for member in family(process)[: 1 if turn % 2 else None]:
+            member.kill()
+        process.communicate(timeout=60)
+    process = python("jobs", "run", f"run.dir={run}", *inputs)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert contents(run) == calm
+
+
+def test_a_killed_ray_head_ends_the_driver_and_the_same_command_goes_on(tmp_path, inputs, calm):
+    run = tmp_path / "run"
+    process = python("jobs", "run", f"run.dir={run}", *inputs, RAY_gcs_rpc_server_reconnect_timeout_s="3")
+    until(lambda: list(run.glob("prepared/part-*")), 120)
+    heads = [p for p in family(process) if p.name() == "gcs_server"]
+    assert len(heads) == 1
+    heads[0].kill()
+    process.communicate(timeout=120)
+    assert process.returncode != 0
+    process = python("jobs", "run", f"run.dir={run}", *inputs)
+    _, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    assert contents(run) == calm
+
+
+def test_killed_workers_are_replaced(alphatoken, tmp_path, inputs, calm):
+    """Ten kills at random moments; a shard that was hit three times is reported, and done by the next run."""
+    draw, kills, over = random.Random(3), [], threading.Event()
+
+    def hit() -> None:
+        while len(kills) < 10 and not over.wait(draw.uniform(0.3, 2.5)):
+            workers = [p for p in psutil.Process().children(recursive=True) if _is_worker(p)]
+            if workers:
+                victim = draw.choice(workers)
+                victim.send_signal(signal.SIGKILL)
+                kills.append(victim.pid)
+
+    killer = threading.Thread(target=hit)
+    killer.start()
+    try:
+        for _ in range(6):
+            status, _, err = alphatoken("run", f"run.dir={tmp_path}/run", *inputs)
+            if status == 0:
+                break
+            assert "run the same command again" in err or "workers die while they start" in err, err
+    finally:
+        over.set()
+        killer.join()
+    assert status == 0
+    assert len(kills) >= 3
+    assert contents(tmp_path / "run") == calm
+
+
+def _is_worker(process: psutil.Process) -> bool:
+    try:
+        return process.cmdline()[:1] == ["ray::_Host"] or process.name().startswith("ray::_Host")
+    except (psutil.NoSuchProcess, psutil.AccessDenied):
+        return False
+
+
+def test_a_second_driver_is_refused_while_the_first_lives(tmp_path, inputs):
+    run = tmp_path / "run"
+    first = python("jobs", "run", f"run.dir={run}", *inputs)
+    try:
+        until(lambda: list(run.glob(".lock/*.json")), 120)
+        second = python("jobs", "prepare", f"run.dir={run}", *inputs)
+        _, err = second.communicate(timeout=120)
+        assert second.returncode == 1 and f"process {first.pid} on" in err.strip().splitlines()[-1]
+    finally:
+        for member in family(first):
+            member.kill()
+        first.communicate(timeout=60)

@@ -1,0 +1,117 @@
+"""What a stage depends on, and nothing else: changes are refused with the keys, old and new, or cost nothing."""
+
+import json
+
+import pytest
+
+from tests.conftest import SMALL, chat_row, write_rows
+from tests.jobs.test_run import hashes
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory, ray_cluster, policy, reference):
+    from jobs.cli import main
+
+    place = tmp_path_factory.mktemp("mismatch")
+    train = write_rows(place / "train.jsonl", [chat_row(i) for i in range(30)])
+    same = [f"run.dir={place}/run", f"model.policy={policy}", f"model.reference={reference}", f"data.train={train}",
+            *SMALL, "data.validation=4"]  # fmt: skip
+    assert main(["run", *same]) == 0
+    return place / "run", same, train
+
+
+@pytest.mark.parametrize(
+    ("change", "stage", "key"),
+    [
+        ("data.max_length=40", "prepare", "data.max_length was 2048, now 40"),
+        ("data.shard_examples=7", "prepare", "data.shard_examples was 10, now 7"),
+        ("run.seed=3", "prepare", "run.seed was 0, now 3"),
+        ("anchor.fisher.max_new_tokens=7", "anchor", "anchor.fisher.max_new_tokens was 6, now 7"),
+        ("model.dtype=bfloat16", "anchor", "model.dtype was auto, now bfloat16"),
+        ("valuation.window=2", "value", "valuation.window was 4, now 2"),
+        ("mask.rho=0.25", "mask/default", "mask.rho was 0.5, now 0.25"),
+    ],
+)
+def test_another_setting_is_refused_by_the_first_stage_that_depends_on_it(alphatoken, run, change, stage, key):
+    directory, same, _ = run
+    before = hashes(directory)
+    status, _, err = alphatoken("run", *same, change)
+    assert status == 2
+    told = err.strip().splitlines()
+    assert any(f"{stage}: " in line and key in line for line in told), err
+    assert "run.overwrite=" in told[-1]
+    assert hashes(directory) == before
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["mask.name=other", "cluster.workers=2", "cluster.shard_timeout=99", "debug=true", "model.attention=eager"],
+)
+def test_what_changes_no_file_is_not_refused(alphatoken, run, change):
+    directory, same, _ = run
+    status, _, err = alphatoken("run", *same, change)
+    assert status == 0, err
+    assert all(f"{stage}: done already" in err for stage in ("prepare", "anchor", "value"))
+
+
+def test_a_changed_mask_setting_under_another_name_leaves_the_values(alphatoken, run):
+    directory, same, _ = run
+    before = hashes(directory)
+    status, _, err = alphatoken("run", *same, "mask.rho=0.25", "mask.name=quarter", "mask.stability_weight=0")
+    assert status == 0 and "value: done already" in err
+    assert {k: v for k, v in hashes(directory).items() if k in before} == before
+
+
+def test_changed_data_are_refused_and_moved_data_are_not(alphatoken, run, tmp_path):
+    directory, same, train = run
+    moved = tmp_path / "moved.jsonl"
+    moved.write_bytes(train.read_bytes())
+    status, _, err = alphatoken("run", *same, f"data.train={moved}")
+    assert status == 0, err
+    moved.write_bytes(train.read_bytes() + (json.dumps(chat_row(99)) + "\n").encode())
+    status, _, err = alphatoken("run", *same, f"data.train={moved}")
+    assert status == 2 and "data.train was" in err
+
+
+def test_a_part_that_is_gone_or_cut_off_is_done_again_though_its_stage_was_done(alphatoken, run):
+    directory, same, _ = run
+    before = hashes(directory)
+    (directory / "prepared/part-00000-of-00003.parquet").unlink()
+    (directory / "anchors/snapshot-00/stability.safetensors").unlink()
+    for name in ("prepared/fisher.parquet", "values/part-00001-of-00003.parquet", "anchors/fisher.safetensors",
+                 "masks/default/train-00002-of-00003.parquet"):  # fmt: skip
+        (directory / name).write_bytes((directory / name).read_bytes()[:-20])
+    status, _, err = alphatoken("run", *same)
+    assert status == 0, err
+    assert hashes(directory) == before
+
+
+def test_a_start_anew_that_is_interrupted_is_finished_by_the_next_command(alphatoken, run, monkeypatch):
+    directory, same, _ = run
+    from pipeline.stages.storage import Storage
+
+    before = hashes(directory)
+
+    def killed(self, name):
+        if name == "masks":
+            raise KeyboardInterrupt
+        remove(self, name)
+
+    remove = Storage.remove
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "remove", killed)
+        assert alphatoken("run", *same, "run.overwrite=value")[0] == 130
+    manifest = json.loads((directory / "run.json").read_text())
+    assert manifest["removing"] == ["values", "masks"] and set(manifest["stages"]) == {"prepare", "anchor"}
+    status, _, err = alphatoken("run", *same)
+    assert status == 0, err
+    after = hashes(directory)
+    assert after == {
+        name: value for name, value in before.items() if not name.startswith("masks/") or "/default/" in name
+    }
+
+
+def test_a_manifest_that_cannot_be_read_is_named(alphatoken, tmp_path, policy, train_file):
+    (tmp_path / "run.json").write_text('{"schema": 1, "stages"')
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}", f"model.policy={policy}", f"data.train={train_file}")
+    assert status == 1 and "run.json is not a manifest" in err and "run.dir" in err

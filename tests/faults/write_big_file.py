@@ -1,0 +1,7 @@
+"""Write 24 MiB under a name, in a process that can be killed:  python -m tests.faults.write_big_file ROOT NAME"""
+
+import sys
+
+from pipeline.stages.storage import Storage
+
+Storage(sys.argv[1]).write_bytes(sys.argv[2], bytes(24 << 20))
