@@ -15,11 +15,19 @@ import torch
 
 from data_schemas import PREPARED
 from pipeline.maths.decoder import Coverage
-from pipeline.maths.directions import fisher_drift
 from pipeline.maths.models import ModelSource
 from pipeline.settings import Settings
 from pipeline.stages import coverage as coverage_report
-from pipeline.stages.anchor_worker import PARTIAL, AnchorTask, AnchorWorker, Sequences
+from pipeline.stages.anchor_worker import (
+    FACTORS,
+    FISHER,
+    GRADIENT,
+    PARTIAL,
+    REFERENCE,
+    AnchorTask,
+    AnchorWorker,
+    Sequences,
+)
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
@@ -28,6 +36,7 @@ from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import counts_of, fingerprint_of, read_tensors, write_tensors
 
+NO_ROWS = Sequences([], [], [])
 SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
 
 
@@ -77,7 +86,7 @@ def run_anchor(
 
 def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
     """Whether a file of the finished stage is gone or damaged."""
-    names = [] if drift == "none" else ["anchors/fisher.safetensors"]
+    names = [FISHER] if "fisher" in record["counts"] else []
     for index in range(record["counts"]["snapshots"]):
         kinds = ["adaptation", "stability", *(["policy"] if drift == "warmup" else [])]
         names += [f"anchors/snapshot-{index:02d}/{kind}.safetensors" for kind in kinds]
@@ -97,7 +106,14 @@ def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str
         "anchor.drift": drift,
         "run.seed": settings.run.seed,
     }
-    if drift != "none":
+    inputs["anchor.precondition"] = anchor.precondition
+    if anchor.precondition != "none":
+        inputs["anchor.damping"] = anchor.damping
+    inputs["anchor.snapshot_scale"] = anchor.snapshot_scale
+    if anchor.snapshot_scale != "none":  # made from values of a sample
+        inputs["valuation.window"] = settings.valuation.window
+        inputs["valuation.estimator"] = settings.valuation.estimator
+    if drift != "none" or anchor.precondition != "none":
         inputs["anchor.fisher.max_new_tokens"] = anchor.fisher.max_new_tokens
         inputs["anchor.fisher.temperature"] = anchor.fisher.temperature
     if drift == "warmup":
@@ -127,7 +143,7 @@ class _Anchor:
     def run(self, policy: str, reference: str, drift: str) -> dict[str, Any]:
         """Fisher at the reference, then warm-up and gradients at the policy; returns the counts."""
         counts: dict[str, Any] = {}
-        if drift != "none":
+        if drift != "none" or self.settings.anchor.precondition != "none":
             counts["fisher"] = self._reference_phase(reference)
         with self._pool(policy) as pool:
             snapshots = self._snapshots(pool, drift)
@@ -148,31 +164,30 @@ class _Anchor:
         return WorkerPool(AnchorWorker, arguments, self.cluster.model_resources(), timeout, self.settings.debug)
 
     def _reference_phase(self, reference: str) -> dict[str, Any]:
+        """Write the Fisher, the reference's scored weights and, for anchor.precondition=kfac, the Kronecker factors."""
         prompts = self._read("prepared/fisher.parquet")
         with self._pool(reference) as pool:
-            self._one(
-                pool,
-                AnchorTask("weights", f"{PARTIAL}/reference.safetensors", Sequences([], [], [])),
-                "reference weights",
-            )
+            self._one(pool, AnchorTask("weights", REFERENCE, NO_ROWS), "reference weights")
             counts, totals = self._sum(pool, "fisher", prompts, None, "anchor: Fisher", "prompts")
         prompt_count = counts["prompts"]
+        factors = {key: totals.pop(key) for key in sorted(totals) if "/" in key}
+        if factors:
+            write_tensors(self.storage, FACTORS, factors, {})
         fisher = {name: total / prompt_count for name, total in totals.items()}
         metadata = {**self._metadata(), "prompts": str(prompt_count), "completion_tokens": str(counts["tokens"])}
-        write_tensors(self.storage, "anchors/fisher.safetensors", fisher, metadata)
+        write_tensors(self.storage, FISHER, fisher, metadata)
         self.progress.say(f"anchor: Fisher from {prompt_count:,} prompts, {counts['tokens']:,} sampled tokens")
         return counts
 
     def _snapshots(self, pool: WorkerPool, drift: str) -> list[str]:
         """Files with the scored weights of every snapshot, in the order of the trajectory."""
+        first = f"{PARTIAL}/policy.safetensors"
+        self._one(pool, AnchorTask("weights", first, NO_ROWS), "policy weights")
         if drift != "warmup":
-            name = f"{PARTIAL}/policy.safetensors"
-            self._one(pool, AnchorTask("weights", name, Sequences([], [], [])), "policy weights")
-            return [name]
+            return [first]
         warmup, seed = self.settings.anchor.warmup, self.settings.run.seed
         examples = self._draw(warmup.examples)
         name = "anchors/snapshot-{index:02d}/policy.safetensors"
-        self._one(pool, AnchorTask("weights", f"{PARTIAL}/policy.safetensors", Sequences([], [], [])), "policy weights")
         names = [name.format(index=index) for index in range(self.settings.anchor.snapshots)]
         if all(counts_of(self.storage, each, self.fingerprint) is not None for each in names):
             return names
@@ -191,38 +206,18 @@ class _Anchor:
         )
         if not counts["positions"]:
             raise RunFailed("the validation set has no response token: give other rows with data.validation")
-        directory = f"anchors/snapshot-{index:02d}"
         gradient = {name: total / counts["positions"] for name, total in totals.items()}
+        write_tensors(self.storage, GRADIENT.format(index=index), gradient, {})
+        anchor = self.settings.anchor
+        sample = self._draw(anchor.warmup.examples) if anchor.snapshot_scale == "rms" else NO_ROWS
         metadata = {**self._metadata(), "validation_positions": str(counts["positions"]), "drift": drift}
-        write_tensors(self.storage, f"{directory}/adaptation.safetensors", gradient, metadata)
-        if drift == "none":
-            stability = {name: torch.zeros_like(total) for name, total in totals.items()}
-        else:
-            fisher = read_tensors(self.storage, "anchors/fisher.safetensors")
-            there, before = (
-                read_tensors(self.storage, weights),
-                read_tensors(self.storage, f"{PARTIAL}/reference.safetensors"),
-            )
-            self._same_shapes(there, before)
-            stability = {name: fisher_drift(fisher[name], there[name], before[name]) for name in there}
-        write_tensors(self.storage, f"{directory}/stability.safetensors", stability, metadata)
-        norm = sum(float(t.double().square().sum()) for t in stability.values()) ** 0.5
+        work = AnchorTask("directions", "", sample, weights=weights, index=index, drift=drift, metadata=metadata)
+        made = self._one(pool, work, "directions")
         loss = counts["loss"] / counts["positions"]
         self.progress.say(
             f"anchor: snapshot {index}, validation loss {loss:.4f} nats over {counts['positions']:,} tokens, drift {drift}"
         )
-        return {"validation_positions": counts["positions"], "validation_loss": loss, "stability_norm": norm}
-
-    def _same_shapes(self, policy: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
-        wrong = [
-            n
-            for n in policy.keys() | reference.keys()
-            if n not in policy or n not in reference or policy[n].shape != reference[n].shape
-        ]
-        if wrong:
-            raise RunFailed(
-                f"model.policy and model.reference differ in shape at {sorted(wrong)[0]}: they must be the same architecture"
-            )
+        return {"validation_positions": counts["positions"], "validation_loss": loss, **made}
 
     def _sum(
         self, pool: WorkerPool, what: str, sequences: Sequences, weights: str | None, title: str, unit: str
@@ -233,7 +228,7 @@ class _Anchor:
         kind, seed = what.split("-")[0], self.settings.run.seed
         tasks = {
             f"{what} part {i}": AnchorTask(
-                kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights, self.fingerprint
+                kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights, fingerprint=self.fingerprint
             )
             for i in range(parts)
         }
@@ -256,17 +251,20 @@ class _Anchor:
                 totals[key] = totals[key].add_(tensor) if key in totals else tensor
         return counts, totals
 
-    def _one(self, pool: WorkerPool, work: AnchorTask, title: str) -> None:
-        def done(shard: Shard, result: dict[str, Any]) -> None:
-            self.coverage = Coverage(**{**result["coverage"], "left_out": tuple(result["coverage"]["left_out"])})
-
-        before = counts_of(self.storage, work.output, self.fingerprint)
-        if before is not None:
-            done(Shard(title, 1), before)
-            return
+    def _one(self, pool: WorkerPool, work: AnchorTask, title: str) -> dict[str, Any]:
+        """Run a single task, unless its output is there; returns its counts."""
+        results: list[dict[str, Any]] = []
         work = replace(work, fingerprint=self.fingerprint)
+        if work.output and (before := counts_of(self.storage, work.output, self.fingerprint)) is not None:
+            return self._remember(before)
         with self.progress.task(f"anchor: {title}", 1, "models") as task:
-            pool.run([Shard(title, 1)], lambda s: work, done, task)
+            pool.run([Shard(title, 1)], lambda s: work, lambda s, r: results.append(r), task)
+        return self._remember(results[0])
+
+    def _remember(self, counts: dict[str, Any]) -> dict[str, Any]:
+        if (found := counts.pop("coverage", None)) is not None:
+            self.coverage = Coverage(**{**found, "left_out": tuple(found["left_out"])})
+        return counts
 
     def _read(self, name: str) -> Sequences:
         table = self.storage.read_table(name, PREPARED)

@@ -33,13 +33,23 @@ from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.progress import Progress
 from pipeline.stages.remote import here
-from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
+from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_tensors
 
 COLUMNS = (*COMPONENTS, "loss")
 CPU_TOKENS = 2048
 BYTES_PER_TOKEN_SAFETY = 0.5
+
+
+@dataclass(frozen=True, slots=True)
+class ValueJob:
+    """How one method makes values/: what they depend on, and the workers that write them."""
+
+    inputs: dict[str, Any]
+    worker: type[ValueWorker]
+    arguments: dict[str, Any]
+    resources: Callable[[], Resources]
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +99,7 @@ class ValueWorker:
             batch = collate([input_ids[i] for i in group], [labels[i] for i in group])
             with self.device_lock:
                 try:
-                    found = self._values(batch.to(self.device))
+                    found = self._values(batch.to(self.device), [ids[i] for i in group])
                 except NonFinite as error:
                     raise RunFailed(
                         f"NaN or infinity in {error.where}, example {ids[group[error.row]]}: check the model or its dtype"
@@ -117,7 +127,7 @@ class ValueWorker:
         self.storage.write_table(f"values/{task.part}", table, task.fingerprint, counts)
         return counts
 
-    def _values(self, batch: Any) -> dict[str, np.ndarray]:
+    def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
         """Mean over the snapshots, brought to the host in one copy."""
         total = torch.zeros(())
         with lower_layers_once(self.valuers[0].scored) if len(self.valuers) > 1 else nullcontext():
@@ -154,23 +164,27 @@ def token_budget(setting: int | str, device: torch.device) -> int:
 
 
 def run_value(
-    storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster, progress: Progress
+    storage: Storage,
+    manifest: Manifest,
+    settings: Settings,
+    policy: str,
+    cluster: Cluster,
+    progress: Progress,
+    reference: str | None = None,
 ) -> None:
-    """Write values/, unless done already; goes on with the parts that are missing."""
+    """Write values/, unless done already; goes on with the parts that are missing.
+
+    ``reference``: default ``policy``. Other methods than AlphaToken's need `prepare` alone.
+    """
     started = time.monotonic()
-    anchor = manifest.require("anchor", "value")
-    if anchor["inputs"]["policy"] != of_model(policy):
-        raise SettingsWrong(
-            [f"model.policy={policy} is not the policy that the anchors of {storage.root} were made with"]
-        )
-    if anchor["inputs"]["valuation.layers"] != settings.valuation.layers:
-        raise SettingsWrong(
-            [
-                f"valuation.layers={settings.valuation.layers}, but the anchors were made for {anchor['inputs']['valuation.layers']}"
-            ]
-        )
-    inputs = value_inputs(settings, anchor["fingerprint"])
-    fingerprint = manifest.begin("value", inputs, {"valuation": settings.valuation, "cluster": settings.cluster})
+    if settings.valuation.needs_directions:
+        job = _valuation_job(storage, manifest, settings, policy, cluster)
+    else:
+        from pipeline.stages.selection import selection_job
+
+        job = selection_job(storage, manifest, settings, policy, reference or policy, cluster)
+    configuration = {"model": settings.model, "valuation": settings.valuation, "cluster": settings.cluster}
+    fingerprint = manifest.begin("value", job.inputs, configuration)
     prepared = manifest.stage("prepare")
     rows = {p: storage.rows_of(f"prepared/{p}", prepared["fingerprint"]) for p in prepared["counts"]["parts"]}
     damaged = [part for part, count in rows.items() if count is None]
@@ -182,11 +196,7 @@ def run_value(
         return
     if len(missing) < len(rows):
         progress.say(f"value: {len(rows) - len(missing)} of {len(rows)} shards are complete already")
-    own = settings.model
-    source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
-    snapshots = anchor["counts"]["snapshots"]
-    arguments = {"storage": storage, "source": source, "settings": settings, "snapshots": snapshots}
-    resources = cluster.model_resources()
+    resources = job.resources()
     tokens = {part: _tokens(storage, part) for part in missing}
     counts: dict[str, Any] = {"tokens": 0, "padded_tokens": 0}
 
@@ -198,7 +208,7 @@ def run_value(
         add(storage.counts_of(f"values/{part}", fingerprint) or dict.fromkeys(counts, 0))
 
     with (
-        WorkerPool(ValueWorker, arguments, resources, settings.cluster.shard_timeout, settings.debug) as pool,
+        WorkerPool(job.worker, job.arguments, resources, settings.cluster.shard_timeout, settings.debug) as pool,
         progress.task("value", sum(tokens.values()), "tokens") as task,
     ):
         pool.run(
@@ -211,6 +221,26 @@ def run_value(
         workers=resources.workers, cpus_per_worker=resources.cpus, gpus_per_worker=resources.gpus, **counts,
     )  # fmt: skip
     progress.say(f"value: {counts['tokens']:,} tokens in {seconds:.0f} s, padding {padding:.1%}")
+
+
+def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster) -> ValueJob:
+    anchor = manifest.require("anchor", "value")
+    if anchor["inputs"]["policy"] != of_model(policy):
+        raise SettingsWrong(
+            [f"model.policy={policy} is not the policy that the anchors of {storage.root} were made with"]
+        )
+    if anchor["inputs"]["valuation.layers"] != settings.valuation.layers:
+        raise SettingsWrong(
+            [
+                f"valuation.layers={settings.valuation.layers}, but the anchors were made for {anchor['inputs']['valuation.layers']}"
+            ]
+        )
+    own = settings.model
+    source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
+    snapshots = anchor["counts"]["snapshots"]
+    arguments = {"storage": storage, "source": source, "settings": settings, "snapshots": snapshots}
+    inputs = value_inputs(settings, anchor["fingerprint"])
+    return ValueJob(inputs, ValueWorker, arguments, cluster.model_resources)
 
 
 def value_inputs(settings: Settings, upstream: str) -> dict[str, Any]:
