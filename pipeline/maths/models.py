@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -77,6 +78,8 @@ def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
 def _reading(path: str, read: Any) -> Any:
     try:
         return read()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, UnpicklingError) as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if "trust_remote_code" in str(error):
+            reason += "; model.trust_remote_code=true lets it run code of its own"
         raise UnreadableModel(f"{path} cannot be read as a model: {reason}") from error

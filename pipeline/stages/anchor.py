@@ -86,7 +86,7 @@ def run_anchor(
 
 def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
     """Whether a file of the finished stage is gone or damaged."""
-    names = ["anchors/fisher.safetensors"] if "fisher" in record["counts"] else []
+    names = [FISHER] if "fisher" in record["counts"] else []
     for index in range(record["counts"]["snapshots"]):
         kinds = ["adaptation", "stability", *(["policy"] if drift == "warmup" else [])]
         names += [f"anchors/snapshot-{index:02d}/{kind}.safetensors" for kind in kinds]
@@ -237,7 +237,7 @@ class _Anchor:
         kind, seed = what.split("-")[0], self.settings.run.seed
         tasks = {
             f"{what} part {i}": AnchorTask(
-                kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights, self.fingerprint
+                kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights, fingerprint=self.fingerprint
             )
             for i in range(parts)
         }

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import NodeDiedError, RayActorError, RayError
+from ray.exceptions import ActorUnavailableError, NodeDiedError, RayActorError, RayError
 
 from pipeline.settings import ClusterSettings
 from pipeline.stages.failure import RunFailed
@@ -32,6 +32,7 @@ LOST_NODES = 20  # a shard may lose as many nodes under it, as on machines that 
 SET_ASIDE_IN_A_ROW = 3  # with no success between them it is not the shards: a disk is full, a store is gone
 RETRY_SECONDS = 2.0  # before a shard is tried again; doubled each time
 POLL_SECONDS = 1.0
+DOUBT_SECONDS = 60.0  # for Ray to find out that a node has died
 SHARDS_IN_FLIGHT = 2  # per worker: one computes while the other is read or written
 
 # A worker is called with (payload, advance); it calls advance(units) as it goes and returns a picklable result.
@@ -246,6 +247,15 @@ class WorkerPool:
         return host
 
 
+@dataclass(slots=True)
+class _Doubt:
+    """Shards of a worker that does not answer, since when, and the question that Ray's verdict will answer."""
+
+    shards: list[Shard]
+    since: float
+    asked: Any
+
+
 class _Loop:
     """The state of one call of WorkerPool.run."""
 
@@ -259,6 +269,7 @@ class _Loop:
         self.set_aside_in_a_row = 0
         self.flights: dict[Any, tuple[Any, Shard]] = {}  # future -> (host, shard)
         self.starting: dict[Any, Any] = {}  # future -> host
+        self.doubtful: dict[Any, _Doubt] = {}  # host that does not answer, and Ray does not know yet why
         self.node_of: dict[Any, str] = {}  # host that is ready -> its node
         self.asked: dict[Any, Any] = {}  # host -> the future of its progress
         self.seen: dict[Any, dict[str, int]] = {}  # host -> units of the shards in work
@@ -269,11 +280,12 @@ class _Loop:
 
     def run(self) -> None:
         self.node_of = dict(self.pool.nodes)
-        while self.queue or self.flights:
+        while self.queue or self.flights or self.doubtful:
+            self._judge()
             self._assign()
             pending = [*self.flights, *self.starting]
             if not pending:
-                time.sleep(POLL_SECONDS / 10)  # all that is left waits for its next attempt
+                time.sleep(POLL_SECONDS / 10)  # all that is left waits for its next attempt, or for Ray's verdict
                 continue
             for future in ray.wait(pending, num_returns=1, timeout=POLL_SECONDS)[0]:
                 if future in self.starting:
@@ -296,7 +308,8 @@ class _Loop:
     def _assign(self) -> None:
         """Feed every worker that is ready, and start as many as there is work for."""
         for host in self.node_of:
-            self._feed(host)
+            if host not in self.doubtful:
+                self._feed(host)
         while self.queue and len(self.pool.hosts) < self.pool.resources.workers:
             if len(self.starting) >= len(self.queue):
                 return
@@ -341,18 +354,26 @@ class _Loop:
             flying.append(shard)
 
     def _next(self, alone: bool) -> Shard | None:
-        """The first shard that may be tried now. ``alone``: on a worker without another, so one that failed as well."""
+        """The first shard that may be tried now, or None: also where one that failed waits for a worker of its own."""
         now = time.monotonic()
         for shard in self.queue:
-            if self.not_before.get(shard.name, 0.0) <= now and (alone or shard.name not in self.attempts):
-                self.queue.remove(shard)
-                return shard
+            if self.not_before.get(shard.name, 0.0) > now:
+                continue
+            if shard.name in self.attempts and not alone:
+                return None
+            self.queue.remove(shard)
+            return shard
         return None
 
     def _landed(self, future: Any) -> None:
         host, shard = self.flights.pop(future)
         try:
             status, result = ray.get(future)
+        except ActorUnavailableError:
+            flying = [future for future, (other, _) in self.flights.items() if other is host]
+            shards = [shard, *(self.flights.pop(future)[1] for future in flying)]
+            self.doubtful[host] = _Doubt(shards, time.monotonic(), host.progress.remote())
+            return
         except RayError as error:
             self._lost(host, [shard], f"its worker was lost ({_first_line(error)})", _took_node(error))
             return
@@ -365,6 +386,23 @@ class _Loop:
         self.set_aside_in_a_row = 0
         self.finished_units += shard.units
         self.done(shard, result)
+
+    def _judge(self) -> None:
+        """Workers that did not answer: lost by themselves, or with their node, which Ray finds out after a while."""
+        for host, doubt in list(self.doubtful.items()):
+            reason, with_node = "its worker could not be reached any more", True
+            if ray.wait([doubt.asked], timeout=0)[0]:
+                try:
+                    ray.get(doubt.asked)  # it is there again, but what it was told may be lost
+                except ActorUnavailableError:
+                    doubt.asked = host.progress.remote()
+                    continue
+                except RayError as error:
+                    reason, with_node = f"its worker was lost ({_first_line(error)})", _took_node(error)
+            elif time.monotonic() - doubt.since < DOUBT_SECONDS and self.node_of.get(host) not in _dead_nodes():
+                continue
+            del self.doubtful[host]
+            self._lost(host, doubt.shards, reason, with_node)
 
     def _lost(self, host: Any, shards: Iterable[Shard], reason: str, with_node: bool) -> None:
         """A worker is gone: its shards go back into the queue."""

@@ -179,8 +179,12 @@ class Storage:
             try:
                 with pq.ParquetFile(self.path(name), filesystem=self.fs) as file:
                     return file.metadata.num_rows, file.schema_arrow.metadata or {}
-            except pa.ArrowInvalid:  # cut off or overwritten: not what this program leaves under a final name
-                return None
+            except (pa.ArrowInvalid, OSError) as error:
+                # Cut off or overwritten: not what this program leaves under a final name. Arrow reports a footer of
+                # garbage as an error of input and output.
+                if isinstance(error, pa.ArrowInvalid) or "thrift" in str(error).lower():
+                    return None
+                raise
 
         found = self._insist(read)
         return found if found and found[1].get(FINGERPRINT_KEY) == fingerprint.encode() else None

@@ -17,10 +17,10 @@ def write_tensors(storage: Storage, name: str, tensors: Mapping[str, torch.Tenso
 
     Raises RunFailed for NaN and infinity, naming the tensor.
     """
-    for key, tensor in tensors.items():
+    ordered = {key: tensors[key].detach().to("cpu", torch.float32).contiguous() for key in sorted(tensors)}
+    for key, tensor in ordered.items():
         if not bool(torch.isfinite(tensor).all()):
             raise RunFailed(f"NaN or infinity in {key} while making {name}: check the model or its dtype")
-    ordered = {key: tensors[key].detach().to("cpu", torch.float32).contiguous() for key in sorted(tensors)}
     storage.write_bytes(name, _with_sorted_header(safetensors.torch.save(ordered, metadata)))
 
 

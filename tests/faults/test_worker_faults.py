@@ -3,6 +3,7 @@
 import os
 import resource
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -25,9 +26,14 @@ class Writer:
 
     def __init__(self, directory: str) -> None:
         self.directory, self.storage = Path(directory), Storage(f"{directory}/run")
+        self.one = threading.Lock()  # the limits below are the process's
         self.soft, self.hard = resource.getrlimit(resource.RLIMIT_FSIZE)
 
     def __call__(self, payload, advance):
+        with self.one:
+            return self._write(payload, advance)
+
+    def _write(self, payload, advance):
         name, fault, always = payload
         marker = self.directory / f"seen-{name}"
         meets = fault and (always or not marker.exists())
@@ -129,7 +135,7 @@ def test_a_node_that_goes_away_costs_its_shards_no_attempt():
     process = python("tests.faults.lose_nodes")
     out, err = process.communicate(timeout=240)
     assert process.returncode == 0, err[-3000:]
-    assert "6 of 6 shards" in out and "its node went away" in err and "attempt" not in err
+    assert "6 of 6 shards" in out and "its node went away" in err and "(attempt" not in err, err[-3000:]
 
 
 def test_what_killed_writers_leave_behind_is_swept_away(tmp_path):
