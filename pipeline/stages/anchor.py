@@ -20,14 +20,16 @@ from pipeline.settings import Settings
 from pipeline.stages import coverage as coverage_report
 from pipeline.stages.anchor_worker import AnchorTask, AnchorWorker, Sequences
 from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.fingerprint import of_model
+from pipeline.stages.fingerprint import digest, of_model
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.progress import Progress
 from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
-from pipeline.stages.tensors import read_tensors, write_tensors
+from pipeline.stages.tensors import read_metadata, read_tensors, write_tensors
+from pipeline.stages.worker_log import logged
 
 PARTIAL = "anchors/partial"
+FISHER = "anchors/fisher.safetensors"
 SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
 
 
@@ -97,6 +99,12 @@ def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str
     return inputs
 
 
+def fisher_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``anchor_inputs`` that the Fisher depends on: runs that differ in the others can share it."""
+    other = ("policy", "anchor.drift", "anchor.snapshots", "anchor.warmup.")
+    return {key: value for key, value in inputs.items() if not key.startswith(other)}
+
+
 class _Anchor:
     """One run of the stage."""
 
@@ -135,7 +143,9 @@ class _Anchor:
         source = ModelSource(model, own.revision, own.dtype, own.trust_remote_code)
         arguments = {"storage": self.storage, "source": source, "settings": self.settings, "eos": self.eos}
         timeout = self.settings.cluster.shard_timeout
-        return WorkerPool(AnchorWorker, arguments, self.cluster.model_resources(), timeout, self.settings.debug)
+        return WorkerPool(
+            logged("anchor", AnchorWorker), arguments, self.cluster.model_resources(), timeout, self.settings.debug
+        )
 
     def _reference_phase(self, reference: str) -> dict[str, Any]:
         prompts = self._read("prepared/fisher.parquet")
@@ -145,11 +155,19 @@ class _Anchor:
                 AnchorTask("weights", f"{PARTIAL}/reference.safetensors", Sequences([], [], [])),
                 "reference weights",
             )
+            fingerprint = digest(fisher_inputs(self.manifest.stage("anchor")["inputs"]))
+            found = read_metadata(self.storage, FISHER)
+            if found.get("fingerprint") == fingerprint:
+                self.progress.say("anchor: the Fisher is there already")
+                return {"prompts": int(found["prompts"]), "tokens": int(found["completion_tokens"])}
             counts, totals = self._sum(pool, "fisher", prompts, None, "anchor: Fisher", "prompts")
         prompt_count = counts["prompts"]
         fisher = {name: total / prompt_count for name, total in totals.items()}
-        metadata = {**self._metadata(), "prompts": str(prompt_count), "completion_tokens": str(counts["tokens"])}
-        write_tensors(self.storage, "anchors/fisher.safetensors", fisher, metadata)
+        metadata = {
+            **self._metadata(), "fingerprint": fingerprint, "prompts": str(prompt_count),
+            "completion_tokens": str(counts["tokens"]),
+        }  # fmt: skip
+        write_tensors(self.storage, FISHER, fisher, metadata)
         self.progress.say(f"anchor: Fisher from {prompt_count:,} prompts, {counts['tokens']:,} sampled tokens")
         return counts
 
@@ -184,7 +202,7 @@ class _Anchor:
         if drift == "none":
             stability = {name: torch.zeros_like(total) for name, total in totals.items()}
         else:
-            fisher = read_tensors(self.storage, "anchors/fisher.safetensors")
+            fisher = read_tensors(self.storage, FISHER)
             there, before = (
                 read_tensors(self.storage, weights),
                 read_tensors(self.storage, f"{PARTIAL}/reference.safetensors"),

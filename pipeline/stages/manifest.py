@@ -5,6 +5,7 @@ is skipped, or goes on where it stopped. Other inputs: refused, with the keys th
 to start anew.
 """
 
+import os
 import time
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -25,6 +26,7 @@ class Manifest:
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
+        self.resolved: dict[str, Any] = {}  # all settings of this command; recorded where no stage has recorded a group
         self.content: dict[str, Any] = {"schema": 1, "versions": _versions(), "configuration": {}, "stages": {}}
         if storage.exists(NAME):
             self.content = storage.read_json(NAME)
@@ -71,9 +73,18 @@ class Manifest:
         if not record:
             record = {"fingerprint": fingerprint, "inputs": inputs, "state": "running", "seconds": 0.0, "counts": {}}
         self.content["stages"][stage] = record
-        self.content["configuration"].update(_plain(configuration))
+        self.content["configuration"] = {
+            **_plain(self.resolved), **self.content["configuration"], **_plain(configuration)
+        }  # fmt: skip
+        if "data" in configuration:
+            self.content["directory"] = os.getcwd()  # what relative paths of the configuration are relative to
         self._write()
         return fingerprint
+
+    def adopt(self, stage: str, record: dict[str, Any]) -> None:
+        """Take over a finished stage, whose files are here by now, from the manifest of another run."""
+        self.content["stages"][stage] = record
+        self._write()
 
     def note(self, stage: str, **counts: Any) -> None:
         """Record facts about a running stage, such as the frozen shard plan."""

@@ -28,6 +28,7 @@ from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
 from pipeline.stages.sources import Sources, decode, open_sources
 from pipeline.stages.storage import Storage
 from pipeline.stages.tokenize import Example, ExampleMaker
+from pipeline.stages.worker_log import logged
 
 MOST_FISHER_PROMPTS = 1000
 Pieces = list[tuple[str, list[int], pa.Table]]
@@ -109,7 +110,11 @@ def run_prepare(
     arguments = {"storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings}
     total = train.starts[-1]
     with WorkerPool(
-        PrepareWorker, arguments, _resources(cluster, total), settings.cluster.shard_timeout, settings.debug
+        logged("prepare", PrepareWorker),
+        arguments,
+        _resources(cluster, total),
+        settings.cluster.shard_timeout,
+        settings.debug,
     ) as pool:
         stage = _Prepare(storage, settings, fingerprint, pool, progress)
         drawn, counts = stage.hold_out(train, validation)
@@ -277,6 +282,7 @@ class _Prepare:
         rows = [row for row in range(train.starts[-1]) if row not in held_out]
         size, counts = self.settings.data.shard_examples, Counter[str]()
         plan = {part: rows[i * size : (i + 1) * size] for i, part in enumerate(parts)}
+        finished: list[str] = []
 
         def payload(shard: Shard) -> _Task:
             return _Task(
@@ -286,6 +292,8 @@ class _Prepare:
         def done(shard: Shard, result: tuple[dict[str, Any], list]) -> None:
             counts.update(result[0])
             counts["train_rows"] += result[0]["rows_used"]
+            finished.append(shard.name)
+            task.note(f"{len(finished)}/{len(parts)} shards, {counts['train_rows']:,} rows kept")
 
         with self.progress.task("prepare: tokenize", len(rows), "rows") as task:
             self.pool.run([Shard(part, len(plan[part])) for part in parts], payload, done, task)

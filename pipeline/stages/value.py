@@ -35,6 +35,7 @@ from pipeline.stages.progress import Progress
 from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_tensors
+from pipeline.stages.worker_log import logged
 
 COLUMNS = (*COMPONENTS, "loss")
 CPU_TOKENS = 2048
@@ -187,13 +188,18 @@ def run_value(
     resources = cluster.model_resources()
     tokens = {part: _tokens(storage, part) for part in missing}
     counts: dict[str, Any] = {"tokens": 0, "padded_tokens": 0}
+    finished = {"shards": len(rows) - len(missing), "rows": 0}
 
     def done(shard: Shard, result: dict[str, Any]) -> None:
         for key in counts:
             counts[key] += result[key]
+        finished["shards"], finished["rows"] = finished["shards"] + 1, finished["rows"] + result["rows"]
+        task.note(f"{finished['shards']}/{len(rows)} shards, {finished['rows']:,} rows")
 
     with (
-        WorkerPool(ValueWorker, arguments, resources, settings.cluster.shard_timeout, settings.debug) as pool,
+        WorkerPool(
+            logged("value", ValueWorker), arguments, resources, settings.cluster.shard_timeout, settings.debug
+        ) as pool,
         progress.task("value", sum(tokens.values()), "tokens") as task,
     ):
         pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), done, task)
