@@ -147,8 +147,8 @@ def outer_flops(m: ModelCosts, positions: int) -> int:
 def value_flops(m: ModelCosts, s: Shapes, window: int, snapshots: int = 1, estimator: str = "ghost") -> int:
     """Values of every response token; the lower layers run once for all snapshots."""
     lower = 2 * m.lower * s.tokens + 4 * m.attention * m.lower_layers * s.squares
-    if estimator == "exact":  # forward mode: output and tangent of each product, once per direction
-        upper = 6 * m.scored * s.tokens + 12 * m.attention * m.scored_layers * s.blocks + head_flops(m, s)
+    if estimator == "exact":  # forward mode: three products for one, once per direction
+        upper = 6 * m.scored * s.tokens + 12 * m.attention * m.scored_layers * s.blocks + 6 * m.head * s.predicting
         return lower + snapshots * DIRECTIONS * upper
     band = 0
     if window > 0:
@@ -169,7 +169,9 @@ def sampling_flops(m: ModelCosts, rows: int, prompt: int, new: int) -> int:
     return 2 * (m.lower + m.scored) * positions + 4 * m.attention * m.layers * seen + 2 * m.head * rows * new
 
 
-def value_memory(m: ModelCosts, tokens: int, longest: int, dtype_bytes: int, snapshots: int, moved: bool) -> dict[str, int]:
+def value_memory(
+    m: ModelCosts, tokens: int, longest: int, dtype_bytes: int, snapshots: int, moved: bool
+) -> dict[str, int]:
     """Bytes that a worker of the value stage holds at most, about, by what they are for.
 
     ``tokens`` per batch; ``moved``: snapshots bring their own scored weights.
