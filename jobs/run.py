@@ -2,13 +2,13 @@
 
 import sys
 
-from jobs import anchor, mask, prepare, value
+from jobs import anchor, mask, prepare, report, value
 from jobs.session import Session
 
 
 def execute(session: Session) -> None:
     """Run all stages."""
-    for stage in (prepare, anchor, value, mask):
+    for stage in (prepare, anchor, value, mask, report):
         stage.execute(session)
 
 

@@ -39,7 +39,8 @@ def resume_state(
         else:
             found[stage] = {"state": "continues", **_progress(storage, manifest, stage)}
     mask = f"mask/{settings.mask.name}"
-    state = "overwritten" if "mask" in anew else "done" if manifest.done(mask) else "new"
+    done = manifest.done(mask) and storage.exists(f"masks/{settings.mask.name}/summary.json")
+    state = "overwritten" if "mask" in anew else "done" if done else "new"
     found["mask"] = {"state": state, "name": settings.mask.name}
     return found
 
