@@ -7,6 +7,7 @@ the cluster needs the dependencies alone. To resume a job, submit it again.
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import sys
@@ -24,6 +25,7 @@ from pipeline.stages.failure import RunFailed, SettingsWrong
 PACKAGES = ("jobs", "pipeline", "conf", "data_schemas")
 NOT_PACKED = [".git", ".venv", "__pycache__"]  # never in a .gitignore, or not needed where it runs
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "ALPHATOKEN_CACHE", "MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_PROJECT")
+NOT_READY, READY_SECONDS = "No available agent", 90.0  # what a cluster answers that has just been started
 SETTLE_SECONDS = 30.0  # a job's log may end a little before its state is final
 
 
@@ -62,6 +64,7 @@ def connect(dashboard: str | None) -> Any:
     from ray.job_submission import JobSubmissionClient
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray").setLevel(logging.WARNING)
     try:
         return JobSubmissionClient(dashboard)
     except Exception as error:  # requests, Ray and aiohttp raise types of their own
@@ -120,10 +123,15 @@ def _submit(client: Any, entrypoint: str) -> str:
         "py_modules": roots,
         "env_vars": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1", **environment},
     }
-    try:
-        return client.submit_job(entrypoint=entrypoint, runtime_env=runtime)
-    except Exception as error:
-        raise RunFailed(f"the job could not be submitted: {first_line(error)}") from error
+    asked = time.monotonic()
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime)
+        except Exception as error:
+            starting = NOT_READY in str(error) and time.monotonic() - asked < READY_SECONDS
+            if not starting:
+                raise RunFailed(f"the job could not be submitted: {first_line(error)}") from error
+            time.sleep(1.0)
 
 
 def _imported() -> tuple[str, ...]:

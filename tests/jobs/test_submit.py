@@ -20,7 +20,8 @@ from ray.cluster_utils import Cluster
 cluster = Cluster(initialize_head=True, head_node_args={
     "num_cpus": 1, "include_dashboard": True, "dashboard_port": int(sys.argv[1]), "dashboard_host": "127.0.0.1"})
 cluster.add_node(num_cpus=1)
-print("ready", len(cluster.list_all_nodes), flush=True)
+cluster.wait_for_nodes()
+print("ready", len(cluster.list_all_nodes()), flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
