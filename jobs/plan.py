@@ -136,7 +136,7 @@ def _bytes(count: float) -> str:
 
 
 def _hours(hours: float) -> str:
-    return f"{hours:,.2f}" if hours >= 0.01 else f"{hours * 3600:.1f} s"
+    return f"{hours:,.2f}" if hours >= 0.01 else f"{hours * 3600:.2g} s"
 
 
 if __name__ == "__main__":

@@ -202,6 +202,7 @@ def run_value(
         ) as pool,
         progress.task("value", sum(tokens.values()), "tokens") as task,
     ):
+        task.note(f"{finished['shards']}/{len(rows)} shards")
         pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), done, task)
     seconds = time.monotonic() - started
     padding = 1 - counts["tokens"] / counts["padded_tokens"] if counts["padded_tokens"] else 0.0

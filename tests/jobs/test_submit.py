@@ -17,14 +17,28 @@ SECONDS = 240
 START = """
 import sys
 from ray.cluster_utils import Cluster
+dashboard, first, second = map(int, sys.argv[1:])
 cluster = Cluster(initialize_head=True, head_node_args={
-    "num_cpus": 1, "include_dashboard": True, "dashboard_port": int(sys.argv[1]), "dashboard_host": "127.0.0.1"})
-cluster.add_node(num_cpus=1)
+    "num_cpus": 1, "include_dashboard": True, "dashboard_port": dashboard, "dashboard_host": "127.0.0.1",
+    "dashboard_agent_listen_port": first})
+cluster.add_node(num_cpus=1, dashboard_agent_listen_port=second)
 cluster.wait_for_nodes()
 print("ready", len(cluster.list_all_nodes()), flush=True)
 sys.stdin.read()
 cluster.shutdown()
 """
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on now: other Rays of this machine have the usual ones."""
+    taken = [socket.socket() for _ in range(count)]
+    try:
+        for one in taken:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in taken]
+    finally:
+        for one in taken:
+            one.close()
 
 
 def environment() -> dict[str, str]:
@@ -36,15 +50,14 @@ def environment() -> dict[str, str]:
 @pytest.fixture(scope="module")
 def dashboard():
     """Address of the job API of a two-node cluster."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    ports = free_ports(3)
     cluster = subprocess.Popen(
-        [sys.executable, "-c", START, str(port)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        [sys.executable, "-c", START, *map(str, ports)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        env=environment(),
     )  # fmt: skip
     try:
         assert cluster.stdout is not None and cluster.stdout.readline().strip() == "ready 2"
-        yield f"http://127.0.0.1:{port}"
+        yield f"http://127.0.0.1:{ports[0]}"
     finally:
         cluster.communicate("", timeout=60)
 
