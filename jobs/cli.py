@@ -1,95 +1,176 @@
-"""The command line: `alphatoken <stage> [overrides]`. Exit status 0 done, 1 the run failed, 2 the settings are wrong."""
+"""The command line: `alphatoken <command> [options] [overrides]`.
+
+Exit status 0 done, 1 the run failed, 2 the settings are wrong.
+"""
 
 from __future__ import annotations
 
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from jobs.config import keys, load
+from jobs.config import load
+from jobs.key_help import command_help, usage
 from pipeline.settings import Settings
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.redaction import redacted
 
-COMMANDS = {
-    "run": "every stage below, in order; skips what is already done",
-    "prepare": "read, template, tokenize, validate, shard",
-    "anchor": "warm-up if asked, Fisher, validation gradient, directions",
-    "value": "score every response token",
-    "mask": "threshold and write the trainer-ready data set",
+SWEEP = {
+    "-m": "sweep: run every combination of `key=a,b` overrides",
+    "--from FILE": "start from the settings in a run.json",
 }
-LATER = ("report", "plan", "submit")
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """``kind``: stage (runs in a session, can be swept) | tool (its module takes the arguments)."""
+
+    text: str
+    kind: str = "stage"
+    synopsis: str = "[options] [key=value ...]"
+    options: Mapping[str, str] = field(default_factory=lambda: SWEEP)
+
+
+COMMANDS = {
+    "run": Command("every stage below, in order; skips what is already done"),
+    "prepare": Command("read, template, tokenize, validate, shard"),
+    "anchor": Command("warm-up if asked, Fisher, validation gradient, directions"),
+    "value": Command("score every response token"),
+    "mask": Command("threshold and write the trainer-ready data set; made for sweeps (-m)"),
+    "report": Command("one self-contained HTML page about a run"),
+    "plan": Command(
+        "what a run would cost and what it would skip; loads no weights, starts no worker", "tool",
+        options={"--json": "print the plan as JSON", "--from FILE": SWEEP["--from FILE"]},
+    ),
+    "submit": Command(
+        "run a stage as a job on a Ray cluster", "tool", "<stage> [options] [key=value ...]",
+        {"--no-wait": "print the job's id and return at once", **SWEEP},
+    ),
+    "status": Command("how a submitted job is", "tool", "<job id> [cluster.dashboard=http://host:8265]", {}),
+    "stop": Command("stop a submitted job", "tool", "<job id> [cluster.dashboard=http://host:8265]", {}),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Arguments:
+    """A command line taken apart."""
+
+    overrides: tuple[str, ...] = ()
+    flags: tuple[str, ...] = ()  # -m as --multirun
+    recorded: dict[str, Any] | None = None  # of --from
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit status."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    texts = {name: command.text for name, command in COMMANDS.items()}
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(_usage())
+        print(usage(texts))
         return 0 if arguments else 2
-    command, overrides = arguments[0], arguments[1:]
-    if "-h" in overrides or "--help" in overrides:
-        print(_key_help(command))
+    name, rest = arguments[0], arguments[1:]
+    command = COMMANDS.get(name)
+    if command is None:
+        return _wrong(SettingsWrong([f"alphatoken {name}: no such command; commands: {', '.join(COMMANDS)}"]))
+    if "-h" in rest or "--help" in rest:
+        print(command_help(name, command.text, command.synopsis, command.options))
         return 0
+    debug = "debug=true" in [argument.lower() for argument in rest]
     try:
-        if command not in COMMANDS:
-            known = "not available in this version" if command in LATER else "no such command"
-            raise SettingsWrong([f"alphatoken {command}: {known}; commands: {', '.join(COMMANDS)}"])
-        flags = [o for o in overrides if o.startswith("-")]
-        if flags:
-            raise SettingsWrong([f"alphatoken {command} {flag}: not available in this version" for flag in flags])
-        settings = load(overrides)
-    except SettingsWrong as error:
-        return _wrong(error)
-    return _execute(command, settings)
-
-
-def _execute(command: str, settings: Settings) -> int:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from jobs.session import Session
-    from pipeline.stages.progress import Progress
-
-    try:
-        with Progress() as progress, Session(settings, progress) as session:
-            session.claim()
-            if settings.run.overwrite:
-                session.manifest.discard(settings.run.overwrite)
-            importlib.import_module(f"jobs.{command}").execute(session)
+        if command.kind == "tool":
+            return importlib.import_module(f"jobs.{name}").execute(rest)
+        parsed = parse(name, rest, command.options)
+        if "--multirun" in parsed.flags:
+            return _sweep(name, parsed)
+        settings = load(parsed.overrides, parsed.recorded)
+        debug = settings.debug
+        _run(name, settings)
     except SettingsWrong as error:
         return _wrong(error)
     except KeyboardInterrupt:
         print("alphatoken: stopped; the same command goes on from here", file=sys.stderr)
         return 130
     except Exception as error:
-        if settings.debug:
+        if debug:
             raise
         text = " ".join(str(error).split()) or type(error).__name__
         hint = "" if isinstance(error, RunFailed) else f" ({type(error).__name__}; debug=true shows where)"
-        print(f"alphatoken {command}: {redacted(text)}{hint}", file=sys.stderr)
+        print(f"alphatoken {name}: {redacted(text)}{hint}", file=sys.stderr)
         return 1
     return 0
+
+
+def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Arguments:
+    """Tell options from overrides. Raises SettingsWrong for an option that the command does not have."""
+    overrides: list[str] = []
+    flags: list[str] = []
+    recorded = None
+    waiting = list(arguments)
+    while waiting:
+        argument = waiting.pop(0)
+        option, equals, value = argument.partition("=")
+        if option == "--from" and "--from FILE" in options:
+            if not equals and not waiting:
+                raise SettingsWrong([f"alphatoken {name} --from: give the run.json to start from"])
+            from jobs.replay import recorded_configuration
+
+            recorded = recorded_configuration(value if equals else waiting.pop(0))
+        elif argument in ("-m", "--multirun") and "-m" in options:
+            flags.append("--multirun")
+        elif argument.startswith("-") and argument in options:
+            flags.append(argument)
+        elif argument.startswith("-"):
+            known = ", ".join(options) or "none"
+            raise SettingsWrong([f"alphatoken {name} {argument}: no such option; options: {known}"])
+        else:
+            overrides.append(argument)
+    return Arguments(tuple(overrides), tuple(flags), recorded)
+
+
+def _quiet() -> None:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+
+
+def _run(name: str, settings: Settings) -> None:
+    _quiet()
+    from jobs.session import Session
+    from pipeline.stages.progress import Progress
+
+    with Progress() as progress, Session(settings, progress) as session:
+        session.claim()
+        if settings.run.overwrite:
+            session.manifest.discard(settings.run.overwrite)
+        try:
+            importlib.import_module(f"jobs.{name}").execute(session)
+        except Exception:
+            if session.storage.exists("logs"):
+                progress.say(f"worker logs: {session.storage.path('logs')}")
+            raise
+
+
+def _sweep(name: str, parsed: Arguments) -> int:
+    """Run all points; 1 where any failed."""
+    from jobs.sweep import print_comparison, print_failures, run_sweep, sweep_points
+
+    if name == "report":
+        raise SettingsWrong(["alphatoken report -m: a report is about one run; give its run.dir"])
+    points, failures = sweep_points(parsed.overrides, parsed.recorded)
+    _quiet()
+    from pipeline.stages.progress import Progress
+
+    with Progress() as progress:
+        failures += run_sweep(name, points, progress)
+    if name in ("run", "mask"):
+        print_comparison(points, failures)
+    print_failures(name, len(points) + sum(f.name not in {p.name for p in points} for f in failures), failures)
+    return 1 if failures else 0
 
 
 def _wrong(error: SettingsWrong) -> int:
     for problem in error.problems:
         print(f"alphatoken: {redacted(problem)}", file=sys.stderr)
     return 2
-
-
-def _usage() -> str:
-    lines = ["usage: alphatoken <command> [key=value ...]", ""]
-    lines += [f"  {name:<9}{text}" for name, text in COMMANDS.items()]
-    return "\n".join(
-        [*lines, "", "`alphatoken <command> --help` lists the keys; without any, the embedded example is run."]
-    )
-
-
-def _key_help(command: str) -> str:
-    lines = [f"alphatoken {command}: {COMMANDS.get(command, 'no such command')}", "", "keys, with their defaults:"]
-    for name, (default, text) in keys(Settings).items():
-        lines.append(f"  {name}={'null' if default is None else default}")
-        lines.append(f"      {text}")
-    return "\n".join(lines)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
+from importlib.resources import files
 from typing import Any
 
 from hydra import compose, initialize_config_module
@@ -18,21 +19,22 @@ from pipeline.settings import Settings
 from pipeline.stages.failure import SettingsWrong
 
 
-def load(overrides: Sequence[str]) -> Settings:
+def load(overrides: Sequence[str], recorded: Mapping[str, Any] | None = None) -> Settings:
     """Compose the configuration with ``overrides`` and check it.
 
-    Raises SettingsWrong with every problem: wrong keys, types and groups as well as settings that do not fit together.
+    ``recorded``: the configuration of a manifest, to start from instead of the defaults and groups. Raises
+    SettingsWrong with every problem: wrong keys, types and groups as well as settings that do not fit together.
     """
     problems = []
     good = list(overrides)
-    composed = _compose(good)
+    composed = _compose(good, recorded)
     if isinstance(composed, str):
-        alone = {override: _compose([override]) for override in overrides}
+        alone = {override: _compose([override], recorded) for override in overrides}
         problems = [f"{override}: {result}" for override, result in alone.items() if isinstance(result, str)]
         if not problems:
             raise SettingsWrong([composed])
         good = [override for override, result in alone.items() if not isinstance(result, str)]
-        composed = _compose(good)
+        composed = _compose(good, recorded)
         if isinstance(composed, str):
             raise SettingsWrong([*problems, composed])
     problems += composed.problems()
@@ -41,15 +43,24 @@ def load(overrides: Sequence[str]) -> Settings:
     return composed
 
 
-def _compose(overrides: Sequence[str]) -> Settings | str:
+def _compose(overrides: Sequence[str], recorded: Mapping[str, Any] | None) -> Settings | str:
     """The settings, or what is wrong with the overrides in one line."""
     schema = OmegaConf.structured(Settings)
     _writable(schema)
-    ConfigStore.instance().store(name="settings", node=schema)
+    store = ConfigStore.instance()
+    store.store(name="settings", node=schema)
+    root = "config"
+    if recorded is not None:
+        choices = [o for o in overrides if o.partition("=")[0] in groups()]
+        if choices:
+            return "--from starts from recorded values, not from groups: give key=value"
+        root = "recorded"
+        store.store(name="recorded_values", node=dict(recorded))
+        store.store(name=root, node={"defaults": ["settings", "recorded_values", "_self_"]})
     GlobalHydra.instance().clear()
     try:
         with initialize_config_module("conf", version_base="1.3"):
-            config = compose("config", overrides=list(overrides))
+            config = compose(root, overrides=list(overrides))
         missing = OmegaConf.missing_keys(config)
         if missing:
             return f"missing: {', '.join(sorted(missing))}"
@@ -92,6 +103,16 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
     for key, child in node.items_ex(resolve=False):
         is_group = OmegaConf.is_dict(child) and child is not None
         found += _leaves(child, f"{prefix}{key}.") if is_group else [f"{prefix}{key}"]
+    return found
+
+
+def groups() -> dict[str, list[str]]:
+    """Configuration group -> its choices, from the packaged YAML files."""
+    found = {}
+    for directory in sorted(files("conf").iterdir(), key=lambda entry: entry.name):
+        if directory.is_dir() and not directory.name.startswith("_"):
+            names = [entry.name for entry in directory.iterdir() if entry.name.endswith(".yaml")]
+            found[directory.name] = sorted(name.removesuffix(".yaml") for name in names)
     return found
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from jobs import anchor, mask, prepare, value
+from jobs import anchor, mask, prepare, report, value
 from jobs.session import Session
 
 
@@ -12,7 +12,7 @@ def execute(session: Session) -> None:
 
     valuation, models = session.settings.valuation, session.models
     check_models(session.settings, models.policy, models.reference)
-    for stage in (prepare, anchor, value, mask):
+    for stage in (prepare, anchor, value, mask, report):
         if stage is anchor and not valuation.needs_directions:
             session.progress.say(f"anchor: skipped, since valuation.method={valuation.method} needs no directions")
         else:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from pipeline.settings import Settings
 from pipeline.stages.failure import SettingsWrong
 from pipeline.stages.lock import RunLock
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.progress import Progress
+from pipeline.stages.run_log import RunLog
 from pipeline.stages.storage import Storage
+from pipeline.stages.tracker import open_tracker
+
+if TYPE_CHECKING:
+    from pipeline.stages.shard_loop import Cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,12 +32,13 @@ class Session:
     """One command on one run directory; use as a context manager."""
 
     def __init__(self, settings: Settings, progress: Progress) -> None:
-        from pipeline.stages.shard_loop import Cluster
-
         self.settings, self.progress = settings, progress
         self.storage = Storage(settings.run.dir)
-        self.manifest = Manifest(self.storage)
-        self.cluster = Cluster(settings.cluster)
+        self._open(Manifest(self.storage))
+        self.tracker = open_tracker(settings.run.tracker, settings.run.dir, leaves(asdict(settings)))
+        self.log = RunLog(self.storage, self.tracker)
+        progress.log = self.log
+        self._cluster: Cluster | None = None
         self._models: Models | None = None
         self._lock: RunLock | None = None
 
@@ -46,19 +53,50 @@ class Session:
         self._lock = RunLock(self.storage)
         self._lock.__enter__()
         self.storage.sweep()
-        self.manifest = Manifest(self.storage, self._lock.check)  # as the driver before has left it
+        self._open(Manifest(self.storage, self._lock.check))  # as the driver before has left it
         self.manifest.tidy()
+
+    def _open(self, manifest: Manifest) -> None:
+        self.manifest = manifest
+        self.manifest.resolved = asdict(self.settings)
+        self.told = {name for name in manifest.content["stages"] if manifest.done(name)}
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self.tell()
+        if self.tracker:
+            self.tracker.close(failed=kind is not None)
         try:
-            self.cluster.__exit__()
+            if self._cluster:
+                self._cluster.__exit__()
             if self._lock is not None:
                 self.storage.sweep()  # after workers that were killed or hung
         finally:
             if self._lock is not None:
                 self._lock.__exit__()
+
+    def change(self, settings: Settings) -> None:
+        """Go on with other settings of the same run directory, as a sweep does from mask to mask."""
+        self.settings = settings
+        self.manifest.resolved = asdict(settings)
+
+    def tell(self) -> None:
+        """Note the stages that have been finished since in metrics.jsonl."""
+        for name, record in self.manifest.content["stages"].items():
+            if name not in self.told and self.manifest.done(name):
+                self.told.add(name)
+                self.log.event("stage", name, seconds=record["seconds"], **record["counts"])
+        self.log.flush()
+
+    @property
+    def cluster(self) -> Cluster:
+        """The cluster of cluster.address; Ray is imported on first use, so that masks do without."""
+        if self._cluster is None:
+            from pipeline.stages.shard_loop import Cluster
+
+            self._cluster = Cluster(self.settings.cluster)
+        return self._cluster
 
     @property
     def models(self) -> Models:
@@ -103,3 +141,11 @@ class Session:
         if data.train == "embedded":
             data = replace(data, train=str(example_data(self.progress.say)))
         return replace(self.settings, data=data)
+
+
+def leaves(tree: dict, prefix: str = "") -> dict[str, object]:
+    """Nested settings under dotted keys."""
+    found: dict[str, object] = {}
+    for key, value in tree.items():
+        found.update(leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
+    return found

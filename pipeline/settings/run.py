@@ -20,10 +20,12 @@ class RunSettings:
     dir: str = option("runs/default", "directory or URI of the run")
     seed: int = option(0, "one seed for everything random")
     overwrite: str | None = option(None, f"first stage to do anew, with all that follow: {', '.join(STAGES)}")
+    tracker: str = option("none", "none | mlflow | wandb: send the numbers of metrics.jsonl there too")
 
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = [] if self.dir else ["run.dir is missing: give a directory or a URI"]
+        found += one_of("run.tracker", self.tracker, ("none", "mlflow", "wandb"))
         if self.overwrite is not None:
             found += one_of("run.overwrite", self.overwrite, STAGES)
         return found

@@ -29,12 +29,13 @@ from pipeline.stages.anchor_worker import (
     Sequences,
 )
 from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.fingerprint import of_model
+from pipeline.stages.fingerprint import digest, of_model
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.progress import Progress
 from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
-from pipeline.stages.tensors import counts_of, fingerprint_of, read_tensors, write_tensors
+from pipeline.stages.tensors import carried, counts_of, fingerprint_of, read_metadata, read_tensors, write_tensors
+from pipeline.stages.worker_log import logged
 
 NO_ROWS = Sequences([], [], [])
 SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
@@ -86,11 +87,13 @@ def run_anchor(
 
 def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
     """Whether a file of the finished stage is gone or damaged."""
-    names = [FISHER] if "fisher" in record["counts"] else []
+    expected = {}
+    if "fisher" in record["counts"]:
+        expected[FISHER] = digest(fisher_inputs(record["inputs"]))
     for index in range(record["counts"]["snapshots"]):
-        kinds = ["adaptation", "stability", *(["policy"] if drift == "warmup" else [])]
-        names += [f"anchors/snapshot-{index:02d}/{kind}.safetensors" for kind in kinds]
-    return any(fingerprint_of(storage, name) != record["fingerprint"] for name in names)
+        for kind in ("adaptation", "stability", *(["policy"] if drift == "warmup" else [])):
+            expected[f"anchors/snapshot-{index:02d}/{kind}.safetensors"] = record["fingerprint"]
+    return any(fingerprint_of(storage, name) != fingerprint for name, fingerprint in expected.items())
 
 
 def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str, drift: str) -> dict[str, Any]:
@@ -121,6 +124,15 @@ def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str
         for name in ("steps", "learning_rate", "examples", "batch_size"):
             inputs[f"anchor.warmup.{name}"] = getattr(anchor.warmup, name)
     return inputs
+
+
+def fisher_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``anchor_inputs`` that the Fisher depends on: runs that differ in the others can share it."""
+    other = (
+        "policy", "anchor.drift", "anchor.snapshot", "anchor.warmup.", "anchor.precondition", "anchor.damping",
+        "valuation.window", "valuation.estimator",
+    )  # fmt: skip
+    return {key: value for key, value in inputs.items() if not key.startswith(other)}
 
 
 class _Anchor:
@@ -161,23 +173,39 @@ class _Anchor:
         source = ModelSource(model, own.revision, own.dtype, own.trust_remote_code)
         arguments = {"storage": self.storage, "source": source, "settings": self.settings, "eos": self.eos}
         timeout = self.settings.cluster.shard_timeout
-        return WorkerPool(AnchorWorker, arguments, self.cluster.model_resources(), timeout, self.settings.debug)
+        return WorkerPool(
+            logged("anchor", AnchorWorker), arguments, self.cluster.model_resources(), timeout, self.settings.debug
+        )
 
     def _reference_phase(self, reference: str) -> dict[str, Any]:
         """Write the Fisher, the reference's scored weights and, for anchor.precondition=kfac, the Kronecker factors."""
         prompts = self._read("prepared/fisher.parquet")
+        fingerprint = digest(fisher_inputs(self.manifest.stage("anchor")["inputs"]))
         with self._pool(reference) as pool:
             self._one(pool, AnchorTask("weights", REFERENCE, NO_ROWS), "reference weights")
+            if self._has_fisher(fingerprint):
+                self.progress.say("anchor: the Fisher is there already")
+                found = read_metadata(self.storage, FISHER)
+                return {"prompts": int(found["prompts"]), "tokens": int(found["completion_tokens"])}
             counts, totals = self._sum(pool, "fisher", prompts, None, "anchor: Fisher", "prompts")
         prompt_count = counts["prompts"]
         factors = {key: totals.pop(key) for key in sorted(totals) if "/" in key}
         if factors:
-            write_tensors(self.storage, FACTORS, factors, {})
+            write_tensors(self.storage, FACTORS, factors, carried(fingerprint, counts))
         fisher = {name: total / prompt_count for name, total in totals.items()}
-        metadata = {**self._metadata(), "prompts": str(prompt_count), "completion_tokens": str(counts["tokens"])}
+        metadata = {
+            **self._metadata(), "fingerprint": fingerprint, "prompts": str(prompt_count),
+            "completion_tokens": str(counts["tokens"]),
+        }  # fmt: skip
         write_tensors(self.storage, FISHER, fisher, metadata)
         self.progress.say(f"anchor: Fisher from {prompt_count:,} prompts, {counts['tokens']:,} sampled tokens")
         return counts
+
+    def _has_fisher(self, fingerprint: str) -> bool:
+        """Whether the Fisher, and the factors where they are wanted, are there from another run or an earlier try."""
+        if self.settings.anchor.precondition == "kfac" and counts_of(self.storage, FACTORS, fingerprint) is None:
+            return False
+        return fingerprint_of(self.storage, FISHER) == fingerprint
 
     def _snapshots(self, pool: WorkerPool, drift: str) -> list[str]:
         """Files with the scored weights of every snapshot, in the order of the trajectory."""

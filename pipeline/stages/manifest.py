@@ -6,6 +6,7 @@ to start anew.
 """
 
 import json
+import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, is_dataclass
@@ -33,6 +34,7 @@ class Manifest:
 
     def __init__(self, storage: Storage, may_write: Callable[[], None] = lambda: None) -> None:
         self.storage, self.may_write = storage, may_write
+        self.resolved: dict[str, Any] = {}  # all settings of this command; recorded where no stage has recorded a group
         self.content: dict[str, Any] = {"schema": SCHEMA, "versions": _versions(), "configuration": {}, "stages": {}}
         if storage.exists(NAME):
             self.content = _read(storage)
@@ -91,9 +93,17 @@ class Manifest:
         if not record:
             record = {"fingerprint": fingerprint, "inputs": inputs, "state": "running", "seconds": 0.0, "counts": {}}
         self.content["stages"][stage] = record
-        self.content["configuration"].update(without_secrets(_plain(configuration)))
+        recorded = {**_plain(self.resolved), **self.content["configuration"], **_plain(configuration)}
+        self.content["configuration"] = without_secrets(recorded)
+        if "data" in configuration:
+            self.content["directory"] = os.getcwd()  # what relative paths of the configuration are relative to
         self._write()
         return fingerprint
+
+    def adopt(self, stage: str, record: dict[str, Any]) -> None:
+        """Take over a finished stage, whose files are here by now, from the manifest of another run."""
+        self.content["stages"][stage] = record
+        self._write()
 
     def note(self, stage: str, **counts: Any) -> None:
         """Record facts about a running stage, such as the frozen shard plan."""

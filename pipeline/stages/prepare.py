@@ -29,6 +29,7 @@ from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
 from pipeline.stages.sources import Sources, decode, open_sources
 from pipeline.stages.storage import Storage
 from pipeline.stages.tokenize import Example, ExampleMaker
+from pipeline.stages.worker_log import logged
 
 MOST_FISHER_PROMPTS = 1000
 LONGEST_RAW = 1 << 20  # characters of a row that the quarantine keeps
@@ -105,7 +106,7 @@ def run_prepare(
     train = open_sources("data.train", settings.data.train)
     held_out = isinstance(settings.data.validation, int)
     validation = None if held_out else open_sources("data.validation", settings.data.validation)
-    vocabulary = _vocabulary(source)
+    vocabulary = vocabulary_of(source)
     inputs = prepare_inputs(settings, policy, vocabulary, train, validation)
     fingerprint = manifest.begin(
         "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}
@@ -120,7 +121,11 @@ def run_prepare(
     arguments = {"storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings}
     total = train.starts[-1]
     with WorkerPool(
-        PrepareWorker, arguments, _resources(cluster, total), settings.cluster.shard_timeout, settings.debug
+        logged("prepare", PrepareWorker),
+        arguments,
+        _resources(cluster, total),
+        settings.cluster.shard_timeout,
+        settings.debug,
     ) as pool:
         stage = _Prepare(storage, settings, fingerprint, pool, progress)
         drawn, counts = stage.hold_out(train, validation)
@@ -190,7 +195,7 @@ def _resources(cluster: Cluster, rows: int) -> Resources:
     return Resources(min(resources.workers, few), resources.cpus, resources.gpus)
 
 
-def _vocabulary(source: ModelSource) -> int:
+def vocabulary_of(source: ModelSource) -> int:
     """Rows of the model's embedding: larger ids cannot be used."""
     try:
         return load_config(here(source, weights=False)).get_text_config().vocab_size
@@ -338,9 +343,16 @@ class _Prepare:
             )
 
         todo = sum(len(plan[part]) for part in missing)
+        finished = len(parts) - len(missing)
+
+        def done(shard: Shard, result: tuple[dict[str, Any], list]) -> None:
+            nonlocal finished
+            add(result[0])
+            finished += 1
+            task.note(f"{finished}/{len(parts)} shards, {counts['train_rows']:,} rows kept")
+
         with self.progress.task("prepare: tokenize", todo, "rows") as task:
-            shards = [Shard(part, len(plan[part])) for part in missing]
-            self.pool.run(shards, payload, lambda shard, result: add(result[0]), task)
+            self.pool.run([Shard(part, len(plan[part])) for part in missing], payload, done, task)
         return counts
 
 

@@ -36,6 +36,7 @@ from pipeline.stages.remote import here
 from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_tensors
+from pipeline.stages.worker_log import logged
 
 COLUMNS = (*COMPONENTS, "loss")
 CPU_TOKENS = 2048
@@ -200,20 +201,29 @@ def run_value(
     tokens = {part: _tokens(storage, part) for part in missing}
     counts: dict[str, Any] = {"tokens": 0, "padded_tokens": 0}
 
+    finished = len(rows) - len(missing)
+
     def add(found: dict[str, Any]) -> None:
         for key in counts:
             counts[key] += found[key]
+
+    def done(shard: Shard, result: dict[str, Any]) -> None:
+        nonlocal finished
+        add(result)
+        finished += 1
+        task.note(f"{finished}/{len(rows)} shards")
 
     for part in rows.keys() - set(missing):
         add(storage.counts_of(f"values/{part}", fingerprint) or dict.fromkeys(counts, 0))
 
     with (
-        WorkerPool(job.worker, job.arguments, resources, settings.cluster.shard_timeout, settings.debug) as pool,
+        WorkerPool(
+            logged("value", job.worker), job.arguments, resources, settings.cluster.shard_timeout, settings.debug
+        ) as pool,
         progress.task("value", sum(tokens.values()), "tokens") as task,
     ):
-        pool.run(
-            [Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), lambda s, r: add(r), task
-        )
+        task.note(f"{finished}/{len(rows)} shards")
+        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), done, task)
     seconds = time.monotonic() - started
     padding = 1 - counts["tokens"] / counts["padded_tokens"] if counts["padded_tokens"] else 0.0
     manifest.finish(

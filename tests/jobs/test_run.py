@@ -23,8 +23,9 @@ def arguments(run: Path, policy: Path, train: Path, *more: str) -> list[str]:
 
 
 def hashes(run: Path) -> dict[str, str]:
-    """File -> sha256, without the manifest, which has timings."""
-    files = sorted(p for p in run.rglob("*") if p.is_file() and p.name != "run.json")
+    """File -> sha256, without the manifest, the metrics and the logs, which have timings."""
+    timed = ("run.json", "metrics.jsonl")
+    files = sorted(p for p in run.rglob("*") if p.is_file() and p.name not in timed and p.suffix != ".log")
     return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in files}
 
 
@@ -43,13 +44,14 @@ def test_writes_every_file_of_the_contract(done_run):
     parts = [f"part-{i:05d}-of-00004.parquet" for i in range(4)]
     masks = [f"masks/default/train-{i:05d}-of-00004.parquet" for i in range(4)]
     expected = [
-        "run.json", "prepared/validation.parquet", "prepared/fisher.parquet", "anchors/fisher.safetensors",
+        "run.json", "metrics.jsonl", "prepared/validation.parquet", "prepared/fisher.parquet", "anchors/fisher.safetensors",
         "anchors/snapshot-00/adaptation.safetensors", "anchors/snapshot-00/stability.safetensors",
         "anchors/snapshot-00/policy.safetensors", "masks/default/README.md", "masks/default/summary.json", *masks,
         *[f"prepared/{p}" for p in parts], *[f"values/{p}" for p in parts],
     ]  # fmt: skip
     found = {str(p.relative_to(done_run)) for p in done_run.rglob("*") if p.is_file()}
-    assert found == set(expected)
+    logs = {name for name in found if name.startswith("logs/")}
+    assert found - logs == set(expected) and {name[5:].split("-")[0] for name in logs} == {"prepare", "anchor", "value"}
 
 
 def test_masks_load_with_exactly_three_columns_and_about_half_kept(done_run, tmp_path):

@@ -1,0 +1,44 @@
+"""`--from RUN/run.json`: the configuration that a manifest recorded, to run it again."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.storage import Storage
+
+PLACES = (("data", "train"), ("data", "validation"), ("model", "policy"), ("model", "reference"))
+
+
+def recorded_configuration(place: str) -> dict[str, Any]:
+    """The recorded settings, as nested dictionaries; ``place``: path or URI of a run.json.
+
+    run.overwrite is left out: it speaks of one command. A relative path that is not there from here is taken to be
+    relative to where the run was made. Raises SettingsWrong for a file that is not a manifest.
+    """
+    directory, _, name = place.rpartition("/")
+    storage = Storage(directory or ".")
+    try:
+        manifest = storage.read_json(name)
+    except (OSError, ValueError) as error:
+        raise SettingsWrong(
+            [f"--from {place}: cannot be read as a run.json: {' '.join(str(error).split())}"]
+        ) from error
+    configuration = manifest.get("configuration") if isinstance(manifest, dict) else None
+    if not configuration:
+        raise SettingsWrong([f"--from {place}: it records no configuration; give the run.json of a run"])
+    configuration.get("run", {}).pop("overwrite", None)
+    for group, key in PLACES:
+        if configuration.get(group, {}).get(key) is not None:
+            configuration[group][key] = _found(configuration[group][key], manifest.get("directory"))
+    return configuration
+
+
+def _found(value: Any, directory: str | None) -> Any:
+    if isinstance(value, list):
+        return [_found(one, directory) for one in value]
+    if not isinstance(value, str) or directory is None or os.path.exists(value):
+        return value
+    there = os.path.join(directory, value)
+    return there if os.path.exists(there) else value

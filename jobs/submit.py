@@ -1,0 +1,172 @@
+"""alphatoken submit: run a stage as a job on a Ray cluster, through Ray's job API.
+
+The working directory is packed without what its .gitignore files name, and AlphaToken's own packages go along, so that
+the cluster needs the dependencies alone. To resume a job, submit it again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from jobs.cli import COMMANDS, Arguments, parse
+from jobs.config import load
+from pipeline.settings import Settings
+from pipeline.stages.failure import RunFailed, SettingsWrong
+
+PACKAGES = ("jobs", "pipeline", "conf", "data_schemas")
+NOT_PACKED = [".git", ".venv", "__pycache__"]  # never in a .gitignore, or not needed where it runs
+PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "ALPHATOKEN_CACHE", "MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_PROJECT")
+NOT_READY, READY_SECONDS = "No available agent", 90.0  # what a cluster answers that has just been started
+SETTLE_SECONDS = 30.0  # a job's log may end a little before its state is final
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Submit, stream the log, and return the job's exit status; with --no-wait print its id and return 0."""
+    stage, rest = (arguments[0], arguments[1:]) if arguments else ("", [])
+    stages = [name for name, command in COMMANDS.items() if command.kind == "stage"]
+    if stage not in stages:
+        raise SettingsWrong(
+            [f"alphatoken submit {stage}: give one of the stages {', '.join(stages)}".replace(" :", ":")]
+        )
+    parsed = parse("submit", rest, COMMANDS["submit"].options)
+    settings = _checked(stage, parsed)
+    entrypoint = shlex.join(["python", "-m", "jobs", stage, *_job_arguments(rest, parsed, settings)])
+    client = connect(settings.cluster.dashboard)
+    job = _submit(client, entrypoint)
+    print(f"job {job}: {entrypoint}", file=sys.stderr)
+    if "--no-wait" in parsed.flags:
+        print(job)
+        return 0
+    try:
+        return _follow(client, job)
+    except KeyboardInterrupt:
+        print(
+            f"alphatoken submit: the job goes on; see `alphatoken status {job}`, `alphatoken stop {job}`",
+            file=sys.stderr,
+        )
+        return 130
+
+
+def connect(dashboard: str | None) -> Any:
+    """A client of the job API at cluster.dashboard, else at $RAY_API_SERVER_ADDRESS or the cluster running here.
+
+    Raises RunFailed where there is none.
+    """
+    from ray.job_submission import JobSubmissionClient
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    logging.getLogger("ray").setLevel(logging.WARNING)
+    try:
+        return JobSubmissionClient(dashboard)
+    except Exception as error:  # requests, Ray and aiohttp raise types of their own
+        where = dashboard or "the Ray cluster of this machine"
+        raise RunFailed(
+            f"cluster.dashboard: no job API at {where}: {first_line(error)}; give its address, such as "
+            "cluster.dashboard=http://head:8265"
+        ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text that says something."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _checked(stage: str, parsed: Arguments) -> Settings:
+    """Settings are checked here, so that a typing mistake costs no upload."""
+    if "--multirun" not in parsed.flags:
+        return load(parsed.overrides, parsed.recorded)
+    from jobs.sweep import sweep_points
+
+    points, _ = sweep_points(parsed.overrides, parsed.recorded)
+    base = [o for o in parsed.overrides if o.partition("=")[0] in ("run.dir", "cluster.dashboard")]
+    own = load(base, parsed.recorded)
+    return replace(points[0].settings, run=own.run, cluster=own.cluster)
+
+
+def _job_arguments(rest: Sequence[str], parsed: Arguments, settings: Settings) -> list[str]:
+    """The stage's arguments on the cluster: its Ray, and a run directory that outlives the job's working directory."""
+    found = [argument for argument in rest if argument not in ("--no-wait",)]
+    keys = {override.partition("=")[0].lstrip("+") for override in parsed.overrides}
+    if not keys & {"cluster", "cluster.address"}:
+        found.append("cluster.address=auto")
+    place = settings.run.dir
+    swept = "run.dir" in keys and "--multirun" in parsed.flags and "," in place
+    if "://" not in place and not os.path.isabs(os.path.expanduser(place)) and not swept:
+        absolute = os.path.abspath(place)
+        found = [argument for argument in found if not argument.startswith("run.dir=")]
+        found.append(f"run.dir={_quoted(absolute)}")
+        print(f"run.dir is {absolute}: every node must see it there, or give a URI", file=sys.stderr)
+    return found
+
+
+def _quoted(text: str) -> str:
+    """A value for Hydra's grammar."""
+    plain = all(c.isalnum() or c in "/._-" for c in text)
+    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
+def _submit(client: Any, entrypoint: str) -> str:
+    roots = [str(Path(sys.modules[name].__file__ or "").parent) for name in _imported()]
+    environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    runtime = {
+        "working_dir": os.getcwd(),
+        "excludes": NOT_PACKED,
+        "py_modules": roots,
+        "env_vars": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1", **environment},
+    }
+    asked = time.monotonic()
+    while True:
+        try:
+            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime)
+        except Exception as error:
+            starting = NOT_READY in str(error) and time.monotonic() - asked < READY_SECONDS
+            if not starting:
+                raise RunFailed(f"the job could not be submitted: {first_line(error)}") from error
+            time.sleep(1.0)
+
+
+def _imported() -> tuple[str, ...]:
+    import conf
+    import data_schemas
+    import pipeline
+
+    assert conf and data_schemas and pipeline
+    return PACKAGES
+
+
+def _follow(client: Any, job: str) -> int:
+    """Copy the job's log to stdout until it ends; its driver's exit status, 1 where it has none."""
+
+    async def stream() -> None:
+        async for text in client.tail_job_logs(job):
+            print(text, end="", flush=True)
+
+    asyncio.run(stream())
+    waited = time.monotonic()
+    while not client.get_job_status(job).is_terminal():
+        if time.monotonic() - waited > SETTLE_SECONDS:
+            raise RunFailed(f"the log of job {job} ended, but the job has not; see `alphatoken status {job}`")
+        time.sleep(0.2)
+    info = client.get_job_info(job)
+    state = info.status.value
+    print(f"job {job}: {state.lower()}", file=sys.stderr)
+    if state == "SUCCEEDED":
+        return 0
+    if info.driver_exit_code is None and info.message:
+        print(f"alphatoken submit: {' '.join(info.message.split())[:500]}", file=sys.stderr)
+    return info.driver_exit_code or 1
+
+
+if __name__ == "__main__":
+    from jobs.cli import main
+
+    sys.exit(main(["submit", *sys.argv[1:]]))

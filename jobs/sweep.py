@@ -1,0 +1,210 @@
+"""`-m`: run every point of a sweep, go on past the ones that fail, and compare the masks at the end.
+
+Points that differ in mask.* alone are masks of one run directory. Points that differ in anything else get a run
+directory each, below run.dir, and share with the earlier ones what is equal upstream.
+"""
+
+from __future__ import annotations
+
+import importlib
+import io
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, redirect_stdout
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from data_schemas import COMPONENTS
+from jobs.config import load
+from jobs.points import Point, Swept, expand, point_name
+from jobs.session import Session
+from pipeline.settings import Settings
+from pipeline.stages.failure import RunFailed, SettingsWrong
+from pipeline.stages.mask_comparison import ComparedMask, MaskPlace, compare
+from pipeline.stages.progress import Progress
+from pipeline.stages.storage import Storage
+
+DEFAULT_MASK = "default"
+
+
+@dataclass(frozen=True, slots=True)
+class SweepPoint:
+    """A point with its settings: run.dir and mask.name are its own."""
+
+    name: str
+    settings: Settings
+
+
+@dataclass(frozen=True, slots=True)
+class PointFailure:
+    """A point that did not finish, and why in one line."""
+
+    name: str
+    reason: str
+
+
+def sweep_points(
+    overrides: Sequence[str], recorded: Mapping[str, Any] | None = None
+) -> tuple[list[SweepPoint], list[PointFailure]]:
+    """Compose every point; those with wrong settings are failures already.
+
+    Raises SettingsWrong where no point can be run, and where two points would write to the same place.
+    """
+    composed: list[tuple[Point, Settings]] = []
+    failures: list[PointFailure] = []
+    problems: list[str] = []
+    for point in expand(overrides):
+        try:
+            composed.append((point, load(point.overrides, recorded)))
+        except SettingsWrong as error:
+            failures.append(PointFailure(point.name, str(error)))
+            problems += [problem for problem in error.problems if problem not in problems]
+    if not composed:
+        raise SettingsWrong(problems)
+    points = _placed(composed)
+    places = [(p.settings.run.dir, p.settings.mask.name) for p in points]
+    double = {place for place in places if places.count(place) > 1}
+    if double:
+        run, name = sorted(double)[0]
+        raise SettingsWrong(
+            [f"several points of the sweep would write {run}/masks/{name}: leave mask.name out, or sweep over it too"]
+        )
+    return points, failures
+
+
+def _placed(composed: Sequence[tuple[Point, Settings]]) -> list[SweepPoint]:
+    """Give every point its mask.name and run.dir, unless the user has."""
+    upstream = {_upstream(settings) for _, settings in composed}
+    masks = {repr(replace(settings.mask, name="")) for _, settings in composed}
+    placed = []
+    for point, settings in composed:
+        given = {override.partition("=")[0].lstrip("+") for override in point.overrides}
+        above = tuple(one for one in point.swept if not _is_mask(one))
+        own = tuple(one for one in point.swept if _is_mask(one) or len(upstream) == 1)
+        if len(upstream) > 1 and "run.dir" not in {one.key for one in point.swept}:
+            place = f"{settings.run.dir.rstrip('/')}/{point_name(above)}"
+            settings = replace(settings, run=replace(settings.run, dir=place))
+        if own and len(masks) > 1 and "mask.name" not in given:
+            settings = replace(settings, mask=replace(settings.mask, name=point_name(own)))
+        placed.append(SweepPoint(point.name, settings))
+    return placed
+
+
+def _is_mask(swept: Swept) -> bool:
+    return swept.key == "mask" or swept.key.startswith("mask.")
+
+
+def _upstream(settings: Settings) -> str:
+    """What tells two points apart that cannot be masks of one run directory."""
+    return repr(replace(settings, mask=Settings().mask))
+
+
+def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) -> list[PointFailure]:
+    """Run ``command`` at every point, in order, in this process; one Ray for all. Returns the points that failed."""
+    failures = []
+    several = len({point.settings.run.dir for point in points}) > 1
+    finished: list[Storage] = []
+    with ExitStack() as stack:  # the first session that starts Ray ends it, after the last point
+        sessions: dict[str, Session] = {}  # each run directory has one, which holds its lock until the end
+        for number, point in enumerate(points, 1):
+            progress.say(f"{number}/{len(points)} {point.name}")
+            settings = point.settings
+            try:
+                root = Storage(settings.run.dir).root
+                if root not in sessions:
+                    session = sessions[root] = stack.enter_context(Session(settings, progress))
+                    session.claim()
+                    if settings.run.overwrite:
+                        session.manifest.discard(settings.run.overwrite)
+                    if several and command != "mask":
+                        _share(session, finished, progress)
+                session = sessions[root]
+                session.change(settings)
+                with redirect_stdout(io.StringIO()):  # a stage's last words are for a single run; here is a table
+                    importlib.import_module(f"jobs.{command}").execute(session)
+                session.tell()
+                finished.append(session.storage)
+            except KeyboardInterrupt:
+                raise
+            except Exception as error:
+                if settings.debug:
+                    raise
+                failures.append(PointFailure(point.name, _reason(error)))
+                progress.say(f"{number}/{len(points)} {point.name} failed: {failures[-1].reason}")
+    return failures
+
+
+def _share(session: Session, finished: Sequence[Storage], progress: Progress) -> None:
+    from pipeline.stages.share import share_upstream, stage_inputs
+
+    if not finished:
+        return
+    models = session.models
+    inputs = stage_inputs(session.with_data(), models.policy, models.reference)
+    donors = [storage for storage in finished if storage.root != session.storage.root]
+    for taken in share_upstream(session.storage, session.manifest, inputs, donors):
+        progress.say(f"shared: {taken}")
+
+
+def _reason(error: Exception) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    expected = isinstance(error, RunFailed | SettingsWrong)
+    return text if expected else f"{text} ({type(error).__name__}; debug=true shows where)"
+
+
+def print_comparison(points: Sequence[SweepPoint], failures: Sequence[PointFailure]) -> None:
+    """The table of the masks that were made, on stdout."""
+    failed = {failure.name for failure in failures}
+    made = [point for point in points if point.name not in failed]
+    if not made:
+        return
+    places = [MaskPlace(Storage(p.settings.run.dir), p.settings.mask.name) for p in made]
+    standard = MaskPlace(places[0].storage, DEFAULT_MASK)
+    baseline = standard if standard.storage.exists(f"masks/{DEFAULT_MASK}/summary.json") else places[0]
+    others = [baseline] if all((b.storage.root, b.name) != _key(baseline) for b in places) else []
+    several = len({place.storage.root for place in places}) > 1
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(120, console.width))
+    console.print(comparison_table(compare(baseline, [*others, *places]), baseline, several))
+
+
+def _key(place: MaskPlace) -> tuple[str, str]:
+    return place.storage.root, place.name
+
+
+def comparison_table(rows: Sequence[ComparedMask], baseline: MaskPlace, several_runs: bool) -> Table:
+    """Kept fraction, agreement with the baseline, and what decides: one row per mask."""
+    table = Table(
+        caption=f"agreement: Jaccard index with the mask {baseline.name}; the other columns: each component's share in "
+        "what kept tokens have over masked ones, weights included",
+        caption_justify="left",
+    )
+    if several_runs:
+        table.add_column("run", overflow="fold")
+    table.add_column("mask", overflow="fold")
+    for title in ("kept", "agreement", *[name.replace("_", "\n") for name in COMPONENTS]):
+        table.add_column(title, justify="right")
+    for row in rows:
+        run = [row.place.storage.root.rpartition("/")[2]] if several_runs else []
+        shares = [_percent(row.contributions[c]) if row.contributions else "-" for c in COMPONENTS]
+        agreement = "-" if row.agreement is None else f"{row.agreement:.3f}"
+        table.add_row(*run, row.place.name, f"{row.kept_fraction:.1%}", agreement, *shares)
+    return table
+
+
+def _percent(share: float) -> str:
+    text = f"{share:+.1%}"
+    return "0.0%" if text in ("-0.0%", "+0.0%") else text
+
+
+def print_failures(command: str, count: int, failures: Sequence[PointFailure]) -> None:
+    """Name the failed points, last on stderr."""
+    for failure in failures:
+        print(f"alphatoken {command}: {failure.name}: {failure.reason}", file=sys.stderr)
+    if failures:
+        names = ", ".join(failure.name for failure in failures)
+        print(f"alphatoken {command}: {len(failures)} of {count} points failed: {names}", file=sys.stderr)

@@ -1,0 +1,197 @@
+"""What a pass costs, from shapes alone: floating point operations of matrix products, and bytes.
+
+An operation is one multiplication or one addition, so that a product of (m, k) and (k, n) counts 2mkn. Attention counts
+the whole square of positions, as torch.utils.flop_counter does. Elementwise work is left out. Models may live on the
+meta device: no weight is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from pipeline.maths.attention import BLOCK
+from pipeline.maths.batch import by_token_budget
+from pipeline.maths.decoder import ScoredLayers, is_stacked_experts, scored_layers
+from pipeline.maths.head import CHUNK_BYTES
+
+DIRECTIONS = 2  # adaptation and stability
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCosts:
+    """The sizes that decide what a pass costs, in matrix parameters; *active* ones are those that a token meets."""
+
+    parameters: int  # all that are stored
+    lower: int  # active ones of the layers below the scored ones
+    scored: int  # active ones of the scored layers
+    scored_stored: int  # of the linear maps that are scored: what a direction has
+    head: int  # vocabulary * hidden size
+    attention: int  # heads * head size of one layer
+    lower_layers: int
+    scored_layers: int
+    widths: int  # inputs and outputs of all scored linear maps, per token
+    value_width: int  # outputs of one value projection
+
+    @property
+    def layers(self) -> int:
+        """Decoder layers."""
+        return self.lower_layers + self.scored_layers
+
+
+def model_costs(model: nn.Module, layers: int) -> tuple[ModelCosts, ScoredLayers]:
+    """Read the sizes off a causal language model of transformers; raises UnsupportedModel."""
+    scored = scored_layers(model, layers)
+    config: Any = scored.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    heads = config.num_attention_heads
+    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    groups = getattr(config, "num_key_value_heads", None) or heads
+    head: Any = scored.model.get_output_embeddings()  # type: ignore[operator]
+    widths = sum(sum(m.parameter.shape[-2:]) for m in scored.maps if not m.experts)
+    widths += sum(_active_experts(config) * sum(m.parameter.shape[-2:]) for m in scored.maps if m.experts)
+    costs = ModelCosts(
+        parameters=sum(p.numel() for p in scored.model.parameters()), lower=_active(scored.lower, config),
+        scored=_active(scored.layers, config), scored_stored=scored.coverage.scored, head=head.weight.numel(),
+        attention=heads * size, lower_layers=len(scored.lower), scored_layers=len(scored.layers), widths=widths,
+        value_width=groups * size,
+    )  # fmt: skip
+    return costs, scored
+
+
+def _active(layers: Iterable[nn.Module], config: Any) -> int:
+    """Matrix parameters that one token meets: of stacked experts, as many as it is sent to."""
+    total = 0.0
+    for layer in layers:
+        stacked = {id(p) for m in layer.modules() if is_stacked_experts(m) for p in m.parameters(recurse=False)}
+        for name, parameter in layer.named_parameters():
+            if parameter.ndim >= 2 and not name.endswith("bias"):
+                share = _active_experts(config) / parameter.shape[0] if id(parameter) in stacked else 1.0
+                total += parameter.numel() * share
+    return round(total)
+
+
+def _active_experts(config: Any) -> int:
+    for name in ("num_experts_per_tok", "num_experts_per_token", "moe_topk", "top_k_experts"):
+        if getattr(config, name, None):
+            return int(getattr(config, name))
+    return 1
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """Padded batches by what enters costs: ``tokens`` with padding, ``squares`` = sum of rows * length^2, ``rows``.
+
+    ``blocks``: sum of rows * positions that block-wise attention visits. ``predicting``: response tokens.
+    """
+
+    tokens: int
+    squares: int
+    blocks: int
+    predicting: int
+    rows: int
+
+    def times(self, factor: float) -> Shapes:
+        """The same mix of batches, ``factor`` times as much."""
+        values = (self.tokens, self.squares, self.blocks, self.predicting, self.rows)
+        return Shapes(*(round(value * factor) for value in values))
+
+
+def shapes_of(batches: Iterable[tuple[int, int]], predicting: int) -> Shapes:
+    """``batches``: (rows, padded length) of each."""
+    tokens = squares = blocks = rows = 0
+    for count, length in batches:
+        rows += count
+        tokens += count * length
+        squares += count * length * length
+        for start in range(0, length, BLOCK):
+            stop = min(start + BLOCK, length)
+            blocks += count * (stop - start) * stop
+    return Shapes(tokens, squares, blocks, predicting, rows)
+
+
+def budget_shapes(lengths: Sequence[int], predicting: int, budget: int) -> Shapes:
+    """Batches as the stages form them: length-sorted, at most ``budget`` padded tokens."""
+    groups = by_token_budget(lengths, budget)
+    return shapes_of([(len(group), lengths[group[0]]) for group in groups], predicting)
+
+
+def forward_flops(m: ModelCosts, s: Shapes) -> int:
+    """A forward pass through all layers, without the head."""
+    return 2 * (m.lower + m.scored) * s.tokens + 4 * m.attention * m.layers * s.squares
+
+
+def backward_flops(m: ModelCosts, s: Shapes) -> int:
+    """Backward through the activations of the scored layers, and through the head's loss at predicting positions."""
+    return 2 * m.scored * s.tokens + 10 * m.attention * m.scored_layers * s.squares
+
+
+def head_flops(m: ModelCosts, s: Shapes) -> int:
+    """Logits and their errors at the predicting positions."""
+    return 4 * m.head * s.predicting
+
+
+def ghost_flops(m: ModelCosts, s: Shapes) -> int:
+    """One ghost pass, without what its visitor does."""
+    return forward_flops(m, s) + backward_flops(m, s) + head_flops(m, s)
+
+
+def outer_flops(m: ModelCosts, positions: int) -> int:
+    """Sums of d h^T or of their squares over positions."""
+    return 2 * m.scored * positions
+
+
+def value_flops(m: ModelCosts, s: Shapes, window: int, snapshots: int = 1, estimator: str = "ghost") -> int:
+    """Values of every response token; the lower layers run once for all snapshots."""
+    lower = 2 * m.lower * s.tokens + 4 * m.attention * m.lower_layers * s.squares
+    if estimator == "exact":  # forward mode: three products for one, once per direction
+        upper = 6 * m.scored * s.tokens + 12 * m.attention * m.scored_layers * s.blocks + 6 * m.head * s.predicting
+        return lower + snapshots * DIRECTIONS * upper
+    band = 0
+    if window > 0:
+        band = 2 * m.attention * s.blocks + 2 * m.value_width * (BLOCK + window) * s.tokens
+    contraction = 2 * DIRECTIONS * m.scored * s.predicting
+    return lower + snapshots * (ghost_flops(m, s) - lower + m.scored_layers * band + contraction)
+
+
+def value_floor(m: ModelCosts, tokens: int, predicting: int) -> int:
+    """The least that valuation can cost: forward, backward through activations, contractions; no padding."""
+    return 2 * (m.lower + 2 * m.scored) * tokens + (4 * m.head + 4 * m.scored) * predicting
+
+
+def sampling_flops(m: ModelCosts, rows: int, prompt: int, new: int) -> int:
+    """Sampling ``new`` tokens after ``rows`` prompts padded to ``prompt``: at most, since completions may end early."""
+    positions = rows * (prompt + new - 1)
+    seen = rows * (prompt * prompt + sum(range(prompt + 1, prompt + new)))
+    return 2 * (m.lower + m.scored) * positions + 4 * m.attention * m.layers * seen + 2 * m.head * rows * new
+
+
+def value_memory(
+    m: ModelCosts, tokens: int, longest: int, dtype_bytes: int, snapshots: int, moved: bool
+) -> dict[str, int]:
+    """Bytes that a worker of the value stage holds at most, about, by what they are for.
+
+    ``tokens`` per batch; ``moved``: snapshots bring their own scored weights.
+    """
+    float_bytes = max(4, dtype_bytes)
+    rows = max(1, tokens // max(1, longest))
+    directions = snapshots * m.scored_stored * (DIRECTIONS * dtype_bytes + (float_bytes if moved else 0))
+    activations = 2 * m.widths * tokens * dtype_bytes
+    attention = rows * (m.attention // max(1, m.value_width) + 1) * BLOCK * longest * float_bytes * 4
+    return {
+        "weights": m.parameters * dtype_bytes,
+        "directions": directions,
+        "activations": activations + attention,
+        "logits": 3 * CHUNK_BYTES,
+    }
+
+
+def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
+    """The model of a configuration without storage for its weights."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=dtype)

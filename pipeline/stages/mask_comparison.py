@@ -1,0 +1,87 @@
+"""Masks of one data set beside each other: how much each keeps, how far they agree, and what decides in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+
+from data_schemas import COMPONENTS
+from pipeline.stages.manifest import Manifest
+from pipeline.stages.paired_rows import IGNORED
+from pipeline.stages.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPlace:
+    """A finished mask."""
+
+    storage: Storage
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedMask:
+    """``agreement``: Jaccard index with the baseline, None where the tokens are not the same.
+
+    ``contributions``: of ``contributions``.
+    """
+
+    place: MaskPlace
+    kept_fraction: float
+    agreement: float | None
+    contributions: dict[str, float] | None
+
+
+def compare(baseline: MaskPlace, masks: Sequence[MaskPlace]) -> list[ComparedMask]:
+    """Every mask against the baseline, streamed part by part."""
+    found = []
+    for mask in masks:
+        summary = mask.storage.read_json(f"masks/{mask.name}/summary.json")
+        agreement = _jaccard(baseline, mask) if _tokens_of(baseline) == _tokens_of(mask) else None
+        found.append(ComparedMask(mask, summary["kept_fraction"], agreement, contributions(summary)))
+    return found
+
+
+def contributions(summary: dict[str, Any]) -> dict[str, float] | None:
+    """The share of each component in what kept tokens have over masked ones; the shares sum to 1.
+
+    The mean value of kept tokens less that of masked ones is the sum over components of weight * (mean over kept -
+    mean over masked), with weight 1 / scale for adaptation and lambda / scale for stability (Eq. 12). A negative share:
+    the component speaks against what was kept. None where nothing was masked or there is no difference.
+    """
+    weights = {"adaptation": 1.0, "stability": float(summary["settings"]["stability_weight"])}
+    gaps = {}
+    for name in COMPONENTS:
+        kind, column = name.partition("_")[0], summary["columns"][name]
+        if column["mean_kept"] is None or column["mean_masked"] is None:
+            return None
+        gaps[name] = weights[kind] / summary["scales"][kind] * (column["mean_kept"] - column["mean_masked"])
+    total = sum(gaps.values())
+    return {name: gap / total for name, gap in gaps.items()} if total else None
+
+
+def _tokens_of(mask: MaskPlace) -> str:
+    """What tells whether two masks speak of the same tokens."""
+    return Manifest(mask.storage).stage("prepare")["fingerprint"]
+
+
+def _jaccard(one: MaskPlace, other: MaskPlace) -> float:
+    """|kept by both| / |kept by either|; 1 where neither keeps anything."""
+    both = either = 0
+    for a, b in zip(_kept(one), _kept(other), strict=True):
+        both, either = both + int((a & b).sum()), either + int((a | b).sum())
+    return both / either if either else 1.0
+
+
+def _kept(mask: MaskPlace) -> Iterator[npt.NDArray[np.bool_]]:
+    """Kept tokens of some rows at a time, ``(tokens,)``; all masks of a data set are cut alike."""
+    for part in Manifest(mask.storage).stage("prepare")["counts"]["parts"]:
+        name = f"masks/{mask.name}/{part.replace('part-', 'train-', 1)}"
+        with pq.ParquetFile(mask.storage.path(name), filesystem=mask.storage.fs) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=["labels"]):
+                yield batch.column(0).flatten().to_numpy() != IGNORED

@@ -1,0 +1,184 @@
+"""plan: what a run would do and cost, from the data and the model's configuration alone.
+
+No weights are loaded and no worker starts: scored modules and their sizes are read off a model on the meta device,
+lengths off a tokenized sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from pipeline.maths.costs import (
+    ModelCosts,
+    Shapes,
+    budget_shapes,
+    forward_flops,
+    ghost_flops,
+    meta_model,
+    model_costs,
+    outer_flops,
+    sampling_flops,
+    shapes_of,
+    value_floor,
+    value_flops,
+    value_memory,
+)
+from pipeline.maths.decoder import UnsupportedModel
+from pipeline.maths.models import ModelSource, load_config
+from pipeline.settings import Settings
+from pipeline.stages.anchor import SUMS
+from pipeline.stages.anchor_worker import PROMPTS_PER_BATCH, TOKENS_PER_PASS
+from pipeline.stages.coverage import as_json, warning
+from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.plan_sample import Sample, sample_data
+from pipeline.stages.plan_sizes import directions_bytes, file_sizes
+from pipeline.stages.tokenize import IGNORED, Example
+from pipeline.stages.value import CPU_TOKENS
+
+UTILISATION = 0.35
+# Dense bfloat16 with float32 accumulation, in operations per second, as their makers state it.
+ACCELERATORS = {
+    "NVIDIA H100 SXM": 989e12, "NVIDIA A100": 312e12, "NVIDIA L40S": 362e12, "NVIDIA RTX 4090": 165e12,
+    "AMD MI300X": 1307e12,
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]:
+    """The plan as nested JSON values; ``policy``, ``reference``: resolved.
+
+    Raises SettingsWrong and RunFailed for data or a model that the run would refuse as well.
+    """
+    own = settings.model
+    config = load_config(ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code))
+    dtype = _dtype(settings, config)
+    try:
+        costs, scored = model_costs(meta_model(config, dtype), settings.valuation.layers)
+    except UnsupportedModel as error:
+        raise SettingsWrong([f"model.policy: {error}"]) from error
+    sample = sample_data(settings, policy)
+    drift = planned_drift(settings, policy, reference)
+    budget = settings.valuation.tokens_per_batch
+    budget = budget if isinstance(budget, int) else CPU_TOKENS
+    shapes = train_shapes(sample, budget)
+    snapshots = settings.anchor.snapshots if drift == "warmup" else 1
+    tokens, response = _tokens(sample.train), _response(sample.train)
+    scale = sample.train_rows / len(sample.train)
+    longest = max(len(example.input_ids) for example in sample.train)
+    stages = {
+        "prepare": {"flops": 0},
+        "anchor": anchor_flops(costs, sample, settings, drift),
+        "value": {
+            "flops": value_flops(costs, shapes, settings.valuation.window, snapshots, settings.valuation.estimator),
+            "floor": value_floor(costs, round(tokens * scale), round(response * scale)),
+            "forward": forward_flops(costs, shapes) + 2 * costs.head * shapes.tokens,
+        },
+        "mask": {"flops": 0},
+    }
+    total = sum(stage["flops"] for stage in stages.values())
+    rows_file = file_sizes(sample, settings, scored, drift)
+    coverage = as_json(scored.coverage)
+    return {
+        "data": {
+            "rows": sample.rows, "sampled": len(sample.train) + len(sample.fisher) + len(sample.validation),
+            "complete_sample": sample.complete, "unusable_fraction": sample.unusable,
+            "train_examples": sample.train_rows, "validation_examples": sample.validation_rows,
+            "fisher_prompts": len(sample.fisher), "tokens": round(tokens * scale),
+            "response_tokens": round(response * scale), "padded_tokens": shapes.tokens, "longest": longest,
+            "truncated_fraction": sum(e.truncated for e in sample.train) / len(sample.train),
+            "shards": max(1, -(-sample.train_rows // settings.data.shard_examples)),
+        },
+        "model": {
+            "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
+            "layers": costs.layers, "scored_layers": costs.scored_layers, "drift": drift, "snapshots": snapshots,
+            "scored_modules": [linear.name for linear in scored.maps], "coverage": coverage,
+            "coverage_warning": warning(scored.coverage),
+        },
+        "flops": {**stages, "total": total},
+        "memory_per_worker": value_memory(
+            costs, max(budget, longest), longest, dtype.itemsize, snapshots, drift == "warmup"
+        ),
+        "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
+        "device_hours": {
+            "utilisation": UTILISATION,
+            **{name: total / (peak * UTILISATION) / 3600 for name, peak in ACCELERATORS.items()},
+        },
+    }  # fmt: skip
+
+
+def planned_drift(settings: Settings, policy: str, reference: str) -> str:
+    """anchor.drift with ``auto`` resolved by place; the run itself compares contents."""
+    drift = settings.anchor.drift
+    return drift if drift != "auto" else "warmup" if policy == reference else "checkpoint"
+
+
+def train_shapes(sample: Sample, budget: int) -> Shapes:
+    """The value stage's batches over all training examples."""
+    shapes = budget_shapes([len(e.input_ids) for e in sample.train], _response(sample.train), budget)
+    return shapes.times(sample.train_rows / len(sample.train))
+
+
+def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str) -> dict[str, int]:
+    """Operations of the anchor by what they are for; ``fisher`` is at most, as completions may end early."""
+    snapshots = settings.anchor.snapshots if drift == "warmup" else 1
+    validation = budget_shapes(
+        [len(e.input_ids) for e in sample.validation], _response(sample.validation), TOKENS_PER_PASS
+    )
+    validation = validation.times(sample.validation_rows / len(sample.validation))
+    found = {
+        "fisher": 0 if drift == "none" else fisher_flops(m, sample.fisher, settings.anchor.fisher.max_new_tokens),
+        "warmup": warmup_flops(m, sample.train, settings) if drift == "warmup" else 0,
+        "validation_gradient": snapshots * (ghost_flops(m, validation) + outer_flops(m, validation.predicting)),
+    }
+    return {"flops": sum(found.values()), **found}
+
+
+def fisher_flops(m: ModelCosts, prompts: Sequence[Example], new: int) -> int:
+    """Sampling ``new`` tokens per prompt and one ghost pass over prompt and completion, batched as the worker does."""
+    total, parts = 0, min(SUMS, max(1, -(-len(prompts) // 8)))
+    for part in range(parts):
+        own = prompts[part * len(prompts) // parts : (part + 1) * len(prompts) // parts]
+        lengths = sorted((_first_response(example) for example in own), reverse=True)
+        for start in range(0, len(lengths), PROMPTS_PER_BATCH):
+            batch = lengths[start : start + PROMPTS_PER_BATCH]
+            total += sampling_flops(m, len(batch), batch[0], new)
+            shapes = budget_shapes([length + new for length in batch], len(batch) * new, TOKENS_PER_PASS)
+            total += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
+    return total
+
+
+def warmup_flops(m: ModelCosts, examples: Sequence[Example], settings: Settings) -> int:
+    """Steps on batches of sampled examples: a ghost pass and the sum of its outer products each."""
+    warmup = settings.anchor.warmup
+    total = 0
+    for step in range(warmup.steps):
+        batch = [examples[(step * warmup.batch_size + i) % len(examples)] for i in range(warmup.batch_size)]
+        longest = max(len(example.input_ids) for example in batch)
+        shapes = shapes_of([(len(batch), longest)], _response(batch))
+        total += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
+    return total
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in examples)
+
+
+def _response(examples: Sequence[Example]) -> int:
+    return sum(label != IGNORED for example in examples for label in example.labels)
+
+
+def _first_response(example: Example) -> int:
+    return next(i for i, label in enumerate(example.labels) if label != IGNORED)
+
+
+def _dtype(settings: Settings, config: Any) -> torch.dtype:
+    """The dtype that the workers would load: on a CPU float32, else the checkpoint's."""
+    if settings.model.dtype in DTYPES:
+        return DTYPES[settings.model.dtype]
+    if not settings.cluster.address and not torch.cuda.is_available():
+        return torch.float32
+    stored = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.bfloat16

@@ -1,0 +1,99 @@
+"""A sample of the data, tokenized as `prepare` would: lengths, held-out examples and what cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
+from pipeline.settings import Settings
+from pipeline.stages.draw import draw_order
+from pipeline.stages.failure import RunFailed, SettingsWrong
+from pipeline.stages.prepare import MOST_FISHER_PROMPTS
+from pipeline.stages.rows import TemplateRequired, Unusable
+from pipeline.stages.sources import Sources, decode, open_sources
+from pipeline.stages.tokenize import Example, ExampleMaker
+
+SAMPLE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Tokenized rows in the order in which `prepare` draws them.
+
+    ``rows``: of data.train; ``train_rows``: about how many of them are trained on; ``train``: a sample of those;
+    ``validation``, ``fisher``: the held-out examples themselves (of a validation file: a sample, and how many it has).
+    ``unusable``: the share of rows that goes to the quarantine. ``complete``: every row was read.
+    """
+
+    rows: int
+    train_rows: int
+    train: tuple[Example, ...]
+    validation: tuple[Example, ...]
+    validation_rows: int
+    fisher: tuple[Example, ...]
+    unusable: float
+    complete: bool
+
+
+def sample_data(settings: Settings, policy: str) -> Sample:
+    """Read and tokenize at most the held-out rows and SAMPLE more.
+
+    ``policy``: the resolved model.policy. Raises SettingsWrong and RunFailed for data that cannot be used.
+    """
+    source = ModelSource(policy, settings.model.revision, trust_remote_code=settings.model.trust_remote_code)
+    try:
+        tokenizer, config = load_tokenizer(source), load_config(source)
+    except UnreadableModel as error:
+        raise SettingsWrong([f"model.policy: {error}"]) from error
+    data = settings.data
+    vocabulary = config.get_text_config().vocab_size
+    make = ExampleMaker(tokenizer, data.max_length, data.chat_template, data.columns.given(), vocabulary)
+    train = open_sources("data.train", data.train)
+    total = train.starts[-1]
+    if not total:
+        raise SettingsWrong([f"data.train={data.train}: there is no row in it"])
+    held_out = isinstance(data.validation, int)
+    asked = settings.anchor.fisher.prompts
+    prompts = min(MOST_FISHER_PROMPTS, max(1, total // 10)) if isinstance(asked, str) else asked
+    wanted = prompts + (int(data.validation) if held_out else 0)
+    if wanted >= total:
+        raise SettingsWrong([f"data.train has {total} rows, of which {wanted} are to be held out: none would be left"])
+    drawn = [row for row, _ in zip(draw_order(total, settings.run.seed), range(wanted + SAMPLE), strict=False)]
+    examples = _examples(make, train, drawn)
+    usable = [example for example in examples if example is not None]
+    if len(usable) <= wanted:
+        raise RunFailed(
+            f"data.train: of {len(drawn)} sampled rows only {len(usable)} can be used, {wanted} are held out"
+        )
+    unusable = 1 - len(usable) / len(examples)
+    split = int(data.validation) if held_out else 0
+    validation, validation_rows = usable[:split], split
+    if not held_out:
+        other = open_sources("data.validation", data.validation)
+        validation_rows = other.starts[-1]
+        some = _examples(make, other, range(min(validation_rows, SAMPLE)))
+        validation = [example for example in some if example is not None]
+        if not validation:
+            raise RunFailed(f"data.validation={data.validation}: none of its first {len(some)} rows can be used")
+        validation_rows = round(validation_rows * len(validation) / len(some))
+    return Sample(
+        total, round(total * (1 - unusable)) - wanted, tuple(usable[wanted:]), tuple(validation), validation_rows,
+        tuple(usable[split:wanted]), unusable, len(drawn) == total,
+    )  # fmt: skip
+
+
+def _examples(make: ExampleMaker, sources: Sources, rows: Sequence[int]) -> list[Example | None]:
+    """The examples of ``rows`` in their order; None: not usable."""
+    ordered = sorted(rows)
+    found: list[Example | None] = []
+    for name, numbers, table in sources.pieces(ordered):
+        for number, (row, reason) in zip(numbers, decode(table), strict=True):
+            try:
+                found.append(None if reason is not None else make(row, f"{name}:{number}"))
+            except TemplateRequired as error:
+                raise SettingsWrong([f"{name}, row {number}: {error}"]) from error
+            except Unusable:
+                found.append(None)
+    by_row = dict(zip(ordered, found, strict=True))
+    return [by_row[row] for row in rows]

@@ -1,0 +1,56 @@
+"""What a run would skip, go on with or refuse in a run directory that is there already; writes nothing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeline.settings import STAGES, Settings
+from pipeline.stages.fingerprint import differences, digest
+from pipeline.stages.manifest import Manifest
+from pipeline.stages.share import UPSTREAM, stage_inputs
+from pipeline.stages.storage import Storage
+
+
+def resume_state(
+    storage: Storage, manifest: Manifest, settings: Settings, policy: str, reference: str
+) -> dict[str, dict[str, Any]]:
+    """Stage -> ``state``: new | done | continues | refused | overwritten, with the facts that belong to it."""
+    if not manifest.content["stages"]:
+        return {stage: {"state": "new"} for stage in STAGES}
+    inputs = stage_inputs(settings, policy, reference)
+    first = settings.run.overwrite
+    anew = STAGES[STAGES.index(first) :] if first else ()
+    found: dict[str, dict[str, Any]] = {}
+    for stage in UPSTREAM:
+        record = manifest.stage(stage)
+        if stage in anew:
+            found[stage] = {"state": "overwritten"}
+        elif not record:
+            found[stage] = {"state": "new"}
+        elif record["fingerprint"] != digest(inputs[stage]):
+            changed = [key for key, _, _ in differences(record["inputs"], inputs[stage])]
+            found[stage] = {
+                "state": "refused",
+                "changed": changed,
+                "remedy": f"another run.dir, or run.overwrite={stage}",
+            }
+        elif manifest.done(stage):
+            found[stage] = {"state": "done"}
+        else:
+            found[stage] = {"state": "continues", **_progress(storage, manifest, stage)}
+    mask = f"mask/{settings.mask.name}"
+    done = manifest.done(mask) and storage.exists(f"masks/{settings.mask.name}/summary.json")
+    state = "overwritten" if "mask" in anew else "done" if done else "new"
+    found["mask"] = {"state": state, "name": settings.mask.name}
+    return found
+
+
+def _progress(storage: Storage, manifest: Manifest, stage: str) -> dict[str, Any]:
+    """Parts that are complete already."""
+    parts = manifest.stage("prepare")["counts"].get("parts", [])
+    if stage == "anchor" or not parts:
+        return {}
+    directory = "prepared" if stage == "prepare" else "values"
+    fingerprint = manifest.stage(stage)["fingerprint"]
+    complete = sum(storage.rows_of(f"{directory}/{part}", fingerprint) is not None for part in parts)
+    return {"complete_shards": complete, "shards": len(parts)}

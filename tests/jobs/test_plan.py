@@ -1,0 +1,121 @@
+"""The plan against what it plans: operations against a counter on the real engine, sizes against the files of a run."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from benchmarks.example_batches import batches_of, load_example
+from pipeline import Directions, TokenValuer
+from pipeline.maths.costs import (
+    ghost_flops,
+    meta_model,
+    model_costs,
+    outer_flops,
+    sampling_flops,
+    shapes_of,
+    value_flops,
+)
+from pipeline.maths.decoder import scored_layers
+from pipeline.maths.ghost import ghost_pass
+from pipeline.maths.outer_sums import OuterSum
+from pipeline.maths.sampling import sample_completions
+from pipeline.stages.example import example_data
+from tests.conftest import SMALL
+
+_ATEN = torch.ops.aten
+# The counter does not know the CPU's fused kernel; its operations are those of the others.
+CPU_ATTENTION = {
+    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
+        g, q, k, v
+    ),
+}
+
+
+def counted(work) -> int:
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        work()
+    return counter.get_total_flops()
+
+
+@pytest.fixture(scope="module")
+def example():
+    """The embedded model, one batch of its data, and the sizes read off a model without weights."""
+    model, examples = load_example()
+    (batch,) = batches_of(examples[:4], budget=8192)
+    costs, scored = model_costs(meta_model(model.config, torch.bfloat16), 3)
+    assert all(parameter.is_meta for parameter in scored.model.parameters())
+    return model, batch, costs
+
+
+@pytest.mark.parametrize(("estimator", "window"), [("ghost", 32), ("ghost", 0), ("exact", 32)])
+def test_value_flops(example, estimator, window):
+    model, batch, costs = example
+    weights = scored_layers(model, 3).weights()
+    directions = Directions(
+        {n: {k: torch.ones_like(w) for k, w in weights.items()} for n in ("adaptation", "stability")}
+    )
+    valuer = TokenValuer(model, directions, 3, window, estimator=estimator)
+    shapes = shapes_of([batch.shape], len(batch.predicting()))
+    planned = value_flops(costs, shapes, window, estimator=estimator)
+    assert planned == pytest.approx(counted(lambda: valuer.value(batch)), rel=0.1)
+
+
+def test_anchor_flops(example):
+    model, batch, costs = example
+    scored = scored_layers(model, 3)
+    shapes = shapes_of([batch.shape], len(batch.predicting()))
+    planned = ghost_flops(costs, shapes) + outer_flops(costs, shapes.tokens)
+    assert planned == pytest.approx(counted(lambda: ghost_pass(scored, batch, OuterSum(scored))), rel=0.1)
+    prompts = [row[:40].tolist() for row in batch.input_ids]
+    found = counted(lambda: sample_completions(model, prompts, 8, 1.0, []))
+    assert sampling_flops(costs, len(prompts), 40, 8) == pytest.approx(found, rel=0.1)
+
+
+def test_sizes_are_those_of_a_real_run_of_the_embedded_example(alphatoken, tmp_path):
+    train = tmp_path / "train.jsonl"
+    train.write_text("".join(Path(example_data()).read_text().splitlines(keepends=True)[:24]))
+    common = [f"run.dir={tmp_path}/r", f"data.train={train}", "data.validation=4", "anchor.fisher.prompts=2"]
+    common += ["anchor.fisher.max_new_tokens=4", "anchor.warmup.steps=1", "anchor.warmup.batch_size=1"]
+    status, out, err = alphatoken("plan", *common, "--json")
+    assert status == 0, err
+    plan = json.loads(out)
+    assert not (tmp_path / "r").exists()
+    assert alphatoken("run", *common)[0] == 0
+
+    def size(*patterns: str) -> int:
+        return sum(p.stat().st_size for pattern in patterns for p in (tmp_path / "r").glob(pattern))
+
+    storage = plan["storage"]
+    assert storage["prepared"] == pytest.approx(size("prepared/*"), rel=0.1)
+    assert storage["anchors"] == pytest.approx(size("anchors/*.safetensors", "anchors/*/*"), rel=0.1)
+    assert storage["direction"] == pytest.approx(size("anchors/snapshot-00/adaptation.safetensors"), rel=0.1)
+    assert storage["values"] == pytest.approx(size("values/*"), rel=0.1)
+    assert storage["masks, each"] == pytest.approx(size("masks/default/*.parquet"), rel=0.1)
+    counts = json.loads((tmp_path / "r/run.json").read_text())["stages"]
+    assert plan["data"]["train_examples"] == counts["value"]["counts"]["rows"] == 18
+    assert plan["data"]["tokens"] == counts["value"]["counts"]["tokens"]
+    assert plan["data"]["padded_tokens"] == counts["value"]["counts"]["padded_tokens"]
+    assert plan["model"]["coverage"] == counts["anchor"]["counts"]["coverage"]
+
+
+def test_the_plan_needs_no_weights_and_says_what_resume_would_skip(alphatoken, tmp_path, policy, train_file):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for file in Path(policy).iterdir():
+        if file.suffix != ".safetensors":
+            (bare / file.name).write_bytes(file.read_bytes())
+    common = [f"data.train={train_file}", *SMALL, "data.validation=5"]
+    status, out, err = alphatoken("plan", f"run.dir={tmp_path}/none", f"model.policy={bare}", *common)
+    assert status == 0 and "to do" in out and "coverage 100.0%" in out, err
+
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", *common]
+    assert alphatoken("prepare", *same)[0] == 0
+    plan = json.loads(alphatoken("plan", *same, "--json")[1])
+    assert [plan["resume"][stage]["state"] for stage in ("prepare", "anchor")] == ["done", "new"]
+    plan = json.loads(alphatoken("plan", *same, "data.max_length=17", "--json")[1])
+    assert plan["resume"]["prepare"]["state"] == "refused"
+    assert plan["resume"]["prepare"]["changed"] == ["data.max_length"]

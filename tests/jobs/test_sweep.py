@@ -1,0 +1,128 @@
+"""Sweeps: every point under its own name, one process, no model for masks; failures named; upstream work shared."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.points import expand, point_name
+from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.mask_comparison import MaskPlace, compare
+from tests.conftest import SMALL
+from tests.stages.synthetic_run import masks, write_run
+
+NINE = ["mask.rho=0.3,0.5,0.7", "mask.stability_weight=0,0.5,1.5"]
+
+
+def test_points_are_hydras_product_with_the_last_key_fastest():
+    points = expand(["mask.rho=range(0.25,1,0.25)", "mask=choice(half,paper)", "run.seed=3"])
+    assert [p.name for p in points][:3] == ["rho-0.25_mask-half", "rho-0.25_mask-paper", "rho-0.5_mask-half"]
+    assert len(points) == 6 and all("run.seed=3" in p.overrides for p in points)
+    assert [p.name for p in expand(["mask=glob(*)"])] == ["mask-half", "mask-paper"]
+    for wrong in (["mask.rho=0.5"], ["mask.rho=interval(0,1)"], ["mask.rho=0.5,"]):
+        with pytest.raises(SettingsWrong):
+            expand(wrong)
+
+
+def test_names_are_directory_names_and_differ():
+    points = expand(["mask.always_keep=[eos],['<a b>'],['<a=b>']"])
+    names = {point_name(p.swept) for p in points}
+    assert len(names) == 3 and all(c.isalnum() or c in "._+-" for name in names for c in name)
+
+
+def test_nine_masks_in_one_process_without_torch_or_ray(tmp_path):
+    storage, _, _ = write_run(tmp_path)
+    command = "import sys; from jobs.cli import main; status = main(sys.argv[1:]); "
+    command += "print({'torch', 'ray', 'transformers'} & set(sys.modules)); sys.exit(status)"
+    arguments = ["mask", "-m", f"run.dir={tmp_path}", *NINE]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([sys.executable, "-c", command, *arguments], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "set()"
+    names = {path.name for path in (tmp_path / "masks").iterdir()}
+    assert names == {f"rho-{r}_stability_weight-{w}" for r in ("0.3", "0.5", "0.7") for w in ("0", "0.5", "1.5")}
+    assert all(name in done.stdout for name in names)
+    for name in names:
+        settings = json.loads((tmp_path / f"masks/{name}/summary.json").read_text())["settings"]
+        assert name == f"rho-{settings['rho']:g}_stability_weight-{settings['stability_weight']:g}"
+
+
+def test_agreement_and_contributions_are_those_of_plain_sets_and_means(alphatoken, tmp_path):
+    storage, _, _ = write_run(tmp_path)
+    assert alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.3,0.7")[0] == 0
+    first, second = MaskPlace(storage, "rho-0.3"), MaskPlace(storage, "rho-0.7")
+    kept = [
+        {
+            (r, t)
+            for r, row in enumerate(masks(storage, m.name))
+            for t, label in enumerate(row["labels"])
+            if label != -100
+        }
+        for m in (first, second)
+    ]
+    same, other = compare(first, [first, second])
+    assert same.agreement == 1.0
+    assert other.agreement == pytest.approx(len(kept[0] & kept[1]) / len(kept[0] | kept[1]))
+    assert sum(other.contributions.values()) == pytest.approx(1.0)
+    values = storage.read_json("masks/rho-0.7/summary.json")["columns"]["value"]
+    direct = storage.read_json("masks/rho-0.7/summary.json")["columns"]["adaptation_direct"]
+    share = (direct["mean_kept"] - direct["mean_masked"]) / (values["mean_kept"] - values["mean_masked"])
+    assert other.contributions["adaptation_direct"] == pytest.approx(share, rel=1e-4)
+
+
+def test_a_failing_point_is_named_and_does_not_stop_the_others(alphatoken, tmp_path):
+    write_run(tmp_path)
+    status, _, err = alphatoken(
+        "mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.3,1.5,0.7", "mask.always_keep=[eos],[999]"
+    )
+    assert status == 1
+    last = err.strip().splitlines()[-1]
+    assert "4 of 6 points failed" in last and "rho-1.5" in last
+    assert {p.name for p in (tmp_path / "masks").iterdir() if (p / "summary.json").exists()} == {
+        name.name for name in (tmp_path / "masks").iterdir() if "eos" in name.name
+    }
+    assert alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=2,3")[0] == 2
+    status, _, err = alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.4,0.6", "mask.name=one")
+    assert status == 2 and "mask.name" in err
+
+
+def test_upstream_points_get_directories_and_share_what_is_equal(alphatoken, tmp_path, policy, train_file):
+    common = [
+        f"run.dir={tmp_path}/s",
+        f"model.policy={policy}",
+        f"data.train={train_file}",
+        *SMALL,
+        "data.validation=5",
+    ]
+    status, out, err = alphatoken("run", "-m", *common, "anchor.warmup.steps=2,3", "mask.rho=0.3,0.6")
+    assert status == 0, err
+    one, two = tmp_path / "s/steps-2", tmp_path / "s/steps-3"
+    for run in (one, two):
+        assert {p.name for p in (run / "masks").iterdir()} == {"rho-0.3", "rho-0.6"}
+    part = "prepared/part-00000-of-00004.parquet"
+    assert (one / part).stat().st_ino == (two / part).stat().st_ino  # a link, not a second computation
+    assert (one / "anchors/fisher.safetensors").read_bytes() == (two / "anchors/fisher.safetensors").read_bytes()
+    assert "the Fisher is there already" in err and "shared: prepare" in err
+    assert not pq.read_table(one / "values/part-00000-of-00004.parquet").equals(
+        pq.read_table(two / "values/part-00000-of-00004.parquet")
+    )
+    assert "steps-3" in out
+
+    # The same point by itself gives the same bytes: sharing changes nothing.
+    alone = tmp_path / "alone"
+    status, _, err = alphatoken("run", f"run.dir={alone}", *common[1:], "anchor.warmup.steps=3")
+    assert status == 0, err
+    for name in ("anchors/fisher.safetensors", "anchors/snapshot-00/stability.safetensors", part):
+        assert (alone / name).read_bytes() == (two / name).read_bytes(), name
+
+    # And a manifest replays exactly.
+    status, _, err = alphatoken("run", "--from", two / "run.json", f"run.dir={tmp_path}/replay")
+    assert status == 0, err
+    values = "values/part-00002-of-00004.parquet"
+    assert (tmp_path / "replay" / values).read_bytes() == (two / values).read_bytes()
+    assert alphatoken("mask", "--from", two / "run.json", "mask=half")[0] == 2
+    assert alphatoken("mask", "--from", tmp_path / "nowhere.json")[0] == 2
