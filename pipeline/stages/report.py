@@ -127,7 +127,7 @@ def _decoder(manifest: Manifest) -> tuple[Callable[[int], str], list[str]]:
         tokenizer = load_tokenizer(source)
     except UnreadableModel as error:
         return lambda token: f"[{token}]", [f"Tokens are shown as numbers: {error}."]
-    return lambda token: tokenizer.decode([token], clean_up_tokenization_spaces=False), []
+    return lambda token: str(tokenizer.decode([token], clean_up_tokenization_spaces=False)), []
 
 
 def _look(
