@@ -48,8 +48,6 @@ class DataSettings:
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = one_of("data.format", self.format, ("auto", "sft", "preference"))
-        if self.format == "preference":
-            found.append("data.format=preference: not available in this version; available: sft")
         found += one_of("data.chat_template", self.chat_template, ("auto", "always", "never"))
         found += at_least("data.max_length", self.max_length, 2)
         found += at_least("data.shard_examples", self.shard_examples, 1)
