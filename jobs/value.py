@@ -9,8 +9,9 @@ def execute(session: Session) -> None:
     """Run the stage."""
     from pipeline.stages.value import run_value
 
+    models, cluster = session.models, session.cluster
     run_value(
-        session.storage, session.manifest, session.settings, session.models.policy, session.cluster, session.progress
+        session.storage, session.manifest, session.settings, models.policy, models.reference, cluster, session.progress
     )
 
 

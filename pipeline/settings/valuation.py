@@ -15,6 +15,7 @@ class ValuationSettings:
     tokens_per_batch: int | str = option("auto", "padded tokens per batch; auto: from the device's memory")
     method: str = option("alphatoken", "alphatoken | excess_loss | loss | entropy | random | full")
     schedule: str = option("static", "static | rehearsal")
+    beta: float = option(0.1, "preference data: beta of DPO, in s and omega")
     min_coverage: float = option(0.5, "smallest share of the scored layers' matrix parameters that must be scored")
 
     def problems(self) -> list[str]:
@@ -25,6 +26,8 @@ class ValuationSettings:
         found += auto_or_at_least("valuation.tokens_per_batch", self.tokens_per_batch, 1)
         found += not_yet("valuation.method", self.method, ("alphatoken",))
         found += not_yet("valuation.schedule", self.schedule, ("static",))
+        if not self.beta > 0:
+            found.append(f"valuation.beta={self.beta}: must be above 0")
         if not 0 <= self.min_coverage <= 1:
             found.append(f"valuation.min_coverage={self.min_coverage}: must be between 0 and 1")
         return found

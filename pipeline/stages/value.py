@@ -7,7 +7,6 @@ is written.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -18,43 +17,43 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data_schemas import COMPONENTS, PREPARED, VALUES
-from pipeline.maths.batch import by_token_budget, collate
+from data_schemas import COMPONENTS, PREFERENCE_VALUES, PREPARED, VALUES
 from pipeline.maths.decoder import UnsupportedModel
 from pipeline.maths.directions import Directions
 from pipeline.maths.lower import lower_layers_once
 from pipeline.maths.models import ModelSource, load_model
-from pipeline.maths.nonfinite import NonFinite
 from pipeline.maths.valuer import TokenValuer
 from pipeline.settings import Settings
+from pipeline.stages.batched_worker import BatchedWorker, as_lists
 from pipeline.stages.coverage import checked_layers
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
+from pipeline.stages.preference_reference import tokens_of
 from pipeline.stages.progress import Progress
 from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_tensors
 
 COLUMNS = (*COMPONENTS, "loss")
-CPU_TOKENS = 2048
-BYTES_PER_TOKEN_SAFETY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class ValueTask:
     """One shard: the part's file name, and the fingerprint that its values carry."""
 
     part: str
     fingerprint: str
 
 
-class ValueWorker:
+class ValueWorker(BatchedWorker):
     """Holds the policy and the directions, and values one shard after the other."""
 
+    columns: tuple[str, ...] = COLUMNS
+
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int) -> None:
-        self.storage, self.settings = storage, settings
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(settings)
+        self.storage = storage
         model = load_model(source, self.device)
         checked_layers(model, settings)
         valuation = settings.valuation
@@ -72,48 +71,16 @@ class ValueWorker:
             ]
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
-        self.budget = token_budget(valuation.tokens_per_batch, self.device)
-        self.device_lock = threading.Lock()
 
-    def __call__(self, task: _Task, advance: Callable[[int], None]) -> dict[str, Any]:
+    def __call__(self, task: ValueTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write one part of values; returns counts."""
         table = self.storage.read_table(f"prepared/{task.part}", PREPARED)
         ids = table.column("id").to_pylist()
         input_ids, labels = table.column("input_ids").to_pylist(), table.column("labels").to_pylist()
-        columns = {name: [np.zeros(len(row), np.float32) for row in input_ids] for name in COLUMNS}
-        padded = 0
-        groups = by_token_budget([len(row) for row in input_ids], self.budget)
-        while groups:
-            group = groups.pop(0)
-            batch = collate([input_ids[i] for i in group], [labels[i] for i in group])
-            with self.device_lock:
-                try:
-                    found = self._values(batch.to(self.device))
-                except NonFinite as error:
-                    raise RunFailed(
-                        f"NaN or infinity in {error.where}, example {ids[group[error.row]]}: check the model or its dtype"
-                    ) from error
-                except torch.OutOfMemoryError as error:
-                    if len(group) == 1:
-                        raise RunFailed(
-                            f"example {ids[group[0]]} with {len(input_ids[group[0]])} tokens does not fit into the "
-                            "device's memory: set a smaller data.max_length"
-                        ) from error
-                    torch.cuda.empty_cache()
-                    self.budget = max(1, batch.shape[0] * batch.shape[1] // 2)
-                    rest = [i for g in (group, *groups) for i in g]
-                    regrouped = by_token_budget([len(input_ids[i]) for i in rest], self.budget)
-                    groups = [[rest[i] for i in g] for g in regrouped]
-                    continue
-            for row, index in enumerate(group):
-                for name in COLUMNS:
-                    columns[name][index][:] = found[name][row, : len(input_ids[index])]
-            padded += batch.shape[0] * batch.shape[1]
-            advance(int(batch.lengths.sum()))
-        arrays = [pa.array(ids, pa.string()), *[_lists(columns[name]) for name in COLUMNS]]
+        columns, padded = self.score(ids, input_ids, labels, advance)
+        arrays = [pa.array(ids, pa.string()), *[as_lists(columns[name]) for name in COLUMNS]]
         self.storage.write_table(f"values/{task.part}", pa.Table.from_arrays(arrays, schema=VALUES), task.fingerprint)
-        tokens = sum(len(row) for row in input_ids)
-        return {"rows": len(ids), "tokens": tokens, "padded_tokens": padded}
+        return {"rows": len(ids), "tokens": sum(len(row) for row in input_ids), "padded_tokens": padded}
 
     def _values(self, batch: Any) -> dict[str, np.ndarray]:
         """Mean over the snapshots, brought to the host in one copy."""
@@ -126,14 +93,6 @@ class ValueWorker:
         return dict(zip(COLUMNS, host, strict=True))
 
 
-def _lists(rows: list[np.ndarray]) -> pa.ListArray:
-    """Rows of different lengths as one list<float> column, without a Python object per number."""
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    flat = np.concatenate(rows) if rows else np.zeros(0, np.float32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.float32()))
-
-
 def _directions(storage: Storage, snapshot: int) -> Directions:
     place = f"anchors/snapshot-{snapshot:02d}"
     named = {name: read_tensors(storage, f"{place}/{name}.safetensors") for name in ("adaptation", "stability")}
@@ -141,20 +100,19 @@ def _directions(storage: Storage, snapshot: int) -> Directions:
     return Directions(named, read_tensors(storage, own) if storage.exists(own) else None)
 
 
-def token_budget(setting: int | str, device: torch.device) -> int:
-    """Padded tokens per batch: as set, or a start that is halved when the device runs out of memory."""
-    if isinstance(setting, int):
-        return setting
-    if device.type == "cpu":
-        return CPU_TOKENS
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(CPU_TOKENS, int(free * BYTES_PER_TOKEN_SAFETY) // (1 << 20))
-
-
 def run_value(
-    storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster, progress: Progress
+    storage: Storage,
+    manifest: Manifest,
+    settings: Settings,
+    policy: str,
+    reference: str,
+    cluster: Cluster,
+    progress: Progress,
 ) -> None:
-    """Write values/, unless done already; goes on with the parts that are missing."""
+    """Write values/, unless done already; goes on with the parts that are missing.
+
+    ``reference`` is needed for preference data alone, whose reference/ is written as well.
+    """
     started = time.monotonic()
     anchor = manifest.require("anchor", "value")
     if anchor["inputs"]["policy"] != of_model(policy):
@@ -167,12 +125,13 @@ def run_value(
                 f"valuation.layers={settings.valuation.layers}, but the anchors were made for {anchor['inputs']['valuation.layers']}"
             ]
         )
-    inputs = value_inputs(settings, anchor["fingerprint"])
+    prepared = manifest.stage("prepare")
+    preference = prepared["counts"].get("format") == "preference"
+    inputs = value_inputs(settings, anchor["fingerprint"], preference)
     fingerprint = manifest.begin("value", inputs, {"valuation": settings.valuation, "cluster": settings.cluster})
     if manifest.done("value"):
         progress.say("value: done already")
         return
-    prepared = manifest.stage("prepare")
     rows = {p: storage.rows_of(f"prepared/{p}", prepared["fingerprint"]) for p in prepared["counts"]["parts"]}
     damaged = [part for part, count in rows.items() if count is None]
     if damaged:
@@ -185,7 +144,17 @@ def run_value(
     snapshots = anchor["counts"]["snapshots"]
     arguments = {"storage": storage, "source": source, "settings": settings, "snapshots": snapshots}
     resources = cluster.model_resources()
-    tokens = {part: _tokens(storage, part) for part in missing}
+    worker: type[ValueWorker] = ValueWorker
+    if preference:
+        # Here and not above, since both build on this file.
+        from pipeline.stages.preference_value import PreferenceValueWorker, reference_of
+
+        worker = PreferenceValueWorker
+        place = reference_of(storage, manifest, settings, policy, reference, cluster, progress)
+        arguments["reference"] = place
+        there = {part: storage.rows_of(f"reference/{part}", place.fingerprint) for part in rows}
+        missing = [part for part in rows if part in missing or there[part] != rows[part]]
+    tokens = {part: tokens_of(storage, part) if preference else _tokens(storage, part) for part in missing}
     counts: dict[str, Any] = {"tokens": 0, "padded_tokens": 0}
 
     def done(shard: Shard, result: dict[str, Any]) -> None:
@@ -193,10 +162,10 @@ def run_value(
             counts[key] += result[key]
 
     with (
-        WorkerPool(ValueWorker, arguments, resources, settings.cluster.shard_timeout, settings.debug) as pool,
+        WorkerPool(worker, arguments, resources, settings.cluster.shard_timeout, settings.debug) as pool,
         progress.task("value", sum(tokens.values()), "tokens") as task,
     ):
-        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), done, task)
+        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: ValueTask(s.name, fingerprint), done, task)
     seconds = time.monotonic() - started
     padding = 1 - counts["tokens"] / counts["padded_tokens"] if counts["padded_tokens"] else 0.0
     manifest.finish(
@@ -206,14 +175,16 @@ def run_value(
     progress.say(f"value: {counts['tokens']:,} tokens in {seconds:.0f} s, padding {padding:.1%}")
 
 
-def value_inputs(settings: Settings, upstream: str) -> dict[str, Any]:
+def value_inputs(settings: Settings, upstream: str, preference: bool = False) -> dict[str, Any]:
     """Everything that values/ depends on."""
+    schema = PREFERENCE_VALUES if preference else VALUES
     return {
         "anchor": upstream,
         "valuation.window": settings.valuation.window,
         "valuation.estimator": settings.valuation.estimator,
         "valuation.method": settings.valuation.method,
-        "schema": (VALUES.metadata or {})[b"alphatoken.schema"].decode(),
+        **({"valuation.beta": settings.valuation.beta} if preference else {}),
+        "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }
 
 
