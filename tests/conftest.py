@@ -109,6 +109,19 @@ def chat_row(index: int) -> dict:
     }
 
 
+def pair_row(index: int) -> dict:
+    return {
+        "prompt": [{"role": "user", "content": sentence(index, 3 + index % 5)}],
+        "chosen": [{"role": "assistant", "content": sentence(index + 100, 4 + index % 9)}],
+        "rejected": [{"role": "assistant", "content": sentence(index + 200, 3 + index % 7)}],
+    }
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", [pair_row(i) for i in range(30)])
+
+
 @pytest.fixture(scope="session")
 def train_file(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", [chat_row(i) for i in range(40)])
