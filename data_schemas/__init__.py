@@ -4,7 +4,7 @@ Imports pyarrow alone, so that a consumer can check a file without torch or Ray.
 version in the metadata key ``alphatoken.schema``; a reader refuses a version that it does not know.
 """
 
-from data_schemas.masks import MASK_EXTRA_COLUMNS, masks_schema
+from data_schemas.masks import LOSS_WEIGHT, MASK_EXTRA_COLUMNS, masks_schema
 from data_schemas.preference import (
     BRANCHES,
     PREFERENCE_PREPARED,
@@ -20,6 +20,7 @@ from data_schemas.version import SCHEMA_KEY, SchemaMismatch, check
 __all__ = [
     "BRANCHES",
     "COMPONENTS",
+    "LOSS_WEIGHT",
     "MASK_EXTRA_COLUMNS",
     "PREFERENCE_PREPARED",
     "PREFERENCE_REFERENCE",

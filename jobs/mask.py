@@ -12,9 +12,12 @@ def execute(session: Session) -> None:
     settings = session.settings
     summary = run_mask(session.storage, session.manifest, settings.mask, settings.run.seed, session.progress)
     place = session.storage.path(f"masks/{settings.mask.name}")
+    told = f"kept:  {summary['kept_fraction']:.1%}"
+    if summary["loss_weight"]:
+        told = f"weigh: {summary['loss_weight']['mean']:.3f} on average, all labels kept,"
     for line in (
         f"masks: {place}",
-        f"kept:  {summary['kept_fraction']:.1%} of {summary['response_tokens']:,} response tokens",
+        f"{told} of {summary['response_tokens']:,} response tokens",
         f"next:  alphatoken mask run.dir={settings.run.dir} mask.rho=0.3 mask.name=rho-0.3",
     ):
         print(line)

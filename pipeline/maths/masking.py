@@ -27,18 +27,25 @@ def objective(components: Mapping[str, Floats], name: str) -> npt.NDArray[np.flo
     return components[f"{name}_direct"].astype(np.float64) + components[f"{name}_causal"]
 
 
-def token_values(components: Mapping[str, Floats], weight: float, scale: Mapping[str, float]) -> Floats:
+def token_values(
+    components: Mapping[str, Floats], weight: float, scale: Mapping[str, float], loss_weight: float = 0.0
+) -> Floats:
     """The value of every token (Eq. 12), ``(tokens,)`` float32; higher is better.
 
-    ``value = adaptation / scale["adaptation"] + weight * stability / scale["stability"]``, each objective being the sum
-    of its direct and causal component. Computed in float64 and rounded once, so that the order of equal sums does not
-    depend on how they were added up. A result beyond float32 becomes infinite.
+    ``value = adaptation / scale["adaptation"] + weight * stability / scale["stability"] - loss_weight * loss /
+    scale["loss"]``, each objective being the sum of its direct and causal component. The last term is not the paper's:
+    it takes the token's own loss as a second criterion, against tokens that are simply wrong. ``loss`` and its scale
+    are not needed where ``loss_weight`` is 0. Computed in float64 and rounded once, so that the order of equal sums
+    does not depend on how they were added up. A result beyond float32 becomes infinite.
     """
-    if not all(0 < scale[name] < math.inf for name in OBJECTIVES):
+    needed = (*OBJECTIVES, "loss") if loss_weight else OBJECTIVES
+    if not all(0 < scale[name] < math.inf for name in needed):
         raise ValueError(f"scales must be positive and finite, not {dict(scale)}")
     value = objective(components, "adaptation") / scale["adaptation"]
     if weight:
         value += weight * objective(components, "stability") / scale["stability"]
+    if loss_weight:
+        value -= loss_weight * components["loss"].astype(np.float64) / scale["loss"]
     with np.errstate(over="ignore"):
         return value.astype(np.float32)
 
@@ -103,7 +110,7 @@ class RankSelect:
 
     def count(self, values: Floats) -> None:
         """First pass."""
-        self._high += np.bincount(_keys(values) >> 16, minlength=_HALF)
+        self._high += np.bincount(order_keys(values) >> 16, minlength=_HALF)
 
     def choose(self, k: int) -> np.float32:
         """End the first pass. Returns the smallest value of the chosen bin: the k-th largest to about 8 bits."""
@@ -114,7 +121,7 @@ class RankSelect:
 
     def refine(self, values: Floats) -> None:
         """Second pass, over the same values."""
-        keys = _keys(values)
+        keys = order_keys(values)
         inside = keys[(keys >> 16) == self._bin] & (_HALF - 1)
         self._low += np.bincount(inside, minlength=_HALF)
 
@@ -152,8 +159,8 @@ def keep_flat(values: Floats, offsets: Ints, threshold: np.float32 | Floats, alw
     return kept
 
 
-def _keys(values: Floats) -> npt.NDArray[np.uint32]:
-    """uint32 numbers in the order of the floats."""
+def order_keys(values: Floats) -> npt.NDArray[np.uint32]:
+    """uint32 numbers in the order of the floats; -0.0 as 0.0. Raises ValueError for NaN."""
     if values.dtype != np.float32:
         raise TypeError(f"values must be float32, not {values.dtype}")
     if np.isnan(values).any():
@@ -164,10 +171,14 @@ def _keys(values: Floats) -> npt.NDArray[np.uint32]:
     return np.where(bits & _SIGN, ~bits, bits | _SIGN)
 
 
+def float_of_key(keys: npt.NDArray[np.uint32]) -> Floats:
+    """The floats whose ``order_keys`` these are."""
+    return np.where(keys & _SIGN, keys ^ _SIGN, ~keys).view(np.float32)
+
+
 def _value(key: int) -> np.float32:
-    """The float of a key."""
-    bits = key ^ (1 << 31) if key >> 31 else ~key & 0xFFFFFFFF
-    return np.uint32(bits).view(np.float32)
+    """The float of one key."""
+    return float_of_key(np.array([key], np.uint32))[0]
 
 
 def _from_above(counts: Ints, k: int) -> tuple[int, int]:

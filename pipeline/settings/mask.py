@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_schemas import MASK_EXTRA_COLUMNS
-from pipeline.settings.option import at_least, not_yet, one_of, option
+from pipeline.settings.option import at_least, one_of, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,10 +14,18 @@ class MaskSettings:
 
     rho: float = option(0.5, "fraction of the response tokens that is kept")
     stability_weight: float = option(1.5, "lambda: value = adaptation + lambda * stability")
-    scope: str = option("dataset", "dataset | example | batch: among which tokens the threshold is taken")
-    rule: str = option("top", "top: keep the tokens at or above the threshold")
+    loss_weight: float = option(0.0, "subtract this much of the token's loss from its value: against wrong tokens")
+    scope: str = option("dataset", "dataset | example | batch | token_id: among which tokens the threshold is taken")
+    rare_tokens: int = option(32, "mask.scope=token_id: ids that occur fewer times share one threshold")
+    rule: str = option(
+        "top",
+        "top: keep the tokens at or above the threshold | positive: keep values above 0 | weight: keep all "
+        "labels and write a loss_weight between 0 and 1 beside them",
+    )
     batch_size: int = option(64, "examples per batch, for mask.scope=batch")
-    normalize: str = option("none", "none | rms: divide adaptation and stability by their own root mean square first")
+    normalize: str = option(
+        "none", "none | rms: divide adaptation, stability and loss by their own root mean square first"
+    )
     always_keep: list[Any] = option(["eos"], "tokens that are always kept: eos, token strings or token ids")
     min_kept: int = option(1, "kept tokens per example at least")
     name: str = option("default", "the mask is written to masks/<name>")
@@ -30,8 +38,9 @@ class MaskSettings:
             found.append(f"mask.rho={self.rho}: must be above 0 and at most 1")
         found += at_least("mask.stability_weight", self.stability_weight, 0)
         found += one_of("mask.scope", self.scope, ("dataset", "example", "batch", "token_id"))
-        found += not_yet("mask.scope", self.scope, ("dataset", "example", "batch"))
-        found += not_yet("mask.rule", self.rule, ("top",))
+        found += at_least("mask.loss_weight", self.loss_weight, 0)
+        found += at_least("mask.rare_tokens", self.rare_tokens, 0)
+        found += one_of("mask.rule", self.rule, ("top", "positive", "weight"))
         found += at_least("mask.batch_size", self.batch_size, 1)
         found += one_of("mask.normalize", self.normalize, ("none", "rms"))
         found += at_least("mask.min_kept", self.min_kept, 0)

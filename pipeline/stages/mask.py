@@ -1,11 +1,13 @@
 """mask: from values to labels that a trainer reads. No model, no torch, memory of a few hundred rows.
 
-The threshold over the data set is exact: a radix selection in two passes over the values. A third pass writes. With
-mask.normalize=rms one more pass comes first. The same rows are read each time; nothing is held.
+The threshold over the data set is exact: a radix selection in two passes over the values; in four or eight with
+mask.scope=token_id, in more with mask.rule=weight. One more pass writes. With mask.normalize=rms and with token_id one
+more each comes first. The same rows are read each time; nothing is held but counts, per token id at most.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -15,17 +17,9 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from data_schemas import SCHEMA_KEY, masks_schema
-from pipeline.maths.masking import (
-    OBJECTIVES,
-    Floats,
-    RankSelect,
-    keep_flat,
-    objective,
-    rank_of,
-    thresholds_in_groups,
-    token_values,
-)
+from data_schemas import LOSS_WEIGHT, SCHEMA_KEY, masks_schema
+from pipeline.maths.group_select import TokenGroups
+from pipeline.maths.masking import OBJECTIVES, Floats, keep_flat, objective, rank_of, token_values
 from pipeline.settings import MaskSettings
 from pipeline.stages.always_keep import always_keep_ids
 from pipeline.stages.failure import RunFailed
@@ -33,7 +27,18 @@ from pipeline.stages.manifest import Manifest
 from pipeline.stages.mask_card import card
 from pipeline.stages.mask_summary import MaskCounts
 from pipeline.stages.paired_rows import IGNORED, PairedParts, PairedRows
+from pipeline.stages.soft_weights import WeightCounts, WeightsOverDataSet, WeightsWithin
 from pipeline.stages.storage import Storage
+from pipeline.stages.thresholds import (
+    KEEP_ALL,
+    KEEP_POSITIVE,
+    Fixed,
+    OverDataSet,
+    PerTokenId,
+    Threshold,
+    Within,
+    some_tokens,
+)
 
 if TYPE_CHECKING:
     from pipeline.stages.progress import Progress
@@ -55,7 +60,7 @@ def run_mask(
     started = time.monotonic()
     values = manifest.require("value", "mask")
     always = always_keep_ids(settings.always_keep, manifest)
-    schema = masks_schema(list(dict.fromkeys(settings.extra_columns)))
+    schema = masks_schema(list(dict.fromkeys(settings.extra_columns)), weighted=settings.rule == "weight")
     stage, place = f"mask/{settings.name}", f"masks/{settings.name}"
     inputs = {
         "values": values["fingerprint"],
@@ -70,9 +75,12 @@ def run_mask(
     rows_at_once = ROWS_AT_ONCE
     if settings.scope == "batch":  # whole groups
         rows_at_once = settings.batch_size * max(1, ROWS_AT_ONCE // settings.batch_size)
-    parts = PairedParts(storage, manifest.stage("prepare"), values, rows_at_once)
-    work = _Masking(storage, settings, parts, always, progress)
+    more = ["loss"] if settings.loss_weight else []
+    parts = PairedParts(storage, manifest.stage("prepare"), values, rows_at_once, more)
+    method = values["inputs"].get("valuation.method", "alphatoken")
+    work = _Masking(storage, settings, parts, always, method, progress)
     work.find_scales()
+    work.find_groups()
     work.find_thresholds()
     summary = work.write(place, schema, fingerprint)
     storage.write_bytes(f"{place}/README.md", card(summary, schema).encode())
@@ -100,13 +108,17 @@ class _Masking:
         settings: MaskSettings,
         parts: PairedParts,
         always: np.ndarray,
+        method: str,
         progress: Progress | None,
     ) -> None:
         self.storage, self.settings, self.parts, self.always = storage, settings, parts, always
-        self.progress = progress
-        self.scales = dict.fromkeys(OBJECTIVES, 1.0)
+        self.method, self.progress = method, progress
+        self.scales = dict.fromkeys((*OBJECTIVES, "loss") if settings.loss_weight else OBJECTIVES, 1.0)
         self.weights = (settings.stability_weight, 0.0)  # of the values, and of adaptation alone for comparison
-        self.thresholds: list[np.float32] = []  # mask.scope=dataset: one for each of the weights
+        self.thresholds: list[Threshold] = []  # one for each of the weights
+        self.groups: TokenGroups | None = None  # mask.scope=token_id
+        self.soft: WeightsOverDataSet | WeightsWithin | None = None  # mask.rule=weight
+        self.soft_counts = WeightCounts()
         self.notes: list[str] = []
         if "eos" in settings.always_keep and not len(always):
             self._note("the tokenizer names no end-of-sequence token, so that mask.always_keep=eos keeps none")
@@ -115,37 +127,83 @@ class _Masking:
         """mask.normalize=rms: the root mean square of each objective over all response tokens."""
         if self.settings.normalize != "rms":
             return
-        tokens, squares = 0, dict.fromkeys(OBJECTIVES, 0.0)
+        tokens, squares = 0, dict.fromkeys(self.scales, 0.0)
         with self._task("mask: scales", 1) as task:
             for rows in self.parts.all():
-                for name in OBJECTIVES:
-                    squares[name] += float(np.square(objective(rows.components, name)).sum())
+                for name in self.scales:
+                    column = rows.components["loss"].astype(np.float64) if name == "loss" else None
+                    column = objective(rows.components, name) if column is None else column
+                    squares[name] += float(np.square(column).sum())
                 tokens += int(rows.offsets[-1])
                 task.advance(len(rows))
-        _some(tokens)
-        for name in OBJECTIVES:
+        some_tokens(tokens)
+        for name in self.scales:
             if squares[name]:
                 self.scales[name] = float(np.sqrt(squares[name] / tokens))
-            else:
+            elif self.method == "alphatoken" or name != "stability":
                 self._note(f"{name} is zero for every token, so that mask.normalize=rms leaves it as it is")
 
-    def find_thresholds(self) -> None:
-        """mask.scope=dataset: the threshold over everything, with and without the stability term."""
-        if self.settings.scope != "dataset":
+    def find_groups(self) -> None:
+        """mask.scope=token_id: how often each id occurs; soft weights over the data set: one group of all."""
+        settings = self.settings
+        by_id = settings.scope == "token_id" and settings.rule != "positive"
+        all_in_one = settings.scope == "dataset" and settings.rule == "weight"
+        if self._keeps_all() or not (by_id or all_in_one):
             return
-        selects = [(weight, RankSelect()) for weight in self.weights]
-        with self._task("mask: threshold", 2) as task:
+        self.groups = TokenGroups()
+        with self._task("mask: groups", 1) as task:
             for rows in self.parts.all():
-                for weight, select in selects:
-                    select.count(self._values(rows, weight))
+                self.groups.count(rows.response_ids())
                 task.advance(len(rows))
-            for _, select in selects:
-                select.choose(rank_of(self.settings.rho, _some(select.total)))
-            for rows in self.parts.all():
-                for weight, select in selects:
-                    select.refine(self._values(rows, weight))
-                task.advance(len(rows))
-        self.thresholds = [select.threshold() for _, select in selects]
+        self.groups.close(settings.rare_tokens if by_id else math.inf)
+        some_tokens(int(self.groups.sizes.sum()))
+
+    def find_thresholds(self) -> None:
+        """The thresholds with and without the stability term, or the soft weights."""
+        if self.settings.rule == "weight" and not self._keeps_all():
+            self.soft = self._weighting()
+            self._feed("mask: weights", [(self.weights[0], self.soft)])
+        self.thresholds = [self._threshold() for _ in self.weights]
+        self._feed("mask: threshold", list(zip(self.weights, self.thresholds, strict=True)))
+
+    def _keeps_all(self) -> bool:
+        return self.method == "full"
+
+    def _is_hard(self) -> bool:
+        """Whether values decide which labels stay."""
+        return not self._keeps_all() and self.settings.rule != "weight"
+
+    def _threshold(self) -> Threshold:
+        settings = self.settings
+        if not self._is_hard():
+            return Fixed(KEEP_ALL)
+        if settings.rule == "positive":
+            return Fixed(KEEP_POSITIVE)
+        if settings.scope == "dataset":
+            return OverDataSet(settings.rho)
+        if self.groups:
+            return PerTokenId(settings.rho, self.groups)
+        return Within(settings.rho, settings.batch_size if settings.scope == "batch" else 1)
+
+    def _weighting(self) -> WeightsOverDataSet | WeightsWithin:
+        settings = self.settings
+        if self.groups:
+            return WeightsOverDataSet(settings.rho, self.groups)
+        return WeightsWithin(settings.rho, settings.batch_size if settings.scope == "batch" else 1)
+
+    def _feed(self, name: str, readers: list[tuple[float, Any]]) -> None:
+        """Show every row as often as the readers, (weight of stability, reader) each, want to see them."""
+        passes = readers[0][1].passes
+        if not passes:
+            return
+        with self._task(name, passes) as task:
+            for _ in range(passes):
+                for rows in self.parts.all():
+                    for weight, reader in readers:
+                        reader.see(rows, self._values(rows, weight))
+                    task.advance(len(rows))
+                for _, reader in readers:
+                    reader.next()
 
     def write(self, place: str, schema: pa.Schema, fingerprint: str) -> dict[str, Any]:
         """Write every part that is not complete yet; returns the summary."""
@@ -157,54 +215,84 @@ class _Masking:
                 file = nullcontext() if complete else self.storage.table_writer(name, schema, fingerprint)
                 with file as out:
                     for rows in self.parts.part(part, with_input_ids=True):
-                        kept = self._decide(rows, counts)
+                        kept, weights = self._decide(rows, counts)
                         if out is not None:
-                            out.write(_table(rows, kept, schema))
+                            out.write(_table(rows, kept, weights, schema))
                         task.advance(len(rows))
-        _some(counts.response_tokens)
+        some_tokens(counts.response_tokens)
         found = counts.as_json()
-        settled = found["kept_tokens"] - found["kept_only_by_always_keep"] - found["kept_only_by_min_kept"]
-        if self.thresholds:
-            tied = settled - rank_of(self.settings.rho, found["response_tokens"])
-            if tied > TIES_WORTH_SAYING * found["response_tokens"]:
-                self._note(f"{tied:,} tokens more than mask.rho asks for are kept, since they tie at the threshold")
+        self._say_what_happened(found)
         return {
             "name": self.settings.name,
+            "method": self.method,
             "settings": asdict(self.settings),
             "always_keep_ids": self.always.tolist(),
             "scales": self.scales,
-            "threshold": float(self.thresholds[0]) if self.thresholds else None,
-            "thresholds": None if self.thresholds else counts.thresholds.as_json(),
+            **self._where_the_threshold_stands(counts),
             **found,
+            **({} if self._is_hard() else {"decisions_changed_by_stability": None}),
             "notes": self.notes,
         }
 
-    def _decide(self, rows: PairedRows, counts: MaskCounts) -> np.ndarray:
-        """Which tokens are kept, ``(tokens,)`` bool over all tokens of ``rows``; counts them."""
+    def _say_what_happened(self, found: dict[str, Any]) -> None:
         settings = self.settings
+        if self._keeps_all():
+            self._note(
+                "valuation.method=full keeps every response token: mask.rho, mask.rule and mask.scope are unused"
+            )
+        elif settings.rule == "positive":
+            self._note("mask.rule=positive keeps every value above 0: mask.rho and mask.scope are unused")
+        elif settings.rule == "weight":
+            self._note("labels keep every response token: a trainer has to multiply each token's loss by loss_weight")
+        elif settings.scope in ("dataset", "token_id"):
+            sizes = self.groups.sizes.tolist() if self.groups else [found["response_tokens"]]
+            settled = found["kept_tokens"] - found["kept_only_by_always_keep"] - found["kept_only_by_min_kept"]
+            tied = settled - sum(rank_of(settings.rho, size) for size in sizes)
+            if tied > TIES_WORTH_SAYING * found["response_tokens"]:
+                self._note(f"{tied:,} tokens more than mask.rho asks for are kept, since they tie at the threshold")
+
+    def _where_the_threshold_stands(self, counts: MaskCounts) -> dict[str, Any]:
+        """summary.json: ``threshold`` of everything or ``thresholds`` of groups, the groups, and the soft weights."""
+        first = self.thresholds[0]
+        single: float | None = None
+        if isinstance(first, OverDataSet):
+            single = float(first.threshold)
+        elif self.settings.rule == "positive" and not self._keeps_all():
+            single = 0.0
+        if isinstance(first, PerTokenId):
+            counts.thresholds.add(first.thresholds)
+        several = isinstance(first, PerTokenId | Within)
+        by_id = self.settings.scope == "token_id" and self.groups
+        return {
+            "threshold": single,
+            "thresholds": counts.thresholds.as_json() if several else None,
+            "token_id_groups": self.groups.as_json() if by_id and self.groups else None,
+            "loss_weight": self.soft_counts.as_json() if self.settings.rule == "weight" else None,
+        }
+
+    def _decide(self, rows: PairedRows, counts: MaskCounts) -> tuple[np.ndarray, np.ndarray]:
+        """Which tokens are kept, bool, and their soft weights, float32: ``(tokens,)`` over all of ``rows``; counts."""
         values, alone = (self._values(rows, weight) for weight in self.weights)
-        threshold: Any
-        threshold_alone: Any
-        if self.thresholds:
-            threshold, threshold_alone = self.thresholds
-        else:
-            size = settings.batch_size if settings.scope == "batch" else 1
-            threshold, groups = thresholds_in_groups(values, rows.offsets, size, settings.rho)
-            threshold_alone, _ = thresholds_in_groups(alone, rows.offsets, size, settings.rho)
-            counts.thresholds.add(groups)
+        threshold, of_groups = self.thresholds[0].of(rows, values)
+        counts.thresholds.add(of_groups)
         assert rows.input_ids is not None
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
-        inside = keep_flat(values, rows.offsets, threshold, always, settings.min_kept)
+        inside = keep_flat(values, rows.offsets, threshold, always, self.settings.min_kept)
         columns = {**rows.components, "value": values}
-        counts.add(rows.offsets, columns, inside, threshold, always, alone >= threshold_alone)
-        kept = np.zeros(len(rows.response), np.bool_)
+        counts.add(rows.offsets, columns, inside, threshold, always, alone >= self.thresholds[1].of(rows, alone)[0])
+        kept, weights = np.zeros(len(rows.response), np.bool_), np.zeros(len(rows.response), np.float32)
         kept[rows.response] = inside
-        return kept
+        if self.settings.rule == "weight":
+            soft = self.soft.of(rows, values) if self.soft else np.ones(len(values), np.float32)
+            weights[rows.response] = self.soft_counts.add(soft, always)
+        return kept, weights
 
     def _values(self, rows: PairedRows, weight: float) -> Floats:
-        values = token_values(rows.components, weight, self.scales)
+        against_loss = self.settings.loss_weight
+        values = token_values(rows.components, weight, self.scales, against_loss)
         if not np.isfinite(values).all():
-            raise RunFailed(f"mask.stability_weight={weight}: values do not fit into float32; choose a smaller one")
+            key = f"mask.stability_weight={weight}" + (f", mask.loss_weight={against_loss}" if against_loss else "")
+            raise RunFailed(f"{key}: values do not fit into float32; choose a smaller one")
         return values
 
     def _note(self, text: str) -> None:
@@ -221,19 +309,14 @@ class _Masking:
                 yield task
 
 
-def _some(tokens: int) -> int:
-    if not tokens:
-        raise RunFailed("no prepared example has a response token: there is nothing to mask")
-    return tokens
-
-
-def _table(rows: PairedRows, kept: np.ndarray, schema: pa.Schema) -> pa.Table:
+def _table(rows: PairedRows, kept: np.ndarray, weights: np.ndarray, schema: pa.Schema) -> pa.Table:
     """Rows as a masks table: all tokens attended to, labels -100 outside of ``kept``."""
     assert rows.input_ids is not None
     flat = {
         "input_ids": rows.input_ids.flatten(),
         "attention_mask": np.ones(len(kept), np.int8),
         "labels": np.where(kept, rows.labels.flatten().to_numpy(), np.int32(IGNORED)),
+        LOSS_WEIGHT: weights,
     }
     offsets = pa.array(rows.token_offsets(), pa.int32())
     columns = [

@@ -80,7 +80,7 @@ class MaskCounts:
     """Counts and statistics over all response tokens."""
 
     def __init__(self) -> None:
-        self.columns = {name: _Moments() for name in (*COMPONENTS, "value")}
+        self.columns: dict[str, _Moments] = {name: _Moments() for name in (*COMPONENTS, "value")}
         self.thresholds = _Thresholds()
         self.rows = self.rows_with_nothing_kept = self.only_always = self.only_minimum = self.changed = 0
 
@@ -95,11 +95,12 @@ class MaskCounts:
     ) -> None:
         """Count some examples; arrays are over their response tokens, ``offsets`` ``(examples + 1,)``.
 
-        ``columns``: the components and ``value``. ``threshold``: one number, or one per token. ``without_stability``:
+        ``columns``: the components, ``value`` and others that went into it. ``threshold``: one number, or one per
+        token. ``without_stability``:
         the tokens that would pass the threshold if the value were adaptation alone.
         """
-        for name, moments in self.columns.items():
-            moments.add(columns[name], kept)
+        for name, column in columns.items():
+            self.columns.setdefault(name, _Moments()).add(column, kept)
         passed = columns["value"] >= threshold
         self.rows += len(offsets) - 1
         self.rows_with_nothing_kept += int((np.diff(_running(kept)[offsets]) == 0).sum())

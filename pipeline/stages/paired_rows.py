@@ -25,11 +25,15 @@ class PairedRows:
     offsets: Ints  # (examples + 1,): where the response tokens of each example begin among all response tokens
     labels: pa.ListArray
     response: Bools  # (tokens,): whether the token belongs to a response
-    components: dict[str, Floats]  # name -> (response tokens,)
+    components: dict[str, Floats]  # name -> (response tokens,); with the further columns that were asked for
     input_ids: pa.ListArray | None  # None where the pass does not need them
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
+
+    def response_ids(self) -> npt.NDArray[np.int32]:
+        """The ids of the response tokens, ``(response tokens,)``: there, labels are input_ids."""
+        return self.labels.flatten().to_numpy()[self.response]
 
     def token_offsets(self) -> npt.NDArray[np.int32]:
         """Where each example begins among all tokens, ``(examples + 1,)``."""
@@ -41,10 +45,19 @@ class PairedParts:
     """The parts of a run, in their order; memory of ``rows`` rows at a time."""
 
     def __init__(
-        self, storage: Storage, prepared: Mapping[str, Any], values: Mapping[str, Any], rows_at_once: int
+        self,
+        storage: Storage,
+        prepared: Mapping[str, Any],
+        values: Mapping[str, Any],
+        rows_at_once: int,
+        more: Sequence[str] = (),
     ) -> None:
-        """``prepared``, ``values``: the stages' records. Raises RunFailed for a part that is missing or damaged."""
+        """``prepared``, ``values``: the stages' records. ``more``: columns of values to read beside the components.
+
+        Raises RunFailed for a part that is missing or damaged.
+        """
         self.storage, self.rows_at_once = storage, rows_at_once
+        self.columns = (*COMPONENTS, *more)
         self.rows: dict[str, int] = {}
         for part in prepared["counts"]["parts"]:
             first = storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
@@ -67,10 +80,10 @@ class PairedParts:
         columns = ["id", "labels", *(["input_ids"] if with_input_ids else [])]
         names = (f"prepared/{part}", f"values/{part}")
         prepared = self._tables(names[0], PREPARED, columns, "prepare")
-        values = self._tables(names[1], VALUES, ["id", *COMPONENTS], "value")
+        values = self._tables(names[1], VALUES, ["id", *self.columns], "value")
         row = 0
         for left, right in zip(prepared, values, strict=True):
-            yield _paired(left, right, names, row, with_input_ids)
+            yield _paired(left, right, names, row, with_input_ids, self.columns)
             row += left.num_rows
 
     def _tables(self, name: str, schema: pa.Schema, columns: Sequence[str], stage: str) -> Iterator[pa.Table]:
@@ -91,7 +104,9 @@ class PairedParts:
             yield pa.Table.from_batches(held).combine_chunks()
 
 
-def _paired(left: pa.Table, right: pa.Table, names: tuple[str, str], row: int, with_input_ids: bool) -> PairedRows:
+def _paired(
+    left: pa.Table, right: pa.Table, names: tuple[str, str], row: int, with_input_ids: bool, columns: Sequence[str]
+) -> PairedRows:
     """``row``: the number of the first row within the part, for messages."""
     ids = left["id"].to_numpy(), right["id"].to_numpy()
     _refuse("value", names[1], row, ids[0] != ids[1], f"the id is not that of {names[0]}")
@@ -104,7 +119,7 @@ def _paired(left: pa.Table, right: pa.Table, names: tuple[str, str], row: int, w
     ends = np.concatenate([[0], np.cumsum(lengths)])
     offsets = np.concatenate([[0], np.cumsum(response)])[ends]
     components = {}
-    for name in COMPONENTS:
+    for name in columns:
         column = _column(right, name)
         _refuse("value", names[1], row, _lengths(column) != lengths, f"{name} is not as long as labels of {names[0]}")
         flat = _flat(column, names[1], "value", row)

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from data_schemas import COMPONENTS, VALUES
+from data_schemas import COMPONENTS, SCHEMA_KEY, VALUES
 from pipeline.settings import MaskSettings
 from pipeline.stages.failure import SettingsWrong
 from pipeline.stages.manifest import Manifest
@@ -40,10 +40,16 @@ def naive(prepared, values, sizes, settings: MaskSettings):
         ]
         rms = math.sqrt(sum(x * x for x in summed) / len(summed))
         scale[name] = rms if settings.normalize == "rms" and rms else 1.0
+    losses = [x for row, r in zip(values, inside, strict=True) for x, i in zip(row["loss"], r, strict=True) if i]
+    scale["loss"] = math.sqrt(sum(x * x for x in losses) / len(losses)) if settings.normalize == "rms" else 1.0
     scored = [
         [
-            np.float32((a + b) / scale["adaptation"] + settings.stability_weight * (c + d) / scale["stability"])
-            for a, b, c, d in zip(*(row[name] for name in COMPONENTS), strict=True)
+            np.float32(
+                (a + b) / scale["adaptation"]
+                + settings.stability_weight * (c + d) / scale["stability"]
+                - settings.loss_weight * e / scale["loss"]
+            )
+            for a, b, c, d, e in zip(*(row[name] for name in (*COMPONENTS, "loss")), strict=True)
         ]
         for row in values
     ]
@@ -52,15 +58,32 @@ def naive(prepared, values, sizes, settings: MaskSettings):
         step = {"example": 1, "batch": settings.batch_size}.get(settings.scope, size)
         groups += [range(i, min(i + step, start + size)) for i in range(start, start + size, step or 1)]
         start += size
-    if settings.scope == "dataset":
+    if settings.scope in ("dataset", "token_id"):
         groups = [range(len(prepared))]
+    by_id: dict[int, list] = {}
+    for row, value, r in zip(prepared, scored, inside, strict=True):
+        for token, v, i in zip(row["input_ids"], value, r, strict=True):
+            if i:
+                by_id.setdefault(token, []).append(v)
+    pooled = [v for vs in by_id.values() if len(vs) < settings.rare_tokens for v in vs]
+
+    def threshold_at(r, t, group_threshold):
+        """The threshold of token t of row r."""
+        if settings.rule == "positive":
+            return np.float32(1e-45)
+        if settings.scope != "token_id":
+            return group_threshold
+        pool = by_id[prepared[r]["input_ids"][t]]
+        pool = sorted(pool if len(pool) >= settings.rare_tokens else pooled, reverse=True)
+        return pool[math.ceil(Fraction(str(settings.rho)) * len(pool)) - 1]
+
     kept, always_only, minimum_only = [], 0, 0
     for group in groups:
         pool = sorted((v for r in group for v, i in zip(scored[r], inside[r], strict=True) if i), reverse=True)
         threshold = pool[math.ceil(Fraction(str(settings.rho)) * len(pool)) - 1] if pool else 0
         for r in group:
             tokens = [t for t in range(len(inside[r])) if inside[r][t]]
-            chosen = {t for t in tokens if scored[r][t] >= threshold}
+            chosen = {t for t in tokens if scored[r][t] >= threshold_at(r, t, threshold)}
             always = {t for t in tokens if "eos" in settings.always_keep and prepared[r]["input_ids"][t] == EOS}
             always_only += len(always - chosen)
             chosen |= always
@@ -85,6 +108,13 @@ def naive(prepared, values, sizes, settings: MaskSettings):
         {"scope": "batch", "batch_size": 7, "rho": 0.4},
         {"scope": "batch", "batch_size": 1000, "always_keep": []},
         {"scope": "batch", "batch_size": 1, "rho": 0.2, "min_kept": 0},
+        {"scope": "token_id", "rho": 0.3, "rare_tokens": 30},
+        {"scope": "token_id", "rho": 0.7, "rare_tokens": 0, "min_kept": 3, "normalize": "rms"},
+        {"scope": "token_id", "rare_tokens": 10_000, "always_keep": []},
+        {"rule": "positive"},
+        {"rule": "positive", "scope": "token_id", "min_kept": 0, "always_keep": []},
+        {"loss_weight": 0.7},
+        {"loss_weight": 2.0, "normalize": "rms", "scope": "token_id"},
     ],
     ids=str,
 )
@@ -110,6 +140,91 @@ def test_masks_are_those_of_the_definition(tmp_path, settings):
     assert summary["kept_only_by_min_kept"] == minimum_only
     assert summary["rows_with_nothing_kept"] == sum(not kept for kept in expected)
     assert summary == storage.read_json("masks/default/summary.json")
+
+
+@pytest.mark.parametrize("scope", ["dataset", "token_id", "batch", "example"])
+@pytest.mark.parametrize("rho", [0.3, 0.5, 0.8])
+def test_soft_weights_stand_beside_labels_that_keep_everything(tmp_path, scope, rho):
+    sizes = (40, 0, 300)
+    storage, prepared, values = write_run(tmp_path, sizes)
+    summary = mask(storage, rule="weight", scope=scope, rho=rho, batch_size=50, always_keep=[], rare_tokens=30)
+    groups: dict = {}
+    first_of_part = [0] * 40 + [40] * 300
+    for index, (row, whole, value) in enumerate(zip(masks(storage), prepared, values, strict=True)):
+        assert list(row) == ["input_ids", "attention_mask", "labels", "loss_weight"]
+        assert row["labels"] == whole["labels"] and len(row["loss_weight"]) == len(row["labels"])
+        batch = first_of_part[index], (index - first_of_part[index]) // 50
+        for t, label in enumerate(whole["labels"]):
+            if label == -100:
+                assert row["loss_weight"][t] == 0.0
+                continue
+            key = {"dataset": 0, "token_id": label, "batch": batch, "example": index}[scope]
+            a, b, c, d = (value[name][t] for name in COMPONENTS)
+            groups.setdefault(key, []).append((np.float32(a + b + 1.5 * (c + d)), row["loss_weight"][t]))
+    if scope == "token_id":
+        rare = [key for key, tokens in groups.items() if len(tokens) < 30]
+        assert 3 < len(rare) < len(groups)
+        groups[-1] = [token for key in rare for token in groups.pop(key)]
+        assert summary["token_id_groups"]["groups"] == len(groups)
+        assert summary["token_id_groups"]["rare_ids"] == len(rare)
+    for tokens in groups.values():
+        ordered = [weight for _, weight in sorted(tokens)]
+        assert ordered == sorted(ordered) and ordered[0] >= 0 and ordered[-1] <= 1
+        assert np.mean(ordered) == pytest.approx(rho, abs=1e-6)
+        for one, other in zip(sorted(tokens), sorted(tokens)[1:], strict=False):
+            assert one[0] != other[0] or one[1] == other[1]
+    assert summary["kept_fraction"] == 1.0 and summary["decisions_changed_by_stability"] is None
+    assert summary["loss_weight"]["mean"] == pytest.approx(rho, abs=1e-6)
+    schema = pq.read_schema(tmp_path / "masks/default/train-00000-of-00003.parquet")
+    assert schema.metadata[SCHEMA_KEY] == b"masks-sft-weighted/1"
+    card = (tmp_path / "masks/default/README.md").read_text()
+    assert "keep every response token" in card and "| `loss_weight` | `list<float>` |" in card
+
+
+def test_always_kept_tokens_weigh_one(tmp_path):
+    storage, prepared, _ = write_run(tmp_path)
+    summary = mask(storage, rule="weight", rho=0.3)
+    rows = [*zip(masks(storage), prepared, strict=True)]
+    eos = [w for row, _ in rows for w, label in zip(row["loss_weight"], row["labels"], strict=True) if label == EOS]
+    assert eos and set(eos) == {1.0} and 0 < summary["loss_weight"]["raised_by_always_keep"] <= len(eos)
+    every = [w for row, _ in rows for w, label in zip(row["loss_weight"], row["labels"], strict=True) if label != -100]
+    assert summary["loss_weight"]["mean"] == pytest.approx(np.mean(every))
+    assert summary["loss_weight"]["fraction_zero"] == pytest.approx(np.mean([w == 0 for w in every]))
+
+
+def test_thresholds_of_token_ids_are_summed_up_and_ties_counted_per_id(tmp_path):
+    storage, *_ = write_run(tmp_path, (400,))
+    summary = mask(storage, scope="token_id", rare_tokens=40, stability_weight=0.0, always_keep=[], min_kept=0)
+    assert summary["threshold"] is None
+    assert summary["thresholds"]["groups"] == summary["token_id_groups"]["groups"] > 3
+    assert summary["thresholds"]["min"] < summary["thresholds"]["max"]
+    assert any("tie" in note for note in summary["notes"])  # values are rounded to one digit
+    assert summary["decisions_changed_by_stability"] == 0
+    card = (tmp_path / "masks/default/README.md").read_text()
+    assert f"{summary['thresholds']['groups']} groups" in card
+
+
+@pytest.mark.parametrize("settings", [{"scope": "token_id"}, {"rule": "weight"}], ids=str)
+def test_bytes_do_not_depend_on_how_rows_are_read(tmp_path, monkeypatch, settings):
+    found = []
+    for rows in (7, 256):
+        monkeypatch.setattr("pipeline.stages.mask.ROWS_AT_ONCE", rows)
+        storage, *_ = write_run(tmp_path / str(rows), (300, 0, 20))
+        mask(storage, normalize="rms", loss_weight=0.5, rare_tokens=20, **settings)
+        found.append([pq.read_table(storage.path(f)) for f in storage.names("masks/default") if "train" in f])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("settings", [{}, {"rule": "positive"}, {"rule": "weight"}, {"scope": "token_id"}], ids=str)
+def test_the_method_full_keeps_everything_whatever_the_rule(tmp_path, settings):
+    storage, prepared, _ = write_run(tmp_path, method="full")
+    summary = mask(storage, rho=0.2, **settings)
+    assert [row["labels"] for row in masks(storage)] == [row["labels"] for row in prepared]
+    assert summary["kept_fraction"] == 1.0 and summary["method"] == "full"
+    assert any("valuation.method=full" in note for note in summary["notes"])
+    assert "the method `full`" in (tmp_path / "masks/default/README.md").read_text()
+    if "rule" in settings and settings["rule"] == "weight":
+        assert summary["loss_weight"]["mean"] == 1.0
 
 
 def test_kept_fraction_is_rho_up_to_ties_and_exceptions(tmp_path):

@@ -89,7 +89,13 @@ def test_missing_damaged_and_foreign_parts_are_named(tmp_path):
         mask(storage)
 
 
-@pytest.mark.parametrize("settings", [{}, {"scope": "example"}, {"scope": "batch"}, {"normalize": "rms"}], ids=str)
+NOTHING = [
+    {}, {"scope": "example"}, {"scope": "batch"}, {"scope": "token_id"}, {"normalize": "rms"}, {"rule": "positive"},
+    {"rule": "weight"}, {"rule": "weight", "scope": "batch"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", NOTHING, ids=str)
 def test_nothing_to_mask_fails(tmp_path, settings):
     storage, *_ = write_run(tmp_path, (20,))
     part = "part-00000-of-00001.parquet"
