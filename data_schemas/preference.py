@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-from data_schemas.masks import MASK_EXTRA_COLUMNS
+from data_schemas.masks import masks_schema
 from data_schemas.values import COMPONENTS
 from data_schemas.version import versioned
 
@@ -50,26 +50,13 @@ PREFERENCE_REFERENCE = versioned(
 )
 
 
-def preference_masks_schema(extra_columns: Sequence[str] = ()) -> pa.Schema:
-    """Schema of a masked preference part.
+def preference_masks_schema(extra_columns: Sequence[str] = (), weighted: bool = False) -> pa.Schema:
+    """Schema of a masked preference part: a supervised one twice, texts, and sums of the reference's log-probabilities.
 
-    ``extra_columns``: any of ``loss_mask`` and ``assistant_masks``, both 1 where the token is kept in the loss.
-    Raises ValueError for another name.
+    Arguments and errors are those of ``masks_schema``.
     """
-    unknown = sorted(set(extra_columns) - set(MASK_EXTRA_COLUMNS))
-    if unknown:
-        raise ValueError(f"unknown extra columns {unknown}; known: {list(MASK_EXTRA_COLUMNS)}")
-    types = {"input_ids": pa.int32(), "attention_mask": pa.int8(), "labels": pa.int32()}
-    types |= {name: pa.int8() for name in extra_columns}
-    tokens = [
-        pa.field(f"{branch}_{name}", pa.list_(item), nullable=False)
-        for branch in BRANCHES
-        for name, item in types.items()
-    ]
-    # Reference log-probabilities of a branch, summed over its KEPT tokens, and over all of its response tokens.
-    sums = [
-        pa.field(f"ref_{branch}_logps{over}", pa.float32(), nullable=False)
-        for over in ("", "_all")
-        for branch in BRANCHES
-    ]
-    return versioned("masks-preference", 1, [*_TEXTS, *tokens, *sums])
+    branch_columns = masks_schema(extra_columns, weighted)
+    tokens = [pa.field(f"{b}_{field.name}", field.type, nullable=False) for b in BRANCHES for field in branch_columns]
+    # Over the branch's KEPT tokens, and over all of its response tokens.
+    sums = [pa.field(f"ref_{b}_logps{over}", pa.float32(), nullable=False) for over in ("", "_all") for b in BRANCHES]
+    return versioned("masks-preference-weighted" if weighted else "masks-preference", 1, [*_TEXTS, *tokens, *sums])

@@ -42,15 +42,17 @@ def masked_preference_loss(
 
     ``chosen_logps``, ``rejected_logps`` ``(pairs, length)``: the policy's log-probability of every token, with its
     graph; the two lengths may differ. ``chosen_kept``, ``rejected_kept``: of the same shapes, nonzero where the token
-    is kept (``labels != -100`` in a mask's Parquet); index i of both must speak of the same token. ``omega``
-    ``(pairs,)`` from ``pair_weight``. A token's loss is minus its log-probability. A branch without a kept token adds
-    0. The gradient at a masked token is exactly zero, whatever stands there.
+    is kept (``labels != -100`` in a mask's Parquet); numbers between 0 and 1 weigh the mean (``loss_weight``). Index i of
+    both must speak of the same token. ``omega`` ``(pairs,)`` from ``pair_weight``. A token's loss is minus its
+    log-probability. A branch without a kept token adds 0. The gradient at a masked token is exactly zero, whatever
+    stands there.
     """
     return omega * (_mean_loss(chosen_logps, chosen_kept) - _mean_loss(rejected_logps, rejected_kept))
 
 
 def _mean_loss(logps: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    kept = kept.bool()
-    # Not a product: an infinity at a masked token would make it NaN.
-    total = torch.where(kept, -logps, torch.zeros((), dtype=logps.dtype, device=logps.device)).sum(dim=-1)
-    return total / kept.sum(dim=-1).clamp(min=1)
+    weight = kept.to(logps.dtype)
+    # Not a product alone: an infinity at a masked token would make it NaN.
+    losses = torch.where(weight != 0, -logps, torch.zeros((), dtype=logps.dtype, device=logps.device))
+    total = weight.sum(dim=-1)
+    return (weight * losses).sum(dim=-1) / torch.where(total != 0, total, torch.ones_like(total))
