@@ -138,6 +138,19 @@ SMALL = [
     "valuation.tokens_per_batch=128", "cluster.cpus_per_worker=1",
 ]  # fmt: skip
 
+PREFERENCE = ["data.validation=5", "valuation.beta=0.3"]
+
+
+@pytest.fixture(scope="session")
+def preference_run(tmp_path_factory, ray_cluster, policy, reference, pairs_file) -> Path:
+    """A whole run over preference pairs; policy and reference are two models, the validation set is held out."""
+    from jobs.cli import main
+
+    run = tmp_path_factory.mktemp("preference")
+    arguments = [f"run.dir={run}", f"model.policy={policy}", f"model.reference={reference}", f"data.train={pairs_file}"]
+    assert main(["run", *arguments, *SMALL, *PREFERENCE]) == 0
+    return run
+
 
 @pytest.fixture
 def alphatoken(ray_cluster, capfd):

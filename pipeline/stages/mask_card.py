@@ -25,7 +25,9 @@ def card(summary: dict[str, Any], schema: pa.Schema) -> str:
         autoescape=False,  # Markdown, not HTML; what a user typed goes through `quoted` or a fenced block of JSON
     )  # fmt: skip
     environment.filters["quoted"] = _quoted
-    template = environment.from_string(files(__package__).joinpath(TEMPLATES[summary.get("format", "sft")]).read_text(encoding="utf-8"))
+    template = environment.from_string(
+        files(__package__).joinpath(TEMPLATES[summary.get("format", "sft")]).read_text(encoding="utf-8")
+    )
     return template.render(
         summary=summary,
         settings=summary["settings"],

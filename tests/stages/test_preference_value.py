@@ -11,11 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from data_schemas import COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_REFERENCE, PREFERENCE_VALUES, PREPARED
-from tests.conftest import SMALL, chat_row, pair_row, write_rows
+from tests.conftest import PREFERENCE, SMALL, chat_row, pair_row, write_rows
 from tests.maths import pairwise
 from tests.maths.tiny_models import LLAMA
 
-BETA = 0.3
+BETA = 0.3  # as in PREFERENCE
 LAYERS, WINDOW = 2, 4  # as in SMALL
 
 
@@ -33,13 +33,6 @@ def table(place: Path, name: str):
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory, ray_cluster, policy, reference, pairs_file) -> Path:
-    """Policy and reference are two models; the validation set is held out."""
-    more = (f"model.reference={reference}", "data.validation=5", f"valuation.beta={BETA}")
-    return run(tmp_path_factory.mktemp("pairs"), policy, pairs_file, *more)
-
-
-@pytest.fixture(scope="module")
 def one_model(tmp_path_factory, ray_cluster, policy, pairs_file) -> Path:
     """Policy and reference are one model, the drift is a warm-up; two snapshots of it are valued."""
     more = ("data.validation=5", "anchor.snapshots=2", "anchor.drift=warmup", "anchor.warmup.learning_rate=0.01")
@@ -52,22 +45,22 @@ def response_logps(model, ids: list[int], labels: list[int]) -> list[float]:
     return [logps[t - 1, ids[t]].item() if labels[t] != -100 else 0.0 for t in range(len(ids))]
 
 
-def test_files_have_the_columns_and_sizes_of_the_contract(checkpoints):
+def test_files_have_the_columns_and_sizes_of_the_contract(preference_run):
     for name, schema in (
         ("prepared", PREFERENCE_PREPARED), ("values", PREFERENCE_VALUES), ("reference", PREFERENCE_REFERENCE),
     ):  # fmt: skip
-        assert table(checkpoints, name).schema.equals(schema)
-        assert table(checkpoints, name)["id"].to_pylist() == table(checkpoints, "prepared")["id"].to_pylist()
-    assert pq.read_schema(checkpoints / "prepared/validation.parquet").equals(PREPARED)
-    counts = json.loads((checkpoints / "run.json").read_text())["stages"]["prepare"]["counts"]
+        assert table(preference_run, name).schema.equals(schema)
+        assert table(preference_run, name)["id"].to_pylist() == table(preference_run, "prepared")["id"].to_pylist()
+    assert pq.read_schema(preference_run / "prepared/validation.parquet").equals(PREPARED)
+    counts = json.loads((preference_run / "run.json").read_text())["stages"]["prepare"]["counts"]
     assert counts["format"] == "preference" and counts["rows_in"] == 30 == counts["rows_used"]
     assert counts["train_rows"] + counts["validation_rows"] + counts["fisher_rows"] == 30
 
 
 @torch.no_grad()
-def test_omega_and_the_reference_against_whole_models(checkpoints, policy, reference):
+def test_omega_and_the_reference_against_whole_models(preference_run, policy, reference):
     models = [AutoModelForCausalLM.from_pretrained(p, dtype=torch.float64) for p in (policy, reference)]
-    prepared, values, stored = (table(checkpoints, name).to_pylist() for name in ("prepared", "values", "reference"))
+    prepared, values, stored = (table(preference_run, name).to_pylist() for name in ("prepared", "values", "reference"))
     assert len({row["omega"] for row in values}) > 1
     for pair, value, ref in zip(prepared, values, stored, strict=True):
         sums = {}
@@ -81,13 +74,16 @@ def test_omega_and_the_reference_against_whole_models(checkpoints, policy, refer
         assert value["omega"] == pytest.approx(BETA / (1 + np.exp(s)), rel=1e-4)
 
 
-def test_both_branches_are_the_pairwise_definition_signed_and_scaled(checkpoints, policy):
+def test_both_branches_are_the_pairwise_definition_signed_and_scaled(preference_run, policy):
     twin = pairwise.oracle(AutoModelForCausalLM.from_pretrained(policy))
-    held_out = pq.read_table(checkpoints / "prepared/validation.parquet").to_pylist()
+    held_out = pq.read_table(preference_run / "prepared/validation.parquet").to_pylist()
     against = [pairwise.record(twin, LLAMA, LAYERS, row["input_ids"], row["labels"]) for row in held_out]
-    stability = load_file(checkpoints / "anchors/snapshot-00/stability.safetensors")
+    stability = load_file(preference_run / "anchors/snapshot-00/stability.safetensors")
     drift = {(name, 0): tensor.double() for name, tensor in stability.items()}
-    prepared, values = table(checkpoints, "prepared").to_pylist()[:3], table(checkpoints, "values").to_pylist()[:3]
+    prepared, values = (
+        table(preference_run, "prepared").to_pylist()[:3],
+        table(preference_run, "values").to_pylist()[:3],
+    )
     expected: dict[str, list[float]] = {name: [] for name in COMPONENTS}
     found: dict[str, list[float]] = {name: [] for name in COMPONENTS}
     for pair, value in zip(prepared, values, strict=True):
@@ -163,17 +159,17 @@ def test_files_of_both_kinds_are_refused_unless_the_format_is_named(
     assert status == 0 and "not_a_pair: 40" in err, err
 
 
-def test_value_goes_on_where_a_reference_part_is_missing(alphatoken, checkpoints, policy, reference, pairs_file):
-    files = [sorted((checkpoints / name).glob("part-*.parquet"))[1] for name in ("values", "reference")]
+def test_value_goes_on_where_a_reference_part_is_missing(alphatoken, preference_run, policy, reference, pairs_file):
+    files = [sorted((preference_run / name).glob("part-*.parquet"))[1] for name in ("values", "reference")]
     before = [file.read_bytes() for file in files]
     for file in files:
         file.unlink()
-    manifest = json.loads((checkpoints / "run.json").read_text())
+    manifest = json.loads((preference_run / "run.json").read_text())
     manifest["stages"]["value"]["state"] = "running"
-    (checkpoints / "run.json").write_text(json.dumps(manifest))
+    (preference_run / "run.json").write_text(json.dumps(manifest))
     status, _, err = alphatoken(
-        "value", f"run.dir={checkpoints}", f"model.policy={policy}", f"model.reference={reference}",
-        f"data.train={pairs_file}", *SMALL, "data.validation=5", f"valuation.beta={BETA}",
+        "value", f"run.dir={preference_run}", f"model.policy={policy}", f"model.reference={reference}",
+        f"data.train={pairs_file}", *SMALL, *PREFERENCE,
     )  # fmt: skip
     assert status == 0 and "2 of 3 shards are complete already" in err, err
     assert [file.read_bytes() for file in files] == before
