@@ -35,7 +35,9 @@ class ColumnSettings:
 class DataSettings:
     """Configuration group ``data``."""
 
-    train: Any = option("embedded", "file, glob, directory, list of them, hub id, or `embedded` (code problems)")
+    train: Any = option(
+        "embedded", "file, glob, directory, list of them, hub id, `embedded` (code problems) or `embedded-preference`"
+    )
     validation: Any = option(32, "the same, or an integer: hold that many examples out of data.train")
     format: str = option("auto", "auto | sft | preference")
     max_length: int = option(2048, "tokens; longer examples are truncated from the right and counted")
