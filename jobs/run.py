@@ -1,4 +1,4 @@
-"""alphatoken run: every stage in order; skips what is already done."""
+"""alphatoken run: every stage in order; skips what is already done, and anchor where the method needs none."""
 
 import sys
 
@@ -8,8 +8,15 @@ from jobs.session import Session
 
 def execute(session: Session) -> None:
     """Run all stages."""
+    from pipeline.stages.selection import check_models
+
+    valuation, models = session.settings.valuation, session.models
+    check_models(session.settings, models.policy, models.reference)
     for stage in (prepare, anchor, value, mask):
-        stage.execute(session)
+        if stage is anchor and not valuation.needs_directions:
+            session.progress.say(f"anchor: skipped, since valuation.method={valuation.method} needs no directions")
+        else:
+            stage.execute(session)
 
 
 if __name__ == "__main__":

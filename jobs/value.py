@@ -9,9 +9,15 @@ def execute(session: Session) -> None:
     """Run the stage."""
     from pipeline.stages.value import run_value
 
-    models, cluster = session.models, session.cluster
+    models = session.models
     run_value(
-        session.storage, session.manifest, session.settings, models.policy, models.reference, cluster, session.progress
+        session.storage,
+        session.manifest,
+        session.settings,
+        models.policy,
+        session.cluster,
+        session.progress,
+        models.reference,
     )
 
 

@@ -10,18 +10,29 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from pipeline.maths.decoder import ScoredLayers
 
 CHUNK_BYTES = 128 << 20
 
 
+class HeadedModel(Protocol):
+    """A causal language model and its decoder; ScoredLayers is one."""
+
+    @property
+    def model(self) -> nn.Module: ...
+
+    @property
+    def decoder(self) -> nn.Module: ...
+
+
 @contextmanager
-def head_of(scored: ScoredLayers, outputs: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+def head_of(scored: HeadedModel, outputs: Any) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
     """Yields hidden (n, d) -> logits (n, vocabulary), as the model computes them after its decoder.
 
     ``outputs``: what the decoder returned; its last hidden state is replaced by the chunk.

@@ -42,6 +42,15 @@ def locate(scored: ScoredLayers, batch: Batch, kernel: str) -> NonFinite:
     return NonFinite(0, "the products with the directions (their scale exceeds the dtype)")
 
 
+def locate_forward(model: nn.Module, batch: Batch) -> NonFinite | None:
+    """The first example and module of a batch whose output is not finite, for passes without gradients; None: none."""
+    for row in range(batch.shape[0]):
+        module = _first_output(model, batch.rows(slice(row, row + 1)))
+        if module is not None:
+            return NonFinite(row, f"the output of {module}")
+    return None
+
+
 @torch.no_grad()
 def _first_output(model: nn.Module, batch: Batch) -> str | None:
     """The first module without children, in the order of the forward pass, whose output is not finite."""

@@ -45,5 +45,6 @@ class Settings:
     def problems(self) -> list[str]:
         """Every reason why the run cannot start, over all groups, one sentence each."""
         found = self.run.problems() + self.model.problems() + self.data.problems()
-        found += self.anchor.problems(self.mask.stability_weight)
+        if self.valuation.needs_directions:
+            found += self.anchor.problems(self.mask.stability_weight)
         return found + self.valuation.problems() + self.mask.problems() + self.cluster.problems()

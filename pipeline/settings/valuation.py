@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 from pipeline.settings.option import at_least, auto_or_at_least, not_yet, one_of, option
 
+METHODS = ("alphatoken", "excess_loss", "loss", "entropy", "random", "full")
+
 
 @dataclass(frozen=True, slots=True)
 class ValuationSettings:
@@ -13,10 +15,19 @@ class ValuationSettings:
     window: int = option(32, "W: how many later positions the causal path reaches; 0 leaves the causal path out")
     estimator: str = option("ghost", "ghost (the paper's, by position) | exact (derivative of each token's own loss)")
     tokens_per_batch: int | str = option("auto", "padded tokens per batch; auto: from the device's memory")
-    method: str = option("alphatoken", "alphatoken | excess_loss | loss | entropy | random | full")
+    method: str = option(
+        "alphatoken",
+        "alphatoken | excess_loss (policy's minus reference's loss, Rho-1) | loss (low loss first: against wrong "
+        "tokens) | entropy (undecided tokens first) | random | full (keep everything); all but the first need no anchor",
+    )
     schedule: str = option("static", "static | rehearsal")
     beta: float = option(0.1, "preference data: beta of DPO, in s and omega")
     min_coverage: float = option(0.5, "smallest share of the scored layers' matrix parameters that must be scored")
+
+    @property
+    def needs_directions(self) -> bool:
+        """Whether the method needs the anchor stage."""
+        return self.method == "alphatoken"
 
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
@@ -24,7 +35,7 @@ class ValuationSettings:
         found += at_least("valuation.window", self.window, 0)
         found += one_of("valuation.estimator", self.estimator, ("ghost", "exact"))
         found += auto_or_at_least("valuation.tokens_per_batch", self.tokens_per_batch, 1)
-        found += not_yet("valuation.method", self.method, ("alphatoken",))
+        found += one_of("valuation.method", self.method, METHODS)
         found += not_yet("valuation.schedule", self.schedule, ("static",))
         if not self.beta > 0:
             found.append(f"valuation.beta={self.beta}: must be above 0")

@@ -49,7 +49,7 @@ class BatchedWorker:
             batch = collate([input_ids[i] for i in group], [labels[i] for i in group])
             with self.device_lock:
                 try:
-                    found = self._values(batch.to(self.device))
+                    found = self._values(batch.to(self.device), [ids[i] for i in group])
                 except NonFinite as error:
                     raise RunFailed(
                         f"NaN or infinity in {error.where}, example {ids[group[error.row]]}: check the model or its dtype"
@@ -73,8 +73,8 @@ class BatchedWorker:
             advance(int(batch.lengths.sum()))
         return columns, padded
 
-    def _values(self, batch: Any) -> dict[str, np.ndarray]:
-        """Column name -> (batch, length) float32 on the host, for a batch on the device."""
+    def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
+        """Column name -> (batch, length) float32 on the host, for a batch on the device and the names of its rows."""
         raise NotImplementedError
 
 

@@ -22,7 +22,7 @@ from pipeline.maths.group_select import TokenGroups
 from pipeline.maths.masking import OBJECTIVES, Floats, keep_flat, objective, rank_of, token_values
 from pipeline.settings import MaskSettings
 from pipeline.stages.always_keep import always_keep_ids
-from pipeline.stages.failure import RunFailed
+from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.mask_card import card
 from pipeline.stages.mask_summary import MaskCounts
@@ -45,6 +45,7 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 256
 TIES_WORTH_SAYING = 0.01
+NO_LOSS = ("random", "full")  # these methods leave the loss column at 0.0
 
 
 def run_mask(
@@ -59,6 +60,13 @@ def run_mask(
     """
     started = time.monotonic()
     values = manifest.require("value", "mask")
+    method = values["inputs"].get("valuation.method", "alphatoken")
+    if settings.loss_weight and method in NO_LOSS:
+        raise SettingsWrong(
+            [
+                f"mask.loss_weight={settings.loss_weight}: valuation.method={method} runs no model, so there are no losses"
+            ]
+        )
     always = always_keep_ids(settings.always_keep, manifest)
     prepared = manifest.stage("prepare")
     preference = prepared["counts"].get("format") == "preference"
@@ -79,7 +87,6 @@ def run_mask(
     if settings.scope == "batch":  # whole groups
         rows_at_once = settings.batch_size * max(1, ROWS_AT_ONCE // settings.batch_size)
     more = ["loss"] if settings.loss_weight else []
-    method = values["inputs"].get("valuation.method", "alphatoken")
     works = []
     for branch in BRANCHES if preference else ("",):
         parts = PairedParts(storage, prepared, values, rows_at_once, more, branch)

@@ -11,11 +11,10 @@ import pyarrow as pa
 
 from data_schemas import BRANCHES, PREFERENCE_PREPARED, PREFERENCE_REFERENCE
 from pipeline.maths.batch import Batch
-from pipeline.maths.log_probabilities import token_log_probabilities
 from pipeline.maths.models import ModelSource, load_model
+from pipeline.maths.selectors.forward import losses_and_entropies
 from pipeline.settings import Settings
 from pipeline.stages.batched_worker import BatchedWorker, as_lists
-from pipeline.stages.coverage import checked_layers
 from pipeline.stages.progress import Progress
 from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
@@ -39,7 +38,7 @@ class ReferenceWorker(BatchedWorker):
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings) -> None:
         super().__init__(settings)
         self.storage, self.kernel = storage, settings.model.attention
-        self.scored = checked_layers(load_model(source, self.device), settings)
+        self.model = load_model(source, self.device)
 
     def __call__(self, task: _Task, advance: Callable[[int], None]) -> dict[str, int]:
         """Write one part of reference/; returns counts."""
@@ -50,8 +49,8 @@ class ReferenceWorker(BatchedWorker):
         write_reference(self.storage, task.part, table.column("id"), logps, task.fingerprint)
         return {"rows": table.num_rows, "tokens": sum(len(row) for row in input_ids)}
 
-    def _values(self, batch: Batch) -> dict[str, np.ndarray]:
-        return {LOGPS: token_log_probabilities(self.scored, batch, self.kernel).cpu().numpy()}
+    def _values(self, batch: Batch, ids: list[str]) -> dict[str, np.ndarray]:
+        return {LOGPS: 0.0 - losses_and_entropies(self.model, batch, self.kernel)[0].cpu().numpy()}
 
 
 def branches_as_sequences(table: pa.Table) -> tuple[list[str], list[list[int]], list[list[int]]]:

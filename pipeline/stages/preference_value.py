@@ -18,20 +18,21 @@ import pyarrow as pa
 import torch
 
 from data_schemas import BRANCHES, COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_REFERENCE, PREFERENCE_VALUES
-from pipeline.maths.log_probabilities import token_log_probabilities
 from pipeline.maths.lower import lower_layers_once
 from pipeline.maths.models import ModelSource
 from pipeline.maths.preference import margin, pair_weight
+from pipeline.maths.selectors.forward import losses_and_entropies
 from pipeline.settings import Settings
-from pipeline.stages.batched_worker import as_lists
+from pipeline.stages.batched_worker import BatchedWorker, as_lists
 from pipeline.stages.failure import SettingsWrong
 from pipeline.stages.fingerprint import digest, of_model
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.preference_reference import branches_as_sequences, halves, run_reference, write_reference
 from pipeline.stages.progress import Progress
+from pipeline.stages.selection import SelectionWorker
 from pipeline.stages.shard_loop import Cluster
 from pipeline.stages.storage import Storage
-from pipeline.stages.value import COLUMNS, ValueTask, ValueWorker
+from pipeline.stages.value import COLUMNS, ValueJob, ValueTask, ValueWorker
 
 LOGPS = "policy_logps"
 
@@ -44,16 +45,13 @@ class Reference:
     is_policy: bool
 
 
-class PreferenceValueWorker(ValueWorker):
-    """As ValueWorker, for shards of pairs."""
+class PairScoring(BatchedWorker):
+    """What is done with the scores of the branches of a shard; the columns are those of values/ and LOGPS."""
 
-    columns = (*COLUMNS, LOGPS)
-
-    def __init__(
-        self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int, reference: Reference
-    ) -> None:
-        super().__init__(storage, source, settings, snapshots)
-        self.reference = reference
+    columns: tuple[str, ...] = (*COLUMNS, LOGPS)
+    signed = True
+    storage: Storage
+    reference: Reference
 
     def __call__(self, task: ValueTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write one part of values, and where the policy is the reference one of reference/; returns counts."""
@@ -64,7 +62,7 @@ class PreferenceValueWorker(ValueWorker):
         own = {branch: found[branch][LOGPS] for branch in BRANCHES}
         if self.reference.is_policy:
             write_reference(self.storage, task.part, table.column("id"), own, self.reference.fingerprint)
-            theirs = own
+            theirs: Mapping[str, Sequence[np.ndarray]] = own
         else:
             stored = self.storage.read_table(f"reference/{task.part}", PREFERENCE_REFERENCE)
             theirs = {branch: _rows(stored, f"{branch}_logps") for branch in BRANCHES}
@@ -72,16 +70,25 @@ class PreferenceValueWorker(ValueWorker):
         arrays = {"id": table.column("id"), "omega": pa.array(omega, pa.float32())}
         for branch, sign in zip(BRANCHES, (1.0, -1.0), strict=True):
             arrays[f"{branch}_loss"] = as_lists(found[branch]["loss"])
+            factors = sign * omega if self.signed else np.ones_like(omega)
             for name in COMPONENTS:
-                scaled = [
-                    (row * (sign * w)).astype(np.float32) for row, w in zip(found[branch][name], omega, strict=True)
-                ]
+                scaled = [(row * w).astype(np.float32) for row, w in zip(found[branch][name], factors, strict=True)]
                 arrays[f"{branch}_{name}"] = as_lists(scaled)
         values = pa.table([arrays[name] for name in PREFERENCE_VALUES.names], schema=PREFERENCE_VALUES)
         self.storage.write_table(f"values/{task.part}", values, task.fingerprint)
         return {"rows": table.num_rows, "tokens": sum(len(row) for row in input_ids), "padded_tokens": padded}
 
-    def _values(self, batch: Any) -> dict[str, np.ndarray]:
+
+class PreferenceValueWorker(PairScoring, ValueWorker):
+    """As ValueWorker, for shards of pairs."""
+
+    def __init__(
+        self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int, reference: Reference
+    ) -> None:
+        ValueWorker.__init__(self, storage, source, settings, snapshots)
+        self.reference = reference
+
+    def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
         """With the log-probabilities under model.policy itself, also where snapshots bring weights of their own.
 
         s belongs to the model that is going to be trained; a warm-up is no preference training.
@@ -89,10 +96,54 @@ class PreferenceValueWorker(ValueWorker):
         valuer = self.valuers[0]
         swapped = any(v.weights is not None for v in self.valuers)
         with lower_layers_once(valuer.scored) if swapped else nullcontext():
-            logps = token_log_probabilities(valuer.scored, batch, valuer.attention).cpu().numpy() if swapped else None
-            found = super()._values(batch)
-        found[LOGPS] = -found["loss"] if logps is None else logps
+            own = losses_and_entropies(valuer.scored.model, batch, valuer.attention)[0] if swapped else None
+            found = ValueWorker._values(self, batch, ids)
+        found[LOGPS] = 0.0 - (found["loss"] if own is None else own.cpu().numpy())
         return found
+
+
+class PreferenceSelectionWorker(PairScoring, SelectionWorker):
+    """As SelectionWorker, for shards of pairs: a score means the same in both branches, so it has no sign."""
+
+    signed = False
+
+    def __init__(
+        self,
+        storage: Storage,
+        sources: dict[str, ModelSource],
+        settings: Settings,
+        vocabulary: int | None,
+        reference: Reference,
+    ) -> None:
+        SelectionWorker.__init__(self, storage, sources, settings, vocabulary)
+        self.reference = reference
+
+    def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
+        """The policy runs whatever the method is: omega and, where it is the reference, reference/ need it."""
+        found = SelectionWorker._values(self, batch, ids)
+        loss = found["loss"]
+        if "policy" not in self.selector.models:
+            loss = losses_and_entropies(self.models["policy"], batch, self.settings.model.attention)[0].cpu().numpy()
+        found[LOGPS] = 0.0 - loss
+        return found
+
+
+def pairs_job(
+    job: ValueJob, manifest: Manifest, settings: Settings, policy: str, reference: str, cluster: Cluster
+) -> ValueJob:
+    """A job for supervised data as the one for pairs; the argument ``reference`` is added when it is known."""
+    schema = (PREFERENCE_VALUES.metadata or {})[b"alphatoken.schema"].decode()
+    inputs = {**job.inputs, "valuation.beta": settings.valuation.beta, "schema": schema}
+    if job.worker is ValueWorker:
+        if manifest.stage("anchor")["inputs"]["reference"] != of_model(reference):
+            raise SettingsWrong([f"model.reference={reference} is not the reference that the anchors were made with"])
+        return ValueJob(inputs, PreferenceValueWorker, dict(job.arguments), job.resources)
+    own = settings.model
+    inputs |= {"policy": of_model(policy), "reference": of_model(reference)}
+    inputs |= {"model.revision": own.revision, "model.dtype": own.dtype}
+    source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
+    arguments = {**job.arguments, "sources": {"policy": source, **job.arguments["sources"]}}
+    return ValueJob(inputs, PreferenceSelectionWorker, arguments, cluster.model_resources)
 
 
 def omegas(
@@ -124,12 +175,7 @@ def reference_of(
     progress: Progress,
 ) -> Reference:
     """Where the reference's log-probabilities are; runs the reference's pass where it is another model."""
-    anchor, prepared = manifest.stage("anchor"), manifest.stage("prepare")
-    found = of_model(reference)
-    if anchor["inputs"]["reference"] != found:
-        raise SettingsWrong(
-            [f"model.reference={reference} is not the reference that the anchors of {storage.root} were made with"]
-        )
+    prepared, found = manifest.stage("prepare"), of_model(reference)
     model = settings.model
     inputs = {
         "prepare": prepared["fingerprint"], "reference": found, "model.revision": model.revision,

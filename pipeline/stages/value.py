@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data_schemas import COMPONENTS, PREFERENCE_VALUES, PREPARED, VALUES
+from data_schemas import COMPONENTS, PREPARED, VALUES
 from pipeline.maths.decoder import UnsupportedModel
 from pipeline.maths.directions import Directions
 from pipeline.maths.lower import lower_layers_once
@@ -31,11 +31,21 @@ from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.preference_reference import tokens_of
 from pipeline.stages.progress import Progress
-from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
+from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_tensors
 
 COLUMNS = (*COMPONENTS, "loss")
+
+
+@dataclass(frozen=True, slots=True)
+class ValueJob:
+    """How one method makes values/: what they depend on, and the workers that write them."""
+
+    inputs: dict[str, Any]
+    worker: type[ValueWorker]
+    arguments: dict[str, Any]
+    resources: Callable[[], Resources]
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +92,7 @@ class ValueWorker(BatchedWorker):
         self.storage.write_table(f"values/{task.part}", pa.Table.from_arrays(arrays, schema=VALUES), task.fingerprint)
         return {"rows": len(ids), "tokens": sum(len(row) for row in input_ids), "padded_tokens": padded}
 
-    def _values(self, batch: Any) -> dict[str, np.ndarray]:
+    def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
         """Mean over the snapshots, brought to the host in one copy."""
         total = torch.zeros(())
         with lower_layers_once(self.valuers[0].scored) if len(self.valuers) > 1 else nullcontext():
@@ -105,30 +115,32 @@ def run_value(
     manifest: Manifest,
     settings: Settings,
     policy: str,
-    reference: str,
     cluster: Cluster,
     progress: Progress,
+    reference: str | None = None,
 ) -> None:
     """Write values/, unless done already; goes on with the parts that are missing.
 
-    ``reference`` is needed for preference data alone, whose reference/ is written as well.
+    ``reference``: default ``policy``. Other methods than AlphaToken's need `prepare` alone. For preference data,
+    reference/ is written as well.
     """
     started = time.monotonic()
-    anchor = manifest.require("anchor", "value")
-    if anchor["inputs"]["policy"] != of_model(policy):
-        raise SettingsWrong(
-            [f"model.policy={policy} is not the policy that the anchors of {storage.root} were made with"]
-        )
-    if anchor["inputs"]["valuation.layers"] != settings.valuation.layers:
-        raise SettingsWrong(
-            [
-                f"valuation.layers={settings.valuation.layers}, but the anchors were made for {anchor['inputs']['valuation.layers']}"
-            ]
-        )
+    reference = reference or policy
+    if settings.valuation.needs_directions:
+        job = _valuation_job(storage, manifest, settings, policy, cluster)
+    else:
+        from pipeline.stages.selection import selection_job
+
+        job = selection_job(storage, manifest, settings, policy, reference, cluster)
     prepared = manifest.stage("prepare")
     preference = prepared["counts"].get("format") == "preference"
-    inputs = value_inputs(settings, anchor["fingerprint"], preference)
-    fingerprint = manifest.begin("value", inputs, {"valuation": settings.valuation, "cluster": settings.cluster})
+    if preference:
+        # Here and not above, since it builds on this file.
+        from pipeline.stages.preference_value import pairs_job, reference_of
+
+        job = pairs_job(job, manifest, settings, policy, reference, cluster)
+    configuration = {"model": settings.model, "valuation": settings.valuation, "cluster": settings.cluster}
+    fingerprint = manifest.begin("value", job.inputs, configuration)
     if manifest.done("value"):
         progress.say("value: done already")
         return
@@ -139,19 +151,10 @@ def run_value(
     missing = [part for part in rows if storage.rows_of(f"values/{part}", fingerprint) != rows[part]]
     if len(missing) < len(rows):
         progress.say(f"value: {len(rows) - len(missing)} of {len(rows)} shards are complete already")
-    own = settings.model
-    source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
-    snapshots = anchor["counts"]["snapshots"]
-    arguments = {"storage": storage, "source": source, "settings": settings, "snapshots": snapshots}
-    resources = cluster.model_resources()
-    worker: type[ValueWorker] = ValueWorker
+    resources = job.resources()
     if preference:
-        # Here and not above, since both build on this file.
-        from pipeline.stages.preference_value import PreferenceValueWorker, reference_of
-
-        worker = PreferenceValueWorker
         place = reference_of(storage, manifest, settings, policy, reference, cluster, progress)
-        arguments["reference"] = place
+        job.arguments["reference"] = place
         there = {part: storage.rows_of(f"reference/{part}", place.fingerprint) for part in rows}
         missing = [part for part in rows if part in missing or there[part] != rows[part]]
     tokens = {part: tokens_of(storage, part) if preference else _tokens(storage, part) for part in missing}
@@ -162,7 +165,7 @@ def run_value(
             counts[key] += result[key]
 
     with (
-        WorkerPool(worker, arguments, resources, settings.cluster.shard_timeout, settings.debug) as pool,
+        WorkerPool(job.worker, job.arguments, resources, settings.cluster.shard_timeout, settings.debug) as pool,
         progress.task("value", sum(tokens.values()), "tokens") as task,
     ):
         pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: ValueTask(s.name, fingerprint), done, task)
@@ -175,16 +178,34 @@ def run_value(
     progress.say(f"value: {counts['tokens']:,} tokens in {seconds:.0f} s, padding {padding:.1%}")
 
 
-def value_inputs(settings: Settings, upstream: str, preference: bool = False) -> dict[str, Any]:
+def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster) -> ValueJob:
+    anchor = manifest.require("anchor", "value")
+    if anchor["inputs"]["policy"] != of_model(policy):
+        raise SettingsWrong(
+            [f"model.policy={policy} is not the policy that the anchors of {storage.root} were made with"]
+        )
+    if anchor["inputs"]["valuation.layers"] != settings.valuation.layers:
+        raise SettingsWrong(
+            [
+                f"valuation.layers={settings.valuation.layers}, but the anchors were made for {anchor['inputs']['valuation.layers']}"
+            ]
+        )
+    own = settings.model
+    source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
+    snapshots = anchor["counts"]["snapshots"]
+    arguments = {"storage": storage, "source": source, "settings": settings, "snapshots": snapshots}
+    inputs = value_inputs(settings, anchor["fingerprint"])
+    return ValueJob(inputs, ValueWorker, arguments, cluster.model_resources)
+
+
+def value_inputs(settings: Settings, upstream: str) -> dict[str, Any]:
     """Everything that values/ depends on."""
-    schema = PREFERENCE_VALUES if preference else VALUES
     return {
         "anchor": upstream,
         "valuation.window": settings.valuation.window,
         "valuation.estimator": settings.valuation.estimator,
         "valuation.method": settings.valuation.method,
-        **({"valuation.beta": settings.valuation.beta} if preference else {}),
-        "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
+        "schema": (VALUES.metadata or {})[b"alphatoken.schema"].decode(),
     }
 
 

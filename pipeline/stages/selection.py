@@ -1,0 +1,95 @@
+"""value with another method than AlphaToken's: the same files, straight from prepared/.
+
+The score stands in `adaptation_direct`, the other components are 0.0, so that `mask` works as it is; `loss` is the
+policy's, or 0.0 with the methods that run no model.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import numpy as np
+import torch
+
+from data_schemas import VALUES
+from pipeline.maths.models import ModelSource, load_model
+from pipeline.maths.selectors import SELECTORS
+from pipeline.settings import Settings
+from pipeline.stages.batched_worker import token_budget
+from pipeline.stages.failure import RunFailed, SettingsWrong
+from pipeline.stages.fingerprint import of_model
+from pipeline.stages.manifest import Manifest
+from pipeline.stages.shard_loop import Cluster
+from pipeline.stages.storage import Storage
+from pipeline.stages.value import COLUMNS, ValueJob, ValueWorker
+
+
+class SelectionWorker(ValueWorker):
+    """Holds the models that the method runs, and scores one shard after the other."""
+
+    def __init__(
+        self, storage: Storage, sources: dict[str, ModelSource], settings: Settings, vocabulary: int | None
+    ) -> None:
+        """``sources``: policy and reference, as far as they are run. ``vocabulary``: ids in prepared/ are below it."""
+        self.storage, self.settings = storage, settings
+        self.device = torch.device("cuda" if sources and torch.cuda.is_available() else "cpu")
+        models = {name: load_model(source, self.device) for name, source in sources.items()}
+        for name, model in models.items():
+            size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+            if vocabulary is not None and size < vocabulary:
+                raise RunFailed(
+                    f"model.{name} knows {size} token ids, the data has {vocabulary}: it needs the policy's tokenizer"
+                )
+        valuation = settings.valuation
+        self.models = models
+        self.selector = SELECTORS[valuation.method](models, settings.model.attention, settings.run.seed)
+        self.budget = token_budget(valuation.tokens_per_batch, self.device)
+        self.device_lock = threading.Lock()
+
+    def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
+        found = {name: column.cpu().numpy() for name, column in self.selector(batch, ids).items()}
+        zeros = np.zeros(batch.shape, np.float32)
+        return {**dict.fromkeys(COLUMNS, zeros), "adaptation_direct": found["score"], "loss": found["loss"]}
+
+
+def check_models(settings: Settings, policy: str, reference: str) -> None:
+    """Raise SettingsWrong where the method compares two models and there is one."""
+    method = settings.valuation.method
+    if method == "excess_loss" and (policy == reference or of_model(policy) == of_model(reference)):
+        raise SettingsWrong(
+            [
+                "valuation.method=excess_loss compares two models, but model.policy and model.reference are the same: "
+                "set model.reference to a model that was trained on good data of the target"
+            ]
+        )
+
+
+def selection_job(
+    storage: Storage, manifest: Manifest, settings: Settings, policy: str, reference: str, cluster: Cluster
+) -> ValueJob:
+    """The job of ``valuation.method``; needs prepare alone. Raises RunFailed and SettingsWrong."""
+    prepared = manifest.require("prepare", "value")
+    check_models(settings, policy, reference)
+    own, used = settings.model, SELECTORS[settings.valuation.method].models
+    paths = {name: path for name, path in (("policy", policy), ("reference", reference)) if name in used}
+    sources = {name: ModelSource(p, own.revision, own.dtype, own.trust_remote_code) for name, p in paths.items()}
+    inputs: dict[str, Any] = {
+        "prepare": prepared["fingerprint"],
+        "valuation.method": settings.valuation.method,
+        "schema": (VALUES.metadata or {})[b"alphatoken.schema"].decode(),
+        **{name: of_model(path) for name, path in paths.items()},
+    }
+    if used:
+        inputs |= {"model.revision": own.revision, "model.dtype": own.dtype}
+    if settings.valuation.method == "random":
+        inputs["run.seed"] = settings.run.seed
+    arguments = {
+        "storage": storage,
+        "sources": sources,
+        "settings": settings,
+        "vocabulary": prepared["counts"].get("vocabulary"),
+    }
+    return ValueJob(
+        inputs, SelectionWorker, arguments, cluster.model_resources if used else cluster.tokenizer_resources
+    )
