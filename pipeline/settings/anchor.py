@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pipeline.settings.option import at_least, auto_or_at_least, not_yet, one_of, option
+from pipeline.settings.option import at_least, auto_or_at_least, one_of, option
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,9 +36,9 @@ class AnchorSettings:
     fisher: FisherSettings = field(default_factory=FisherSettings, metadata={"help": "reference Fisher"})
     warmup: WarmupSettings = field(default_factory=WarmupSettings, metadata={"help": "drift by warm-up"})
     snapshots: int = option(1, "points along the warm-up at which tokens are valued")
-    snapshot_scale: str = option("none", "none | rms")
-    precondition: str = option("none", "none | adam | kfac")
-    damping: float = option(0.1, "relative damping of the preconditioner")
+    snapshot_scale: str = option("none", "none | rms: divide each snapshot's values by their root mean square first")
+    precondition: str = option("none", "none | adam (diagonal) | kfac: what the directions are divided by")
+    damping: float = option(0.1, "of the preconditioner, as a fraction of its mean eigenvalue")
 
     def problems(self, stability_weight: float) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each.
@@ -67,6 +67,8 @@ class AnchorSettings:
             )
         if self.snapshots > self.warmup.steps + 1:
             found.append(f"anchor.snapshots={self.snapshots}: a warm-up of {self.warmup.steps} steps has fewer points")
-        found += not_yet("anchor.snapshot_scale", self.snapshot_scale, ("none",))
-        found += not_yet("anchor.precondition", self.precondition, ("none",))
+        found += one_of("anchor.snapshot_scale", self.snapshot_scale, ("none", "rms"))
+        found += one_of("anchor.precondition", self.precondition, ("none", "adam", "kfac"))
+        if not self.damping > 0:
+            found.append(f"anchor.damping={self.damping}: must be above 0")
         return found

@@ -14,11 +14,19 @@ import torch
 
 from data_schemas import PREFERENCE_PREPARED, PREPARED
 from pipeline.maths.decoder import Coverage
-from pipeline.maths.directions import fisher_drift
 from pipeline.maths.models import ModelSource
 from pipeline.settings import Settings
 from pipeline.stages import coverage as coverage_report
-from pipeline.stages.anchor_worker import AnchorTask, AnchorWorker, Sequences
+from pipeline.stages.anchor_worker import (
+    FACTORS,
+    FISHER,
+    GRADIENT,
+    PARTIAL,
+    REFERENCE,
+    AnchorTask,
+    AnchorWorker,
+    Sequences,
+)
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
@@ -27,7 +35,7 @@ from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_tensors, write_tensors
 
-PARTIAL = "anchors/partial"
+NO_ROWS = Sequences([], [], [])
 SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
 
 
@@ -87,7 +95,14 @@ def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str
         "anchor.drift": drift,
         "run.seed": settings.run.seed,
     }
-    if drift != "none":
+    inputs["anchor.precondition"] = anchor.precondition
+    if anchor.precondition != "none":
+        inputs["anchor.damping"] = anchor.damping
+    inputs["anchor.snapshot_scale"] = anchor.snapshot_scale
+    if anchor.snapshot_scale != "none":  # made from values of a sample
+        inputs["valuation.window"] = settings.valuation.window
+        inputs["valuation.estimator"] = settings.valuation.estimator
+    if drift != "none" or anchor.precondition != "none":
         inputs["anchor.fisher.max_new_tokens"] = anchor.fisher.max_new_tokens
         inputs["anchor.fisher.temperature"] = anchor.fisher.temperature
     if drift == "warmup":
@@ -117,7 +132,7 @@ class _Anchor:
     def run(self, policy: str, reference: str, drift: str) -> dict[str, Any]:
         """Fisher at the reference, then warm-up and gradients at the policy; returns the counts."""
         counts: dict[str, Any] = {}
-        if drift != "none":
+        if drift != "none" or self.settings.anchor.precondition != "none":
             counts["fisher"] = self._reference_phase(reference)
         with self._pool(policy) as pool:
             snapshots = self._snapshots(pool, drift)
@@ -138,31 +153,30 @@ class _Anchor:
         return WorkerPool(AnchorWorker, arguments, self.cluster.model_resources(), timeout, self.settings.debug)
 
     def _reference_phase(self, reference: str) -> dict[str, Any]:
+        """Write the Fisher, the reference's scored weights and, for anchor.precondition=kfac, the Kronecker factors."""
         prompts = self._read("prepared/fisher.parquet")
         with self._pool(reference) as pool:
-            self._one(
-                pool,
-                AnchorTask("weights", f"{PARTIAL}/reference.safetensors", Sequences([], [], [])),
-                "reference weights",
-            )
+            self._one(pool, AnchorTask("weights", REFERENCE, NO_ROWS), "reference weights")
             counts, totals = self._sum(pool, "fisher", prompts, None, "anchor: Fisher", "prompts")
         prompt_count = counts["prompts"]
+        factors = {key: totals.pop(key) for key in sorted(totals) if "/" in key}
+        if factors:
+            write_tensors(self.storage, FACTORS, factors, {})
         fisher = {name: total / prompt_count for name, total in totals.items()}
         metadata = {**self._metadata(), "prompts": str(prompt_count), "completion_tokens": str(counts["tokens"])}
-        write_tensors(self.storage, "anchors/fisher.safetensors", fisher, metadata)
+        write_tensors(self.storage, FISHER, fisher, metadata)
         self.progress.say(f"anchor: Fisher from {prompt_count:,} prompts, {counts['tokens']:,} sampled tokens")
         return counts
 
     def _snapshots(self, pool: WorkerPool, drift: str) -> list[str]:
         """Files with the scored weights of every snapshot, in the order of the trajectory."""
+        first = f"{PARTIAL}/policy.safetensors"
+        self._one(pool, AnchorTask("weights", first, NO_ROWS), "policy weights")
         if drift != "warmup":
-            name = f"{PARTIAL}/policy.safetensors"
-            self._one(pool, AnchorTask("weights", name, Sequences([], [], [])), "policy weights")
-            return [name]
+            return [first]
         warmup, seed = self.settings.anchor.warmup, self.settings.run.seed
         examples = self._draw(warmup.examples)
         name = "anchors/snapshot-{index:02d}/policy.safetensors"
-        self._one(pool, AnchorTask("weights", f"{PARTIAL}/policy.safetensors", Sequences([], [], [])), "policy weights")
         with self.progress.task("anchor: warm-up", warmup.steps, "steps") as task:
             shard = Shard("warm-up", warmup.steps)
             pool.run([shard], lambda s: AnchorTask("warmup", name, examples, seed), lambda s, r: None, task)
@@ -177,38 +191,18 @@ class _Anchor:
         )
         if not counts["positions"]:
             raise RunFailed("the validation set has no response token: give other rows with data.validation")
-        directory = f"anchors/snapshot-{index:02d}"
         gradient = {name: total / counts["positions"] for name, total in totals.items()}
+        write_tensors(self.storage, GRADIENT.format(index=index), gradient, {})
+        anchor = self.settings.anchor
+        sample = self._draw(anchor.warmup.examples) if anchor.snapshot_scale == "rms" else NO_ROWS
         metadata = {**self._metadata(), "validation_positions": str(counts["positions"]), "drift": drift}
-        write_tensors(self.storage, f"{directory}/adaptation.safetensors", gradient, metadata)
-        if drift == "none":
-            stability = {name: torch.zeros_like(total) for name, total in totals.items()}
-        else:
-            fisher = read_tensors(self.storage, "anchors/fisher.safetensors")
-            there, before = (
-                read_tensors(self.storage, weights),
-                read_tensors(self.storage, f"{PARTIAL}/reference.safetensors"),
-            )
-            self._same_shapes(there, before)
-            stability = {name: fisher_drift(fisher[name], there[name], before[name]) for name in there}
-        write_tensors(self.storage, f"{directory}/stability.safetensors", stability, metadata)
-        norm = sum(float(t.double().square().sum()) for t in stability.values()) ** 0.5
+        work = AnchorTask("directions", "", sample, weights=weights, index=index, drift=drift, metadata=metadata)
+        made = self._one(pool, work, "directions")
         loss = counts["loss"] / counts["positions"]
         self.progress.say(
             f"anchor: snapshot {index}, validation loss {loss:.4f} nats over {counts['positions']:,} tokens, drift {drift}"
         )
-        return {"validation_positions": counts["positions"], "validation_loss": loss, "stability_norm": norm}
-
-    def _same_shapes(self, policy: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
-        wrong = [
-            n
-            for n in policy.keys() | reference.keys()
-            if n not in policy or n not in reference or policy[n].shape != reference[n].shape
-        ]
-        if wrong:
-            raise RunFailed(
-                f"model.policy and model.reference differ in shape at {sorted(wrong)[0]}: they must be the same architecture"
-            )
+        return {"validation_positions": counts["positions"], "validation_loss": loss, **made}
 
     def _sum(
         self, pool: WorkerPool, what: str, sequences: Sequences, weights: str | None, title: str, unit: str
@@ -234,12 +228,13 @@ class _Anchor:
                 totals[key] = totals[key].add_(tensor) if key in totals else tensor
         return counts, totals
 
-    def _one(self, pool: WorkerPool, work: AnchorTask, title: str) -> None:
-        def done(shard: Shard, result: dict[str, Any]) -> None:
-            self.coverage = result["coverage"]
-
+    def _one(self, pool: WorkerPool, work: AnchorTask, title: str) -> dict[str, Any]:
+        """Run a single task; returns its counts."""
+        results: list[dict[str, Any]] = []
         with self.progress.task(f"anchor: {title}", 1, "models") as task:
-            pool.run([Shard(title, 1)], lambda s: work, done, task)
+            pool.run([Shard(title, 1)], lambda s: work, lambda s, r: results.append(r), task)
+        self.coverage = results[0].pop("coverage", self.coverage)
+        return results[0]
 
     def _read(self, name: str) -> Sequences:
         table = self.storage.read_table(name, PREPARED)

@@ -5,18 +5,21 @@ from __future__ import annotations
 import random
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from pipeline.maths.batch import IGNORED, Batch, by_token_budget, collate
-from pipeline.maths.capture import swapped
+from pipeline.maths.capture import Captured, swapped
+from pipeline.maths.directions import Directions, fisher_drift
 from pipeline.maths.ghost import ghost_pass
+from pipeline.maths.kronecker import KroneckerFactors, adam, kfac
 from pipeline.maths.models import ModelSource, load_model
 from pipeline.maths.nonfinite import NonFinite, locate
 from pipeline.maths.outer_sums import OuterSum
 from pipeline.maths.sampling import sample_completions
+from pipeline.maths.valuer import TokenValuer
 from pipeline.maths.warmup import snapshot_steps, warm_up
 from pipeline.settings import Settings
 from pipeline.stages.coverage import checked_layers
@@ -24,6 +27,11 @@ from pipeline.stages.failure import RunFailed
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_tensors, write_tensors
 
+PARTIAL = "anchors/partial"
+FISHER = "anchors/fisher.safetensors"
+FACTORS = f"{PARTIAL}/factors.safetensors"
+REFERENCE = f"{PARTIAL}/reference.safetensors"
+GRADIENT = PARTIAL + "/gradient-{index:02d}.safetensors"
 TOKENS_PER_PASS = 4096
 PROMPTS_PER_BATCH = 16
 
@@ -45,13 +53,16 @@ class Sequences:
 
 @dataclass(frozen=True, slots=True)
 class AnchorTask:
-    """``what``: weights | fisher | warmup | gradient; ``output``: the file to write; ``seed``: of this task alone."""
+    """``what``: weights | fisher | warmup | gradient | directions; ``output``: the file to write."""
 
     what: str
     output: str  # for a warm-up, with {index} in the place of the snapshot's number
     sequences: Sequences
-    seed: int = 0
+    seed: int = 0  # of this task alone
     weights: str | None = None  # a file with the scored weights to use instead of the model's own
+    index: int = 0  # of the snapshot
+    drift: str = "none"
+    metadata: dict[str, str] = field(default_factory=dict)
 
 
 class AnchorWorker:
@@ -66,7 +77,10 @@ class AnchorWorker:
 
     def __call__(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Run one task; returns counts."""
-        work = {"weights": self._weights, "fisher": self._fisher, "warmup": self._warmup, "gradient": self._gradient}
+        work = {
+            "weights": self._weights, "fisher": self._fisher, "warmup": self._warmup, "gradient": self._gradient,
+            "directions": self._directions,
+        }  # fmt: skip
         with self.device_lock:
             return work[task.what](task, advance)
 
@@ -75,10 +89,17 @@ class AnchorWorker:
         return {"coverage": self.scored.coverage}
 
     def _fisher(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
-        """Sum of (d^2)^T (h^2) over sampled completions, float32; divided by the number of prompts by the driver."""
+        """Sums over sampled completions, float32: (d^2)^T (h^2), and Kronecker factors where they are wanted."""
         fisher = self.settings.anchor.fisher
         torch.manual_seed(task.seed)
         total, tokens = OuterSum(self.scored, squared=True), 0
+        factors = KroneckerFactors(self.scored) if self.settings.anchor.precondition == "kfac" else None
+
+        def visit(captured: Captured) -> None:
+            total(captured)
+            if factors is not None:
+                factors(captured)
+
         prompts = [
             _prompt(ids, labels) for ids, labels in zip(task.sequences.input_ids, task.sequences.labels, strict=True)
         ]
@@ -90,11 +111,13 @@ class AnchorWorker:
             )
             for group in by_token_budget(sampled.lengths.tolist(), TOKENS_PER_PASS):
                 batch = sampled.rows(torch.tensor(group))
-                losses = ghost_pass(self.scored, batch, total, self.kernel)
+                if factors is not None:
+                    factors.positions = batch.predicting()
+                losses = ghost_pass(self.scored, batch, visit, self.kernel)
                 self._finite(losses, batch, [task.sequences.ids[rows[i]] for i in group])
                 tokens += len(losses)
             advance(len(rows))
-        self._save(task.output, total.total)
+        self._save(task.output, {**total.total, **(factors.total if factors is not None else {})})
         return {"prompts": len(prompts), "tokens": tokens}
 
     def _warmup(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
@@ -141,16 +164,77 @@ class AnchorWorker:
         self._save(task.output, total.total)
         return {"positions": positions, "loss": loss}
 
+    def _directions(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Write both directions of one snapshot, preconditioned and scaled as asked; returns norms and scales."""
+        anchor = self.settings.anchor
+        assert task.weights is not None
+        there = read_tensors(self.storage, task.weights)
+        named = {"adaptation": read_tensors(self.storage, GRADIENT.format(index=task.index))}
+        needs_fisher = task.drift != "none" or anchor.precondition == "adam"
+        fisher = read_tensors(self.storage, FISHER) if needs_fisher else {}
+        if task.drift == "none":
+            named["stability"] = {name: torch.zeros_like(weight) for name, weight in there.items()}
+        else:
+            before = read_tensors(self.storage, REFERENCE)
+            _same_shapes(there, before)
+            named["stability"] = {name: fisher_drift(fisher[name], there[name], before[name]) for name in there}
+        norms = {f"{name}_norm": _norm(tensors) for name, tensors in named.items()}
+        if anchor.precondition == "adam":
+            for tensors in named.values():
+                tensors.update({name: adam(t, fisher[name], anchor.damping) for name, t in tensors.items()})
+        elif anchor.precondition == "kfac":
+            factors = read_tensors(self.storage, FACTORS)
+            for linear in self.scored.maps:
+                for tensors in named.values():
+                    moved = kfac(tensors[linear.name].to(self.device), factors, linear, anchor.damping)
+                    tensors[linear.name] = moved.cpu()
+        scales = dict.fromkeys(named, 1.0)
+        if anchor.snapshot_scale == "rms":
+            own = there if task.drift == "warmup" else None
+            scales = self._root_mean_squares(Directions(named, own), task.sequences)
+            for name, tensors in named.items():  # values are linear in the direction
+                tensors.update({key: tensor / scales[name] for key, tensor in tensors.items()})
+        for name, tensors in named.items():
+            metadata = {**task.metadata, "precondition": anchor.precondition, "scale": repr(scales[name])}
+            self._save(f"anchors/snapshot-{task.index:02d}/{name}.safetensors", tensors, metadata)
+        return {**norms, **{f"{name}_scale": scale for name, scale in scales.items()}}
+
+    def _root_mean_squares(self, directions: Directions, sample: Sequences) -> dict[str, float]:
+        """Per direction, the root mean square of direct + causal over the sample's response tokens; 1 where it is 0."""
+        own = self.settings.valuation
+        valuer = TokenValuer(self.scored.model, directions, own.layers, own.window, self.kernel, own.estimator)
+        squares, tokens = dict.fromkeys(directions.named, 0.0), 0
+        for group in by_token_budget([len(ids) for ids in sample.input_ids], TOKENS_PER_PASS):
+            batch = collate([sample.input_ids[i] for i in group], [sample.labels[i] for i in group]).to(self.device)
+            found = valuer.value(batch)
+            tokens += len(batch.predicting())
+            for name in squares:
+                squares[name] += float((found[f"{name}_direct"] + found[f"{name}_causal"]).double().square().sum())
+        return {name: (total / tokens) ** 0.5 if total else 1.0 for name, total in squares.items()}
+
     def _finite(self, losses: torch.Tensor, batch: Batch, ids: list[str]) -> None:
         if not bool(torch.isfinite(losses).all()):
             error = locate(self.scored, batch, self.kernel)
             raise RunFailed(f"NaN or infinity in {error.where}, example {ids[error.row]}: check the model or its dtype")
 
-    def _save(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    def _save(self, name: str, tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> None:
         for key, tensor in tensors.items():
             if not bool(torch.isfinite(tensor).all()):
                 raise RunFailed(f"NaN or infinity in {key} while making {name}: check the model or its dtype")
-        write_tensors(self.storage, name, tensors, {})
+        write_tensors(self.storage, name, tensors, metadata or {})
+
+
+def _norm(tensors: dict[str, torch.Tensor]) -> float:
+    return sum(float(t.double().square().sum()) for t in tensors.values()) ** 0.5
+
+
+def _same_shapes(policy: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    names = sorted(policy.keys() | reference.keys())
+    wrong = [n for n in names if n not in policy or n not in reference or policy[n].shape != reference[n].shape]
+    if wrong:
+        raise RunFailed(
+            f"model.policy and model.reference differ in shape at {wrong[0]}: they must be the same architecture"
+        )
 
 
 def _prompt(input_ids: list[int], labels: list[int]) -> list[int]:

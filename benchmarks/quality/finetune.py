@@ -1,0 +1,101 @@
+"""Fine-tune the whole model on labels, and measure the loss per token on held-out rows."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+
+from pipeline.maths.batch import Batch, by_token_budget, collate
+
+Tokens = Sequence[tuple[list[int], list[int]]]  # (input_ids, labels) per row
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """How a fine-tune is run; the same for every mask."""
+
+    steps: int = 27
+    batch_size: int = 8
+    learning_rate: float = 5e-5
+    seed: int = 0
+
+
+def losses_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    """Cross-entropy (n,) at the n positions that predict a labelled token; logits nowhere else."""
+    positions = batch.predicting()
+    decoder = model.get_decoder()  # type: ignore[operator]
+    with torch.autocast("cpu", torch.bfloat16):
+        hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
+        logits = model.get_output_embeddings()(hidden)  # type: ignore[operator]
+    return F.cross_entropy(logits.float(), batch.labels.flatten()[positions + 1], reduction="none")
+
+
+def batches(rows: int, recipe: Recipe) -> Iterable[list[int]]:
+    """Row numbers of every step: epochs, each in an order of its own."""
+    generator, order = random.Random(recipe.seed), []
+    for _ in range(recipe.steps):
+        while len(order) < recipe.batch_size:
+            epoch = list(range(rows))
+            generator.shuffle(epoch)
+            order += epoch
+        yield order[: recipe.batch_size]
+        order = order[recipe.batch_size :]
+
+
+def finetune(
+    model: torch.nn.Module,
+    train: Tokens,
+    recipe: Recipe,
+    relabel: Callable[[int, Batch], Batch] | None = None,
+    weights: Sequence[Sequence[float]] | None = None,
+) -> int:
+    """AdamW on the mean loss of each batch's labelled tokens, in place; returns how many tokens were trained on.
+
+    ``relabel(step, batch)`` may take labels away when it is the batch's turn (a closed loop). ``weights``: one per
+    token, for soft masks.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
+    trained = 0
+    for step, rows in enumerate(batches(len(train), recipe)):
+        batch = collate([train[i][0] for i in rows], [train[i][1] for i in rows])
+        if relabel is not None:
+            batch = relabel(step, batch)
+        model.train()
+        losses = losses_of(model, batch)
+        trained += len(losses)
+        if weights is None:
+            loss = losses.mean()
+        else:
+            flat = torch.zeros(batch.shape)
+            for row, index in enumerate(rows):
+                flat[row, : len(weights[index])] = torch.tensor(weights[index])
+            own = flat.flatten()[batch.predicting() + 1]
+            loss = (losses * own).sum() / own.sum()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
+        optimizer.step()
+    model.eval()
+    return trained
+
+
+def _schedule(step: int, steps: int) -> float:
+    rise = max(1, steps // 10)
+    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
+
+
+@torch.no_grad()
+def mean_loss(model: torch.nn.Module, rows: Tokens) -> float:
+    """Nats per labelled token over all rows."""
+    total, count = 0.0, 0
+    for group in by_token_budget([len(ids) for ids, _ in rows], 4096):
+        losses = losses_of(model, collate([rows[i][0] for i in group], [rows[i][1] for i in group]))
+        total, count = total + float(losses.sum()), count + len(losses)
+    return total / count

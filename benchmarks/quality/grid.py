@@ -1,0 +1,196 @@
+"""The rows of the quality table: which values, which mask, which fine-tune.
+
+`python -m benchmarks.quality.grid [--only NAME ...] [--seeds 0 1 2]` makes what is missing and prints the table. Every
+fine-tune is one line in results.jsonl; a killed grid goes on with the same command, and several may run at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import torch
+from filelock import FileLock, Timeout
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from benchmarks.quality.finetune import Recipe, Tokens, finetune, mean_loss
+from benchmarks.quality.loop import closed_loop
+from benchmarks.quality.rows import load_rows
+from pipeline.stages.example import example_model
+from pipeline.stages.tokenize import ExampleMaker
+
+TRAIN, VALIDATION, FISHER, HELD_OUT = 216, 32, 32, 40
+COLUMNS = ("choose", "report", "humaneval", "general", "english")
+UNTOUCHED = ("anchor.drift=none", "mask.stability_weight=0")
+RUNS: dict[str, tuple[str, ...]] = {
+    # The paper's value at one point: the untouched model, adaptation alone.
+    "paper": UNTOUCHED,
+    # The same with stability: a warm-up makes the drift, values are those at its end.
+    "warmup": ("anchor.drift=warmup",),
+    "kfac": (*UNTOUCHED, "anchor.precondition=kfac"),
+    "adam": (*UNTOUCHED, "anchor.precondition=adam"),
+    "kfac-warmup": ("anchor.drift=warmup", "anchor.precondition=kfac"),
+    "kfac-trajectory": (
+        "anchor.drift=warmup", "anchor.precondition=kfac", "anchor.snapshots=3", "anchor.snapshot_scale=rms",
+        "anchor.warmup.steps=16", "anchor.warmup.examples=64",
+    ),
+    "loss": ("valuation.method=loss",),
+    "random": ("valuation.method=random",),
+    "full": ("valuation.method=full",),
+}  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One line of the table: values of ``run``, masked with ``mask`` overrides."""
+
+    name: str
+    run: str
+    mask: tuple[str, ...] = ()
+
+    @property
+    def slug(self) -> str:
+        """The name as a file name and a Hydra value."""
+        return self.name.replace(" ", "_").replace("=", "")
+
+
+def _at(rho: float, *more: str) -> tuple[str, ...]:
+    return (f"mask.rho={rho}", *more)
+
+
+ROWS = [
+    Row("full", "full"),
+    Row("random 0.5", "random", _at(0.5)),
+    Row("paper 0.5", "paper", _at(0.5)),
+    Row("kfac 0.5", "kfac", _at(0.5)),
+    Row("loss 0.5", "loss", _at(0.5)),
+    Row("kfac token_id 0.5", "kfac", _at(0.5, "mask.scope=token_id")),
+    Row("kfac-trajectory 0.5", "kfac-trajectory", _at(0.5, "mask.stability_weight=0")),
+    Row("kfac-trajectory lambda=1.5 rms 0.5", "kfac-trajectory", _at(0.5, "mask.normalize=rms")),
+    Row("paper token_id 0.5", "paper", _at(0.5, "mask.scope=token_id")),
+    Row("paper lambda=1.5 0.5", "warmup", _at(0.5)),
+    Row("paper lambda=1.5 rms 0.5", "warmup", _at(0.5, "mask.normalize=rms")),
+    Row("adam 0.5", "adam", _at(0.5)),
+    Row("kfac weight 0.5", "kfac", _at(0.5, "mask.rule=weight")),
+    Row("random 0.7", "random", _at(0.7)),
+    Row("kfac 0.7", "kfac", _at(0.7)),
+    Row("kfac-trajectory 0.7", "kfac-trajectory", _at(0.7, "mask.stability_weight=0")),
+    Row("loss 0.7", "loss", _at(0.7)),
+]
+
+
+class Quality:
+    """A directory with data, runs and results."""
+
+    def __init__(self, place: Path) -> None:
+        self.place, self.model = place, example_model()
+        self.tokenizer = AutoTokenizer.from_pretrained(self.model)
+        self.rows = load_rows(TRAIN + FISHER, VALIDATION, HELD_OUT)
+        for name, rows in (("train", self.rows.train), ("validation", self.rows.validation)):
+            place.mkdir(parents=True, exist_ok=True)
+            (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def tokens(self, rows: list[dict[str, Any]]) -> Tokens:
+        """Rows as the pipeline tokenizes them."""
+        make = ExampleMaker(self.tokenizer, 1024, "auto", {}, len(self.tokenizer))
+        return [(example.input_ids, example.labels) for example in (make(row, "row") for row in rows)]
+
+    def masked(self, row: Row) -> tuple[Tokens, list[list[float]] | None]:
+        """Labels (and soft weights) of one row, through the pipeline's own commands."""
+        run = self.place / row.run
+        name = row.slug
+        common = [f"run.dir={run}", f"mask.name={name}", *RUNS[row.run], *row.mask]
+        with FileLock(f"{run}.lock"):
+            if not (run / "masks" / name / "summary.json").exists():
+                command = [sys.executable, "-m", "jobs", "run", f"data.train={self.place / 'train.jsonl'}"]
+                command += [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
+                subprocess.run([*command, *common], check=True)
+        files = sorted((run / "masks" / name).glob("*.parquet"))
+        table = [r for file in files for r in pq.read_table(file).to_pylist()]
+        soft = [r["loss_weight"] for r in table] if table and "loss_weight" in table[0] else None
+        return [(r["input_ids"], r["labels"]) for r in table], soft
+
+    def measure(self, row: Row | None, seed: int) -> dict[str, Any]:
+        """Fine-tune on one row's mask and measure; None: the model untouched."""
+        model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+        trained, started = 0, time.monotonic()
+        recipe = Recipe(seed=seed)
+        if row is not None and row.run == "loop":
+            whole, _ = self.masked(Row("full", "full"))
+            trained = finetune(model, whole, recipe, closed_loop(model, self.tokens(self.rows.validation), seed))
+        elif row is not None:
+            train, soft = self.masked(row)
+            trained = finetune(model, train, recipe, weights=soft)
+        found = {name: mean_loss(model, self.tokens(self.rows.held_out[name])) for name in COLUMNS}
+        return {
+            "seed": seed,
+            "trained": trained,
+            "recipe": asdict(recipe),
+            "seconds": time.monotonic() - started,
+            **found,
+        }
+
+    def results(self) -> list[dict[str, Any]]:
+        """What has been measured so far."""
+        file = self.place / "results.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def run(self, rows: list[Row | None], seeds: list[int]) -> None:
+        """Measure what is missing, seed by seed."""
+        for seed in seeds:
+            for row in rows:
+                name = row.name if row else "untouched"
+                if any(r["name"] == name and r["seed"] == seed for r in self.results()) or (row is None and seed):
+                    continue
+                try:
+                    with FileLock(self.place / f"{row.slug if row else name}-{seed}.lock", timeout=0):
+                        found = {"name": name, **self.measure(row, seed)}
+                except Timeout:
+                    continue  # another process is at it
+                with open(self.place / "results.jsonl", "a") as file:
+                    file.write(json.dumps(found) + "\n")
+                print(json.dumps(found), flush=True)
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Mean over seeds, and half the range where there are several."""
+    lines = ["| mask | seeds | code | HumanEval | general | English |", "|---|---|---|---|---|---|"]
+    for name in dict.fromkeys(r["name"] for r in results):
+        mine = [r for r in results if r["name"] == name]
+        cells = []
+        for column in COLUMNS[1:]:
+            values = [r[column] for r in mine]
+            spread = f" ± {(max(values) - min(values)) / 2:.4f}" if len(values) > 1 else ""
+            cells.append(f"{sum(values) / len(values):.4f}{spread}")
+        lines.append(f"| {name} | {len(mine)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Run the grid, or only print what it has found."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--place", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--only", nargs="*")
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--print", action="store_true", dest="only_print")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    quality = Quality(options.place.resolve())
+    rows: list[Row | None] = [None, *ROWS, Row("paper's loop 0.5 (online)", "loop")]
+    if options.only:
+        rows = [row for row in rows if (row.name if row else "untouched") in options.only]
+    if not options.only_print:
+        quality.run(rows, options.seeds)
+    print(table(quality.results()))
+
+
+if __name__ == "__main__":
+    main()
