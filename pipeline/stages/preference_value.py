@@ -128,12 +128,17 @@ class PreferenceSelectionWorker(PairScoring, SelectionWorker):
         return found
 
 
+def pair_inputs(inputs: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """What values/ of pairs depend on, from what those of supervised data depend on."""
+    schema = (PREFERENCE_VALUES.metadata or {})[b"alphatoken.schema"].decode()
+    return {**inputs, "valuation.beta": settings.valuation.beta, "schema": schema}
+
+
 def pairs_job(
     job: ValueJob, manifest: Manifest, settings: Settings, policy: str, reference: str, cluster: Cluster
 ) -> ValueJob:
     """A job for supervised data as the one for pairs; the argument ``reference`` is added when it is known."""
-    schema = (PREFERENCE_VALUES.metadata or {})[b"alphatoken.schema"].decode()
-    inputs = {**job.inputs, "valuation.beta": settings.valuation.beta, "schema": schema}
+    inputs = pair_inputs(job.inputs, settings)
     if job.worker is ValueWorker:
         if manifest.stage("anchor")["inputs"]["reference"] != of_model(reference):
             raise SettingsWrong([f"model.reference={reference} is not the reference that the anchors were made with"])
