@@ -5,15 +5,26 @@ version in the metadata key ``alphatoken.schema``; a reader refuses a version th
 """
 
 from data_schemas.masks import LOSS_WEIGHT, MASK_EXTRA_COLUMNS, masks_schema
+from data_schemas.preference import (
+    BRANCHES,
+    PREFERENCE_PREPARED,
+    PREFERENCE_REFERENCE,
+    PREFERENCE_VALUES,
+    preference_masks_schema,
+)
 from data_schemas.prepared import PREPARED
 from data_schemas.quarantine import QUARANTINE
 from data_schemas.values import COMPONENTS, VALUES
 from data_schemas.version import SCHEMA_KEY, SchemaMismatch, check
 
 __all__ = [
+    "BRANCHES",
     "COMPONENTS",
     "LOSS_WEIGHT",
     "MASK_EXTRA_COLUMNS",
+    "PREFERENCE_PREPARED",
+    "PREFERENCE_REFERENCE",
+    "PREFERENCE_VALUES",
     "PREPARED",
     "QUARANTINE",
     "SCHEMA_KEY",
@@ -21,4 +32,5 @@ __all__ = [
     "SchemaMismatch",
     "check",
     "masks_schema",
+    "preference_masks_schema",
 ]

@@ -135,11 +135,12 @@ class Session:
 
     def with_data(self) -> Settings:
         """The settings with the embedded data's place filled in."""
-        from pipeline.stages.example import example_data
+        from pipeline.stages.example import example_data, example_pairs
 
         data = self.settings.data
-        if data.train == "embedded":
-            data = replace(data, train=str(example_data(self.progress.say)))
+        embedded = {"embedded": example_data, "embedded-preference": example_pairs}
+        if isinstance(data.train, str) and data.train in embedded:
+            data = replace(data, train=str(embedded[data.train](self.progress.say)))
         return replace(self.settings, data=data)
 
 

@@ -126,6 +126,19 @@ def chat_row(index: int) -> dict:
     }
 
 
+def pair_row(index: int) -> dict:
+    return {
+        "prompt": [{"role": "user", "content": sentence(index, 3 + index % 5)}],
+        "chosen": [{"role": "assistant", "content": sentence(index + 100, 4 + index % 9)}],
+        "rejected": [{"role": "assistant", "content": sentence(index + 200, 3 + index % 7)}],
+    }
+
+
+@pytest.fixture(scope="session")
+def pairs_file(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "pairs.jsonl", [pair_row(i) for i in range(30)])
+
+
 @pytest.fixture(scope="session")
 def train_file(tmp_path_factory) -> Path:
     return write_rows(tmp_path_factory.mktemp("data") / "train.jsonl", [chat_row(i) for i in range(40)])
@@ -141,6 +154,19 @@ SMALL = [
     "anchor.warmup.batch_size=2", "valuation.layers=2", "valuation.window=4", "data.shard_examples=10",
     "valuation.tokens_per_batch=128", "cluster.cpus_per_worker=1",
 ]  # fmt: skip
+
+PREFERENCE = ["data.validation=5", "valuation.beta=0.3"]
+
+
+@pytest.fixture(scope="session")
+def preference_run(tmp_path_factory, ray_cluster, policy, reference, pairs_file) -> Path:
+    """A whole run over preference pairs; policy and reference are two models, the validation set is held out."""
+    from jobs.cli import main
+
+    run = tmp_path_factory.mktemp("preference")
+    arguments = [f"run.dir={run}", f"model.policy={policy}", f"model.reference={reference}", f"data.train={pairs_file}"]
+    assert main(["run", *arguments, *SMALL, *PREFERENCE]) == 0
+    return run
 
 
 @pytest.fixture

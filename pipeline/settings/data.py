@@ -35,7 +35,9 @@ class ColumnSettings:
 class DataSettings:
     """Configuration group ``data``."""
 
-    train: Any = option("embedded", "file, glob, directory, list of them, hub id, or `embedded` (code problems)")
+    train: Any = option(
+        "embedded", "file, glob, directory, list of them, hub id, `embedded` (code problems) or `embedded-preference`"
+    )
     validation: Any = option(32, "the same, or an integer: hold that many examples out of data.train")
     format: str = option("auto", "auto | sft | preference")
     max_length: int = option(2048, "tokens; longer examples are truncated from the right and counted")
@@ -48,8 +50,6 @@ class DataSettings:
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = one_of("data.format", self.format, ("auto", "sft", "preference"))
-        if self.format == "preference":
-            found.append("data.format=preference: not available in this version; available: sft")
         found += one_of("data.chat_template", self.chat_template, ("auto", "always", "never"))
         found += at_least("data.max_length", self.max_length, 2)
         found += at_least("data.shard_examples", self.shard_examples, 1)

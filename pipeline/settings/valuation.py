@@ -21,6 +21,7 @@ class ValuationSettings:
         "tokens) | entropy (undecided tokens first) | random | full (keep everything); all but the first need no anchor",
     )
     schedule: str = option("static", "static | rehearsal")
+    beta: float = option(0.1, "preference data: beta of DPO, in s and omega")
     min_coverage: float = option(0.5, "smallest share of the scored layers' matrix parameters that must be scored")
 
     @property
@@ -36,6 +37,8 @@ class ValuationSettings:
         found += auto_or_at_least("valuation.tokens_per_batch", self.tokens_per_batch, 1)
         found += one_of("valuation.method", self.method, METHODS)
         found += not_yet("valuation.schedule", self.schedule, ("static",))
+        if not self.beta > 0:
+            found.append(f"valuation.beta={self.beta}: must be above 0")
         if not 0 <= self.min_coverage <= 1:
             found.append(f"valuation.min_coverage={self.min_coverage}: must be between 0 and 1")
         return found

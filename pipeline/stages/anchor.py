@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from data_schemas import PREPARED
+from data_schemas import PREFERENCE_PREPARED, PREPARED
 from pipeline.maths.decoder import Coverage
 from pipeline.maths.models import ModelSource
 from pipeline.settings import Settings
@@ -306,8 +306,10 @@ class _Anchor:
         return Sequences(*(table.column(c).to_pylist() for c in ("id", "input_ids", "labels")))
 
     def _draw(self, count: int) -> Sequences:
-        """``count`` training examples drawn with the seed over all parts, in file order."""
+        """``count`` training examples drawn with the seed over all parts, in file order; of pairs the chosen branch."""
         parts = self.manifest.stage("prepare")["counts"]["parts"]
+        preference = self.manifest.stage("prepare")["counts"].get("format") == "preference"
+        schema, branch = (PREFERENCE_PREPARED, "chosen_") if preference else (PREPARED, "")
         sizes = [
             self.storage.rows_of(f"prepared/{p}", self.manifest.stage("prepare")["fingerprint"]) or 0 for p in parts
         ]
@@ -318,9 +320,11 @@ class _Anchor:
             rows = [row - start for row in chosen if start <= row < start + size]
             start += size
             if rows:
-                table = self.storage.read_table(f"prepared/{part}", PREPARED).take(rows)
+                table = self.storage.read_table(f"prepared/{part}", schema).take(rows)
                 for column, values in zip(
-                    ("id", "input_ids", "labels"), (found.ids, found.input_ids, found.labels), strict=True
+                    ("id", f"{branch}input_ids", f"{branch}labels"),
+                    (found.ids, found.input_ids, found.labels),
+                    strict=True,
                 ):
                     values += table.column(column).to_pylist()
         return found

@@ -22,7 +22,12 @@ from pipeline.stages.storage import Storage
 NAME = "run.json"
 SCHEMA = 1
 PACKAGES = ("alphatoken", "torch", "transformers", "tokenizers", "ray", "pyarrow", "datasets", "safetensors")
-OUTPUTS = {"prepare": ("prepared", "quarantine"), "anchor": ("anchors",), "value": ("values",), "mask": ("masks",)}
+OUTPUTS = {
+    "prepare": ("prepared", "quarantine"),
+    "anchor": ("anchors",),
+    "value": ("values", "reference"),
+    "mask": ("masks",),
+}
 
 
 class Manifest:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from data_schemas import LOSS_WEIGHT, SCHEMA_KEY, masks_schema
+from data_schemas import BRANCHES, LOSS_WEIGHT, SCHEMA_KEY, masks_schema, preference_masks_schema
 from pipeline.maths.group_select import TokenGroups
 from pipeline.maths.masking import OBJECTIVES, Floats, keep_flat, objective, rank_of, token_values
 from pipeline.settings import MaskSettings
@@ -68,7 +68,10 @@ def run_mask(
             ]
         )
     always = always_keep_ids(settings.always_keep, manifest)
-    schema = masks_schema(list(dict.fromkeys(settings.extra_columns)), weighted=settings.rule == "weight")
+    prepared = manifest.stage("prepare")
+    preference = prepared["counts"].get("format") == "preference"
+    make_schema = preference_masks_schema if preference else masks_schema
+    schema = make_schema(list(dict.fromkeys(settings.extra_columns)), weighted=settings.rule == "weight")
     stage, place = f"mask/{settings.name}", f"masks/{settings.name}"
     inputs = {
         "values": values["fingerprint"],
@@ -86,12 +89,21 @@ def run_mask(
     if settings.scope == "batch":  # whole groups
         rows_at_once = settings.batch_size * max(1, ROWS_AT_ONCE // settings.batch_size)
     more = ["loss"] if settings.loss_weight else []
-    parts = PairedParts(storage, manifest.stage("prepare"), values, rows_at_once, more)
-    work = _Masking(storage, settings, parts, always, method, progress)
-    work.find_scales()
-    work.find_groups()
-    work.find_thresholds()
-    summary = work.write(place, schema, fingerprint)
+    works = []
+    for branch in BRANCHES if preference else ("",):
+        parts = PairedParts(storage, prepared, values, rows_at_once, more, branch)
+        work = Masking(storage, settings, parts, always, method, progress, branch)
+        work.find_scales()
+        work.find_groups()
+        work.find_thresholds()
+        works.append(work)
+    if preference:
+        # Here and not above, since it builds on this file.
+        from pipeline.stages.preference_mask import write_pairs
+
+        summary = write_pairs(works, values, place, schema, fingerprint)
+    else:
+        summary = works[0].write(place, schema, fingerprint)
     storage.write_bytes(f"{place}/README.md", card(summary, schema).encode())
     storage.write_json(f"{place}/summary.json", summary)
     told = ("rows", "response_tokens", "kept_tokens", "kept_fraction")
@@ -112,8 +124,8 @@ class _Silent:
         """Show nothing."""
 
 
-class _Masking:
-    """One run of the stage: what the passes find, each building on the one before."""
+class Masking:
+    """One run of the stage: what the passes find, each building on the one before. Of pairs, one for each branch."""
 
     def __init__(
         self,
@@ -123,9 +135,11 @@ class _Masking:
         always: np.ndarray,
         method: str,
         progress: Progress | None,
+        branch: str = "",
     ) -> None:
         self.storage, self.settings, self.parts, self.always = storage, settings, parts, always
-        self.method, self.progress = method, progress
+        self.method, self.progress, self.title = method, progress, f"mask {branch}".rstrip()
+        self.counts = MaskCounts()
         self.scales = dict.fromkeys((*OBJECTIVES, "loss") if settings.loss_weight else OBJECTIVES, 1.0)
         self.weights = (settings.stability_weight, 0.0)  # of the values, and of adaptation alone for comparison
         self.thresholds: list[Threshold] = []  # one for each of the weights
@@ -141,7 +155,7 @@ class _Masking:
         if self.settings.normalize != "rms":
             return
         tokens, squares = 0, dict.fromkeys(self.scales, 0.0)
-        with self._task("mask: scales", 1) as task:
+        with self.task("scales", 1) as task:
             for rows in self.parts.all():
                 for name in self.scales:
                     column = rows.components["loss"].astype(np.float64) if name == "loss" else None
@@ -164,7 +178,7 @@ class _Masking:
         if self._keeps_all() or not (by_id or all_in_one):
             return
         self.groups = TokenGroups()
-        with self._task("mask: groups", 1) as task:
+        with self.task("groups", 1) as task:
             for rows in self.parts.all():
                 self.groups.count(rows.response_ids())
                 task.advance(len(rows))
@@ -175,9 +189,9 @@ class _Masking:
         """The thresholds with and without the stability term, or the soft weights."""
         if self.settings.rule == "weight" and not self._keeps_all():
             self.soft = self._weighting()
-            self._feed("mask: weights", [(self.weights[0], self.soft)])
+            self._feed("weights", [(self.weights[0], self.soft)])
         self.thresholds = [self._threshold() for _ in self.weights]
-        self._feed("mask: threshold", list(zip(self.weights, self.thresholds, strict=True)))
+        self._feed("threshold", list(zip(self.weights, self.thresholds, strict=True)))
 
     def _keeps_all(self) -> bool:
         return self.method == "full"
@@ -209,7 +223,7 @@ class _Masking:
         passes = readers[0][1].passes
         if not passes:
             return
-        with self._task(name, passes) as task:
+        with self.task(name, passes) as task:
             for _ in range(passes):
                 for rows in self.parts.all():
                     for weight, reader in readers:
@@ -220,20 +234,24 @@ class _Masking:
 
     def write(self, place: str, schema: pa.Schema, fingerprint: str) -> dict[str, Any]:
         """Write every part that is not complete yet; returns the summary."""
-        counts = MaskCounts()
-        with self._task("mask: write", 1) as task:
+        with self.task("write", 1) as task:
             for part, expected in self.parts.rows.items():
                 name = f"{place}/{_mask_part(part)}"
                 complete = self.storage.rows_of(name, fingerprint) == expected
                 file = nullcontext() if complete else self.storage.table_writer(name, schema, fingerprint)
                 with file as out:
                     for rows in self.parts.part(part, with_input_ids=True):
-                        kept, weights = self._decide(rows, counts)
+                        kept, weights = self.decide(rows)
                         if out is not None:
-                            out.write(_table(rows, kept, weights, schema))
+                            columns = mask_columns(rows, kept, weights, schema.names)
+                            out.write(pa.Table.from_arrays(columns, schema=schema))
                         task.advance(len(rows))
-        some_tokens(counts.response_tokens)
-        found = counts.as_json()
+        return self.summary()
+
+    def summary(self) -> dict[str, Any]:
+        """What was found and what was decided; call it once, when every row has been decided."""
+        some_tokens(self.counts.response_tokens)
+        found = self.counts.as_json()
         self._say_what_happened(found)
         return {
             "name": self.settings.name,
@@ -241,7 +259,7 @@ class _Masking:
             "settings": asdict(self.settings),
             "always_keep_ids": self.always.tolist(),
             "scales": self.scales,
-            **self._where_the_threshold_stands(counts),
+            **self._where_the_threshold_stands(),
             **found,
             **({} if self._is_hard() else {"decisions_changed_by_stability": None}),
             "notes": self.notes,
@@ -264,7 +282,7 @@ class _Masking:
             if tied > TIES_WORTH_SAYING * found["response_tokens"]:
                 self._note(f"{tied:,} tokens more than mask.rho asks for are kept, since they tie at the threshold")
 
-    def _where_the_threshold_stands(self, counts: MaskCounts) -> dict[str, Any]:
+    def _where_the_threshold_stands(self) -> dict[str, Any]:
         """summary.json: ``threshold`` of everything or ``thresholds`` of groups, the groups, and the soft weights."""
         first = self.thresholds[0]
         single: float | None = None
@@ -273,18 +291,19 @@ class _Masking:
         elif self.settings.rule == "positive" and not self._keeps_all():
             single = 0.0
         if isinstance(first, PerTokenId):
-            counts.thresholds.add(first.thresholds)
+            self.counts.thresholds.add(first.thresholds)
         several = isinstance(first, PerTokenId | Within)
         by_id = self.settings.scope == "token_id" and self.groups
         return {
             "threshold": single,
-            "thresholds": counts.thresholds.as_json() if several else None,
+            "thresholds": self.counts.thresholds.as_json() if several else None,
             "token_id_groups": self.groups.as_json() if by_id and self.groups else None,
             "loss_weight": self.soft_counts.as_json() if self.settings.rule == "weight" else None,
         }
 
-    def _decide(self, rows: PairedRows, counts: MaskCounts) -> tuple[np.ndarray, np.ndarray]:
+    def decide(self, rows: PairedRows) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are kept, bool, and their soft weights, float32: ``(tokens,)`` over all of ``rows``; counts."""
+        counts = self.counts
         values, alone = (self._values(rows, weight) for weight in self.weights)
         threshold, of_groups = self.thresholds[0].of(rows, values)
         counts.thresholds.add(of_groups)
@@ -311,29 +330,26 @@ class _Masking:
     def _note(self, text: str) -> None:
         self.notes.append(text)
         if self.progress:
-            self.progress.say(f"mask: {text}")
+            self.progress.say(f"{self.title}: {text}")
 
     @contextmanager
-    def _task(self, name: str, passes: int) -> Iterator[_Advancing]:
+    def task(self, name: str, passes: int) -> Iterator[_Advancing]:
+        """Show ``passes`` passes over all rows."""
         if self.progress is None:
             yield _Silent()
         else:
-            with self.progress.task(name, passes * sum(self.parts.rows.values()), "rows") as task:
+            with self.progress.task(f"{self.title}: {name}", passes * sum(self.parts.rows.values()), "rows") as task:
                 yield task
 
 
-def _table(rows: PairedRows, kept: np.ndarray, weights: np.ndarray, schema: pa.Schema) -> pa.Table:
-    """Rows as a masks table: all tokens attended to, labels -100 outside of ``kept``."""
+def mask_columns(rows: PairedRows, kept: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> list[pa.ListArray]:
+    """The columns ``names`` of a masks table: all tokens attended to, labels -100 outside of ``kept``."""
     assert rows.input_ids is not None
-    flat = {
+    made: dict[str, Any] = {
         "input_ids": rows.input_ids.flatten(),
-        "attention_mask": np.ones(len(kept), np.int8),
-        "labels": np.where(kept, rows.labels.flatten().to_numpy(), np.int32(IGNORED)),
-        LOSS_WEIGHT: weights,
+        "attention_mask": pa.array(np.ones(len(kept), np.int8)),
+        "labels": pa.array(np.where(kept, rows.labels.flatten().to_numpy(), np.int32(IGNORED))),
+        LOSS_WEIGHT: pa.array(weights),
     }
-    offsets = pa.array(rows.token_offsets(), pa.int32())
-    columns = [
-        pa.ListArray.from_arrays(offsets, pa.array(flat.get(field.name, kept.astype(np.int8)), field.type.value_type))
-        for field in schema
-    ]
-    return pa.Table.from_arrays(columns, schema=schema)
+    offsets, flags = pa.array(rows.token_offsets(), pa.int32()), pa.array(kept.astype(np.int8))
+    return [pa.ListArray.from_arrays(offsets, made.get(name, flags)) for name in names]

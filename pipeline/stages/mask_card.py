@@ -10,7 +10,9 @@ from typing import Any
 import jinja2
 import pyarrow as pa
 
-TEMPLATE = "card.md.jinja"
+from data_schemas import MASK_EXTRA_COLUMNS
+
+TEMPLATES = {"sft": "card.md.jinja", "preference": "preference_card.md.jinja"}
 
 
 def card(summary: dict[str, Any], schema: pa.Schema) -> str:
@@ -23,12 +25,15 @@ def card(summary: dict[str, Any], schema: pa.Schema) -> str:
         autoescape=False,  # Markdown, not HTML; what a user typed goes through `quoted` or a fenced block of JSON
     )  # fmt: skip
     environment.filters["quoted"] = _quoted
-    template = environment.from_string(files(__package__).joinpath(TEMPLATE).read_text(encoding="utf-8"))
+    template = environment.from_string(
+        files(__package__).joinpath(TEMPLATES[summary.get("format", "sft")]).read_text(encoding="utf-8")
+    )
     return template.render(
         summary=summary,
         settings=summary["settings"],
         settings_json=json.dumps(summary["settings"], indent=2, ensure_ascii=False),
         columns=schema.names,
+        extra=[name for name in MASK_EXTRA_COLUMNS if f"chosen_{name}" in schema.names],
         version=_version(),
     )
 

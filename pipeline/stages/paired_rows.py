@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_schemas import COMPONENTS, PREPARED, VALUES, SchemaMismatch
+from data_schemas import COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_VALUES, PREPARED, VALUES, SchemaMismatch
 from pipeline.maths.masking import Bools, Floats, Ints
 from pipeline.stages.failure import RunFailed
 from pipeline.stages.storage import Storage
@@ -51,13 +51,17 @@ class PairedParts:
         values: Mapping[str, Any],
         rows_at_once: int,
         more: Sequence[str] = (),
+        branch: str = "",
     ) -> None:
         """``prepared``, ``values``: the stages' records. ``more``: columns of values to read beside the components.
+        ``branch``: the branch of preference pairs that is read as if it were supervised data.
 
         Raises RunFailed for a part that is missing or damaged.
         """
         self.storage, self.rows_at_once = storage, rows_at_once
         self.columns = (*COMPONENTS, *more)
+        self.prefix, self.shown = (f"{branch}_", f" ({branch})") if branch else ("", "")
+        self.schemas = (PREFERENCE_PREPARED, PREFERENCE_VALUES) if branch else (PREPARED, VALUES)
         self.rows: dict[str, int] = {}
         for part in prepared["counts"]["parts"]:
             first = storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
@@ -78,16 +82,23 @@ class PairedParts:
     def part(self, part: str, with_input_ids: bool) -> Iterator[PairedRows]:
         """One part, ``rows_at_once`` rows at a time; raises RunFailed that names the file and the row."""
         columns = ["id", "labels", *(["input_ids"] if with_input_ids else [])]
-        names = (f"prepared/{part}", f"values/{part}")
-        prepared = self._tables(names[0], PREPARED, columns, "prepare")
-        values = self._tables(names[1], VALUES, ["id", *self.columns], "value")
-        row = 0
+        prepared = self.tables(f"prepared/{part}", self.schemas[0], columns, "prepare")
+        values = self.tables(f"values/{part}", self.schemas[1], ["id", *self.columns], "value")
+        names, row = (f"prepared/{part}{self.shown}", f"values/{part}{self.shown}"), 0
         for left, right in zip(prepared, values, strict=True):
             yield _paired(left, right, names, row, with_input_ids, self.columns)
             row += left.num_rows
 
+    def tables(self, name: str, schema: pa.Schema, columns: Sequence[str], stage: str) -> Iterator[pa.Table]:
+        """Tables of exactly ``rows_at_once`` rows, but for the last: the reader's batches end where row groups do.
+
+        ``columns``: without the branch's prefix, also in the result. ``stage``: to do anew where the file is damaged.
+        """
+        own = {column if column in schema.names else f"{self.prefix}{column}": column for column in columns}
+        for table in self._tables(name, schema, list(own), stage):
+            yield table.rename_columns([own[column] for column in table.column_names])
+
     def _tables(self, name: str, schema: pa.Schema, columns: Sequence[str], stage: str) -> Iterator[pa.Table]:
-        """Tables of exactly ``rows_at_once`` rows, but for the last: the reader's batches end where row groups do."""
         held: list[pa.RecordBatch] = []
         missing = self.rows_at_once
         try:

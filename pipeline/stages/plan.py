@@ -31,12 +31,12 @@ from pipeline.maths.models import ModelSource, load_config
 from pipeline.settings import Settings
 from pipeline.stages.anchor import SUMS
 from pipeline.stages.anchor_worker import PROMPTS_PER_BATCH, TOKENS_PER_PASS
+from pipeline.stages.batched_worker import CPU_TOKENS
 from pipeline.stages.coverage import as_json, warning
 from pipeline.stages.failure import SettingsWrong
 from pipeline.stages.plan_sample import Sample, sample_data
 from pipeline.stages.plan_sizes import directions_bytes, file_sizes
 from pipeline.stages.tokenize import IGNORED, Example
-from pipeline.stages.value import CPU_TOKENS
 
 UTILISATION = 0.35
 # Dense bfloat16 with float32 accumulation, in operations per second, as their makers state it.

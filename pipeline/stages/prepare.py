@@ -15,16 +15,17 @@ from typing import Any
 
 import pyarrow as pa
 
-from data_schemas import PREPARED, QUARANTINE
+from data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
 from pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
 from pipeline.settings import Settings
 from pipeline.stages.draw import draw_order
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
+from pipeline.stages.pairs import Pair, PairMaker, is_pair
 from pipeline.stages.progress import Progress
 from pipeline.stages.remote import here
-from pipeline.stages.rows import TemplateRequired, Unusable, require_template, row_kind
+from pipeline.stages.rows import PREFERENCE, TemplateRequired, Unusable, require_template, row_kind
 from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
 from pipeline.stages.sources import Sources, decode, open_sources
 from pipeline.stages.storage import Storage
@@ -33,43 +34,48 @@ from pipeline.stages.worker_log import logged
 
 MOST_FISHER_PROMPTS = 1000
 LONGEST_RAW = 1 << 20  # characters of a row that the quarantine keeps
+ROWS_TO_RECOGNISE = 16
 Pieces = list[tuple[str, list[int], pa.Table]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Task:
-    """Rows for one worker call. ``part``: the file name to write, or None to send the examples back."""
+    """Rows for one worker call. ``part``: the file name to write, or None to send the examples back.
+
+    ``role`` matters to preference data alone: "train" rows become pairs; "held-out" ones are pairs too, of which the
+    chosen branch is the example; "validation" rows may also be supervised ones.
+    """
 
     pieces: Pieces
     part: str | None
     quarantine: str | None
     fingerprint: str
+    role: str = "train"
 
 
 class PrepareWorker:
     """Tokenizes raw rows; holds the tokenizer and the place to write to."""
 
-    def __init__(self, storage: Storage, source: ModelSource, vocabulary: int, settings: Settings) -> None:
+    def __init__(
+        self, storage: Storage, source: ModelSource, vocabulary: int, settings: Settings, preference: bool
+    ) -> None:
         data = settings.data
-        self.storage = storage
-        self.make = ExampleMaker(
-            load_tokenizer(here(source, weights=False)),
-            data.max_length,
-            data.chat_template,
-            data.columns.given(),
-            vocabulary,
-        )
+        self.storage, self.columns = storage, data.columns.given()
+        tokenizer = load_tokenizer(here(source, weights=False))
+        arguments = tokenizer, data.max_length, data.chat_template, self.columns, vocabulary
+        self.make = ExampleMaker(*arguments)
+        self.pair = PairMaker(*arguments) if preference else None
 
     def __call__(self, task: _Task, advance: Callable[[int], None]) -> tuple[dict[str, Any], list[Example | None]]:
         """Returns the counts, and for a task without a part the examples in row order (None: not usable)."""
-        examples: list[Example | None] = []
+        examples: list[Any] = []
         rejected: list[dict[str, Any]] = []
         for name, numbers, table in task.pieces:
             for number, (row, reason) in zip(numbers, decode(table), strict=True):
                 example = None
                 if reason is None:
                     try:
-                        example = self.make(row, f"{name}:{number}")
+                        example = self._made(row, f"{name}:{number}", task.role)
                     except TemplateRequired as error:
                         raise RunFailed(f"{name}, row {number}: {error}") from error
                     except Unusable as error:
@@ -83,15 +89,34 @@ class PrepareWorker:
             self.storage.write_table(task.quarantine, pa.Table.from_pylist(rejected, QUARANTINE), task.fingerprint)
         counts = _counts(usable, rejected)
         if task.part:  # after its quarantine, so that a part that is there has both
-            self.storage.write_table(task.part, to_table(usable), task.fingerprint, counts)
+            pairs = self.pair is not None and task.role == "train"
+            table = (to_pair_table if pairs else to_table)(usable)
+            self.storage.write_table(task.part, table, task.fingerprint, counts)
             examples = []
         return counts, examples
+
+    def _made(self, row: Any, source: str, role: str) -> Example | Pair:
+        if self.pair is None or (role == "validation" and not is_pair(row, self.columns)):
+            return self.make(row, source)
+        pair = self.pair(row, source)
+        return pair if role == "train" else pair.chosen
 
 
 def to_table(examples: Iterable[Example]) -> pa.Table:
     """Examples as a prepared table."""
     rows = list(examples)
     return pa.table({name: [getattr(e, name) for e in rows] for name in PREPARED.names}, schema=PREPARED)
+
+
+def to_pair_table(pairs: Iterable[Pair]) -> pa.Table:
+    """Pairs as a prepared table."""
+    rows = list(pairs)
+    columns = {"id": [p.chosen.id for p in rows], "source": [p.chosen.source for p in rows]}
+    columns |= {name: [getattr(p, f"{name}_text") for p in rows] for name in ("prompt", *BRANCHES)}
+    for branch in BRANCHES:
+        for name in ("input_ids", "labels"):
+            columns[f"{branch}_{name}"] = [getattr(getattr(p, branch), name) for p in rows]
+    return pa.table({name: columns[name] for name in PREFERENCE_PREPARED.names}, schema=PREFERENCE_PREPARED)
 
 
 def run_prepare(
@@ -107,7 +132,8 @@ def run_prepare(
     held_out = isinstance(settings.data.validation, int)
     validation = None if held_out else open_sources("data.validation", settings.data.validation)
     vocabulary = vocabulary_of(source)
-    inputs = prepare_inputs(settings, policy, vocabulary, train, validation)
+    preference = is_preference(settings, train)
+    inputs = prepare_inputs(settings, policy, vocabulary, train, validation, preference)
     fingerprint = manifest.begin(
         "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}
     )
@@ -119,6 +145,7 @@ def run_prepare(
     manifest.note("prepare", files=manifest.stage("prepare")["counts"].get("files") or [f.name for f in train.files])
     train = train.named(manifest.stage("prepare")["counts"]["files"])
     arguments = {"storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings}
+    arguments["preference"] = preference
     total = train.starts[-1]
     with WorkerPool(
         logged("prepare", PrepareWorker),
@@ -130,6 +157,7 @@ def run_prepare(
         stage = _Prepare(storage, settings, fingerprint, pool, progress)
         drawn, counts = stage.hold_out(train, validation)
         parts = _plan(total - len(drawn), settings.data.shard_examples)
+        facts["format"] = "preference" if preference else "sft"
         manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
         counts += stage.shards(train, drawn, parts)
     if not counts["train_rows"]:
@@ -148,11 +176,33 @@ def run_prepare(
     )
 
 
+def is_preference(settings: Settings, train: Sources) -> bool:
+    """data.format, with ``auto`` resolved by the first readable row of every file. Raises SettingsWrong where they differ."""
+    if settings.data.format != "auto":
+        return settings.data.format == "preference"
+    kinds: dict[bool, str] = {}
+    for file in train.files:
+        first = decode(file.table(range(min(ROWS_TO_RECOGNISE, len(file.rows)))))
+        shapes = (row_kind(row.keys(), settings.data.columns.given()) for row, reason in first if reason is None)
+        if (kind := next((kind for kind in shapes if kind != "unknown"), None)) is not None:
+            kinds.setdefault(kind in PREFERENCE, file.name)
+    if len(kinds) == 2:
+        names = f"{kinds[True]} holds preference pairs, {kinds[False]} does not"
+        raise SettingsWrong([f"data.train: {names}: give files of one kind, or set data.format=sft or preference"])
+    return True in kinds
+
+
 def prepare_inputs(
-    settings: Settings, policy: str, vocabulary: int, train: Sources, validation: Sources | None
+    settings: Settings,
+    policy: str,
+    vocabulary: int,
+    train: Sources,
+    validation: Sources | None,
+    preference: bool = False,
 ) -> dict[str, Any]:
     """Everything that prepared/ depends on."""
     data = settings.data
+    schema = PREFERENCE_PREPARED if preference else PREPARED
     return {
         "data.train": [file.fingerprint for file in train.files],
         "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
@@ -164,7 +214,7 @@ def prepare_inputs(
         "run.seed": settings.run.seed,
         "tokenizer": of_model(policy, tokenizer_only=True),
         "vocabulary": vocabulary,
-        "schema": (PREPARED.metadata or {})[b"alphatoken.schema"].decode(),
+        "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }
 
 
@@ -219,8 +269,6 @@ def _check(source: ModelSource, vocabulary: int, settings: Settings, train: Sour
         if reason is not None:
             continue
         kind = row_kind(row.keys(), columns)
-        if kind == "preference":
-            raise SettingsWrong([f"data.train={file.name}: preference data is not available in this version"])
         try:
             require_template(kind, row, columns, settings.data.chat_template, bool(tokenizer.chat_template))
         except TemplateRequired as error:
@@ -291,16 +339,15 @@ class _Prepare:
         """(row, example or None) in the order of ``rows``."""
         ordered = sorted(rows)
         results: list[Example | None] = []
-        work = _Task(sources.pieces(ordered), None, None, self.fingerprint)
+        work = _Task(sources.pieces(ordered), None, None, self.fingerprint, "held-out")
         self.pool.run([Shard("held-out rows", 0)], lambda s: work, lambda s, r: results.extend(r[1]), task)
         by_row = dict(zip(ordered, results, strict=True))
         return [(row, by_row[row]) for row in rows]
 
     def _validation(self, sources: Sources) -> Counter[str]:
         rows = range(sources.starts[-1])
-        work = _Task(
-            sources.pieces(rows), "prepared/validation.parquet", "quarantine/validation.parquet", self.fingerprint
-        )
+        written = "prepared/validation.parquet", "quarantine/validation.parquet"
+        work = _Task(sources.pieces(rows), *written, self.fingerprint, "validation")
         counts = Counter[str]()
         with self.progress.task("prepare: validation", len(rows), "rows") as task:
             self.pool.run([Shard("validation rows", len(rows))], lambda s: work, lambda s, r: counts.update(r[0]), task)
@@ -374,13 +421,14 @@ def _of_validation(counts: Mapping[str, Any]) -> Counter[str]:
     return renamed
 
 
-def _counts(usable: Sequence[Example], rejected: Sequence[dict[str, Any]]) -> dict[str, int]:
+def _counts(usable: Sequence[Example | Pair], rejected: Sequence[dict[str, Any]]) -> dict[str, int]:
     counts = Counter(f"reason/{row['reason'].split(':')[0]}" for row in rejected)
     counts["rows_used"] = len(usable)
     counts["quarantined"] = len(rejected)
     counts["truncated"] = sum(example.truncated for example in usable)
-    counts["tokens"] = sum(len(example.input_ids) for example in usable)
-    counts["response_tokens"] = sum(label != -100 for example in usable for label in example.labels)
+    sequences = [s for e in usable for s in ((e.chosen, e.rejected) if isinstance(e, Pair) else (e,))]
+    counts["tokens"] = sum(len(sequence.input_ids) for sequence in sequences)
+    counts["response_tokens"] = sum(label != -100 for sequence in sequences for label in sequence.labels)
     return dict(counts)
 
 

@@ -20,12 +20,14 @@ ROLES = ("user", "assistant", "system", "tool", "developer")
 # them meant them to be used; a preference pair often carries a `messages` copy of its chosen side.
 _SHAPES = (
     ("pretokenized", ("input_ids", "labels")),
+    ("preference_tokens", ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")),
     ("preference", ("chosen", "rejected")),
     ("messages", ("messages",)),
     ("prompt_completion", ("prompt", "completion")),
     ("instruction", ("instruction", "output")),
     ("sharegpt", ("conversations",)),
 )
+PREFERENCE = ("preference", "preference_tokens")
 _OTHER_NAMES = {"completion": ("completion", "response")}
 _SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
@@ -92,8 +94,8 @@ class Pretokenized:
 def row_kind(column_names: Iterable[str], columns: Mapping[str, str]) -> str:
     """The shape that the column names promise.
 
-    One of messages, prompt_completion, instruction, sharegpt, pretokenized, preference, unknown. ``columns``
-    maps a canonical name to the user's; where several shapes fit, one whose columns the user named wins.
+    One of messages, prompt_completion, instruction, sharegpt, pretokenized, preference, preference_tokens, unknown.
+    ``columns`` maps a canonical name to the user's; where several shapes fit, one whose columns the user named wins.
     """
     present = set(column_names)
     fitting = [
@@ -152,8 +154,10 @@ def parse_row(
     """
     present = [name for name, value in row.items() if value is not None]
     kind = row_kind(present, columns)
-    if kind == "preference":
-        pair = {*_columns_of("chosen", columns), *_columns_of("rejected", columns)}
+    if kind in PREFERENCE:
+        pair = {
+            c for shape, names in _SHAPES if shape in PREFERENCE for name in names for c in _columns_of(name, columns)
+        }
         kind = row_kind([name for name in present if name not in pair], columns)
         if kind == "unknown":
             raise Unusable("preference_row: a chosen/rejected pair where supervised data is expected (data.format)")
@@ -172,7 +176,7 @@ def parse_row(
         if kind == "prompt_completion":
             return _prompt_completion(row, columns, chat)
         name = "messages" if kind == "messages" else "conversations"
-        turns = _messages(_value(row, name, columns), name)
+        turns = messages(_value(row, name, columns), name, sharegpt=kind == "sharegpt")
         return _conversation(row, columns, turns, first=0, system_by_format=kind == "sharegpt")
     except RecursionError:
         raise Unusable("too_deep: values nested too deeply to be read") from None
@@ -258,8 +262,8 @@ def _prompt_completion(row: Mapping[str, Any], columns: Mapping[str, str], chat:
         if columns.get("system") and _text(row, "system", columns):
             raise Unusable("system_without_template: plain text has no place for a system text (data.chat_template)")
         return Plain(prompt, completion)
-    asked = [_said("user", prompt)] if isinstance(prompt, str) else _messages(prompt, "prompt")
-    said = [_said("assistant", completion)] if isinstance(completion, str) else _messages(completion, "completion")
+    asked = [_said("user", prompt)] if isinstance(prompt, str) else messages(prompt, "prompt")
+    said = [_said("assistant", completion)] if isinstance(completion, str) else messages(completion, "completion")
     return _conversation(row, columns, asked + said, first=len(asked), system_by_format=False)
 
 
@@ -292,13 +296,16 @@ def _said(role: str, content: str) -> dict[str, Any]:
     return {"role": role, "content": content}
 
 
-def _messages(value: Any, where: str) -> list[dict[str, Any]]:
+def messages(value: Any, where: str, sharegpt: bool = False) -> list[dict[str, Any]]:
+    """Checked messages with ``role`` and ``content``, from such a list, a ShareGPT one, or the JSON text of either.
+
+    ``where`` names the column in the reasons of `Unusable`.
+    """
     value = _decoded(value, where)
     if not isinstance(value, list):
         raise _wrong(where, value, "a list of messages")
     if not value:
         raise Unusable(f"no_response: {where} is empty")
-    sharegpt = where == "conversations"
     return [_message(_renamed(m, f"{where}[{i}]") if sharegpt else m, f"{where}[{i}]") for i, m in enumerate(value)]
 
 

@@ -16,13 +16,14 @@ from data_schemas import VALUES
 from pipeline.maths.models import ModelSource, load_model
 from pipeline.maths.selectors import SELECTORS
 from pipeline.settings import Settings
+from pipeline.stages.batched_worker import token_budget
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.remote import here
 from pipeline.stages.shard_loop import Cluster
 from pipeline.stages.storage import Storage
-from pipeline.stages.value import COLUMNS, ValueJob, ValueWorker, token_budget
+from pipeline.stages.value import COLUMNS, ValueJob, ValueWorker
 
 
 class SelectionWorker(ValueWorker):
@@ -42,6 +43,7 @@ class SelectionWorker(ValueWorker):
                     f"model.{name} knows {size} token ids, the data has {vocabulary}: it needs the policy's tokenizer"
                 )
         valuation = settings.valuation
+        self.models = models
         self.selector = SELECTORS[valuation.method](models, settings.model.attention, settings.run.seed)
         self.budget = token_budget(valuation.tokens_per_batch, self.device)
         self.device_lock = threading.Lock()

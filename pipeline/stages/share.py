@@ -18,7 +18,8 @@ from pipeline.settings import Settings
 from pipeline.stages.anchor import FISHER, anchor_inputs, drift_of, fisher_inputs
 from pipeline.stages.fingerprint import digest
 from pipeline.stages.manifest import OUTPUTS, Manifest
-from pipeline.stages.prepare import prepare_inputs, vocabulary_of
+from pipeline.stages.preference_value import pair_inputs
+from pipeline.stages.prepare import is_preference, prepare_inputs, vocabulary_of
 from pipeline.stages.sources import open_sources
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_metadata
@@ -37,9 +38,11 @@ def stage_inputs(settings: Settings, policy: str, reference: str) -> dict[str, d
     validation = None if held_out else open_sources("data.validation", settings.data.validation)
     model = settings.model
     source = ModelSource(policy, model.revision, trust_remote_code=model.trust_remote_code)
-    prepare = prepare_inputs(settings, policy, vocabulary_of(source), train, validation)
+    preference = is_preference(settings, train)
+    prepare = prepare_inputs(settings, policy, vocabulary_of(source), train, validation, preference)
     anchor = anchor_inputs(settings, digest(prepare), policy, reference, drift_of(settings, policy, reference))
-    return {"prepare": prepare, "anchor": anchor, "value": value_inputs(settings, digest(anchor))}
+    value = value_inputs(settings, digest(anchor))
+    return {"prepare": prepare, "anchor": anchor, "value": pair_inputs(value, settings) if preference else value}
 
 
 def share_upstream(

@@ -7,7 +7,6 @@ is written.
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -19,18 +18,18 @@ import pyarrow as pa
 import torch
 
 from data_schemas import COMPONENTS, PREPARED, VALUES
-from pipeline.maths.batch import by_token_budget, collate
 from pipeline.maths.decoder import UnsupportedModel
 from pipeline.maths.directions import Directions
 from pipeline.maths.lower import lower_layers_once
 from pipeline.maths.models import ModelSource, load_model
-from pipeline.maths.nonfinite import NonFinite
 from pipeline.maths.valuer import TokenValuer
 from pipeline.settings import Settings
+from pipeline.stages.batched_worker import BatchedWorker, as_lists
 from pipeline.stages.coverage import checked_layers
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
+from pipeline.stages.preference_reference import tokens_of
 from pipeline.stages.progress import Progress
 from pipeline.stages.remote import here
 from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
@@ -39,8 +38,6 @@ from pipeline.stages.tensors import read_tensors
 from pipeline.stages.worker_log import logged
 
 COLUMNS = (*COMPONENTS, "loss")
-CPU_TOKENS = 2048
-BYTES_PER_TOKEN_SAFETY = 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,19 +51,21 @@ class ValueJob:
 
 
 @dataclass(frozen=True, slots=True)
-class _Task:
+class ValueTask:
     """One shard: the part's file name, and the fingerprint that its values carry."""
 
     part: str
     fingerprint: str
 
 
-class ValueWorker:
+class ValueWorker(BatchedWorker):
     """Holds the policy and the directions, and values one shard after the other."""
 
+    columns: tuple[str, ...] = COLUMNS
+
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int) -> None:
-        self.storage, self.settings = storage, settings
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        super().__init__(settings)
+        self.storage = storage
         model = load_model(here(source), self.device)
         checked_layers(model, settings)
         valuation = settings.valuation
@@ -84,45 +83,14 @@ class ValueWorker:
             ]
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
-        self.budget = token_budget(valuation.tokens_per_batch, self.device)
-        self.device_lock = threading.Lock()
 
-    def __call__(self, task: _Task, advance: Callable[[int], None]) -> dict[str, Any]:
+    def __call__(self, task: ValueTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write one part of values; returns counts."""
         table = self.storage.read_table(f"prepared/{task.part}", PREPARED)
         ids = table.column("id").to_pylist()
         input_ids, labels = table.column("input_ids").to_pylist(), table.column("labels").to_pylist()
-        columns = {name: [np.zeros(len(row), np.float32) for row in input_ids] for name in COLUMNS}
-        padded = 0
-        groups = by_token_budget([len(row) for row in input_ids], self.budget)
-        while groups:
-            group = groups.pop(0)
-            batch = collate([input_ids[i] for i in group], [labels[i] for i in group])
-            with self.device_lock:
-                try:
-                    found = self._values(batch.to(self.device), [ids[i] for i in group])
-                except NonFinite as error:
-                    raise RunFailed(
-                        f"NaN or infinity in {error.where}, example {ids[group[error.row]]}: check the model or its dtype"
-                    ) from error
-                except torch.OutOfMemoryError as error:
-                    if len(group) == 1:
-                        raise RunFailed(
-                            f"example {ids[group[0]]} with {len(input_ids[group[0]])} tokens does not fit into the "
-                            "device's memory: set a smaller data.max_length"
-                        ) from error
-                    torch.cuda.empty_cache()
-                    self.budget = max(1, batch.shape[0] * batch.shape[1] // 2)
-                    rest = [i for g in (group, *groups) for i in g]
-                    regrouped = by_token_budget([len(input_ids[i]) for i in rest], self.budget)
-                    groups = [[rest[i] for i in g] for g in regrouped]
-                    continue
-            for row, index in enumerate(group):
-                for name in COLUMNS:
-                    columns[name][index][:] = found[name][row, : len(input_ids[index])]
-            padded += batch.shape[0] * batch.shape[1]
-            advance(int(batch.lengths.sum()))
-        arrays = [pa.array(ids, pa.string()), *[_lists(columns[name]) for name in COLUMNS]]
+        columns, padded = self.score(ids, input_ids, labels, advance)
+        arrays = [pa.array(ids, pa.string()), *[as_lists(columns[name]) for name in COLUMNS]]
         counts = {"tokens": sum(len(row) for row in input_ids), "padded_tokens": padded}
         table = pa.Table.from_arrays(arrays, schema=VALUES)
         self.storage.write_table(f"values/{task.part}", table, task.fingerprint, counts)
@@ -139,29 +107,11 @@ class ValueWorker:
         return dict(zip(COLUMNS, host, strict=True))
 
 
-def _lists(rows: list[np.ndarray]) -> pa.ListArray:
-    """Rows of different lengths as one list<float> column, without a Python object per number."""
-    offsets = np.zeros(len(rows) + 1, np.int32)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    flat = np.concatenate(rows) if rows else np.zeros(0, np.float32)
-    return pa.ListArray.from_arrays(pa.array(offsets), pa.array(flat, pa.float32()))
-
-
 def _directions(storage: Storage, snapshot: int) -> Directions:
     place = f"anchors/snapshot-{snapshot:02d}"
     named = {name: read_tensors(storage, f"{place}/{name}.safetensors") for name in ("adaptation", "stability")}
     own = f"{place}/policy.safetensors"
     return Directions(named, read_tensors(storage, own) if storage.exists(own) else None)
-
-
-def token_budget(setting: int | str, device: torch.device) -> int:
-    """Padded tokens per batch: as set, or a start that is halved when the device runs out of memory."""
-    if isinstance(setting, int):
-        return setting
-    if device.type == "cpu":
-        return CPU_TOKENS
-    free, _ = torch.cuda.mem_get_info(device)
-    return max(CPU_TOKENS, int(free * BYTES_PER_TOKEN_SAFETY) // (1 << 20))
 
 
 def run_value(
@@ -175,18 +125,26 @@ def run_value(
 ) -> None:
     """Write values/, unless done already; goes on with the parts that are missing.
 
-    ``reference``: default ``policy``. Other methods than AlphaToken's need `prepare` alone.
+    ``reference``: default ``policy``. Other methods than AlphaToken's need `prepare` alone. For preference data,
+    reference/ is written as well.
     """
     started = time.monotonic()
+    reference = reference or policy
     if settings.valuation.needs_directions:
         job = _valuation_job(storage, manifest, settings, policy, cluster)
     else:
         from pipeline.stages.selection import selection_job
 
-        job = selection_job(storage, manifest, settings, policy, reference or policy, cluster)
+        job = selection_job(storage, manifest, settings, policy, reference, cluster)
+    prepared = manifest.stage("prepare")
+    preference = prepared["counts"].get("format") == "preference"
+    if preference:
+        # Here and not above, since it builds on this file.
+        from pipeline.stages.preference_value import pairs_job, reference_of
+
+        job = pairs_job(job, manifest, settings, policy, reference, cluster)
     configuration = {"model": settings.model, "valuation": settings.valuation, "cluster": settings.cluster}
     fingerprint = manifest.begin("value", job.inputs, configuration)
-    prepared = manifest.stage("prepare")
     rows = {p: storage.rows_of(f"prepared/{p}", prepared["fingerprint"]) for p in prepared["counts"]["parts"]}
     damaged = [part for part, count in rows.items() if count is None]
     if damaged:
@@ -198,7 +156,12 @@ def run_value(
     if len(missing) < len(rows):
         progress.say(f"value: {len(rows) - len(missing)} of {len(rows)} shards are complete already")
     resources = job.resources()
-    tokens = {part: _tokens(storage, part) for part in missing}
+    if preference:
+        place = reference_of(storage, manifest, settings, policy, reference, cluster, progress)
+        job.arguments["reference"] = place
+        there = {part: storage.rows_of(f"reference/{part}", place.fingerprint) for part in rows}
+        missing = [part for part in rows if part in missing or there[part] != rows[part]]
+    tokens = {part: tokens_of(storage, part) if preference else _tokens(storage, part) for part in missing}
     counts: dict[str, Any] = {"tokens": 0, "padded_tokens": 0}
 
     finished = len(rows) - len(missing)
@@ -223,7 +186,7 @@ def run_value(
         progress.task("value", sum(tokens.values()), "tokens") as task,
     ):
         task.note(f"{finished}/{len(rows)} shards")
-        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), done, task)
+        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: ValueTask(s.name, fingerprint), done, task)
     seconds = time.monotonic() - started
     padding = 1 - counts["tokens"] / counts["padded_tokens"] if counts["padded_tokens"] else 0.0
     manifest.finish(

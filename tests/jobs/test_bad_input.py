@@ -78,12 +78,6 @@ def test_chat_data_without_a_template(alphatoken, tmp_path, train_file):
     assert status == 2 and "chat template" in err and str(plain) in err
 
 
-def test_preference_data_is_refused_by_name(alphatoken, tmp_path, policy):
-    train = write_rows(tmp_path / "p.jsonl", [{"prompt": "a", "chosen": "b", "rejected": "c"}] * 3)
-    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train}")
-    assert status == 2 and "preference" in err
-
-
 def test_too_few_rows_to_hold_out(alphatoken, tmp_path, policy, train_file):
     status, _, err = alphatoken(
         "prepare", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", "data.validation=40"

@@ -44,8 +44,8 @@ def test_writes_every_file_of_the_contract(done_run):
     parts = [f"part-{i:05d}-of-00004.parquet" for i in range(4)]
     masks = [f"masks/default/train-{i:05d}-of-00004.parquet" for i in range(4)]
     expected = [
-        "run.json", "metrics.jsonl", "report/index.html", "prepared/validation.parquet", "prepared/fisher.parquet", "anchors/fisher.safetensors",
-        "anchors/snapshot-00/adaptation.safetensors", "anchors/snapshot-00/stability.safetensors",
+        "run.json", "metrics.jsonl", "report/index.html", "prepared/validation.parquet", "prepared/fisher.parquet",
+        "anchors/fisher.safetensors", "anchors/snapshot-00/adaptation.safetensors", "anchors/snapshot-00/stability.safetensors",
         "anchors/snapshot-00/policy.safetensors", "masks/default/README.md", "masks/default/summary.json", *masks,
         *[f"prepared/{p}" for p in parts], *[f"values/{p}" for p in parts],
     ]  # fmt: skip

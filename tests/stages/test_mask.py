@@ -405,8 +405,8 @@ def test_a_failure_while_writing_leaves_no_part_behind(tmp_path, monkeypatch):
 
     from pipeline.stages import mask as stage
 
-    original = stage._table
-    monkeypatch.setattr(stage, "_table", broken)
+    original = stage.mask_columns
+    monkeypatch.setattr(stage, "mask_columns", broken)
     with pytest.raises(KeyboardInterrupt):
         mask(storage)
     assert os.listdir(tmp_path / "masks/default") == []
