@@ -5,6 +5,7 @@ query-key-value projection), transformers' `Conv1D`, and the stacked matrices of
 through transformers' experts interface. Embeddings and the LM head lie outside the decoder layers and are not scored.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeGuard
 
@@ -114,6 +115,7 @@ def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
     if layers > len(stack):
         raise UnsupportedModel(f"valuation.layers={layers}, but {type(model).__name__} has {len(stack)} decoder layers")
     first = len(stack) - layers
+    _refuse_state_space(model, stack[first:])
     maps: list[LinearMap] = []
     for index in range(layers):
         prefix = f"{name}.{first + index}"
@@ -137,6 +139,17 @@ def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
         raise UnsupportedModel(f"{type(model).__name__}: {reason} (the first: {left_out[:1]}); {remedy}")
     coverage = Coverage(sum(scored.values()), matrices, tuple(left_out), vectors)
     return ScoredLayers(model, tuple(stack[first:]), tuple(stack[:first]), tuple(maps), coverage)
+
+
+def _refuse_state_space(model: nn.Module, layers: Iterable[nn.Module]) -> None:
+    """Mamba's and RWKV's decay parameters mark a recurrence, in which a position's error has no attention to follow."""
+    for layer in layers:
+        for name, _ in layer.named_parameters():
+            if name.rpartition(".")[2] in ("A_log", "time_decay"):
+                raise UnsupportedModel(
+                    f"{type(model).__name__} has state-space layers ({name}): only decoders with softmax attention can "
+                    "be scored"
+                )
 
 
 def _stored(layer: nn.Module, prefix: str) -> list[tuple[str, torch.Tensor]]:

@@ -1,0 +1,95 @@
+"""The exact estimator against plain autograd, one backward pass per token, and against the position-wise sum."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from pipeline.maths.decoder import scored_layers
+from pipeline.maths.directions import Directions
+from pipeline.maths.valuer import TokenValuer
+from tests.maths.comparison import Sequences, sequences
+from tests.maths.tiny_models import FAMILIES, model_of
+
+LAYERS, WINDOW = 2, 6
+LAYER_NORM = ("gpt2", "gpt_neox")
+
+
+def tolerance(family: str) -> float:
+    """Root-mean-square norms compute in float32 whatever the model's dtype, and forward mode rounds other products."""
+    return 1e-9 if family in LAYER_NORM else 3e-6
+
+
+def random_directions(model, names=("adaptation", "stability")) -> Directions:
+    generator = torch.Generator().manual_seed(7)
+    weights = scored_layers(model, LAYERS).weights()
+    return Directions(
+        {n: {k: torch.randn(w.shape, generator=generator, dtype=w.dtype) for k, w in weights.items()} for n in names}
+    )
+
+
+def one_backward_per_token(model, directions: Directions, some: Sequences) -> list[dict[str, torch.Tensor]]:
+    """<gradient of the token's own loss, M> for every response token, by whole-model autograd."""
+    scored = scored_layers(model, LAYERS)
+    found = []
+    for ids, labels in zip(some.ids, some.labels, strict=True):
+        columns = {f"{name}_direct": torch.zeros(len(ids), dtype=torch.float64) for name in directions.named}
+        columns["loss"] = torch.zeros(len(ids), dtype=torch.float64)
+        for t, label in enumerate(labels):
+            if label == -100:
+                continue
+            for parameter in model.parameters():
+                parameter.requires_grad_(True)
+                parameter.grad = None
+            logits = model(input_ids=torch.tensor([ids])).logits[0, t - 1]
+            loss = F.cross_entropy(logits, torch.tensor(ids[t]))
+            loss.backward()
+            columns["loss"][t] = loss.detach()
+            for name, direction in directions.named.items():
+                products = [
+                    (m.parameter.grad * direction[m.name]).sum() for m in scored.maps if m.parameter.grad is not None
+                ]
+                columns[f"{name}_direct"][t] = torch.stack(products).sum()
+        found.append(columns)
+    model.requires_grad_(False)
+    return found
+
+
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_each_tokens_value_is_its_own_gradients_product_with_the_direction(family: str) -> None:
+    model, some = model_of(family, seed=1), sequences([9, 6], 3)
+    directions = random_directions(model)
+    found = TokenValuer(model, directions, LAYERS, WINDOW, estimator="exact").value(some.batch())
+    relative = tolerance(family)
+    for row, wanted in enumerate(one_backward_per_token(model, directions, some)):
+        for name, column in wanted.items():
+            got = found[name][row, : len(column)]
+            assert float(column.abs().max()) > 0
+            torch.testing.assert_close(got, column, rtol=relative, atol=relative * float(column.abs().max()))
+
+
+def test_the_causal_columns_are_zero() -> None:
+    model = model_of("llama", seed=1)
+    found = TokenValuer(model, random_directions(model), LAYERS, WINDOW, estimator="exact").value(
+        sequences([9], 3).batch()
+    )
+    assert not found["adaptation_causal"].any() and not found["stability_causal"].any()
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe"])
+def test_tokens_and_positions_add_up_to_the_same_number(family: str) -> None:
+    """Both split the sequence's gradient: by token, and by position (all positions, prompt included)."""
+    model, some = model_of(family, seed=1), sequences([12], 3)
+    directions, batch = random_directions(model), some.batch()
+    exact = TokenValuer(model, directions, LAYERS, WINDOW, estimator="exact").value(batch)
+    ghost = TokenValuer(model, directions, LAYERS, window=0)
+    everywhere = ghost.value(batch, positions=torch.arange(batch.shape[1] - 1))
+    for name in ("adaptation_direct", "stability_direct"):
+        assert float(exact[name].sum()) == pytest.approx(float(everywhere[name].sum()), rel=tolerance(family))
+
+
+def test_an_unknown_estimator_is_an_error() -> None:
+    model = model_of("llama", seed=1)
+    with pytest.raises(ValueError, match="ghost or exact"):
+        TokenValuer(model, random_directions(model), LAYERS, estimator="other")
