@@ -19,9 +19,13 @@ MANY_PIECES = [
 
 
 def contents(run: Path) -> dict[str, object]:
-    """File -> sha256, hidden ones as well, and the manifest without timings, number of workers and the run's own place."""
+    """File -> sha256, hidden ones as well, and the manifest without timings, number of workers and the run's own place.
+
+    Without what tells how the run went: metrics.jsonl and the logs of its worker processes.
+    """
     found: dict[str, object] = {}
-    for file in sorted(p for p in run.rglob("*") if p.is_file()):
+    results = (p for p in run.rglob("*") if p.is_file() and p.name != "metrics.jsonl" and p.suffix != ".log")
+    for file in sorted(results):
         found[str(file.relative_to(run))] = hashlib.sha256(file.read_bytes()).hexdigest()
     manifest = json.loads((run / "run.json").read_text())
     del manifest["configuration"]["run"]["dir"]
