@@ -162,6 +162,9 @@ def print_comparison(points: Sequence[SweepPoint], failures: Sequence[PointFailu
     if not made:
         return
     places = [MaskPlace(Storage(p.settings.run.dir), p.settings.mask.name) for p in made]
+    if any("branches" in place.storage.read_json(f"masks/{place.name}/summary.json") for place in places):
+        print("no comparison for preference pairs in this version; each mask's summary.json has its numbers")
+        return
     standard = MaskPlace(places[0].storage, DEFAULT_MASK)
     baseline = standard if standard.storage.exists(f"masks/{DEFAULT_MASK}/summary.json") else places[0]
     others = [baseline] if all((b.storage.root, b.name) != _key(baseline) for b in places) else []

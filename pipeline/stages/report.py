@@ -35,12 +35,15 @@ LOSS_NATS = 12.0
 ROWS_AT_ONCE = 256
 
 
-def run_report(storage: Storage, manifest: Manifest, settings: Settings, progress: Progress) -> str:
+def run_report(storage: Storage, manifest: Manifest, settings: Settings, progress: Progress) -> str | None:
     """Write report/index.html and return its path; the mask shown in detail is mask.name, else the first there is.
 
-    Raises RunFailed before there is a mask.
+    None for preference pairs, of which there is no page. Raises RunFailed before there is a mask.
     """
     manifest.require("value", "report")
+    if manifest.stage("prepare")["counts"].get("format") == "preference":
+        progress.say("report: no page for preference pairs in this version; masks/<name>/summary.json has the numbers")
+        return None
     done = [s.partition("/")[2] for s in manifest.content["stages"] if s.startswith("mask/") and manifest.done(s)]
     names = [name for name in done if storage.exists(f"masks/{name}/summary.json")]  # some may have been removed since
     if not names:
