@@ -45,7 +45,17 @@ if TYPE_CHECKING:
 
 ROWS_AT_ONCE = 256
 TIES_WORTH_SAYING = 0.01
+PLAIN_ALIGNMENT = (
+    "values were taken at one model by plain alignment: on the measured example a fine-tune on such a mask ends worse than "
+    "on a random one (README, Limits); anchor.precondition=kfac does less harm"
+)
 NO_LOSS = ("random", "full")  # these methods leave the loss column at 0.0
+
+
+def _is_plain_alignment(manifest: Manifest, method: str) -> bool:
+    inputs = manifest.stage("anchor").get("inputs", {})
+    one = inputs.get("anchor.precondition") == "none" and inputs.get("anchor.snapshots", 1) == 1
+    return method == "alphatoken" and one
 
 
 def run_mask(
@@ -93,6 +103,8 @@ def run_mask(
     for branch in BRANCHES if preference else ("",):
         parts = PairedParts(storage, prepared, values, rows_at_once, more, branch)
         work = Masking(storage, settings, parts, always, method, progress, branch)
+        if _is_plain_alignment(manifest, method):
+            work.note(PLAIN_ALIGNMENT)
         work.find_scales()
         work.find_groups()
         work.find_thresholds()
@@ -148,7 +160,7 @@ class Masking:
         self.soft_counts = WeightCounts()
         self.notes: list[str] = []
         if "eos" in settings.always_keep and not len(always):
-            self._note("the tokenizer names no end-of-sequence token, so that mask.always_keep=eos keeps none")
+            self.note("the tokenizer names no end-of-sequence token, so that mask.always_keep=eos keeps none")
 
     def find_scales(self) -> None:
         """mask.normalize=rms: the root mean square of each objective over all response tokens."""
@@ -168,7 +180,7 @@ class Masking:
             if squares[name]:
                 self.scales[name] = float(np.sqrt(squares[name] / tokens))
             elif self.method == "alphatoken" or name != "stability":
-                self._note(f"{name} is zero for every token, so that mask.normalize=rms leaves it as it is")
+                self.note(f"{name} is zero for every token, so that mask.normalize=rms leaves it as it is")
 
     def find_groups(self) -> None:
         """mask.scope=token_id: how often each id occurs; soft weights over the data set: one group of all."""
@@ -268,19 +280,17 @@ class Masking:
     def _say_what_happened(self, found: dict[str, Any]) -> None:
         settings = self.settings
         if self._keeps_all():
-            self._note(
-                "valuation.method=full keeps every response token: mask.rho, mask.rule and mask.scope are unused"
-            )
+            self.note("valuation.method=full keeps every response token: mask.rho, mask.rule and mask.scope are unused")
         elif settings.rule == "positive":
-            self._note("mask.rule=positive keeps every value above 0: mask.rho and mask.scope are unused")
+            self.note("mask.rule=positive keeps every value above 0: mask.rho and mask.scope are unused")
         elif settings.rule == "weight":
-            self._note("labels keep every response token: a trainer has to multiply each token's loss by loss_weight")
+            self.note("labels keep every response token: a trainer has to multiply each token's loss by loss_weight")
         elif settings.scope in ("dataset", "token_id"):
             sizes = self.groups.sizes.tolist() if self.groups else [found["response_tokens"]]
             settled = found["kept_tokens"] - found["kept_only_by_always_keep"] - found["kept_only_by_min_kept"]
             tied = settled - sum(rank_of(settings.rho, size) for size in sizes)
             if tied > TIES_WORTH_SAYING * found["response_tokens"]:
-                self._note(f"{tied:,} tokens more than mask.rho asks for are kept, since they tie at the threshold")
+                self.note(f"{tied:,} tokens more than mask.rho asks for are kept, since they tie at the threshold")
 
     def _where_the_threshold_stands(self) -> dict[str, Any]:
         """summary.json: ``threshold`` of everything or ``thresholds`` of groups, the groups, and the soft weights."""
@@ -327,7 +337,8 @@ class Masking:
             raise RunFailed(f"{key}: values do not fit into float32; choose a smaller one")
         return values
 
-    def _note(self, text: str) -> None:
+    def note(self, text: str) -> None:
+        """A sentence for the console, the card and summary.json."""
         self.notes.append(text)
         if self.progress:
             self.progress.say(f"{self.title}: {text}")
