@@ -116,6 +116,6 @@ def test_the_plan_needs_no_weights_and_says_what_resume_would_skip(alphatoken, t
     assert alphatoken("prepare", *same)[0] == 0
     plan = json.loads(alphatoken("plan", *same, "--json")[1])
     assert [plan["resume"][stage]["state"] for stage in ("prepare", "anchor")] == ["done", "new"]
-    plan = json.loads(alphatoken("plan", *same, "data.max_length=17", "--json")[1])
+    plan = json.loads(alphatoken("plan", *same, "data.max_length=200", "--json")[1])
     assert plan["resume"]["prepare"]["state"] == "refused"
     assert plan["resume"]["prepare"]["changed"] == ["data.max_length"]
