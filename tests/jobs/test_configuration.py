@@ -85,7 +85,8 @@ def test_the_slurm_script_starts_ray_on_every_node_and_returns_the_stages_status
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; "$@"',  # what remains is the command
         "hostname": "echo 10.0.0.1",
         "ray": f'echo "ray $*" >> {log}',
-        "alphatoken": f'echo "alphatoken $*" >> {log}; exit 7',
+        # A stage outlives the start of the other nodes, which the script does not wait for.
+        "alphatoken": f'until grep -q "start --address" {log}; do sleep 0.1; done; echo "alphatoken $*" >> {log}; exit 7',
     }
     for name, body in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
