@@ -1,17 +1,29 @@
 """alphatoken mask: threshold and write the trainer-ready data set. Loads no model."""
 
 import sys
+from typing import Any
 
 from jobs.session import Session
 
 
 def execute(session: Session) -> None:
     """Run the stage and say where the masks are."""
+    tell(session, make(session))
+
+
+def make(session: Session) -> dict[str, Any]:
+    """Run the stage; returns the mask's summary."""
     from pipeline.stages.mask import run_mask
+
+    settings = session.settings
+    return run_mask(session.storage, session.manifest, settings.mask, settings.run.seed, session.progress)
+
+
+def tell(session: Session, summary: dict[str, Any]) -> None:
+    """Three lines on stdout: where the masks are, what was kept, and what to type next."""
     from pipeline.stages.redaction import redacted
 
     settings = session.settings
-    summary = run_mask(session.storage, session.manifest, settings.mask, settings.run.seed, session.progress)
     place = session.storage.path(f"masks/{settings.mask.name}")
     told = f"kept:  {summary['kept_fraction']:.1%}"
     if summary["loss_weight"]:

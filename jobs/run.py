@@ -12,11 +12,14 @@ def execute(session: Session) -> None:
 
     valuation, models = session.settings.valuation, session.models
     check_models(session.settings, models.policy, models.reference)
-    for stage in (prepare, anchor, value, mask, report):
+    for stage in (prepare, anchor, value):
         if stage is anchor and not valuation.needs_directions:
             session.progress.say(f"anchor: skipped, since valuation.method={valuation.method} needs no directions")
         else:
             stage.execute(session)
+    summary = mask.make(session)
+    report.execute(session)
+    mask.tell(session, summary)
 
 
 if __name__ == "__main__":

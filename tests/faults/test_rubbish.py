@@ -27,7 +27,9 @@ VOCABULARY = 320
 
 @pytest.fixture(scope="module")
 def worker(tmp_path_factory, policy) -> PrepareWorker:
-    return PrepareWorker(Storage(str(tmp_path_factory.mktemp("run"))), ModelSource(str(policy)), VOCABULARY, Settings())
+    return PrepareWorker(
+        Storage(str(tmp_path_factory.mktemp("run"))), ModelSource(str(policy)), VOCABULARY, Settings(), preference=False
+    )
 
 
 def prepare(worker: PrepareWorker, *paths: Path) -> tuple[list[dict], list[dict]]:
