@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import random
 import threading
 import time
@@ -260,7 +261,7 @@ class Saving:
 
 
 def _norm(tensors: dict[str, torch.Tensor]) -> float:
-    return sum(float(t.double().square().sum()) for t in tensors.values()) ** 0.5
+    return math.fsum(float(t.double().square().sum()) for t in tensors.values()) ** 0.5  # in whatever order they came
 
 
 def _same_shapes(policy: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
