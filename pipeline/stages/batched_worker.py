@@ -28,9 +28,10 @@ class BatchedWorker:
 
     columns: tuple[str, ...]
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, runs_a_model: bool = True) -> None:
+        """Without a model to run the device is the CPU, whatever there is."""
         self.settings = settings
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.device = torch.device("cuda" if runs_a_model and torch.cuda.is_available() else "cpu")
         self.budget = token_budget(settings.valuation.tokens_per_batch, self.device)
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
 

@@ -6,17 +6,15 @@ policy's, or 0.0 with the methods that run no model.
 
 from __future__ import annotations
 
-import threading
 from typing import Any
 
 import numpy as np
-import torch
 
 from data_schemas import VALUES
 from pipeline.maths.models import ModelSource, load_model
 from pipeline.maths.selectors import SELECTORS
 from pipeline.settings import Settings
-from pipeline.stages.batched_worker import token_budget
+from pipeline.stages.batched_worker import BatchedWorker
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
 from pipeline.stages.manifest import Manifest
@@ -33,8 +31,8 @@ class SelectionWorker(ValueWorker):
         self, storage: Storage, sources: dict[str, ModelSource], settings: Settings, vocabulary: int | None
     ) -> None:
         """``sources``: policy and reference, as far as they are run. ``vocabulary``: ids in prepared/ are below it."""
-        self.storage, self.settings = storage, settings
-        self.device = torch.device("cuda" if sources and torch.cuda.is_available() else "cpu")
+        BatchedWorker.__init__(self, settings, runs_a_model=bool(sources))
+        self.storage = storage
         models = {name: load_model(here(source), self.device) for name, source in sources.items()}
         for name, model in models.items():
             size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
@@ -42,11 +40,8 @@ class SelectionWorker(ValueWorker):
                 raise RunFailed(
                     f"model.{name} knows {size} token ids, the data has {vocabulary}: it needs the policy's tokenizer"
                 )
-        valuation = settings.valuation
         self.models = models
-        self.selector = SELECTORS[valuation.method](models, settings.model.attention, settings.run.seed)
-        self.budget = token_budget(valuation.tokens_per_batch, self.device)
-        self.device_lock = threading.Lock()
+        self.selector = SELECTORS[settings.valuation.method](models, settings.model.attention, settings.run.seed)
 
     def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
         found = {name: column.cpu().numpy() for name, column in self.selector(batch, ids).items()}
