@@ -337,6 +337,27 @@ def test_chunks_of_the_workspace_with_experts(monkeypatch: pytest.MonkeyPatch) -
         assert torch.allclose(column, whole[name], rtol=1e-9, atol=1e-12)
 
 
+def test_a_head_that_is_one_matrix_and_one_that_is_not_give_what_autograd_gives(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for family, plain in (("llama", True), ("gemma2", False), ("gpt2", True)):
+        policy = model_of(family, seed=1, dtype=torch.float64).requires_grad_(False)
+        scored, batch = scored_layers(policy, LAYERS), sequences([15, 6, 11], 3).batch()
+        monkeypatch.setattr(head, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(head, "CACHE_BYTES", 61 * 8 * 3)
+        positions = batch.predicting()
+        outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
+        hidden, targets = outputs.last_hidden_state.flatten(0, 1)[positions], batch.labels.flatten()[positions + 1]
+        with head.head_of(scored, outputs) as function, head.watched(policy) as plain_weight:
+            assert (plain_weight(hidden, function(hidden)) is not None) == plain
+        losses, gradient = head.token_losses(scored, outputs, hidden, targets)
+        leaf = hidden.detach().requires_grad_(True)
+        with head.head_of(scored, outputs) as function:
+            wanted = F.cross_entropy(function(leaf), targets, reduction="none")
+        assert torch.allclose(losses, wanted, rtol=1e-12, atol=1e-14)
+        assert torch.allclose(gradient, torch.autograd.grad(wanted.sum(), leaf)[0], rtol=1e-10, atol=1e-14)
+
+
 # --- the window ----------------------------------------------------------------------------------------------------
 
 
@@ -692,6 +713,7 @@ def test_warm_up_equals_plain_training_of_the_scored_weights(family: str, dtype:
     assert state(model) == flags
     losses = plain_training(twin, set(masters), some, 5e-3)
     assert losses[-1] < 0.9 * losses[0]
+    close = 1e-5 if dtype == torch.float64 else 1e-4  # Adam's quotient of two tiny numbers magnifies float32 rounding
     assert masters.keys() == scored.weights().keys()
     for name, parameter in model.named_parameters():
         if name not in masters:
@@ -700,7 +722,7 @@ def test_warm_up_equals_plain_training_of_the_scored_weights(family: str, dtype:
         assert masters[name].dtype == torch.float32
         assert torch.equal(parameter, masters[name].to(dtype))
         assert float((parameter.detach() - before[name]).abs().max()) > 1e-3
-        assert float((parameter - twin.get_parameter(name)).detach().abs().max()) < 1e-5, name
+        assert float((parameter - twin.get_parameter(name)).detach().abs().max()) < close, name
 
 
 def test_warm_up_reduces_the_loss() -> None:
