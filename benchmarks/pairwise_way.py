@@ -20,24 +20,23 @@ Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 class PairwiseWay:
     """Holds the validation tokens' inputs and errors at every linear map of the last ``layers`` layers."""
 
-    def __init__(
-        self, model: PreTrainedModel, validation: list[Example], layers: int, window: int, length: int
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, validation: list[Example], layers: int, window: int) -> None:
+        """``validation`` rows are passed at their own lengths: what they cost is not what is measured."""
         model.set_attn_implementation("eager")
-        self.model, self.window, self.length = model, window, length
+        self.model, self.window = model, window
         stack = model.model.layers[-layers:]
         self.maps = {
             f"{i}.{n}": m for i, layer in enumerate(stack) for n, m in layer.named_modules() if isinstance(m, nn.Linear)
         }
         self.first = len(model.model.layers) - layers
-        parts = [self._pass([example])[0] for example in validation]
+        parts = [self._pass([example], len(example.input_ids))[0] for example in validation]
         self.validation = {
             n: (torch.cat([p[n][0] for p in parts]), torch.cat([p[n][1] for p in parts])) for n in self.maps
         }
 
-    def __call__(self, examples: list[Example]) -> torch.Tensor:
-        """direct + causal value of every response token of a batch, flat."""
-        captured, reached, _ = self._pass(examples)
+    def __call__(self, examples: list[Example], length: int) -> torch.Tensor:
+        """direct + causal value of every response token of a batch padded to ``length``, flat."""
+        captured, reached = self._pass(examples, length)
         total = torch.zeros(())
         for name, (entering, error) in captured.items():
             h_v, d_v = self.validation[name]
@@ -47,8 +46,8 @@ class PairwiseWay:
                 total = total + ((reached[name] @ d_v.T) * inner).mean(dim=1)
         return total
 
-    def _pass(self, examples: list[Example]) -> tuple[Captured, dict[str, torch.Tensor], torch.Tensor]:
-        size = (len(examples), self.length)
+    def _pass(self, examples: list[Example], length: int) -> tuple[Captured, dict[str, torch.Tensor]]:
+        size = (len(examples), length)
         ids, labels, mask = (
             torch.zeros(size, dtype=torch.long),
             torch.full(size, -100),
@@ -81,11 +80,11 @@ class PairwiseWay:
         chosen = following != -100
         captured = {name: (h[chosen], d[chosen]) for name, (h, d) in seen.items()}
         reached = {}
-        distance = torch.arange(self.length)[:, None] - torch.arange(self.length)[None]
+        distance = torch.arange(length)[:, None] - torch.arange(length)[None]
         band = (distance > 0) & (distance <= self.window)
         for name in captured:
             if name.endswith("v_proj"):
                 layer = self.first + int(name.split(".")[0])
                 probability = output.attentions[layer].detach().mean(dim=1) * band
                 reached[name] = (probability.transpose(1, 2) @ seen[name][1])[chosen]
-        return captured, reached, loss.detach()
+        return captured, reached

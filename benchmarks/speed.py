@@ -1,19 +1,22 @@
-"""What a token costs: `python -m benchmarks.speed` (or `make bench`) prints the tables of the README.
+"""What a token costs: `python -m benchmarks.speed` (or `make bench`) prints the table of the README.
 
-Every ratio is taken within one run, pass by pass in turn, so that it survives a noisy machine.
+Every ratio is taken within one run, batch by batch in turn, so that it survives a noisy machine; tokens are real ones,
+without padding. `--only speed snapshots exact pairwise memory` picks parts.
 """
 
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,8 +26,11 @@ from benchmarks.pairwise_way import PairwiseWay
 from pipeline import Directions, TokenValuer
 from pipeline.maths.batch import Batch
 from pipeline.maths.decoder import scored_layers
+from pipeline.maths.lower import lower_layers_once
 
 LAYERS, WINDOW = 3, 32
+PARTS = ("speed", "snapshots", "exact", "pairwise", "memory")
+LENGTHS = (512, 1024, 2048, 4096, 8192)
 
 
 def directions_of(model: torch.nn.Module) -> Directions:
@@ -34,11 +40,31 @@ def directions_of(model: torch.nn.Module) -> Directions:
     return Directions({n: {k: torch.randn_like(w) for k, w in weights.items()} for n in ("adaptation", "stability")})
 
 
-def timed(work: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """Seconds of one work over all batches: medians over the repeats, added up."""
+
+    wall: float
+    cpu: float
+
+
+def in_turn(works: dict[str, Callable[[Batch], object]], batches: list[Batch], repeats: int) -> dict[str, Cost]:
+    """Every work on every batch, in turn: once uncounted on the last batch, then ``repeats`` times on each."""
+    for work in works.values():
+        work(batches[-1])
+    wall: dict[str, float] = dict.fromkeys(works, 0.0)
+    cpu: dict[str, float] = dict.fromkeys(works, 0.0)
+    for batch in batches:
+        seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in works}
+        for _ in range(repeats):
+            for name, work in works.items():
+                started = time.perf_counter(), time.process_time()
+                work(batch)
+                seconds[name].append((time.perf_counter() - started[0], time.process_time() - started[1]))
+        for name, found in seconds.items():
+            wall[name] += statistics.median(w for w, _ in found)
+            cpu[name] += statistics.median(c for _, c in found)
+    return {name: Cost(wall[name], cpu[name]) for name in works}
 
 
 def forward(model: torch.nn.Module, batch: Batch) -> None:
@@ -47,100 +73,152 @@ def forward(model: torch.nn.Module, batch: Batch) -> None:
         model(input_ids=batch.input_ids, use_cache=False)
 
 
-def in_turn(works: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
-    """Run every work once uncounted, then ``repeats`` times in turn; seconds per run."""
-    for work in works.values():
-        work()
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for _ in range(repeats):
-        for name, work in works.items():
-            seconds[name].append(timed(work))
-    return seconds
+def real_tokens(batches: list[Batch]) -> int:
+    """Tokens without padding."""
+    return sum(int(b.lengths.sum()) for b in batches)
 
 
-def floor(model: torch.nn.Module, batches: list[Batch]) -> float:
-    """FLOPs of valuation at its least over those of a forward pass with all logits, from the shapes alone.
+def resident(key: str) -> float:
+    """VmRSS (now) or VmHWM (the peak) of this process in MB."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(key)) / 1024
 
-    Lower and scored layers forward 2P; head forward and backward at the r response positions; activations backward
-    through the scored layers 2P_K; contractions of two directions 4P_K at the r response positions.
+
+def forget_peak() -> None:
+    """Give freed memory back to the system, and let the peak start again from what is resident then."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def row(what: str, rate: float | None, ratio: str, note: str = "") -> None:
+    """One row of the table."""
+    print(f"| {what} | {'' if rate is None else f'{rate:,.0f}'} | {ratio} | {note} |", flush=True)
+
+
+def flops(model: torch.nn.Module, batches: list[Batch]) -> tuple[float, float]:
+    """FLOPs per token of a plain forward pass, and of valuation at its least, from the shapes alone.
+
+    Forward: 2P in the layers and 2 * head at every position. Valuation: 2P; 2P_K backward through the activations of
+    the scored layers; head forward and backward, and contractions of two directions 4P_K, at response positions.
     """
     scored = scored_layers(model, LAYERS)
     matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n)
     head = model.get_output_embeddings().weight.numel()
     body = matrices - (0 if model.config.tie_word_embeddings else head)
-    response = sum(len(b.predicting()) for b in batches) / sum(int(b.lengths.sum()) for b in batches)
+    response = sum(len(b.predicting()) for b in batches) / real_tokens(batches)
     ours = 2 * body + 4 * head * response + 2 * scored.coverage.scored + 4 * scored.coverage.scored * response
-    return ours / (2 * body + 2 * head)
+    return 2 * body + 2 * head, ours
 
 
-def speed_table(repeats: int) -> None:
+def speed_rows(repeats: int) -> None:
     """Value stage against plain forward passes over the same batches."""
     model, examples = load_example()
-    batches = batches_of(examples[:32])
-    tokens = sum(int(b.lengths.sum()) for b in batches)
+    batches = batches_of(examples[:32])[::2]
+    tokens, response = real_tokens(batches), sum(len(b.predicting()) for b in batches)
     valuer = TokenValuer(model, directions_of(model), LAYERS, WINDOW)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    seconds = in_turn(
-        {
-            "forward": lambda: [forward(model, b) for b in batches],
-            "value": lambda: [valuer.value(b) for b in batches],
-        },
-        repeats,
+    cost = in_turn({"forward": lambda b: forward(model, b), "value": valuer.value}, batches, repeats)
+    plain, ours = cost["forward"], cost["value"]
+    each, least = flops(model, batches)
+    ratio, lowest = ours.wall / plain.wall, least / each
+    of = f"{tokens:,} tokens in {len(batches)} batches, {response / tokens:.0%} response"
+    forget_peak()
+    before = resident("VmRSS")
+    for batch in batches:
+        valuer.value(batch)
+    peak = resident("VmHWM")
+    row("plain forward, logits at every position", tokens / plain.wall, "1.00", f"{each / 1e6:,.0f} MFLOP per token")
+    row("value stage", tokens / ours.wall, f"{ratio:.2f}", f"{ours.cpu / plain.cpu:.2f} in CPU time; {of}")
+    row("its floor, from the shapes", None, f"{lowest:.2f}",
+        f"{least / 1e6:,.0f} MFLOP per token; the value stage is at {ratio / lowest:.2f} of it")  # fmt: skip
+    row(
+        "peak memory of the value stage",
+        None,
+        "",
+        f"{peak:,.0f} MB, of which {before:,.0f} before the first batch: libraries, model, directions twice",
     )
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    ratio = statistics.median(v / f for v, f in zip(seconds["value"], seconds["forward"], strict=True))
-    response = sum(len(b.predicting()) for b in batches) / tokens
-    print("\n| SmolLM2-135M, float32, K=3, W=32, two directions | tokens/s | ratio to forward |")
-    print("|---|---|---|")
-    print(f"| plain forward, logits at every position | {tokens / statistics.median(seconds['forward']):,.0f} | 1.00 |")
-    print(f"| value stage | {tokens / statistics.median(seconds['value']):,.0f} | {ratio:.2f} |")
-    print(f"| floor, from FLOPs ({response:.0%} response tokens) | | {floor(model, batches):.2f} |")
-    print(f"\nPeak memory {after / 1024:,.0f} MB ({before / 1024:,.0f} MB with model and directions loaded).")
 
 
-def pairwise_table(validation: int, train: int) -> None:
-    """Value stage against the paper's pairwise way on the same rows."""
+def snapshot_rows(repeats: int) -> None:
+    """Several snapshots over one pass of the lower layers, as the value stage takes them."""
     model, examples = load_example()
-    held, rows = (
-        examples[:validation],
-        sorted(examples[validation : validation + train], key=lambda e: len(e.input_ids)),
-    )
-    tokens = sum(len(e.input_ids) for e in rows)
-    batches = batches_of(rows)
+    batches = batches_of(examples[:32])[3:4]
+    one = directions_of(model)
+    own = {n: w.clone() for n, w in scored_layers(model, LAYERS).weights().items()}
+    valuers = [TokenValuer(model, Directions(one.named, own), LAYERS, WINDOW) for _ in range(5)]
+
+    def together(batch: Batch, count: int) -> None:
+        with lower_layers_once(valuers[0].scored):
+            for valuer in valuers[:count]:
+                valuer.value(batch)
+
+    counts = (1, 3, 5)
+    works = {str(c): (lambda b, c=c: together(b, c)) for c in counts}  # type: ignore[misc]
+    cost = in_turn(works, batches, repeats)
+    for name, found in cost.items():
+        ratio = found.wall / cost["1"].wall
+        row(f"anchor.snapshots={name}", real_tokens(batches) / found.wall, f"{ratio:.2f} of one snapshot")
+
+
+def exact_rows(repeats: int) -> None:
+    """The exact estimator against the paper's."""
+    model, examples = load_example()
+    batches = batches_of(examples[:32])[3:4]
+    directions = directions_of(model)
+    ghost = TokenValuer(model, directions, LAYERS, WINDOW)
+    exact = TokenValuer(model, directions, LAYERS, WINDOW, estimator="exact")
+    cost = in_turn({"ghost": ghost.value, "exact": exact.value}, batches, repeats)
+    rate, ratio = real_tokens(batches) / cost["exact"].wall, cost["exact"].wall / cost["ghost"].wall
+    row("valuation.estimator=exact", rate, f"{ratio:.2f} of ghost")
+
+
+def pairwise_rows(validation: int, train: int) -> None:
+    """Value stage against the paper's pairwise way on the same rows; what a row costs there does not depend on others."""
+    model, examples = load_example()
+    held, rows = examples[:validation], examples[validation : validation + train]
+    tokens, batches = sum(len(e.input_ids) for e in rows), batches_of(rows)
     valuer = TokenValuer(model, directions_of(model), LAYERS, WINDOW)
-    ours = statistics.median(in_turn({"value": lambda: [valuer.value(b) for b in batches]}, 3)["value"])
-    print(f"\n| {validation} validation examples, {train} rows, {tokens:,} tokens | tokens/s | time of ours |")
-    print("|---|---|---|")
-    print(f"| value stage (both directions) | {tokens / ours:,.0f} | 1.0 |")
-    longest = max(len(e.input_ids) for e in rows + held)
-    for title, length in (("padded to the longest row", longest), ("padded to 2,048", 2048)):
-        way = PairwiseWay(model, held, LAYERS, WINDOW, longest)
-        way.length = length
-        few = rows if length == longest else rows[-2:]
-        taken = timed(lambda w=way, f=few: [w([e]) for e in f])  # type: ignore[misc]
-        rate = sum(len(e.input_ids) for e in few) / taken
-        print(f"| the paper's way, adaptation only, {title} | {rate:,.0f} | {tokens / ours / rate:.1f} |")
+    ours = tokens / in_turn({"value": valuer.value}, batches, 3)["value"].wall
+    row(f"value stage, two directions, {train} rows", ours, "1.0", f"{tokens:,} tokens")
+    way = PairwiseWay(model, held, LAYERS, WINDOW)
+    pairs = sum(label != -100 for e in held for label in e.labels)
+    for length in (max(len(e.input_ids) for e in held + rows), 2048):
+        started = time.perf_counter()
+        for example in rows:
+            way([example], length)
+        rate = tokens / (time.perf_counter() - started)
+        row(f"the paper's way, {validation} validation examples, rows padded to {length:,}", rate, f"{ours / rate:.1f} times ours",
+            f"adaptation alone, {pairs:,} validation tokens, whose own passes are not counted")  # fmt: skip
 
 
-def memory_row(length: int) -> None:
-    """Peak memory of one sequence beyond the loaded model; run in a process of its own."""
+def memory_of(length: int) -> float:
+    """Peak memory in MB of one sequence, half of it response, beyond what was resident before."""
     model, _ = load_example()
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, : length // 2] = -100
     valuer = TokenValuer(model, directions_of(model), LAYERS, WINDOW)
     valuer.value(Batch(ids[:, :64], labels[:, -64:], torch.tensor([64])))
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    forget_peak()
+    before = resident("VmRSS")
     valuer.value(Batch(ids, labels, torch.tensor([length])))
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(f"| {length:,} | {(after - before) / 1024:,.0f} | {(after - before) / length:,.0f} |")
+    return resident("VmHWM") - before
 
 
-def memory_table(lengths: list[int]) -> None:
-    """Peak memory against sequence length."""
-    print("\n| tokens in one sequence | peak beyond the model, MB | KB per token |\n|---|---|---|", flush=True)
-    for length in lengths:
-        subprocess.run([sys.executable, "-m", "benchmarks.speed", "--memory-row", str(length)], check=True)
+def memory_rows() -> None:
+    """Peak memory against sequence length, each in a process of its own."""
+    last: float | None = None
+    for length in LENGTHS:
+        command = [sys.executable, "-m", "benchmarks.speed", "--memory-of", str(length)]
+        found = float(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1])
+        more = "" if last is None else f"{found - last:+,.0f} MB for {length - length // 2:,} tokens more"
+        row(
+            f"one sequence of {length:,} tokens",
+            None,
+            "",
+            f"peak {found:,.0f} MB beyond the model; {more}".rstrip("; "),
+        )
+        last = found
 
 
 def machine() -> str:
@@ -152,22 +230,27 @@ def machine() -> str:
 
 
 def main() -> None:
-    """Print the tables asked for; all by default."""
+    """Print the rows asked for; all by default."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--only", choices=["speed", "pairwise", "memory"])
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--memory-row", type=int)
+    parser.add_argument("--memory-of", type=int, help="a sequence length: what each row of memory runs")
     options = parser.parse_args()
-    if options.memory_row:
-        memory_row(options.memory_row)
+    if options.memory_of:
+        print(memory_of(options.memory_of))
         return
-    print(f"Machine: {machine()}")
-    if options.only in (None, "speed"):
-        speed_table(options.repeats)
-    if options.only in (None, "pairwise"):
-        pairwise_table(validation=32, train=12)
-    if options.only in (None, "memory"):
-        memory_table([512, 1024, 2048, 4096, 8192])
+    print(f"Machine: {machine()}\n")
+    print(f"| SmolLM2-135M, float32, K={LAYERS}, W={WINDOW} | tokens/s | ratio | |\n|---|---|---|---|", flush=True)
+    if "speed" in options.only:
+        speed_rows(options.repeats)
+    if "snapshots" in options.only:
+        snapshot_rows(3)
+    if "exact" in options.only:
+        exact_rows(3)
+    if "pairwise" in options.only:
+        pairwise_rows(validation=32, train=3)
+    if "memory" in options.only:
+        memory_rows()
 
 
 if __name__ == "__main__":
