@@ -85,7 +85,9 @@ class TokenValuer:
             for row, name in enumerate(self.directions.names):
                 columns[f"{name}_direct"] = (chosen, contraction.direct[row])
                 columns[f"{name}_causal"] = (chosen, contraction.causal[row])
-            if not all(bool(torch.isfinite(values).all()) for _, values in columns.values()):
+            if not torch.stack(
+                [torch.isfinite(values).all() for _, values in columns.values()]
+            ).all():  # one answer to wait for
                 raise locate(self.scored, batch, self.attention)
         return {name: _at_token(where, values, batch, contraction.dtype) for name, (where, values) in columns.items()}
 

@@ -7,6 +7,7 @@ of workers; the budget is halved where the device runs out of memory.
 from __future__ import annotations
 
 import threading
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipeline.maths.batch import by_token_budget, collate
+from pipeline.maths.batch import Batch, by_token_budget, collate
 from pipeline.maths.nonfinite import NonFinite
 from pipeline.settings import Settings
 from pipeline.stages.failure import RunFailed
@@ -33,7 +34,7 @@ class BatchedWorker:
         self.settings = settings
         self.device = torch.device("cuda" if runs_a_model and torch.cuda.is_available() else "cpu")
         self.budget = token_budget(settings.valuation.tokens_per_batch, self.device)
-        self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
+        self.device_lock = threading.Lock()  # two shards are in flight: one computes, the other is read or written
 
     def score(
         self, ids: list[str], input_ids: list[list[int]], labels: list[list[int]], advance: Callable[[int], None]
@@ -43,12 +44,13 @@ class BatchedWorker:
         ``ids`` name the sequences in messages.
         """
         columns = {name: [np.zeros(len(row), np.float32) for row in input_ids] for name in self.columns}
-        padded = 0
-        groups = by_token_budget([len(row) for row in input_ids], self.budget)
-        while groups:
-            group = groups.pop(0)
-            batch = collate([input_ids[i] for i in group], [labels[i] for i in group])
-            with self.device_lock:
+        padded, budget = 0, self.budget
+        waiting = self._collated(range(len(ids)), input_ids, labels)
+        with self.device_lock:  # for the whole shard: else two would end together, and the device wait for the next two
+            if budget != self.budget:  # the other shard has found meanwhile that the device holds less
+                waiting = self._collated(range(len(ids)), input_ids, labels)
+            while waiting:
+                group, batch = waiting.popleft()
                 try:
                     found = self._values(batch.to(self.device), [ids[i] for i in group])
                 except NonFinite as error:
@@ -63,16 +65,22 @@ class BatchedWorker:
                         ) from error
                     torch.cuda.empty_cache()
                     self.budget = max(1, batch.shape[0] * batch.shape[1] // 2)
-                    rest = [i for g in (group, *groups) for i in g]
-                    regrouped = by_token_budget([len(input_ids[i]) for i in rest], self.budget)
-                    groups = [[rest[i] for i in g] for g in regrouped]
+                    rest = [*group, *(i for later, _ in waiting for i in later)]
+                    waiting = self._collated(rest, input_ids, labels)
                     continue
-            for row, index in enumerate(group):
-                for name in self.columns:
-                    columns[name][index][:] = found[name][row, : len(input_ids[index])]
-            padded += batch.shape[0] * batch.shape[1]
-            advance(int(batch.lengths.sum()))
+                for row, index in enumerate(group):
+                    for name in self.columns:
+                        columns[name][index][:] = found[name][row, : len(input_ids[index])]
+                padded += batch.shape[0] * batch.shape[1]
+                advance(int(batch.lengths.sum()))
         return columns, padded
+
+    def _collated(
+        self, rows: Sequence[int], input_ids: list[list[int]], labels: list[list[int]]
+    ) -> deque[tuple[list[int], Batch]]:
+        """The batches of some of the sequences, on the host, and the sequences in each."""
+        groups = [[rows[i] for i in g] for g in by_token_budget([len(input_ids[i]) for i in rows], self.budget)]
+        return deque((g, collate([input_ids[i] for i in g], [labels[i] for i in g])) for g in groups)
 
     def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
         """Column name -> (batch, length) float32 on the host, for a batch on the device and the names of its rows."""
