@@ -193,8 +193,9 @@ def pairwise_rows(validation: int, train: int) -> None:
         for example in rows:
             way([example], length)
         wall, cpu = time.perf_counter() - started[0], time.process_time() - started[1]
-        row(f"the paper's way, {validation} validation examples, rows padded to {length:,}", tokens / wall, f"{wall / ours.wall:.1f} times ours",
-            f"{cpu / ours.cpu:.1f} in CPU time; adaptation alone, {pairs:,} validation tokens, whose own passes are not counted")  # fmt: skip
+        what = f"the paper's way, {validation} validation examples, rows padded to {length:,}"
+        note = f"adaptation alone, {pairs:,} validation tokens, whose own passes are not counted"
+        row(what, tokens / wall, f"{wall / ours.wall:.1f} times ours", f"{cpu / ours.cpu:.1f} in CPU time; {note}")
 
 
 def memory_of(length: int) -> float:

@@ -1,6 +1,10 @@
 """The token valuer: a batch of sequences in, one number per component and response token out.
 
-This is the library's front door; it needs torch and transformers alone.
+This is the library's front door; it needs torch and transformers alone. A token's way from ``input_ids`` to its four
+numbers leads through three files: here its sequence becomes a row of a right-padded batch and the token t a network
+position p = t - 1 (``value``, ``_at_token``); in ghost.py the batch goes forward and backward, and every scored linear
+map shows its input h_p and output error d_p to a visitor; in contraction.py that visitor adds up
+d_p^T M h_p and e_p^T M_v h_p for both directions.
 """
 
 from __future__ import annotations
