@@ -78,7 +78,7 @@ def bergson(command: Path, task: str, out: Path, data: Path, lower: int, *option
 
 
 def written_scores(out: Path) -> np.ndarray:
-    """bergson's score of every response token, row after row."""
+    """bergson's score of every position but the last, row after row."""
     info = json.loads((out / "info.json").read_text())
     kind = info["dtype"]
     layout = np.dtype({key: kind[key] for key in ("names", "formats", "offsets", "itemsize")})
@@ -144,7 +144,9 @@ def main() -> None:
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
     by_row = dict(zip(order, found, strict=True))
     ours = np.concatenate([by_row[i].numpy()[np.array(e.labels[1:]) != -100] for i, e in enumerate(rows)])
-    agreement = np.corrcoef(ours, theirs)[0, 1]
+    assert len(theirs) == sum(len(e.input_ids) - 1 for e in rows)  # every position but the last, prompts as well
+    inside = np.concatenate([np.array(e.labels[1:]) != -100 for e in rows])
+    agreement = np.corrcoef(ours, theirs[inside])[0, 1]
     wall = {name: statistics.median(c.wall for c in found) for name, found in costs.items()}
     cpu = {name: statistics.median(c.cpu for c in found) for name, found in costs.items()}
     peer, peer_cpu = (extra / (taken["large"] - taken["small"]) for taken in (wall, cpu))

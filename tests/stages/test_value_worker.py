@@ -44,7 +44,9 @@ def storage(tmp_path, policy) -> Storage:
         rows = []
         for index, length in enumerate((9, 30, 14, 22, 11, 27, 16, 60, 51, 40)):
             ids = torch.randint(3, 200, (length,), generator=generator).tolist()
-            rows.append({"id": f"row-{index}", "input_ids": ids, "labels": [-100, -100, *ids[2:]], "source": "s"})
+            rows.append(
+                {"id": f"{part} row {index}", "input_ids": ids, "labels": [-100, -100, *ids[2:]], "source": "s"}
+            )
         columns = {name: [row[name] for row in rows] for name in PREPARED.names}
         storage.write_table(f"prepared/{part}", pa.table(columns, schema=PREPARED), "f")
     return storage
@@ -102,24 +104,23 @@ def test_a_batch_comes_to_the_host_in_one_copy(storage, policy, monkeypatch, sna
 
 
 class _Noting(ValueWorker):
-    """Notes when a part is read, computed and written; computing takes a while."""
+    """Notes when a part is read and when it has been computed, which takes a while."""
 
-    def __call__(self, task, advance):
-        note, storage = self._note, self.storage
-        read, write = storage.read_table, storage.write_table
+    def __init__(self, **arguments):
+        super().__init__(**arguments)
+        pa.array(["this imports pandas, once"])
+        note, read = self._note, self.storage.read_table
 
-        class Noted:
-            def read_table(self, *args):
-                note(task.part, "read")
-                return read(*args)
+        def noted(path, *more):
+            note(path.removeprefix("prepared/"), "read")
+            return read(path, *more)
 
-            def write_table(self, *args):
-                note(task.part, "computed")
-                return write(*args)
+        self.storage.read_table = noted
 
-        worker = object.__new__(type(self))
-        worker.__dict__.update(self.__dict__, storage=Noted())
-        return ValueWorker.__call__(worker, task, advance)
+    def score(self, ids, *more):
+        found = super().score(ids, *more)
+        self._note(ids[0].removesuffix(" row 0"), "computed")
+        return found
 
     def _values(self, batch, ids):
         time.sleep(0.4)
