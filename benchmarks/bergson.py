@@ -155,9 +155,11 @@ def main() -> None:
         f"| SmolLM2-135M, float32, last {LAYERS} layers, {tokens:,} tokens in {len(rows)} rows | tokens/s | times bergson | in CPU time |"
     )
     print("|---|---|---|---|")
-    print(f"| bergson 2.5 `score --attribute_tokens`: one gradient, d^T G h | {peer:,.0f} | 1.0 | 1.0 |")
+    print(
+        f"| bergson 2.5 `score --attribute_tokens`: one gradient, d^T G h at every position | {peer:,.0f} | 1.0 | 1.0 |"
+    )
     works = {
-        "same": "the same from us: one direction, no causal path",
+        "same": "the same from us at response positions: one direction, no causal path",
         "full": "the value stage: two directions, direct and causal, and the loss",
     }
     for name, what in works.items():
