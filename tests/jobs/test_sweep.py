@@ -126,3 +126,29 @@ def test_upstream_points_get_directories_and_share_what_is_equal(alphatoken, tmp
     assert (tmp_path / "replay" / values).read_bytes() == (two / values).read_bytes()
     assert alphatoken("mask", "--from", two / "run.json", "mask=half")[0] == 2
     assert alphatoken("mask", "--from", tmp_path / "nowhere.json")[0] == 2
+
+
+def test_points_of_the_engine_and_of_the_model_share_what_does_not_depend_on_them(
+    alphatoken, tmp_path, policy, reference, train_file
+):
+    common = [f"data.train={train_file}", *SMALL, "data.validation=5", "anchor.warmup.steps=2"]
+    sweep = ["valuation.layers=1,2", "valuation.window=4,9"]
+    status, out, err = alphatoken("run", "-m", f"run.dir={tmp_path}/e", f"model.policy={policy}", *common, *sweep)
+    assert status == 0, err
+    runs = {(k, w): tmp_path / f"e/layers-{k}_window-{w}" for k in (1, 2) for w in (4, 9)}
+
+    def links(name: str) -> list[int]:
+        return [(run / name).stat().st_ino for run in runs.values()]
+
+    part = "part-00000-of-00004.parquet"
+    assert len(set(links(f"prepared/{part}"))) == 1
+    one, other, *deeper = links("anchors/snapshot-00/adaptation.safetensors")
+    assert one == other != deeper[0] == deeper[1]
+    assert len({(run / f"values/{part}").read_bytes() for run in runs.values()}) == 4
+
+    models = f"model.policy={policy},{reference}"
+    status, out, err = alphatoken("run", "-m", f"run.dir={tmp_path}/m", models, *common, "valuation.method=loss")
+    assert status == 0, err
+    one, other = sorted(p for p in (tmp_path / "m").iterdir() if p.is_dir())
+    assert (one / f"prepared/{part}").stat().st_ino == (other / f"prepared/{part}").stat().st_ino  # one tokenizer
+    assert (one / f"values/{part}").read_bytes() != (other / f"values/{part}").read_bytes()
