@@ -9,9 +9,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from data_schemas import BRANCHES
 from jobs.points import expand, point_name
 from pipeline.stages.failure import SettingsWrong
 from pipeline.stages.mask_comparison import MaskPlace, compare
+from pipeline.stages.storage import Storage
 from tests.conftest import SMALL
 from tests.stages.synthetic_run import masks, write_run
 
@@ -88,6 +90,18 @@ def test_a_failing_point_is_named_and_does_not_stop_the_others(alphatoken, tmp_p
     assert alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=2,3")[0] == 2
     status, _, err = alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.4,0.6", "mask.name=one")
     assert status == 2 and "mask.name" in err
+
+
+def test_masks_of_pairs_are_compared_branch_by_branch(alphatoken, preference_run):
+    status, out, err = alphatoken("mask", "-m", f"run.dir={preference_run}", "mask.rho=0.25,1")
+    assert status == 0, err
+    whole = {b: MaskPlace(Storage(str(preference_run)), "rho-1", b) for b in BRANCHES}
+    for branch in BRANCHES:
+        quarter = MaskPlace(whole[branch].storage, "rho-0.25", branch)
+        assert all(label in out for label in (quarter.label, whole[branch].label))
+        (found,) = compare(whole["chosen"], [quarter])
+        assert found.agreement == quarter.summary["kept_tokens"] / whole[branch].summary["kept_tokens"]
+        assert found.kept_fraction == quarter.summary["kept_fraction"] < 1 == whole[branch].summary["kept_fraction"]
 
 
 def test_upstream_points_get_directories_and_share_what_is_equal(alphatoken, tmp_path, policy, train_file):
