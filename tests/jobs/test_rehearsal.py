@@ -7,12 +7,15 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from data_schemas import COMPONENTS, REHEARSED_VALUES
+from pipeline.stages import rehearsal
 from pipeline.stages.draw import draw_order
+from pipeline.stages.shard_loop import WorkerPool
 from tests.conftest import SMALL, chat_row, write_rows
 from tests.jobs.test_run import hashes
 from tests.maths import pairwise
@@ -148,8 +151,19 @@ def test_learning_lowers_the_validation_loss_and_values_differ_from_static_ones(
         assert same == (step == 0)
 
 
+class AllReady(WorkerPool):
+    """A pool that waits for all of its workers: here, the first would be through before the second is there."""
+
+    def run(self, shards, payload, done, task):
+        while len(self.hosts) < self.resources.workers:
+            host = self.spawn()
+            self.nodes[host] = ray.get(host.start.remote())[1]
+        super().run(shards, payload, done, task)
+
+
 @pytest.mark.parametrize("estimator", ["ghost", "exact"])
-def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, train_file, estimator):
+def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, train_file, estimator, monkeypatch):
+    monkeypatch.setattr(rehearsal, "WorkerPool", AllReady)
     found = []
     for workers in (1, 2):
         run = tmp_path / "run"  # the same place, since ids name the source files
