@@ -14,12 +14,13 @@ from data_schemas.preference import (
 )
 from data_schemas.prepared import PREPARED
 from data_schemas.quarantine import QUARANTINE
-from data_schemas.values import COMPONENTS, VALUES
+from data_schemas.values import COMPONENTS, KEPT, REHEARSED_VALUES, VALUES
 from data_schemas.version import SCHEMA_KEY, SchemaMismatch, check
 
 __all__ = [
     "BRANCHES",
     "COMPONENTS",
+    "KEPT",
     "LOSS_WEIGHT",
     "MASK_EXTRA_COLUMNS",
     "PREFERENCE_PREPARED",
@@ -27,6 +28,7 @@ __all__ = [
     "PREFERENCE_VALUES",
     "PREPARED",
     "QUARANTINE",
+    "REHEARSED_VALUES",
     "SCHEMA_KEY",
     "VALUES",
     "SchemaMismatch",

@@ -19,3 +19,13 @@ VALUES = versioned(
         pa.field("loss", pa.list_(pa.float32()), nullable=False),
     ],
 )
+
+KEPT = "kept"
+
+# valuation.schedule=rehearsal: values as they were at the step when the token's batch had its turn, and the decision.
+REHEARSED_VALUES = versioned(
+    "values-sft-rehearsed",
+    1,
+    # True where the value reached the threshold of its batch; False outside the response.
+    [*VALUES, pa.field(KEPT, pa.list_(pa.bool_()), nullable=False)],
+)

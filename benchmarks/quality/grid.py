@@ -42,6 +42,11 @@ RUNS: dict[str, tuple[str, ...]] = {
         "anchor.drift=warmup", "anchor.precondition=kfac", "anchor.snapshots=3", "anchor.snapshot_scale=rms",
         "anchor.warmup.steps=16", "anchor.warmup.examples=64",
     ),
+    # The paper's loop in advance, on the scored layers alone: as many steps of as many rows as the fine-tune will take.
+    "rehearsal": (
+        "valuation=rehearsal", "valuation.rehearsal.batch_size=8", "valuation.rehearsal.learning_rate=5e-5",
+        "valuation.rehearsal.refresh=1", "valuation.rehearsal.stability_weight=0",
+    ),
     "loss": ("valuation.method=loss",),
     "random": ("valuation.method=random",),
     "full": ("valuation.method=full",),
@@ -72,6 +77,7 @@ ROWS = [
     Row("paper 0.5", "paper", _at(0.5)),
     Row("kfac 0.5", "kfac", _at(0.5)),
     Row("loss 0.5", "loss", _at(0.5)),
+    Row("rehearsal 0.5", "rehearsal", _at(0.5)),
     Row("kfac token_id 0.5", "kfac", _at(0.5, "mask.scope=token_id")),
     Row("kfac-trajectory 0.5", "kfac-trajectory", _at(0.5, "mask.stability_weight=0")),
     Row("kfac-trajectory lambda=1.5 rms 0.5", "kfac-trajectory", _at(0.5, "mask.normalize=rms")),

@@ -11,6 +11,7 @@ from pipeline.settings.option import one_of, option
 from pipeline.settings.valuation import ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
+NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,5 +49,25 @@ class Settings:
         """Every reason why the run cannot start, over all groups, one sentence each."""
         found = self.run.problems() + self.model.problems() + self.data.problems()
         if self.valuation.needs_directions:
-            found += self.anchor.problems(self.mask.stability_weight)
+            # A rehearsal makes its own drift, and weighs it by its own key.
+            found += self.anchor.problems(0.0 if self.valuation.rehearsed else self.mask.stability_weight)
+        if self.valuation.rehearsed:
+            found += self._rehearsal_problems()
         return found + self.valuation.problems() + self.mask.problems() + self.cluster.problems()
+
+    def _rehearsal_problems(self) -> list[str]:
+        """What valuation.schedule=rehearsal does not go together with."""
+        found = []
+        if self.data.format == "preference":
+            found.append(NO_PAIRS)
+        for key, value, only in (
+            ("anchor.precondition", self.anchor.precondition, "none"),
+            ("anchor.snapshots", self.anchor.snapshots, 1),
+            ("anchor.snapshot_scale", self.anchor.snapshot_scale, "none"),
+            ("mask.rule", self.mask.rule, "top"),
+        ):
+            if value != only:
+                found.append(f"{key}={value}: valuation.schedule=rehearsal is the paper's own loop, with {key}={only}")
+        if self.anchor.drift == "warmup":
+            found.append("anchor.drift=warmup: valuation.schedule=rehearsal makes its own drift: set anchor.drift=auto")
+        return found

@@ -1,8 +1,9 @@
 """What is scored and how."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pipeline.settings.option import at_least, auto_or_at_least, not_yet, one_of, option
+from pipeline.settings.option import at_least, auto_or_at_least, one_of, option
+from pipeline.settings.rehearsal import RehearsalSettings
 
 METHODS = ("alphatoken", "excess_loss", "loss", "entropy", "random", "full")
 
@@ -20,7 +21,14 @@ class ValuationSettings:
         "alphatoken | excess_loss (policy's minus reference's loss, Rho-1) | loss (low loss first: against wrong "
         "tokens) | entropy (undecided tokens first) | random | full (keep everything); all but the first need no anchor",
     )
-    schedule: str = option("static", "static | rehearsal")
+    schedule: str = option(
+        "static",
+        "static: values at the anchors | rehearsal: the paper's loop of value, threshold, masked step over the data, on "
+        "the scored modules; what it keeps is the mask",
+    )
+    rehearsal: RehearsalSettings = field(
+        default_factory=RehearsalSettings, metadata={"help": "the loop of valuation.schedule=rehearsal"}
+    )
     beta: float = option(0.1, "preference data: beta of DPO, in s and omega")
     min_coverage: float = option(0.5, "smallest share of the scored layers' matrix parameters that must be scored")
 
@@ -29,6 +37,11 @@ class ValuationSettings:
         """Whether the method needs the anchor stage."""
         return self.method == "alphatoken"
 
+    @property
+    def rehearsed(self) -> bool:
+        """Whether values come from a rehearsal."""
+        return self.schedule == "rehearsal"
+
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = at_least("valuation.layers", self.layers, 1)
@@ -36,7 +49,13 @@ class ValuationSettings:
         found += one_of("valuation.estimator", self.estimator, ("ghost", "exact"))
         found += auto_or_at_least("valuation.tokens_per_batch", self.tokens_per_batch, 1)
         found += one_of("valuation.method", self.method, METHODS)
-        found += not_yet("valuation.schedule", self.schedule, ("static",))
+        found += one_of("valuation.schedule", self.schedule, ("static", "rehearsal"))
+        if self.rehearsed:
+            found += self.rehearsal.problems()
+            if self.method != "alphatoken":
+                found.append(
+                    f"valuation.schedule=rehearsal takes values of valuation.method=alphatoken, not {self.method}"
+                )
         if not self.beta > 0:
             found.append(f"valuation.beta={self.beta}: must be above 0")
         if not 0 <= self.min_coverage <= 1:

@@ -42,8 +42,15 @@ SUMS = 8  # the Fisher and the validation gradient are each summed in at most th
 
 
 def drift_of(settings: Settings, policy: str, reference: str) -> str:
-    """checkpoint | warmup | none, with ``auto`` resolved. Raises SettingsWrong where there can be no drift."""
+    """checkpoint | warmup | rehearsal | none, with ``auto`` resolved. Raises SettingsWrong where there can be no drift.
+
+    rehearsal: from nothing on, it grows while the value stage rehearses; none only where it is not weighed there.
+    """
     drift = settings.anchor.drift
+    if settings.valuation.rehearsed and drift in ("auto", "none"):
+        if not settings.valuation.rehearsal.stability_weight:
+            return "none"
+        return "rehearsal" if of_model(policy) == of_model(reference) else "checkpoint"
     if drift == "auto":
         return "warmup" if of_model(policy) == of_model(reference) else "checkpoint"
     if drift == "checkpoint" and of_model(policy) == of_model(reference):

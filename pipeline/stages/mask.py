@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from data_schemas import BRANCHES, LOSS_WEIGHT, SCHEMA_KEY, masks_schema, preference_masks_schema
+from data_schemas import BRANCHES, KEPT, LOSS_WEIGHT, SCHEMA_KEY, masks_schema, preference_masks_schema
 from pipeline.maths.group_select import TokenGroups
 from pipeline.maths.masking import OBJECTIVES, Floats, keep_flat, objective, rank_of, token_values
 from pipeline.settings import MaskSettings
@@ -27,6 +27,7 @@ from pipeline.stages.manifest import Manifest
 from pipeline.stages.mask_card import card
 from pipeline.stages.mask_summary import MaskCounts
 from pipeline.stages.paired_rows import IGNORED, PairedParts, PairedRows
+from pipeline.stages.rehearsed_mask import NOTE, Decided, as_rehearsed, is_rehearsed
 from pipeline.stages.soft_weights import WeightCounts, WeightsOverDataSet, WeightsWithin
 from pipeline.stages.storage import Storage
 from pipeline.stages.thresholds import (
@@ -55,6 +56,7 @@ NO_LOSS = ("random", "full")  # these methods leave the loss column at 0.0
 def _is_plain_alignment(manifest: Manifest, method: str) -> bool:
     inputs = manifest.stage("anchor").get("inputs", {})
     one = inputs.get("anchor.precondition") == "none" and inputs.get("anchor.snapshots", 1) == 1
+    one = one and not is_rehearsed(manifest.stage("value")["inputs"])
     return method == "alphatoken" and one
 
 
@@ -77,6 +79,9 @@ def run_mask(
                 f"mask.loss_weight={settings.loss_weight}: valuation.method={method} runs no model, so there are no losses"
             ]
         )
+    rehearsed = is_rehearsed(values["inputs"])
+    if rehearsed:
+        settings = as_rehearsed(settings, values["inputs"])
     always = always_keep_ids(settings.always_keep, manifest)
     prepared = manifest.stage("prepare")
     preference = prepared["counts"].get("format") == "preference"
@@ -98,7 +103,7 @@ def run_mask(
     rows_at_once = ROWS_AT_ONCE
     if settings.scope == "batch":  # whole groups
         rows_at_once = settings.batch_size * max(1, ROWS_AT_ONCE // settings.batch_size)
-    more = ["loss"] if settings.loss_weight else []
+    more = [KEPT] if rehearsed else ["loss"] if settings.loss_weight else []
     works = []
     for branch in BRANCHES if preference else ("",):
         parts = PairedParts(storage, prepared, values, rows_at_once, more, branch)
@@ -158,6 +163,7 @@ class Masking:
         self.groups: TokenGroups | None = None  # mask.scope=token_id
         self.soft: WeightsOverDataSet | WeightsWithin | None = None  # mask.rule=weight
         self.soft_counts = WeightCounts()
+        self.rehearsed = KEPT in parts.columns
         self.notes: list[str] = []
         if "eos" in settings.always_keep and not len(always):
             self.note("the tokenizer names no end-of-sequence token, so that mask.always_keep=eos keeps none")
@@ -210,10 +216,12 @@ class Masking:
 
     def _is_hard(self) -> bool:
         """Whether values decide which labels stay."""
-        return not self._keeps_all() and self.settings.rule != "weight"
+        return not self._keeps_all() and self.settings.rule != "weight" and not self.rehearsed
 
     def _threshold(self) -> Threshold:
         settings = self.settings
+        if self.rehearsed:
+            return Decided()
         if not self._is_hard():
             return Fixed(KEEP_ALL)
         if settings.rule == "positive":
@@ -268,6 +276,7 @@ class Masking:
         return {
             "name": self.settings.name,
             "method": self.method,
+            "schedule": "rehearsal" if self.rehearsed else "static",
             "settings": asdict(self.settings),
             "always_keep_ids": self.always.tolist(),
             "scales": self.scales,
@@ -281,6 +290,8 @@ class Masking:
         settings = self.settings
         if self._keeps_all():
             self.note("valuation.method=full keeps every response token: mask.rho, mask.rule and mask.scope are unused")
+        elif self.rehearsed:
+            self.note(NOTE)
         elif settings.rule == "positive":
             self.note("mask.rule=positive keeps every value above 0: mask.rho and mask.scope are unused")
         elif settings.rule == "weight":
@@ -320,7 +331,7 @@ class Masking:
         assert rows.input_ids is not None
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
         inside = keep_flat(values, rows.offsets, threshold, always, self.settings.min_kept)
-        columns = {**rows.components, "value": values}
+        columns = {**{name: c for name, c in rows.components.items() if name != KEPT}, "value": values}
         counts.add(rows.offsets, columns, inside, threshold, always, alone >= self.thresholds[1].of(rows, alone)[0])
         kept, weights = np.zeros(len(rows.response), np.bool_), np.zeros(len(rows.response), np.float32)
         kept[rows.response] = inside

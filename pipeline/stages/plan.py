@@ -20,6 +20,7 @@ from pipeline.maths.costs import (
     meta_model,
     model_costs,
     outer_flops,
+    rehearsal_flops,
     sampling_flops,
     shapes_of,
     value_floor,
@@ -69,7 +70,7 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
     tokens, response = _tokens(sample.train), _response(sample.train)
     scale = sample.scale
     longest = max(len(example.input_ids) for example in sample.train)
-    value = value_flops(costs, shapes, settings.valuation.window, snapshots, settings.valuation.estimator)
+    value = planned_values(costs, sample, shapes, settings, snapshots)
     if sample.pairs:
         value += pair_flops(costs, shapes, drift, policy != reference)
     stages = {
@@ -118,7 +119,29 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
 def planned_drift(settings: Settings, policy: str, reference: str) -> str:
     """anchor.drift with ``auto`` resolved by place; the run itself compares contents."""
     drift = settings.anchor.drift
+    if settings.valuation.rehearsed and drift in ("auto", "none"):
+        if not settings.valuation.rehearsal.stability_weight:
+            return "none"
+        return "rehearsal" if policy == reference else "checkpoint"
     return drift if drift != "auto" else "warmup" if policy == reference else "checkpoint"
+
+
+def planned_values(m: ModelCosts, sample: Sample, shapes: Shapes, settings: Settings, snapshots: int) -> int:
+    """Operations of the value stage; of a rehearsal with its padding taken for that of the static schedule."""
+    own = settings.valuation
+    values = value_flops(m, shapes, own.window, snapshots, own.estimator)
+    if not own.rehearsed:
+        return values
+    steps = -(-sample.train_rows // own.rehearsal.batch_size)
+    refreshes = -(-steps // own.rehearsal.refresh)
+    return rehearsal_flops(m, shapes, validation_shapes(sample), refreshes, own.rehearsal.rho, values)
+
+
+def validation_shapes(sample: Sample) -> Shapes:
+    """The batches of one validation gradient."""
+    lengths = [len(e.input_ids) for e in sample.validation]
+    shapes = budget_shapes(lengths, _response(sample.validation), TOKENS_PER_PASS)
+    return shapes.times(sample.validation_rows / len(sample.validation))
 
 
 def train_shapes(sample: Sample, budget: int) -> Shapes:
@@ -137,10 +160,7 @@ def pair_flops(m: ModelCosts, s: Shapes, drift: str, two_models: bool) -> int:
 def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str) -> dict[str, int]:
     """Operations of the anchor by what they are for; ``fisher`` is at most, as completions may end early."""
     snapshots = settings.anchor.snapshots if drift == "warmup" else 1
-    validation = budget_shapes(
-        [len(e.input_ids) for e in sample.validation], _response(sample.validation), TOKENS_PER_PASS
-    )
-    validation = validation.times(sample.validation_rows / len(sample.validation))
+    validation = validation_shapes(sample)
     found = {
         "fisher": 0 if drift == "none" else fisher_flops(m, sample.fisher, settings.anchor.fisher.max_new_tokens),
         "warmup": warmup_flops(m, sample.train, settings) if drift == "warmup" else 0,

@@ -18,6 +18,7 @@ import pyarrow as pa
 from data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
 from pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
 from pipeline.settings import Settings
+from pipeline.settings.run import NO_PAIRS
 from pipeline.stages.draw import draw_order
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import of_model
@@ -189,6 +190,8 @@ def is_preference(settings: Settings, train: Sources) -> bool:
     if len(kinds) == 2:
         names = f"{kinds[True]} holds preference pairs, {kinds[False]} does not"
         raise SettingsWrong([f"data.train: {names}: give files of one kind, or set data.format=sft or preference"])
+    if True in kinds and settings.valuation.rehearsed:
+        raise SettingsWrong([NO_PAIRS])
     return True in kinds
 
 

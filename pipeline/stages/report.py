@@ -26,6 +26,7 @@ from pipeline.stages.manifest import Manifest
 from pipeline.stages.mask_comparison import MaskPlace, branches_of, compare
 from pipeline.stages.paired_rows import IGNORED
 from pipeline.stages.progress import Progress
+from pipeline.stages.rehearsed_mask import is_rehearsed
 from pipeline.stages.storage import Storage
 
 PAGE = "report/index.html"
@@ -108,7 +109,7 @@ def _warnings(manifest: Manifest, summaries: dict[str, Any]) -> list[str]:
     left_out = anchor.get("coverage", {}).get("left_out", [])
     if left_out:
         found.append(f"{len(left_out)} matrices of the scored layers are not scored: {', '.join(left_out)}.")
-    if anchor.get("drift") == "none":
+    if anchor.get("drift") == "none" and not is_rehearsed(manifest.stage("value")["inputs"]):
         found.append("There is no drift, so that stability values are zero.")
     for name, summary in summaries.items():
         for branch, own in summary.get("branches", {"": summary}).items():

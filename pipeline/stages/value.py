@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data_schemas import COMPONENTS, PREPARED, VALUES
+from data_schemas import COMPONENTS, PREPARED, REHEARSED_VALUES, VALUES
 from pipeline.maths.decoder import UnsupportedModel
 from pipeline.maths.directions import Directions
 from pipeline.maths.lower import lower_layers_once
@@ -130,6 +130,11 @@ def run_value(
     """
     started = time.monotonic()
     reference = reference or policy
+    if settings.valuation.rehearsed:
+        # Here and not above, since it builds on this file.
+        from pipeline.stages.rehearsal import run_rehearsal
+
+        return run_rehearsal(storage, manifest, settings, policy, reference, cluster, progress)
     if settings.valuation.needs_directions:
         job = _valuation_job(storage, manifest, settings, policy, cluster)
     else:
@@ -145,10 +150,7 @@ def run_value(
         job = pairs_job(job, manifest, settings, policy, reference, cluster)
     configuration = {"model": settings.model, "valuation": settings.valuation, "cluster": settings.cluster}
     fingerprint = manifest.begin("value", job.inputs, configuration)
-    rows = {p: storage.rows_of(f"prepared/{p}", prepared["fingerprint"]) for p in prepared["counts"]["parts"]}
-    damaged = [part for part, count in rows.items() if count is None]
-    if damaged:
-        raise RunFailed(f"prepared/{damaged[0]} is missing or damaged: run `alphatoken prepare` again")
+    rows = prepared_rows(storage, manifest)
     missing = [part for part in rows if storage.rows_of(f"values/{part}", fingerprint) != rows[part]]
     if manifest.done("value") and not missing:
         progress.say("value: done already")
@@ -190,13 +192,25 @@ def run_value(
     seconds = time.monotonic() - started
     padding = 1 - counts["tokens"] / counts["padded_tokens"] if counts["padded_tokens"] else 0.0
     manifest.finish(
-        "value", seconds, rows=sum(r or 0 for r in rows.values()), padding=round(padding, 4),
+        "value", seconds, rows=sum(rows.values()), padding=round(padding, 4),
         workers=resources.workers, cpus_per_worker=resources.cpus, gpus_per_worker=resources.gpus, **counts,
     )  # fmt: skip
     progress.say(f"value: {counts['tokens']:,} tokens in {seconds:.0f} s, padding {padding:.1%}")
 
 
-def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster) -> ValueJob:
+def prepared_rows(storage: Storage, manifest: Manifest) -> dict[str, int]:
+    """Part -> rows, in the order of the parts; raises RunFailed for one that is missing or damaged."""
+    prepared, found = manifest.stage("prepare"), {}
+    for part in prepared["counts"]["parts"]:
+        count = storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
+        if count is None:
+            raise RunFailed(f"prepared/{part} is missing or damaged: run `alphatoken prepare` again")
+        found[part] = count
+    return found
+
+
+def checked_anchor(storage: Storage, manifest: Manifest, settings: Settings, policy: str) -> dict[str, Any]:
+    """The anchor's record; raises SettingsWrong where it was made for another policy or other layers."""
     anchor = manifest.require("anchor", "value")
     if anchor["inputs"]["policy"] != of_model(policy):
         raise SettingsWrong(
@@ -208,6 +222,15 @@ def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, pol
                 f"valuation.layers={settings.valuation.layers}, but the anchors were made for {anchor['inputs']['valuation.layers']}"
             ]
         )
+    return anchor
+
+
+def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster) -> ValueJob:
+    anchor = checked_anchor(storage, manifest, settings, policy)
+    if anchor["inputs"]["anchor.drift"] == "rehearsal":
+        raise SettingsWrong(
+            [f"the anchors of {storage.root} were made for valuation.schedule=rehearsal: add run.overwrite=anchor"]
+        )
     own = settings.model
     source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
     snapshots = anchor["counts"]["snapshots"]
@@ -218,13 +241,20 @@ def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, pol
 
 def value_inputs(settings: Settings, upstream: str) -> dict[str, Any]:
     """Everything that values/ depends on."""
-    return {
+    valuation = settings.valuation
+    schema = REHEARSED_VALUES if valuation.rehearsed else VALUES
+    inputs = {
         "anchor": upstream,
-        "valuation.window": settings.valuation.window,
-        "valuation.estimator": settings.valuation.estimator,
-        "valuation.method": settings.valuation.method,
-        "schema": (VALUES.metadata or {})[b"alphatoken.schema"].decode(),
+        "valuation.window": valuation.window,
+        "valuation.estimator": valuation.estimator,
+        "valuation.method": valuation.method,
+        "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }
+    if valuation.rehearsed:
+        inputs |= {"valuation.schedule": valuation.schedule, "run.seed": settings.run.seed}
+        for name in ("rho", "stability_weight", "batch_size", "learning_rate", "refresh"):
+            inputs[f"valuation.rehearsal.{name}"] = getattr(valuation.rehearsal, name)
+    return inputs
 
 
 def _tokens(storage: Storage, part: str) -> int:
