@@ -152,7 +152,7 @@ def outer_flops(m: ModelCosts, positions: int) -> int:
 def value_flops(m: ModelCosts, s: Shapes, window: int, snapshots: int = 1, estimator: str = "ghost") -> int:
     """Values of every response token; the lower layers run once for all snapshots."""
     lower = lower_flops(m, s)
-    if estimator == "exact":  # forward mode: three products for one, once per direction
+    if estimator != "ghost":  # forward mode: three products for one, once per direction
         upper = 6 * m.scored * s.tokens + 12 * m.attention * m.scored_layers * s.blocks + 6 * m.head * s.predicting
         return lower + snapshots * DIRECTIONS * upper
     band = 0

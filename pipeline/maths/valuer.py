@@ -18,6 +18,8 @@ from pipeline.maths.ghost import ghost_pass
 from pipeline.maths.nonfinite import locate
 from pipeline.maths.value_projection import value_projections
 
+ESTIMATORS = ("ghost", "exact", "information")
+
 
 class TokenValuer:
     """Values every response token along the given directions (Eqs. 8, 9 and 11).
@@ -26,8 +28,9 @@ class TokenValuer:
     trajectory; where they bring their own scored weights, those are used inside each call. ``layers`` K: the last K
     decoder layers are scored. ``window`` W: reach of the causal path in tokens; 0 leaves it out. ``attention``: sdpa |
     flash_attention_2 | eager. ``estimator``: ghost (the paper's, by position) | exact (the derivative of each token's
-    own loss; it knows no paths: the causal columns are 0). Raises ValueError when the directions are not for these
-    layers, UnsupportedModel when the model cannot be scored.
+    own loss) | information (how much a step along the direction moves the token's prediction, whatever its label:
+    never negative); the last two know no paths: the causal columns are 0. Raises ValueError when the directions are
+    not for these layers, UnsupportedModel when the model cannot be scored.
     """
 
     def __init__(
@@ -39,14 +42,14 @@ class TokenValuer:
         attention: str = "sdpa",
         estimator: str = "ghost",
     ) -> None:
-        if estimator not in ("ghost", "exact"):
-            raise ValueError(f"estimator={estimator}: must be ghost or exact")
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator={estimator}: must be one of {', '.join(ESTIMATORS)}")
         self.scored = scored_layers(model, layers)
         self.estimator, self.named = estimator, directions.named
         directions.check(self.scored.weights())
         self.weights = dict(directions.weights) if directions.weights is not None else None
         self.window, self.attention = window, attention
-        if estimator == "exact":
+        if estimator != "ghost":
             return
         self.values = value_projections(self.scored, attention) if window > 0 else {}
         self.directions = StackedDirections(self.scored, directions.named, set(self.values))
@@ -74,8 +77,8 @@ class TokenValuer:
         ``positions``: flat network positions to contract instead of those that predict a response token; their values
         stand at the following index.
         """
-        if self.estimator == "exact":
-            return self._exact(batch)
+        if self.estimator != "ghost":
+            return self._forward_mode(batch)
         predicting = batch.predicting()
         chosen = predicting if positions is None else positions
         contraction = Contraction(self.directions, self.values, chosen, batch.shape)
@@ -89,10 +92,12 @@ class TokenValuer:
                 raise locate(self.scored, batch, self.attention)
         return {name: _at_token(where, values, batch, contraction.dtype) for name, (where, values) in columns.items()}
 
-    def _exact(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _forward_mode(self, batch: Batch) -> dict[str, torch.Tensor]:
         predicting = batch.predicting()
         with swapped(self.scored, self.weights):
-            losses, derivatives = exact_values(self.scored, batch, self.named, self.attention)
+            losses, derivatives = exact_values(
+                self.scored, batch, self.named, self.attention, information=self.estimator == "information"
+            )
             if not bool(torch.isfinite(losses).all() and torch.isfinite(derivatives).all()):
                 raise locate(self.scored, batch, self.attention)
         columns = {"loss": losses}

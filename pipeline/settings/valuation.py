@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pipeline.settings.option import at_least, auto_or_at_least, one_of, option
 from pipeline.settings.rehearsal import RehearsalSettings
 
+ESTIMATORS = ("ghost", "exact", "information")
 METHODS = ("alphatoken", "excess_loss", "loss", "entropy", "random", "full")
 
 
@@ -14,7 +15,11 @@ class ValuationSettings:
 
     layers: int = option(3, "K: the last K decoder layers are scored")
     window: int = option(32, "W: how many later positions the causal path reaches; 0 leaves the causal path out")
-    estimator: str = option("ghost", "ghost (the paper's, by position) | exact (derivative of each token's own loss)")
+    estimator: str = option(
+        "ghost",
+        "ghost (the paper's, by position) | exact (derivative of each token's own loss) | information (how much a step "
+        "along the direction moves the token's prediction, whatever its label)",
+    )
     tokens_per_batch: int | str = option("auto", "padded tokens per batch; auto: from the device's memory")
     method: str = option(
         "alphatoken",
@@ -46,7 +51,7 @@ class ValuationSettings:
         """Every reason why these settings cannot be used, one sentence each."""
         found = at_least("valuation.layers", self.layers, 1)
         found += at_least("valuation.window", self.window, 0)
-        found += one_of("valuation.estimator", self.estimator, ("ghost", "exact"))
+        found += one_of("valuation.estimator", self.estimator, ESTIMATORS)
         found += auto_or_at_least("valuation.tokens_per_batch", self.tokens_per_batch, 1)
         found += one_of("valuation.method", self.method, METHODS)
         found += one_of("valuation.schedule", self.schedule, ("static", "rehearsal"))

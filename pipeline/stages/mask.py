@@ -48,13 +48,15 @@ ROWS_AT_ONCE = 256
 TIES_WORTH_SAYING = 0.01
 PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: on the measured example a fine-tune on such a mask ends worse than "
-    "on a random one (README, Limits); anchor.precondition=kfac does less harm"
+    "on a random one (README, Limits); valuation.estimator=information does not choose by the label"
 )
 NO_LOSS = ("random", "full")  # these methods leave the loss column at 0.0
 
 
 def _is_plain_alignment(manifest: Manifest, method: str) -> bool:
     inputs = manifest.stage("anchor").get("inputs", {})
+    if manifest.stage("value")["inputs"].get("valuation.estimator") == "information":
+        return False
     one = inputs.get("anchor.precondition") == "none" and inputs.get("anchor.snapshots", 1) == 1
     one = one and not is_rehearsed(manifest.stage("value")["inputs"])
     return method == "alphatoken" and one

@@ -87,6 +87,7 @@ class PreferenceValueWorker(PairScoring, ValueWorker):
         self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int, reference: Reference
     ) -> None:
         ValueWorker.__init__(self, storage, source, settings, snapshots)
+        self.signed = settings.valuation.estimator != "information"  # means the same in both branches
         self.reference = reference
 
     def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
