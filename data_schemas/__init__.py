@@ -11,15 +11,17 @@ from data_schemas.preference import (
     PREFERENCE_REFERENCE,
     PREFERENCE_VALUES,
     preference_masks_schema,
+    preference_values_schema,
 )
 from data_schemas.prepared import PREPARED
 from data_schemas.quarantine import QUARANTINE
-from data_schemas.values import COMPONENTS, VALUES
+from data_schemas.values import COMPONENTS, GRADIENT_NORM, VALUES, values_schema
 from data_schemas.version import SCHEMA_KEY, SchemaMismatch, check
 
 __all__ = [
     "BRANCHES",
     "COMPONENTS",
+    "GRADIENT_NORM",
     "LOSS_WEIGHT",
     "MASK_EXTRA_COLUMNS",
     "PREFERENCE_PREPARED",
@@ -33,4 +35,6 @@ __all__ = [
     "check",
     "masks_schema",
     "preference_masks_schema",
+    "preference_values_schema",
+    "values_schema",
 ]

@@ -20,6 +20,9 @@ class ValuationSettings:
         "alphatoken | excess_loss (policy's minus reference's loss, Rho-1) | loss (low loss first: against wrong "
         "tokens) | entropy (undecided tokens first) | random | full (keep everything); all but the first need no anchor",
     )
+    gradient_norm: bool = option(
+        False, "write a column gradient_norm as well: the norm of what the token's position adds to the gradient"
+    )
     schedule: str = option("static", "static | rehearsal")
     beta: float = option(0.1, "preference data: beta of DPO, in s and omega")
     min_coverage: float = option(0.5, "smallest share of the scored layers' matrix parameters that must be scored")
@@ -36,6 +39,12 @@ class ValuationSettings:
         found += one_of("valuation.estimator", self.estimator, ("ghost", "exact"))
         found += auto_or_at_least("valuation.tokens_per_batch", self.tokens_per_batch, 1)
         found += one_of("valuation.method", self.method, METHODS)
+        if self.gradient_norm and not self.needs_directions:
+            found.append(f"valuation.gradient_norm=true: valuation.method={self.method} forms no gradient")
+        elif self.gradient_norm and self.estimator == "exact":
+            found.append(
+                "valuation.gradient_norm=true: valuation.estimator=exact forms no gradient, set valuation.estimator=ghost"
+            )
         found += not_yet("valuation.schedule", self.schedule, ("static",))
         if not self.beta > 0:
             found.append(f"valuation.beta={self.beta}: must be above 0")

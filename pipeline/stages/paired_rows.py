@@ -10,7 +10,14 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_schemas import COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_VALUES, PREPARED, VALUES, SchemaMismatch
+from data_schemas import (
+    COMPONENTS,
+    PREFERENCE_PREPARED,
+    PREPARED,
+    SchemaMismatch,
+    preference_values_schema,
+    values_schema,
+)
 from pipeline.maths.masking import Bools, Floats, Ints
 from pipeline.stages.failure import RunFailed
 from pipeline.stages.storage import Storage
@@ -61,7 +68,10 @@ class PairedParts:
         self.storage, self.rows_at_once = storage, rows_at_once
         self.columns = (*COMPONENTS, *more)
         self.prefix, self.shown = (f"{branch}_", f" ({branch})") if branch else ("", "")
-        self.schemas = (PREFERENCE_PREPARED, PREFERENCE_VALUES) if branch else (PREPARED, VALUES)
+        own = (preference_values_schema if branch else values_schema)(
+            bool(values["inputs"].get("valuation.gradient_norm"))
+        )
+        self.schemas = (PREFERENCE_PREPARED if branch else PREPARED, own)
         self.rows: dict[str, int] = {}
         for part in prepared["counts"]["parts"]:
             first = storage.rows_of(f"prepared/{part}", prepared["fingerprint"])

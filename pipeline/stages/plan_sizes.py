@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 import pyarrow as pa
 
-from data_schemas import COMPONENTS, VALUES, masks_schema
+from data_schemas import COMPONENTS, masks_schema, values_schema
 from pipeline.maths.decoder import ScoredLayers
 from pipeline.settings import Settings
 from pipeline.stages.plan_sample import Sample
@@ -35,7 +35,7 @@ def file_sizes(sample: Sample, settings: Settings, scored: ScoredLayers, drift: 
     return {
         "prepared": _weighed(to_table(sample.train), sample.train_rows, parts) + sum(held),
         "anchors": tensors * directions_bytes(scored),
-        "values": _weighed(_values(sample.train, seed, settings.valuation.window), sample.train_rows, parts),
+        "values": _weighed(_values(sample.train, settings), sample.train_rows, parts),
         "masks, each": _weighed(_mask(sample.train, settings, seed), sample.train_rows, parts),
     }
 
@@ -57,21 +57,23 @@ def _weighed(table: pa.Table, rows: int, parts: int) -> int:
     return round(parts * empty + (full - empty) * rows / max(1, table.num_rows))
 
 
-def _values(examples: Sequence[Example], seed: int, window: int) -> pa.Table:
+def _values(examples: Sequence[Example], settings: Settings) -> pa.Table:
     """Values as far as their size is concerned: 23 random bits each, and a sign and an exponent that vary as they do."""
-    random = np.random.default_rng(seed)
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COMPONENTS, "loss")}
+    random, window = np.random.default_rng(settings.run.seed), settings.valuation.window
+    schema = values_schema(settings.valuation.gradient_norm)
+    columns: dict[str, list[np.ndarray]] = {name: [] for name in schema.names[1:]}
     for example in examples:
         response = np.array(example.labels) != IGNORED
         for name, rows in columns.items():
             row = np.zeros(len(response), np.float32)
             if window > 0 or not name.endswith("causal"):
                 drawn = random.standard_normal(len(response)) * np.exp(1.5 * random.standard_normal(len(response)))
-                row[response] = (np.abs(drawn) if name == "loss" else drawn).astype(np.float32)[response]
+                drawn = drawn if name in COMPONENTS else np.abs(drawn)
+                row[response] = drawn.astype(np.float32)[response]
             rows.append(row)
     ids = pa.array([example.id for example in examples], pa.string())
     lists = [pa.array([row.tolist() for row in rows], pa.list_(pa.float32())) for rows in columns.values()]
-    return pa.Table.from_arrays([ids, *lists], schema=VALUES)
+    return pa.Table.from_arrays([ids, *lists], schema=schema)
 
 
 def _mask(examples: Sequence[Example], settings: Settings, seed: int) -> pa.Table:

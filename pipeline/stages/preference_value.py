@@ -17,7 +17,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data_schemas import BRANCHES, COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_REFERENCE, PREFERENCE_VALUES
+from data_schemas import (
+    BRANCHES,
+    COMPONENTS,
+    GRADIENT_NORM,
+    PREFERENCE_PREPARED,
+    PREFERENCE_REFERENCE,
+    PREFERENCE_VALUES,
+    preference_values_schema,
+)
 from pipeline.maths.lower import lower_layers_once
 from pipeline.maths.models import ModelSource
 from pipeline.maths.preference import margin, pair_weight
@@ -74,7 +82,11 @@ class PairScoring(BatchedWorker):
             for name in COMPONENTS:
                 scaled = [(row * w).astype(np.float32) for row, w in zip(found[branch][name], factors, strict=True)]
                 arrays[f"{branch}_{name}"] = as_lists(scaled)
-        values = pa.table([arrays[name] for name in PREFERENCE_VALUES.names], schema=PREFERENCE_VALUES)
+            if GRADIENT_NORM in columns:
+                norms = zip(found[branch][GRADIENT_NORM], omega, strict=True)
+                arrays[f"{branch}_{GRADIENT_NORM}"] = as_lists([(row * w).astype(np.float32) for row, w in norms])
+        schema = preference_values_schema(GRADIENT_NORM in columns)
+        values = pa.table([arrays[name] for name in schema.names], schema=schema)
         counts = {"tokens": sum(len(row) for row in input_ids), "padded_tokens": padded}
         self.storage.write_table(f"values/{task.part}", values, task.fingerprint, counts)
         return counts

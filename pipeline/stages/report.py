@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from data_schemas import COMPONENTS
+from data_schemas import COMPONENTS, GRADIENT_NORM
 from pipeline.maths.masking import token_values
 from pipeline.settings import Settings
 from pipeline.stages.failure import RunFailed
@@ -175,8 +175,9 @@ class _Row:
 
 def _rows(storage: Storage, part: str, mask: str) -> Iterator[list[_Row]]:
     names = (f"prepared/{part}", f"values/{part}", f"masks/{mask}/{part.replace('part-', 'train-', 1)}")
-    wanted = (["id", "input_ids", "labels"], [*COMPONENTS, "loss"], ["labels"])
     opened = [pq.ParquetFile(storage.path(name), filesystem=storage.fs) for name in names]
+    shown = [name for name in (*COMPONENTS, "loss", GRADIENT_NORM) if name in opened[1].schema_arrow.names]
+    wanted = (["id", "input_ids", "labels"], shown, ["labels"])
     try:
         batches = [f.iter_batches(ROWS_AT_ONCE, columns=c) for f, c in zip(opened, wanted, strict=True)]
         for prepared, values, masked in zip(*batches, strict=True):
@@ -194,11 +195,14 @@ def _rows(storage: Storage, part: str, mask: str) -> Iterator[list[_Row]]:
 
 def _add(picture: _Picture, row: _Row, summary: dict[str, Any], decode: Callable[[int], str] | None) -> None:
     response = row.labels != IGNORED
-    components = {name: row.columns[name] for name in COMPONENTS}
-    value = token_values(components, summary["settings"]["stability_weight"], summary["scales"])
+    settings = summary["settings"]
+    value = token_values(
+        row.columns, settings["stability_weight"], summary["scales"], settings.get("loss_weight", 0.0),
+        settings.get("divide_by_gradient_norm", False),
+    )  # fmt: skip
     columns = {"value": value, **row.columns}
-    for name, column in columns.items():
-        picture.histograms[name].add(column[response], row.kept[response])
+    for name, histogram in picture.histograms.items():
+        histogram.add(columns[name][response], row.kept[response])
     if response.any():
         picture.fractions.add(np.array([row.kept[response].mean()]), np.array([True]))
     if decode is not None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data_schemas import COMPONENTS, PREPARED, VALUES
+from data_schemas import COMPONENTS, GRADIENT_NORM, PREPARED, VALUES, values_schema
 from pipeline.maths.decoder import UnsupportedModel
 from pipeline.maths.directions import Directions
 from pipeline.maths.lower import lower_layers_once
@@ -66,6 +66,8 @@ class ValueWorker(BatchedWorker):
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int) -> None:
         super().__init__(settings)
         self.storage = storage
+        if settings.valuation.gradient_norm:
+            self.columns = (*self.columns, GRADIENT_NORM)
         model = load_model(here(source), self.device)
         checked_layers(model, settings)
         valuation = settings.valuation
@@ -78,6 +80,7 @@ class ValueWorker(BatchedWorker):
                     valuation.window,
                     settings.model.attention,
                     valuation.estimator,
+                    valuation.gradient_norm,
                 )
                 for index in range(snapshots)
             ]
@@ -90,21 +93,22 @@ class ValueWorker(BatchedWorker):
         ids = table.column("id").to_pylist()
         input_ids, labels = table.column("input_ids").to_pylist(), table.column("labels").to_pylist()
         columns, padded = self.score(ids, input_ids, labels, advance)
-        arrays = [pa.array(ids, pa.string()), *[as_lists(columns[name]) for name in COLUMNS]]
+        arrays = [pa.array(ids, pa.string()), *[as_lists(columns[name]) for name in self.columns]]
         counts = {"tokens": sum(len(row) for row in input_ids), "padded_tokens": padded}
-        table = pa.Table.from_arrays(arrays, schema=VALUES)
+        table = pa.Table.from_arrays(arrays, schema=values_schema(self.settings.valuation.gradient_norm))
         self.storage.write_table(f"values/{task.part}", table, task.fingerprint, counts)
         return counts
 
     def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
         """Mean over the snapshots, brought to the host in one copy."""
+        names = [name for name in self.columns if name in (*COLUMNS, GRADIENT_NORM)]
         total = torch.zeros(())
         with lower_layers_once(self.valuers[0].scored) if len(self.valuers) > 1 else nullcontext():
             for valuer in self.valuers:
                 found = valuer.value(batch)
-                total = total.to(self.device) + torch.stack([found[name] for name in COLUMNS]).float()
+                total = total.to(self.device) + torch.stack([found[name] for name in names]).float()
         host = (total / len(self.valuers)).cpu().numpy()
-        return dict(zip(COLUMNS, host, strict=True))
+        return dict(zip(names, host, strict=True))
 
 
 def _directions(storage: Storage, snapshot: int) -> Directions:
@@ -223,6 +227,7 @@ def value_inputs(settings: Settings, upstream: str) -> dict[str, Any]:
         "valuation.window": settings.valuation.window,
         "valuation.estimator": settings.valuation.estimator,
         "valuation.method": settings.valuation.method,
+        **({"valuation.gradient_norm": True} if settings.valuation.gradient_norm else {}),
         "schema": (VALUES.metadata or {})[b"alphatoken.schema"].decode(),
     }
 
