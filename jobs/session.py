@@ -22,10 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Resolved model.policy and model.reference: a local directory or a hub id each."""
+    """Resolved model.policy and model.reference: a local directory or a hub id each.
 
-    policy: str
+    ``policy``: the first checkpoint, whose tokenizer and configuration stand for all. ``checkpoints``: all of them.
+    """
+
+    checkpoints: tuple[str, ...]
     reference: str
+
+    @property
+    def policy(self) -> str:
+        """The only checkpoint, or the first of several."""
+        return self.checkpoints[0]
 
 
 class Session:
@@ -105,13 +113,17 @@ class Session:
             from pipeline.maths.models import ModelSource, adapter_base
             from pipeline.stages.remote import here
 
-            policy = self._place("model.policy", self.settings.model.policy)
+            places = tuple(self._place("model.policy", one) for one in self.settings.model.checkpoints)
             reference = self.settings.model.reference
             if reference:
                 place = self._place("model.reference", reference)
             else:
-                place = adapter_base(here(ModelSource(policy), weights=False).path) or policy
-            self._models = Models(policy, place)
+                place = adapter_base(here(ModelSource(places[0]), weights=False).path) or places[0]
+            if len(places) > 1:
+                from pipeline.stages.checkpoint_values import check_checkpoints
+
+                check_checkpoints(self.settings, places, place)
+            self._models = Models(places, place)
         return self._models
 
     def _place(self, key: str, name: str) -> str:

@@ -143,7 +143,7 @@ def _share(session: Session, finished: Sequence[Storage], progress: Progress) ->
     if not finished:
         return
     models = session.models
-    inputs = stage_inputs(session.with_data(), models.policy, models.reference)
+    inputs = stage_inputs(session.with_data(), models.checkpoints, models.reference)
     donors = [storage for storage in finished if storage.root != session.storage.root]
     for taken in share_upstream(session.storage, session.manifest, inputs, donors):
         progress.say(f"shared: {taken}")

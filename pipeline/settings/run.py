@@ -48,5 +48,9 @@ class Settings:
         """Every reason why the run cannot start, over all groups, one sentence each."""
         found = self.run.problems() + self.model.problems() + self.data.problems()
         if self.valuation.needs_directions:
-            found += self.anchor.problems(self.mask.stability_weight)
+            found += self.anchor.problems(self.mask.stability_weight, len(self.model.checkpoints))
+        elif len(self.model.checkpoints) > 1:
+            found.append(
+                f"valuation.method={self.valuation.method} scores at one model: give one model.policy, no list"
+            )
         return found + self.valuation.problems() + self.mask.problems() + self.cluster.problems()

@@ -65,8 +65,8 @@ def check_norms(settings: MaskSettings, there: bool) -> None:
 
 def _is_plain_alignment(manifest: Manifest, method: str) -> bool:
     inputs = manifest.stage("anchor").get("inputs", {})
-    one = inputs.get("anchor.precondition") == "none" and inputs.get("anchor.snapshots", 1) == 1
-    return method == "alphatoken" and one
+    several = inputs.get("anchor.snapshots", 1) > 1 or isinstance(inputs.get("policy"), list)  # of checkpoints
+    return method == "alphatoken" and inputs.get("anchor.precondition") == "none" and not several
 
 
 def run_mask(

@@ -47,12 +47,12 @@ ACCELERATORS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]:
-    """The plan as nested JSON values; ``policy``, ``reference``: resolved.
+def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) -> dict[str, Any]:
+    """The plan as nested JSON values; ``checkpoints`` of model.policy and ``reference``: resolved.
 
     Raises SettingsWrong and RunFailed for data or a model that the run would refuse as well.
     """
-    own = settings.model
+    own, policy, several = settings.model, checkpoints[0], len(checkpoints)
     config = load_config(ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code))
     dtype = _dtype(settings, config)
     try:
@@ -60,7 +60,7 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
-    drift = planned_drift(settings, policy, reference)
+    drift = planned_drift(settings, checkpoints, reference)
     budget = settings.valuation.tokens_per_batch
     budget = budget if isinstance(budget, int) else CPU_TOKENS
     shapes = train_shapes(sample, budget)
@@ -70,16 +70,17 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
     longest = max(len(example.input_ids) for example in sample.train)
     stages = {
         "prepare": {"flops": 0},
-        "anchor": anchor_flops(costs, sample, settings, drift),
+        "anchor": anchor_flops(costs, sample, settings, drift, several),
         "value": {
-            "flops": value_flops(costs, shapes, settings.valuation.window, snapshots, settings.valuation.estimator),
+            "flops": several
+            * value_flops(costs, shapes, settings.valuation.window, snapshots, settings.valuation.estimator),
             "floor": value_floor(costs, round(tokens * scale), round(response * scale)),
             "forward": forward_flops(costs, shapes) + 2 * costs.head * shapes.tokens,
         },
         "mask": {"flops": 0},
     }
     total = sum(stage["flops"] for stage in stages.values())
-    rows_file = file_sizes(sample, settings, scored, drift)
+    rows_file = file_sizes(sample, settings, scored, drift, several)
     coverage = as_json(scored.coverage)
     return {
         "data": {
@@ -94,6 +95,7 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
         "model": {
             "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
             "layers": costs.layers, "scored_layers": costs.scored_layers, "drift": drift, "snapshots": snapshots,
+            "checkpoints": several,
             "scored_modules": [linear.name for linear in scored.maps], "coverage": coverage,
             "coverage_warning": warning(scored.coverage),
         },
@@ -109,10 +111,10 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
     }  # fmt: skip
 
 
-def planned_drift(settings: Settings, policy: str, reference: str) -> str:
+def planned_drift(settings: Settings, checkpoints: Sequence[str], reference: str) -> str:
     """anchor.drift with ``auto`` resolved by place; the run itself compares contents."""
     drift = settings.anchor.drift
-    return drift if drift != "auto" else "warmup" if policy == reference else "checkpoint"
+    return drift if drift != "auto" else "warmup" if list(checkpoints) == [reference] else "checkpoint"
 
 
 def train_shapes(sample: Sample, budget: int) -> Shapes:
@@ -121,9 +123,9 @@ def train_shapes(sample: Sample, budget: int) -> Shapes:
     return shapes.times(sample.train_rows / len(sample.train))
 
 
-def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str) -> dict[str, int]:
+def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, checkpoints: int = 1) -> dict[str, int]:
     """Operations of the anchor by what they are for; ``fisher`` is at most, as completions may end early."""
-    snapshots = settings.anchor.snapshots if drift == "warmup" else 1
+    snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
     validation = budget_shapes(
         [len(e.input_ids) for e in sample.validation], _response(sample.validation), TOKENS_PER_PASS
     )

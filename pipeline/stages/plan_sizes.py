@@ -25,17 +25,20 @@ def directions_bytes(scored: ScoredLayers) -> int:
     return 4 * scored.coverage.scored + HEADER_PER_TENSOR * len(scored.maps)
 
 
-def file_sizes(sample: Sample, settings: Settings, scored: ScoredLayers, drift: str) -> dict[str, int]:
-    """Bytes by directory of the run, for one mask."""
+def file_sizes(
+    sample: Sample, settings: Settings, scored: ScoredLayers, drift: str, checkpoints: int = 1
+) -> dict[str, int]:
+    """Bytes by directory of the run, for one mask; several checkpoints leave values of each beside their mean."""
     parts = max(1, -(-sample.train_rows // settings.data.shard_examples))
     seed = settings.run.seed
-    snapshots = settings.anchor.snapshots if drift == "warmup" else 1
+    snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
+    copies = checkpoints + 1 if checkpoints > 1 else 1
     tensors = (0 if drift == "none" else 1) + snapshots * (3 if drift == "warmup" else 2)
     held = [_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample)]
     return {
         "prepared": _weighed(to_table(sample.train), sample.train_rows, parts) + sum(held),
         "anchors": tensors * directions_bytes(scored),
-        "values": _weighed(_values(sample.train, settings), sample.train_rows, parts),
+        "values": copies * _weighed(_values(sample.train, settings), sample.train_rows, parts),
         "masks, each": _weighed(_mask(sample.train, settings, seed), sample.train_rows, parts),
     }
 

@@ -8,7 +8,7 @@ is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -27,7 +27,7 @@ from pipeline.settings import Settings
 from pipeline.stages.batched_worker import BatchedWorker, as_lists
 from pipeline.stages.coverage import checked_layers
 from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.fingerprint import of_model
+from pipeline.stages.fingerprint import of_policy
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.preference_reference import tokens_of
 from pipeline.stages.progress import Progress
@@ -52,10 +52,11 @@ class ValueJob:
 
 @dataclass(frozen=True, slots=True)
 class ValueTask:
-    """One shard: the part's file name, and the fingerprint that its values carry."""
+    """One shard: the part's file name, the fingerprint that its values carry, and the directory for them."""
 
     part: str
     fingerprint: str
+    place: str = "values"
 
 
 class ValueWorker(BatchedWorker):
@@ -63,7 +64,8 @@ class ValueWorker(BatchedWorker):
 
     columns: tuple[str, ...] = COLUMNS
 
-    def __init__(self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int) -> None:
+    def __init__(self, storage: Storage, source: ModelSource, settings: Settings, snapshots: Sequence[int]) -> None:
+        """``snapshots``: the numbers of those that are valued with this model."""
         super().__init__(settings)
         self.storage = storage
         if settings.valuation.gradient_norm:
@@ -82,7 +84,7 @@ class ValueWorker(BatchedWorker):
                     valuation.estimator,
                     valuation.gradient_norm,
                 )
-                for index in range(snapshots)
+                for index in snapshots
             ]
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
@@ -96,7 +98,7 @@ class ValueWorker(BatchedWorker):
         arrays = [pa.array(ids, pa.string()), *[as_lists(columns[name]) for name in self.columns]]
         counts = {"tokens": sum(len(row) for row in input_ids), "padded_tokens": padded}
         table = pa.Table.from_arrays(arrays, schema=values_schema(self.settings.valuation.gradient_norm))
-        self.storage.write_table(f"values/{task.part}", table, task.fingerprint, counts)
+        self.storage.write_table(f"{task.place}/{task.part}", table, task.fingerprint, counts)
         return counts
 
     def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
@@ -122,20 +124,20 @@ def run_value(
     storage: Storage,
     manifest: Manifest,
     settings: Settings,
-    policy: str,
+    checkpoints: Sequence[str],
     cluster: Cluster,
     progress: Progress,
-    reference: str | None = None,
+    reference: str,
 ) -> None:
     """Write values/, unless done already; goes on with the parts that are missing.
 
-    ``reference``: default ``policy``. Other methods than AlphaToken's need `prepare` alone. For preference data,
-    reference/ is written as well.
+    ``checkpoints`` of model.policy, ``reference``: resolved paths or hub ids. Other methods than AlphaToken's need
+    `prepare` alone. For preference data, reference/ is written as well.
     """
     started = time.monotonic()
-    reference = reference or policy
+    policy = checkpoints[0]
     if settings.valuation.needs_directions:
-        job = _valuation_job(storage, manifest, settings, policy, cluster)
+        job = _valuation_job(storage, manifest, settings, checkpoints, cluster)
     else:
         from pipeline.stages.selection import selection_job
 
@@ -161,7 +163,7 @@ def run_value(
         progress.say(f"value: {len(rows) - len(missing)} of {len(rows)} shards are complete already")
     resources = job.resources()
     if preference:
-        place = reference_of(storage, manifest, settings, policy, reference, cluster, progress)
+        place = reference_of(storage, manifest, settings, checkpoints, reference, cluster, progress)
         job.arguments["reference"] = place
         there = {part: storage.rows_of(f"reference/{part}", place.fingerprint) for part in rows}
         missing = [part for part in rows if part in missing or there[part] != rows[part]]
@@ -183,14 +185,23 @@ def run_value(
     for part in rows.keys() - set(missing):
         add(storage.counts_of(f"values/{part}", fingerprint) or dict.fromkeys(counts, 0))
 
-    with (
-        WorkerPool(
-            logged("value", job.worker), job.arguments, resources, settings.cluster.shard_timeout, settings.debug
-        ) as pool,
-        progress.task("value", sum(tokens.values()), "tokens") as task,
-    ):
-        task.note(f"{finished}/{len(rows)} shards")
-        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: ValueTask(s.name, fingerprint), done, task)
+    if len(checkpoints) > 1:
+        # Here and not above, since it builds on this file.
+        from pipeline.stages.checkpoint_values import value_checkpoints
+
+        for found in value_checkpoints(
+            storage, job, settings, checkpoints, fingerprint, tokens, rows, cluster, progress
+        ):
+            add(found)
+    else:
+        with (
+            WorkerPool(
+                logged("value", job.worker), job.arguments, resources, settings.cluster.shard_timeout, settings.debug
+            ) as pool,
+            progress.task("value", sum(tokens.values()), "tokens") as task,
+        ):
+            task.note(f"{finished}/{len(rows)} shards")
+            pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: ValueTask(s.name, fingerprint), done, task)
     seconds = time.monotonic() - started
     padding = 1 - counts["tokens"] / counts["padded_tokens"] if counts["padded_tokens"] else 0.0
     manifest.finish(
@@ -200,11 +211,13 @@ def run_value(
     progress.say(f"value: {counts['tokens']:,} tokens in {seconds:.0f} s, padding {padding:.1%}")
 
 
-def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster) -> ValueJob:
-    anchor = manifest.require("anchor", "value")
-    if anchor["inputs"]["policy"] != of_model(policy):
+def _valuation_job(
+    storage: Storage, manifest: Manifest, settings: Settings, checkpoints: Sequence[str], cluster: Cluster
+) -> ValueJob:
+    anchor, named = manifest.require("anchor", "value"), ", ".join(checkpoints)
+    if anchor["inputs"]["policy"] != of_policy(checkpoints):
         raise SettingsWrong(
-            [f"model.policy={policy} is not the policy that the anchors of {storage.root} were made with"]
+            [f"model.policy={named} is not the policy that the anchors of {storage.root} were made with"]
         )
     if anchor["inputs"]["valuation.layers"] != settings.valuation.layers:
         raise SettingsWrong(
@@ -213,8 +226,8 @@ def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, pol
             ]
         )
     own = settings.model
-    source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
-    snapshots = anchor["counts"]["snapshots"]
+    source = ModelSource(checkpoints[0], own.revision, own.dtype, own.trust_remote_code)
+    snapshots = range(anchor["counts"]["snapshots"])
     arguments = {"storage": storage, "source": source, "settings": settings, "snapshots": snapshots}
     inputs = value_inputs(settings, anchor["fingerprint"])
     return ValueJob(inputs, ValueWorker, arguments, cluster.model_resources)
