@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.settings import Settings
 from pipeline.stages.failure import SettingsWrong
 from pipeline.stages.lock import RunLock
-from pipeline.stages.manifest import Manifest
+from pipeline.stages.manifest import NAME, Manifest
 from pipeline.stages.progress import Progress
 from pipeline.stages.run_log import RunLog
 from pipeline.stages.storage import Storage
@@ -63,6 +64,24 @@ class Session:
         self.storage.sweep()
         self._open(Manifest(self.storage, self._lock.check))  # as the driver before has left it
         self.manifest.tidy()
+
+    def share(self, finished: Sequence[Storage] = ()) -> None:
+        """Take over what is equal upstream in run.share and in the run directories ``finished``.
+
+        Raises SettingsWrong for a run.share that is no run directory.
+        """
+        named = self.settings.run.share
+        own = [Storage(named)] if named else []
+        if own and not own[0].exists(NAME):
+            raise SettingsWrong([f"run.share={named}: there is no {NAME} in it, give the directory of a run"])
+        donors = [storage for storage in (*own, *finished) if storage.root != self.storage.root]
+        if not donors:
+            return
+        from pipeline.stages.share import share_upstream, stage_inputs
+
+        inputs = stage_inputs(self.with_data(), self.models.checkpoints, self.models.reference)
+        for taken in share_upstream(self.storage, self.manifest, inputs, donors):
+            self.progress.say(f"shared: {taken}")
 
     def _open(self, manifest: Manifest) -> None:
         self.manifest = manifest

@@ -20,6 +20,10 @@ class RunSettings:
     dir: str = option("runs/default", "directory or URI of the run")
     seed: int = option(0, "one seed for everything random")
     overwrite: str | None = option(None, f"first stage to do anew, with all that follow: {', '.join(STAGES)}")
+    share: str | None = option(
+        None,
+        "another run directory: its stages and its Fisher are taken over where they are equal, instead of made anew",
+    )
     tracker: str = option("none", "none | mlflow | wandb: send the numbers of metrics.jsonl there too")
 
     def problems(self) -> list[str]:
@@ -28,6 +32,8 @@ class RunSettings:
         found += one_of("run.tracker", self.tracker, ("none", "mlflow", "wandb"))
         if self.overwrite is not None:
             found += one_of("run.overwrite", self.overwrite, STAGES)
+        if self.share is not None and not self.share:
+            found.append("run.share is empty: give a run directory, or null")
         return found
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -32,6 +32,7 @@ from pipeline.stages.anchor_worker import (
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import digest, of_model, of_policy
 from pipeline.stages.manifest import Manifest
+from pipeline.stages.prepare import held_out_digest
 from pipeline.stages.progress import Progress
 from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
@@ -76,7 +77,7 @@ def run_anchor(
     started = time.monotonic()
     prepared = manifest.require("prepare", "anchor")
     drift = drift_of(settings, checkpoints, reference)
-    inputs = anchor_inputs(settings, prepared["fingerprint"], checkpoints, reference, drift)
+    inputs = anchor_inputs(settings, prepared["inputs"], checkpoints, reference, drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}
     fingerprint = manifest.begin("anchor", inputs, configuration)
     if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), drift):
@@ -101,12 +102,12 @@ def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
 
 
 def anchor_inputs(
-    settings: Settings, upstream: str, checkpoints: Sequence[str], reference: str, drift: str
+    settings: Settings, prepare: Mapping[str, Any], checkpoints: Sequence[str], reference: str, drift: str
 ) -> dict[str, Any]:
-    """Everything that anchors/ depends on."""
+    """Everything that anchors/ depends on; ``prepare``: what that stage depends on."""
     anchor = settings.anchor
     inputs: dict[str, Any] = {
-        "prepare": upstream,
+        "prepare": digest(prepare),
         "policy": of_policy(checkpoints),
         "reference": of_model(reference),
         "model.revision": settings.model.revision,
@@ -115,6 +116,8 @@ def anchor_inputs(
         "anchor.drift": drift,
         "run.seed": settings.run.seed,
     }
+    if held_out := held_out_digest(prepare):
+        inputs["held_out"] = held_out
     inputs["anchor.precondition"] = anchor.precondition
     if anchor.precondition != "none":
         inputs["anchor.damping"] = anchor.damping
@@ -138,7 +141,10 @@ def fisher_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
         "policy", "anchor.drift", "anchor.snapshot", "anchor.warmup.", "anchor.precondition", "anchor.damping",
         "valuation.window", "valuation.estimator",
     )  # fmt: skip
-    return {key: value for key, value in inputs.items() if not key.startswith(other)}
+    found = {key: value for key, value in inputs.items() if not key.startswith(other)}
+    if "held_out" in found:  # its prompts are the same for every part of the data
+        found["prepare"] = found.pop("held_out")
+    return found
 
 
 class _Anchor:

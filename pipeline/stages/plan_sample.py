@@ -77,9 +77,10 @@ def sample_data(settings: Settings, policy: str) -> Sample:
         if not validation:
             raise RunFailed(f"data.validation={data.validation}: none of its first {len(some)} rows can be used")
         validation_rows = round(validation_rows * len(validation) / len(some))
+    rows, parts = round(total * (1 - unusable)) - wanted, data.cut[1] if data.cut else 1
     return Sample(
-        total, round(total * (1 - unusable)) - wanted, tuple(usable[wanted:]), tuple(validation), validation_rows,
-        tuple(usable[split:wanted]), unusable, len(drawn) == total,
+        total, max(1, rows // parts), tuple(usable[wanted:]), tuple(validation), validation_rows,
+        tuple(usable[split:wanted]), unusable, len(drawn) == total and parts == 1,
     )  # fmt: skip
 
 

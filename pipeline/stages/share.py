@@ -42,7 +42,7 @@ def stage_inputs(settings: Settings, checkpoints: Sequence[str], reference: str)
     preference = is_preference(settings, train)
     prepare = prepare_inputs(settings, policy, vocabulary_of(source), train, validation, preference)
     drift = drift_of(settings, checkpoints, reference)
-    anchor = anchor_inputs(settings, digest(prepare), checkpoints, reference, drift)
+    anchor = anchor_inputs(settings, prepare, checkpoints, reference, drift)
     value = value_inputs(settings, digest(anchor))
     return {"prepare": prepare, "anchor": anchor, "value": pair_inputs(value, settings) if preference else value}
 
