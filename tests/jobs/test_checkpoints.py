@@ -1,6 +1,7 @@
 """model.policy as a list of checkpoints: the mean over them, its bytes, interruptions, and what is refused."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -135,8 +136,8 @@ def test_a_part_that_is_gone_is_made_from_what_the_checkpoints_left(
     assert hashes(run) == before
 
 
-def test_other_checkpoints_are_other_inputs(alphatoken, made, policy, later, reference, train_file):
-    run = made(policy, later)
+def test_other_checkpoints_are_other_inputs(alphatoken, made, tmp_path, policy, later, reference, train_file):
+    run = shutil.copytree(made(policy, later), tmp_path / "run")
     for checkpoints in ((later, policy), (policy,)):
         status, _, err = alphatoken("run", *command(run, checkpoints, reference, train_file))
         assert status == 2 and "anchor: policy was" in err
