@@ -40,7 +40,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "loss": ("valuation.method=loss",),
     "full": ("valuation.method=full",),
 }
-VALUED = ("paper", "kfac", "exact")
+VALUED = {"paper": "alignment", "kfac": "alignment, K-FAC", "exact": "alignment, exact estimator"}
 AND_LOSS = ("mask.normalize=rms", "mask.loss_weight=1.0")
 ROWS = [
     Row("full", "full"),
@@ -103,23 +103,17 @@ class NoisyQuality(Quality):
         noisy, self.planted = PLANTERS[self.kind](self.tokens(self.rows.train[: self.count]), SHARE, self.seed)
         return [{"id": f"row-{i}", "input_ids": ids, "labels": labels} for i, (ids, labels) in enumerate(noisy)]
 
-    def columns(self) -> tuple[dict[str, Floats], npt.NDArray[np.bool_]]:
+    def columns(self, run: str) -> tuple[dict[str, Floats], npt.NDArray[np.bool_]]:
         """Scores (higher: rather clean) of all response tokens by name, and which of the tokens are planted."""
-        found = {run: self._values(run) for run in VALUED}
-        value = {run: v["adaptation_direct"] + v["adaptation_causal"] for run, v in found.items()}
-        norm, loss = found["paper"]["gradient_norm"], found["paper"]["loss"]
-        scores = {
-            "alignment": value["paper"],
-            "alignment, K-FAC": value["kfac"],
-            "alignment, exact estimator": value["exact"],
-            "minus loss": -loss,
-            "minus gradient norm": -norm,
-            "alignment / gradient norm": value["paper"] / norm,
-            "alignment, K-FAC / gradient norm": value["kfac"] / norm,
-        }
-        for name in ("alignment", "alignment, K-FAC", "alignment / gradient norm", "alignment, K-FAC / gradient norm"):
-            scores[f"{name}; and minus loss, rank sum"] = ranks(scores[name]) + ranks(-loss)
-        return scores, found["paper"]["planted"].astype(bool)
+        found, name = self._values(run), VALUED[run]
+        value, loss = found["adaptation_direct"] + found["adaptation_causal"], found["loss"]
+        scores = {name: value}
+        if "gradient_norm" in found:
+            scores[f"{name} / gradient norm"] = value / found["gradient_norm"]
+        scores |= {f"{n} and minus loss, rank sum": ranks(s) + ranks(-loss) for n, s in list(scores.items())}
+        if run == "paper":  # neither depends on the directions
+            scores |= {"minus loss": -loss, "minus gradient norm": -found["gradient_norm"]}
+        return scores, found["planted"].astype(bool)
 
     def _values(self, run: str) -> dict[str, Floats]:
         place = self.piped(Row("default", run))
@@ -149,16 +143,16 @@ def area_under_curve(scores: Floats, planted: npt.NDArray[np.bool_]) -> float:
 
 
 def separate(quality: NoisyQuality, file: Path) -> None:
-    """Append the area under the curve of every column to ``file``, unless it is there."""
-    rows = quality.count - FISHER
-    key = {"kind": quality.kind, "rows": rows, "seed": quality.seed}
-    if any(key.items() <= line.items() for line in lines(file)):
-        return
-    scores, planted = quality.columns()
-    counts = {"tokens": len(planted), "planted": int(planted.sum())}
-    found = [{**key, "column": n, "auc": area_under_curve(s, planted), **counts} for n, s in scores.items()]
-    with open(file, "a") as out:
-        out.write("".join(json.dumps(line) + "\n" for line in found))
+    """Append the area under the curve of every column to ``file``, run by run, unless it is there."""
+    for run in VALUED:
+        key = {"kind": quality.kind, "rows": quality.count - FISHER, "seed": quality.seed, "run": run}
+        if any(key.items() <= line.items() for line in lines(file)):
+            continue
+        scores, planted = quality.columns(run)
+        counts = {"tokens": len(planted), "planted": int(planted.sum())}
+        found = [{**key, "column": n, "auc": area_under_curve(s, planted), **counts} for n, s in scores.items()]
+        with open(file, "a") as out:
+            out.write("".join(json.dumps(line) + "\n" for line in found))
 
 
 def lines(file: Path) -> list[dict[str, Any]]:
