@@ -129,7 +129,7 @@ def run_mask(
         summary = write_pairs(works, values, place, schema, fingerprint)
     else:
         summary = works[0].write(place, schema, fingerprint)
-    storage.write_bytes(f"{place}/README.md", card(summary, schema).encode())
+    storage.write_bytes(f"{place}/README.md", card(summary, schema, fingerprint).encode())
     storage.write_json(f"{place}/summary.json", summary)
     told = ("rows", "response_tokens", "kept_tokens", "kept_fraction")
     manifest.finish(stage, time.monotonic() - started, **{key: summary[key] for key in told})

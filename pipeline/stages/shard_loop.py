@@ -457,6 +457,8 @@ class _Loop:
             if units != self.seen.get(host):
                 self.alive_at[host] = now
             self.seen[host] = units
+        if self.starting and not any(node["Alive"] for node in ray.nodes()):
+            raise RunFailed("Ray has no node left that could start a worker; run the same command again, it goes on")
         for host in [*busy, *self.starting.values()]:
             if now - self.alive_at.get(host, now) > self.pool.timeout:
                 self._hung(host)
