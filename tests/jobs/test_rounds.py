@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from jobs.replay import recorded_configuration
 from pipeline.maths.batch import collate
 from pipeline.stages.draw import part_of
 from tests.conftest import PREFERENCE, SMALL
@@ -93,6 +94,7 @@ def test_two_rounds_with_training_in_between(alphatoken, tmp_path, policy, train
     assert counts[1]["snapshot-00"]["stability_norm"] > 0
     losses = [counts[i]["snapshot-00"]["validation_loss"] for i in (0, 1)]
     assert losses[1] < losses[0]  # the round was learned from
+    assert "share" not in recorded_configuration(f"{second}/run.json")["run"]  # it speaks of one command
     # Without the Fisher of the first round the second has the same bytes.
     alone = tmp_path / "alone"
     status, _, err = alphatoken("run", f"run.dir={alone}", *again[1:])
