@@ -53,7 +53,8 @@ def _what(plan: dict[str, Any]) -> Table:
     data, model = plan["data"], plan["model"]
     table = _table("what")
     about = "" if data["complete_sample"] else "about "
-    rows = f"{about}{data['train_examples']:,} of {data['rows']:,} rows, in {data['shards']:,} shard(s)"
+    kind = "pairs" if data["format"] == "preference" else "rows"
+    rows = f"{about}{data['train_examples']:,} of {data['rows']:,} {kind}, in {data['shards']:,} shard(s)"
     held = f"{data['validation_examples']:,} for validation, {data['fisher_prompts']:,} Fisher prompts"
     unusable = f"{data['unusable_fraction']:.1%} of rows not usable, {data['truncated_fraction']:.1%} truncated"
     tokens = (

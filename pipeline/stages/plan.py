@@ -34,6 +34,7 @@ from pipeline.stages.anchor_worker import PROMPTS_PER_BATCH, TOKENS_PER_PASS
 from pipeline.stages.batched_worker import CPU_TOKENS
 from pipeline.stages.coverage import as_json, warning
 from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.pairs import Pair
 from pipeline.stages.plan_sample import Sample, sample_data
 from pipeline.stages.plan_sizes import directions_bytes, file_sizes
 from pipeline.stages.tokenize import IGNORED, Example
@@ -66,30 +67,34 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     shapes = train_shapes(sample, budget)
     snapshots = settings.anchor.snapshots if drift == "warmup" else 1
     tokens, response = _tokens(sample.train), _response(sample.train)
-    scale = sample.train_rows / len(sample.train)
+    scale = sample.scale
     longest = max(len(example.input_ids) for example in sample.train)
+    value = several * value_flops(costs, shapes, settings.valuation.window, snapshots, settings.valuation.estimator)
+    if sample.pairs:
+        value += pair_flops(costs, shapes, drift, list(checkpoints) != [reference])
     stages = {
         "prepare": {"flops": 0},
         "anchor": anchor_flops(costs, sample, settings, drift, several),
         "value": {
-            "flops": several
-            * value_flops(costs, shapes, settings.valuation.window, snapshots, settings.valuation.estimator),
+            "flops": value,
             "floor": value_floor(costs, round(tokens * scale), round(response * scale)),
             "forward": forward_flops(costs, shapes) + 2 * costs.head * shapes.tokens,
         },
         "mask": {"flops": 0},
     }
+    rows: Sequence[Example | Pair] = sample.pairs or sample.train
     total = sum(stage["flops"] for stage in stages.values())
     rows_file = file_sizes(sample, settings, scored, drift, several)
     coverage = as_json(scored.coverage)
     return {
         "data": {
-            "rows": sample.rows, "sampled": len(sample.train) + len(sample.fisher) + len(sample.validation),
+            "format": "preference" if sample.pairs else "sft", "rows": sample.rows,
+            "sampled": len(rows) + len(sample.fisher) + len(sample.validation),
             "complete_sample": sample.complete, "unusable_fraction": sample.unusable,
             "train_examples": sample.train_rows, "validation_examples": sample.validation_rows,
             "fisher_prompts": len(sample.fisher), "tokens": round(tokens * scale),
             "response_tokens": round(response * scale), "padded_tokens": shapes.tokens, "longest": longest,
-            "truncated_fraction": sum(e.truncated for e in sample.train) / len(sample.train),
+            "truncated_fraction": sum(row.truncated for row in rows) / len(rows),
             "shards": max(1, -(-sample.train_rows // settings.data.shard_examples)),
         },
         "model": {
@@ -120,7 +125,14 @@ def planned_drift(settings: Settings, checkpoints: Sequence[str], reference: str
 def train_shapes(sample: Sample, budget: int) -> Shapes:
     """The value stage's batches over all training examples."""
     shapes = budget_shapes([len(e.input_ids) for e in sample.train], _response(sample.train), budget)
-    return shapes.times(sample.train_rows / len(sample.train))
+    return shapes.times(sample.scale)
+
+
+def pair_flops(m: ModelCosts, s: Shapes, drift: str, two_models: bool) -> int:
+    """What pairs add to values: log-probabilities under the reference, and under the policy before a warm-up."""
+    head = 2 * m.head * s.predicting
+    upper = 2 * m.scored * s.tokens + 4 * m.attention * m.scored_layers * s.squares
+    return (forward_flops(m, s) + head if two_models else 0) + (upper + head if drift == "warmup" else 0)
 
 
 def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, checkpoints: int = 1) -> dict[str, int]:
