@@ -8,17 +8,28 @@ from data_schemas.version import versioned
 # (adaptation) or moves the weights back toward the reference where its Fisher says it matters (stability).
 COMPONENTS = ("adaptation_direct", "adaptation_causal", "stability_direct", "stability_causal")
 
-VALUES = versioned(
-    "values-sft",
-    1,
-    [
-        pa.field("id", pa.string(), nullable=False),
-        # Index i speaks of token input_ids[i] as a PREDICTED token; 0.0 outside the response.
-        *[pa.field(name, pa.list_(pa.float32()), nullable=False) for name in COMPONENTS],
-        # Cross-entropy of the token under the policy, in nats.
-        pa.field("loss", pa.list_(pa.float32()), nullable=False),
-    ],
-)
+GRADIENT_NORM = "gradient_norm"
+
+
+def values_schema(gradient_norm: bool = False) -> pa.Schema:
+    """Schema of a supervised part of values; ``gradient_norm``: with the optional column of that name."""
+    return versioned(
+        "values-sft",
+        1,
+        [
+            pa.field("id", pa.string(), nullable=False),
+            # Index i speaks of token input_ids[i] as a PREDICTED token; 0.0 outside the response.
+            *[pa.field(name, pa.list_(pa.float32()), nullable=False) for name in COMPONENTS],
+            # Cross-entropy of the token under the policy, in nats.
+            pa.field("loss", pa.list_(pa.float32()), nullable=False),
+            # sqrt(sum over scored maps of |d_p|^2 |h_p|^2) at the position p that predicts the token: the Frobenius
+            # norm of what that position adds to the gradient, as in the direct components (without attention's e_p).
+            *[pa.field(GRADIENT_NORM, pa.list_(pa.float32()), nullable=False)] * gradient_norm,
+        ],
+    )
+
+
+VALUES = values_schema()
 
 KEPT = "kept"
 

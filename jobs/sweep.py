@@ -119,8 +119,8 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
                     session.claim()
                     if settings.run.overwrite:
                         session.manifest.discard(settings.run.overwrite)
-                    if several and command != "mask":
-                        _share(session, finished, progress)
+                    if command != "mask":
+                        session.share(finished if several else [])
                 session = sessions[root]
                 session.change(settings)
                 with redirect_stdout(io.StringIO()):  # a stage's last words are for a single run; here is a table
@@ -135,18 +135,6 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
                 failures.append(PointFailure(point.name, _reason(error)))
                 progress.say(f"{number}/{len(points)} {point.name} failed: {failures[-1].reason}")
     return failures
-
-
-def _share(session: Session, finished: Sequence[Storage], progress: Progress) -> None:
-    from pipeline.stages.share import share_upstream, stage_inputs
-
-    if not finished:
-        return
-    models = session.models
-    inputs = stage_inputs(session.with_data(), models.policy, models.reference)
-    donors = [storage for storage in finished if storage.root != session.storage.root]
-    for taken in share_upstream(session.storage, session.manifest, inputs, donors):
-        progress.say(f"shared: {taken}")
 
 
 def _reason(error: Exception) -> str:

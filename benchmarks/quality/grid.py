@@ -96,13 +96,19 @@ ROWS = [
 class Quality:
     """A directory with data, runs and results."""
 
+    runs = RUNS
+
     def __init__(self, place: Path) -> None:
         self.place, self.model = place, example_model()
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self.rows = load_rows(TRAIN + FISHER, VALIDATION, HELD_OUT)
-        for name, rows in (("train", self.rows.train), ("validation", self.rows.validation)):
+        for name, rows in (("train", self.train_rows()), ("validation", self.rows.validation)):
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def train_rows(self) -> list[dict[str, Any]]:
+        """What is valued and trained on."""
+        return self.rows.train
 
     def tokens(self, rows: list[dict[str, Any]]) -> Tokens:
         """Rows as the pipeline tokenizes them."""
@@ -111,18 +117,21 @@ class Quality:
 
     def masked(self, row: Row) -> tuple[Tokens, list[list[float]] | None]:
         """Labels (and soft weights) of one row, through the pipeline's own commands."""
-        run = self.place / row.run
-        name = row.slug
-        common = [f"run.dir={run}", f"mask.name={name}", *RUNS[row.run], *row.mask]
-        with FileLock(f"{run}.lock"):
-            if not (run / "masks" / name / "summary.json").exists():
-                command = [sys.executable, "-m", "jobs", "run", f"data.train={self.place / 'train.jsonl'}"]
-                command += [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
-                subprocess.run([*command, *common], check=True)
-        files = sorted((run / "masks" / name).glob("*.parquet"))
+        files = sorted((self.piped(row) / "masks" / row.slug).glob("*.parquet"))
         table = [r for file in files for r in pq.read_table(file).to_pylist()]
         soft = [r["loss_weight"] for r in table] if table and "loss_weight" in table[0] else None
         return [(r["input_ids"], r["labels"]) for r in table], soft
+
+    def piped(self, row: Row) -> Path:
+        """The run directory, with the values of ``row.run`` and the mask of ``row``."""
+        run = self.place / row.run
+        common = [f"run.dir={run}", f"mask.name={row.slug}", *self.runs[row.run], *row.mask]
+        with FileLock(f"{run}.lock"):
+            if not (run / "masks" / row.slug / "summary.json").exists():
+                command = [sys.executable, "-m", "jobs", "run", f"data.train={self.place / 'train.jsonl'}"]
+                command += [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
+                subprocess.run([*command, *common], check=True)
+        return run
 
     def measure(self, row: Row | None, seed: int) -> dict[str, Any]:
         """Fine-tune on one row's mask and measure; None: the model untouched."""

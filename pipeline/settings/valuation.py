@@ -26,6 +26,9 @@ class ValuationSettings:
         "alphatoken | excess_loss (policy's minus reference's loss, Rho-1) | loss (low loss first: against wrong "
         "tokens) | entropy (undecided tokens first) | random | full (keep everything); all but the first need no anchor",
     )
+    gradient_norm: bool = option(
+        False, "write a column gradient_norm as well: the norm of what the token's position adds to the gradient"
+    )
     schedule: str = option(
         "static",
         "static: values at the anchors | rehearsal: the paper's loop of value, threshold, masked step over the data, on "
@@ -61,6 +64,12 @@ class ValuationSettings:
                 found.append(
                     f"valuation.schedule=rehearsal takes values of valuation.method=alphatoken, not {self.method}"
                 )
+        if self.gradient_norm and not self.needs_directions:
+            found.append(f"valuation.gradient_norm=true: valuation.method={self.method} forms no gradient")
+        elif self.gradient_norm and self.estimator != "ghost":
+            found.append(
+                f"valuation.gradient_norm=true: valuation.estimator={self.estimator} forms no gradient, set valuation.estimator=ghost"
+            )
         if not self.beta > 0:
             found.append(f"valuation.beta={self.beta}: must be above 0")
         if not 0 <= self.min_coverage <= 1:

@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from data_schemas import BRANCHES, KEPT, LOSS_WEIGHT, SCHEMA_KEY, masks_schema, preference_masks_schema
+from data_schemas import (
+    BRANCHES,
+    GRADIENT_NORM,
+    KEPT,
+    LOSS_WEIGHT,
+    SCHEMA_KEY,
+    masks_schema,
+    preference_masks_schema,
+)
 from pipeline.maths.group_select import TokenGroups
 from pipeline.maths.masking import OBJECTIVES, Floats, keep_flat, objective, rank_of, token_values
 from pipeline.settings import MaskSettings
@@ -53,13 +61,24 @@ PLAIN_ALIGNMENT = (
 NO_LOSS = ("random", "full")  # these methods leave the loss column at 0.0
 
 
+def check_norms(settings: MaskSettings, there: bool) -> None:
+    """Raise SettingsWrong where values are to be divided by a column that is not ``there``."""
+    if settings.divide_by_gradient_norm and not there:
+        raise SettingsWrong(
+            [
+                "mask.divide_by_gradient_norm=true, but values/ has no column gradient_norm: set "
+                "valuation.gradient_norm=true and value anew"
+            ]
+        )
+
+
 def _is_plain_alignment(manifest: Manifest, method: str) -> bool:
     inputs = manifest.stage("anchor").get("inputs", {})
-    if manifest.stage("value")["inputs"].get("valuation.estimator") == "information":
+    value = manifest.stage("value")["inputs"]
+    if value.get("valuation.estimator") == "information" or is_rehearsed(value):
         return False
-    one = inputs.get("anchor.precondition") == "none" and inputs.get("anchor.snapshots", 1) == 1
-    one = one and not is_rehearsed(manifest.stage("value")["inputs"])
-    return method == "alphatoken" and one
+    several = inputs.get("anchor.snapshots", 1) > 1 or isinstance(inputs.get("policy"), list)  # of checkpoints
+    return method == "alphatoken" and inputs.get("anchor.precondition") == "none" and not several
 
 
 def run_mask(
@@ -84,6 +103,7 @@ def run_mask(
     rehearsed = is_rehearsed(values["inputs"])
     if rehearsed:
         settings = as_rehearsed(settings, values["inputs"])
+    check_norms(settings, bool(values["inputs"].get("valuation.gradient_norm")))
     always = always_keep_ids(settings.always_keep, manifest)
     prepared = manifest.stage("prepare")
     preference = prepared["counts"].get("format") == "preference"
@@ -106,6 +126,7 @@ def run_mask(
     if settings.scope == "batch":  # whole groups
         rows_at_once = settings.batch_size * max(1, ROWS_AT_ONCE // settings.batch_size)
     more = [KEPT] if rehearsed else ["loss"] if settings.loss_weight else []
+    more += [GRADIENT_NORM] if settings.divide_by_gradient_norm else []
     works = []
     for branch in BRANCHES if preference else ("",):
         parts = PairedParts(storage, prepared, values, rows_at_once, more, branch)
@@ -166,7 +187,10 @@ class Masking:
         self.soft: WeightsOverDataSet | WeightsWithin | None = None  # mask.rule=weight
         self.soft_counts = WeightCounts()
         self.rehearsed = KEPT in parts.columns
+        self.per_norm = settings.divide_by_gradient_norm
         self.notes: list[str] = []
+        if self.per_norm:
+            self.note("adaptation and stability are divided by each token's gradient_norm before tokens are compared")
         if "eos" in settings.always_keep and not len(always):
             self.note("the tokenizer names no end-of-sequence token, so that mask.always_keep=eos keeps none")
 
@@ -179,7 +203,7 @@ class Masking:
             for rows in self.parts.all():
                 for name in self.scales:
                     column = rows.components["loss"].astype(np.float64) if name == "loss" else None
-                    column = objective(rows.components, name) if column is None else column
+                    column = objective(rows.components, name, self.per_norm) if column is None else column
                     squares[name] += float(np.square(column).sum())
                 tokens += int(rows.offsets[-1])
                 task.advance(len(rows))
@@ -344,7 +368,7 @@ class Masking:
 
     def _values(self, rows: PairedRows, weight: float) -> Floats:
         against_loss = self.settings.loss_weight
-        values = token_values(rows.components, weight, self.scales, against_loss)
+        values = token_values(rows.components, weight, self.scales, against_loss, self.per_norm)
         if not np.isfinite(values).all():
             key = f"mask.stability_weight={weight}" + (f", mask.loss_weight={against_loss}" if against_loss else "")
             raise RunFailed(f"{key}: values do not fit into float32; choose a smaller one")

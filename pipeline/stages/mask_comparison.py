@@ -69,8 +69,11 @@ def contributions(summary: dict[str, Any]) -> dict[str, float] | None:
 
     The mean value of kept tokens less that of masked ones is the sum over components of weight * (mean over kept -
     mean over masked), with weight 1 / scale for adaptation and lambda / scale for stability (Eq. 12). A negative share:
-    the component speaks against what was kept. None where nothing was masked or there is no difference.
+    the component speaks against what was kept. None where nothing was masked or there is no difference, and where
+    values are no sum of the components (mask.divide_by_gradient_norm).
     """
+    if summary["settings"].get("divide_by_gradient_norm"):
+        return None
     weights = {"adaptation": 1.0, "stability": float(summary["settings"]["stability_weight"])}
     gaps = {}
     for name in COMPONENTS:

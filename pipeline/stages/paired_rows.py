@@ -14,11 +14,11 @@ from data_schemas import (
     COMPONENTS,
     KEPT,
     PREFERENCE_PREPARED,
-    PREFERENCE_VALUES,
     PREPARED,
     REHEARSED_VALUES,
-    VALUES,
     SchemaMismatch,
+    preference_values_schema,
+    values_schema,
 )
 from pipeline.maths.masking import Bools, Floats, Ints
 from pipeline.stages.failure import RunFailed
@@ -70,9 +70,9 @@ class PairedParts:
         self.storage, self.rows_at_once = storage, rows_at_once
         self.columns = (*COMPONENTS, *more)
         self.prefix, self.shown = (f"{branch}_", f" ({branch})") if branch else ("", "")
-        self.schemas = (PREFERENCE_PREPARED, PREFERENCE_VALUES) if branch else (PREPARED, VALUES)
-        if KEPT in more:
-            self.schemas = (PREPARED, REHEARSED_VALUES)
+        normed = bool(values["inputs"].get("valuation.gradient_norm"))
+        own = (preference_values_schema if branch else values_schema)(normed)
+        self.schemas = (PREFERENCE_PREPARED if branch else PREPARED, REHEARSED_VALUES if KEPT in more else own)
         self.rows: dict[str, int] = {}
         for part in prepared["counts"]["parts"]:
             first = storage.rows_of(f"prepared/{part}", prepared["fingerprint"])

@@ -49,12 +49,12 @@ ACCELERATORS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]:
-    """The plan as nested JSON values; ``policy``, ``reference``: resolved.
+def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) -> dict[str, Any]:
+    """The plan as nested JSON values; ``checkpoints`` of model.policy and ``reference``: resolved.
 
     Raises SettingsWrong and RunFailed for data or a model that the run would refuse as well.
     """
-    own = settings.model
+    own, policy, several = settings.model, checkpoints[0], len(checkpoints)
     config = load_config(ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code))
     dtype = _dtype(settings, config)
     try:
@@ -62,7 +62,7 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
-    drift = planned_drift(settings, policy, reference)
+    drift = planned_drift(settings, checkpoints, reference)
     budget = settings.valuation.tokens_per_batch
     budget = budget if isinstance(budget, int) else CPU_TOKENS
     shapes = train_shapes(sample, budget)
@@ -70,12 +70,12 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
     tokens, response = _tokens(sample.train), _response(sample.train)
     scale = sample.scale
     longest = max(len(example.input_ids) for example in sample.train)
-    value = planned_values(costs, sample, shapes, settings, snapshots)
+    value = several * planned_values(costs, sample, shapes, settings, snapshots)
     if sample.pairs:
-        value += pair_flops(costs, shapes, drift, policy != reference)
+        value += pair_flops(costs, shapes, drift, list(checkpoints) != [reference])
     stages = {
         "prepare": {"flops": 0},
-        "anchor": anchor_flops(costs, sample, settings, drift),
+        "anchor": anchor_flops(costs, sample, settings, drift, several),
         "value": {
             "flops": value,
             "floor": value_floor(costs, round(tokens * scale), round(response * scale)),
@@ -85,7 +85,7 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
     }
     rows: Sequence[Example | Pair] = sample.pairs or sample.train
     total = sum(stage["flops"] for stage in stages.values())
-    rows_file = file_sizes(sample, settings, scored, drift)
+    rows_file = file_sizes(sample, settings, scored, drift, several)
     coverage = as_json(scored.coverage)
     return {
         "data": {
@@ -101,6 +101,7 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
         "model": {
             "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
             "layers": costs.layers, "scored_layers": costs.scored_layers, "drift": drift, "snapshots": snapshots,
+            "checkpoints": several,
             "scored_modules": [linear.name for linear in scored.maps], "coverage": coverage,
             "coverage_warning": warning(scored.coverage),
         },
@@ -116,14 +117,15 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
     }  # fmt: skip
 
 
-def planned_drift(settings: Settings, policy: str, reference: str) -> str:
+def planned_drift(settings: Settings, checkpoints: Sequence[str], reference: str) -> str:
     """anchor.drift with ``auto`` resolved by place; the run itself compares contents."""
     drift = settings.anchor.drift
+    start = list(checkpoints) == [reference]
     if settings.valuation.rehearsed and drift in ("auto", "none"):
         if not settings.valuation.rehearsal.stability_weight:
             return "none"
-        return "rehearsal" if policy == reference else "checkpoint"
-    return drift if drift != "auto" else "warmup" if policy == reference else "checkpoint"
+        return "rehearsal" if start else "checkpoint"
+    return drift if drift != "auto" else "warmup" if start else "checkpoint"
 
 
 def planned_values(m: ModelCosts, sample: Sample, shapes: Shapes, settings: Settings, snapshots: int) -> int:
@@ -157,9 +159,9 @@ def pair_flops(m: ModelCosts, s: Shapes, drift: str, two_models: bool) -> int:
     return (forward_flops(m, s) + head if two_models else 0) + (upper + head if drift == "warmup" else 0)
 
 
-def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str) -> dict[str, int]:
+def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, checkpoints: int = 1) -> dict[str, int]:
     """Operations of the anchor by what they are for; ``fisher`` is at most, as completions may end early."""
-    snapshots = settings.anchor.snapshots if drift == "warmup" else 1
+    snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
     validation = validation_shapes(sample)
     found = {
         "fisher": 0 if drift == "none" else fisher_flops(m, sample.fisher, settings.anchor.fisher.max_new_tokens),

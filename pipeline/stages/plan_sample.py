@@ -96,9 +96,10 @@ def sample_data(settings: Settings, policy: str) -> Sample:
         validation_rows = round(validation_rows * len(validation) / len(some))
     trained = usable[wanted:]
     sequences = [s for made in trained for s in ((made.chosen, made.rejected) if isinstance(made, Pair) else (made,))]
+    of_all, parts = round(total * (1 - unusable)) - wanted, data.cut[1] if data.cut else 1
     return Sample(
-        total, round(total * (1 - unusable)) - wanted, tuple(sequences), tuple(trained) if preference else (),
-        tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total,
+        total, max(1, of_all // parts), tuple(sequences), tuple(trained) if preference else (),
+        tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1,
     )  # fmt: skip
 
 

@@ -13,10 +13,10 @@ from data_schemas import (
     BRANCHES,
     COMPONENTS,
     PREFERENCE_REFERENCE,
-    PREFERENCE_VALUES,
-    VALUES,
     masks_schema,
     preference_masks_schema,
+    preference_values_schema,
+    values_schema,
 )
 from pipeline.maths.decoder import ScoredLayers
 from pipeline.settings import Settings
@@ -34,30 +34,34 @@ def directions_bytes(scored: ScoredLayers) -> int:
     return 4 * scored.coverage.scored + HEADER_PER_TENSOR * len(scored.maps)
 
 
-def file_sizes(sample: Sample, settings: Settings, scored: ScoredLayers, drift: str) -> dict[str, int]:
-    """Bytes by directory of the run, for one mask."""
+def file_sizes(
+    sample: Sample, settings: Settings, scored: ScoredLayers, drift: str, checkpoints: int = 1
+) -> dict[str, int]:
+    """Bytes by directory of the run, for one mask; several checkpoints leave values of each beside their mean."""
     parts = max(1, -(-sample.train_rows // settings.data.shard_examples))
-    snapshots = settings.anchor.snapshots if drift == "warmup" else 1
+    snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
     tensors = (0 if drift == "none" else 1) + snapshots * (3 if drift == "warmup" else 2)
     held = sum(_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample))
     tables = _pair_tables(sample, settings) if sample.pairs else _tables(sample, settings)
     found = {name: _weighed(table, sample.train_rows, parts) for name, table in tables.items()}
+    found["values"] *= checkpoints + 1 if checkpoints > 1 else 1
     return {"prepared": found.pop("prepared") + held, "anchors": tensors * directions_bytes(scored), **found}
 
 
 def _tables(sample: Sample, settings: Settings) -> dict[str, pa.Table]:
     rows, schema = sample.train, masks_schema(settings.mask.extra_columns)
     values = {"id": [example.id for example in rows], **_values(rows, settings)}
-    mask = _mask(rows, settings, schema.names)
+    mask, own = _mask(rows, settings, schema.names), values_schema(settings.valuation.gradient_norm)
     return {
         "prepared": to_table(rows),
-        "values": pa.table([values[name] for name in VALUES.names], schema=VALUES),
+        "values": pa.table([values[name] for name in own.names], schema=own),
         "masks, each": pa.table([mask[name] for name in schema.names], schema=schema),
     }
 
 
 def _pair_tables(sample: Sample, settings: Settings) -> dict[str, pa.Table]:
     pairs, schema = sample.pairs, preference_masks_schema(settings.mask.extra_columns)
+    norms = settings.valuation.gradient_norm
     prepared, random = to_pair_table(pairs), np.random.default_rng(settings.run.seed)
     drawn = random.standard_normal((5, len(pairs))).astype(np.float32)
     known: dict[str, Any] = {name: prepared[name] for name in ("id", "prompt", *BRANCHES)} | {"omega": drawn[0]}
@@ -68,7 +72,7 @@ def _pair_tables(sample: Sample, settings: Settings) -> dict[str, pa.Table]:
         own = {**_values(rows, settings), **_mask(rows, settings, masks_schema(settings.mask.extra_columns).names)}
         own["logps"] = own["loss"]
         known |= {f"{branch}_{name}": column for name, column in own.items()}
-    schemas = {"values": PREFERENCE_VALUES, "reference": PREFERENCE_REFERENCE, "masks, each": schema}
+    schemas = {"values": preference_values_schema(norms), "reference": PREFERENCE_REFERENCE, "masks, each": schema}
     made = {n: pa.table([known[column] for column in s.names], schema=s) for n, s in schemas.items()}
     return {"prepared": prepared, **made}
 
@@ -95,14 +99,16 @@ def _weighed(table: pa.Table, rows: int, parts: int) -> int:
 def _values(examples: Sequence[Example], settings: Settings) -> dict[str, list[list[float]]]:
     """Values as far as their size is concerned: 23 random bits each, and a sign and an exponent that vary as they do."""
     random = np.random.default_rng(settings.run.seed)
-    columns: dict[str, list[list[float]]] = {name: [] for name in (*COMPONENTS, "loss")}
+    names = values_schema(settings.valuation.gradient_norm).names[1:]
+    columns: dict[str, list[list[float]]] = {name: [] for name in names}
     for example in examples:
         response = np.array(example.labels) != IGNORED
         for name, rows in columns.items():
             row = np.zeros(len(response), np.float32)
             if settings.valuation.window > 0 or not name.endswith("causal"):
                 drawn = random.standard_normal(len(response)) * np.exp(1.5 * random.standard_normal(len(response)))
-                row[response] = (np.abs(drawn) if name == "loss" else drawn).astype(np.float32)[response]
+                drawn = drawn if name in COMPONENTS else np.abs(drawn)
+                row[response] = drawn.astype(np.float32)[response]
             rows.append(row.tolist())
     return columns
 

@@ -54,7 +54,7 @@ def run_rehearsal(
 ) -> None:
     """Write values/ with the column ``kept``, unless done already. Raises SettingsWrong and RunFailed."""
     started = time.monotonic()
-    anchor = checked_anchor(storage, manifest, settings, policy)
+    anchor = checked_anchor(storage, manifest, settings, [policy])
     if manifest.stage("prepare")["counts"].get("format") == "preference":
         raise SettingsWrong([NO_PAIRS])
     if anchor["inputs"]["reference"] != of_model(reference):

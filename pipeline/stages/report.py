@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from data_schemas import COMPONENTS
+from data_schemas import COMPONENTS, GRADIENT_NORM
 from pipeline.maths.masking import token_values
 from pipeline.settings import Settings
 from pipeline.stages.failure import RunFailed
@@ -169,9 +169,10 @@ class _Row:
 
 def _rows(place: MaskPlace, part: str) -> Iterator[list[_Row]]:
     names = (f"prepared/{part}", f"values/{part}", f"masks/{place.name}/{part.replace('part-', 'train-', 1)}")
-    own, shown = (f"{place.branch}_" if place.branch else ""), (*COMPONENTS, "loss")
-    wanted = (["id", f"{own}input_ids", f"{own}labels"], [own + column for column in shown], [f"{own}labels"])
     opened = [pq.ParquetFile(place.storage.path(name), filesystem=place.storage.fs) for name in names]
+    own = f"{place.branch}_" if place.branch else ""
+    shown = [name for name in (*COMPONENTS, "loss", GRADIENT_NORM) if own + name in opened[1].schema_arrow.names]
+    wanted = (["id", f"{own}input_ids", f"{own}labels"], [own + column for column in shown], [f"{own}labels"])
     try:
         batches = [f.iter_batches(ROWS_AT_ONCE, columns=c) for f, c in zip(opened, wanted, strict=True)]
         for prepared, values, masked in zip(*batches, strict=True):
@@ -189,11 +190,14 @@ def _rows(place: MaskPlace, part: str) -> Iterator[list[_Row]]:
 
 def _add(picture: _Picture, row: _Row, summary: dict[str, Any], decode: Callable[[int], str] | None) -> None:
     response = row.labels != IGNORED
-    components = {name: row.columns[name] for name in COMPONENTS}
-    value = token_values(components, summary["settings"]["stability_weight"], summary["scales"])
+    settings = summary["settings"]
+    value = token_values(
+        row.columns, settings["stability_weight"], summary["scales"], settings.get("loss_weight", 0.0),
+        settings.get("divide_by_gradient_norm", False),
+    )  # fmt: skip
     columns = {"value": value, **row.columns}
-    for name, column in columns.items():
-        picture.histograms[name].add(column[response], row.kept[response])
+    for name, histogram in picture.histograms.items():
+        histogram.add(columns[name][response], row.kept[response])
     if response.any():
         picture.fractions.add(np.array([row.kept[response].mean()]), np.array([True]))
     if decode is not None:
