@@ -11,15 +11,18 @@ from data_schemas.preference import (
     PREFERENCE_REFERENCE,
     PREFERENCE_VALUES,
     preference_masks_schema,
+    preference_values_schema,
 )
 from data_schemas.prepared import PREPARED
 from data_schemas.quarantine import QUARANTINE
-from data_schemas.values import COMPONENTS, VALUES
+from data_schemas.values import COMPONENTS, GRADIENT_NORM, KEPT, REHEARSED_VALUES, VALUES, values_schema
 from data_schemas.version import SCHEMA_KEY, SchemaMismatch, check
 
 __all__ = [
     "BRANCHES",
     "COMPONENTS",
+    "GRADIENT_NORM",
+    "KEPT",
     "LOSS_WEIGHT",
     "MASK_EXTRA_COLUMNS",
     "PREFERENCE_PREPARED",
@@ -27,10 +30,13 @@ __all__ = [
     "PREFERENCE_VALUES",
     "PREPARED",
     "QUARANTINE",
+    "REHEARSED_VALUES",
     "SCHEMA_KEY",
     "VALUES",
     "SchemaMismatch",
     "check",
     "masks_schema",
     "preference_masks_schema",
+    "preference_values_schema",
+    "values_schema",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import pyarrow as pa
 
 from data_schemas.masks import masks_schema
-from data_schemas.values import COMPONENTS
+from data_schemas.values import COMPONENTS, GRADIENT_NORM
 from data_schemas.version import versioned
 
 BRANCHES = ("chosen", "rejected")
@@ -30,18 +30,25 @@ PREFERENCE_PREPARED = versioned(
     ],
 )
 
-PREFERENCE_VALUES = versioned(
-    "values-preference",
-    1,
-    [
-        pa.field("id", pa.string(), nullable=False),
-        # beta * sigmoid(-s) at the policy, constant per pair (Eq. 14).
-        pa.field("omega", pa.float32(), nullable=False),
-        # Components carry sign and scale: +omega for the chosen branch, -omega for the rejected one. Higher is better
-        # in both. `loss` is the token's plain cross-entropy under the policy, in nats.
-        *_twice((*COMPONENTS, "loss"), pa.float32()),
-    ],
-)
+
+def preference_values_schema(gradient_norm: bool = False) -> pa.Schema:
+    """Schema of a part of values of pairs; ``gradient_norm``: with that optional column for each branch."""
+    return versioned(
+        "values-preference",
+        1,
+        [
+            pa.field("id", pa.string(), nullable=False),
+            # beta * sigmoid(-s) at the policy, constant per pair (Eq. 14).
+            pa.field("omega", pa.float32(), nullable=False),
+            # Components carry sign and scale: +omega for the chosen branch, -omega for the rejected one. Higher is
+            # better in both. `loss` is the token's plain cross-entropy under the policy, in nats. `gradient_norm` is
+            # that of the pair's step, omega times the plain one, so that omega leaves a quotient of both.
+            *_twice((*COMPONENTS, "loss", *[GRADIENT_NORM] * gradient_norm), pa.float32()),
+        ],
+    )
+
+
+PREFERENCE_VALUES = preference_values_schema()
 
 # `reference/`: same parts and same row order as prepared/. Log-probabilities (nats, at most 0) of the response tokens
 # under the reference model; 0.0 outside the response.

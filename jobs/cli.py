@@ -145,6 +145,8 @@ def _run(name: str, settings: Settings) -> None:
         if settings.run.overwrite:
             session.manifest.discard(settings.run.overwrite)
         try:
+            if settings.run.share and name not in ("mask", "report"):
+                session.share()
             importlib.import_module(f"jobs.{name}").execute(session)
         except Exception:
             if session.storage.exists("logs"):

@@ -28,10 +28,13 @@ def tell(session: Session, summary: dict[str, Any]) -> None:
     told = f"kept:  {summary['kept_fraction']:.1%}"
     if summary["loss_weight"]:
         told = f"weigh: {summary['loss_weight']['mean']:.3f} on average, all labels kept,"
+    following = f"alphatoken mask run.dir={redacted(settings.run.dir)} mask.rho=0.3 mask.name=rho-0.3"
+    if summary.get("schedule") == "rehearsal":  # another rho is another rehearsal
+        following = f"alphatoken report run.dir={redacted(settings.run.dir)}"
     for line in (
         f"masks: {place}",
         f"{told} of {summary['response_tokens']:,} response tokens",
-        f"next:  alphatoken mask run.dir={redacted(settings.run.dir)} mask.rho=0.3 mask.name=rho-0.3",
+        f"next:  {following}",
     ):
         print(line)
 

@@ -29,8 +29,8 @@ def execute(arguments: Sequence[str]) -> int:
 
     with Progress() as progress, Session(settings, progress) as session:
         models, full = session.models, session.with_data()
-        plan = {"run": session.storage.root, **make_plan(full, models.policy, models.reference)}
-        plan["resume"] = resume_state(session.storage, session.manifest, full, models.policy, models.reference)
+        plan = {"run": session.storage.root, **make_plan(full, models.checkpoints, models.reference)}
+        plan["resume"] = resume_state(session.storage, session.manifest, full, models.checkpoints, models.reference)
     if "--json" in parsed.flags:
         print(json.dumps(plan, indent=2))
         return 0
@@ -53,7 +53,8 @@ def _what(plan: dict[str, Any]) -> Table:
     data, model = plan["data"], plan["model"]
     table = _table("what")
     about = "" if data["complete_sample"] else "about "
-    rows = f"{about}{data['train_examples']:,} of {data['rows']:,} rows, in {data['shards']:,} shard(s)"
+    kind = "pairs" if data["format"] == "preference" else "rows"
+    rows = f"{about}{data['train_examples']:,} of {data['rows']:,} {kind}, in {data['shards']:,} shard(s)"
     held = f"{data['validation_examples']:,} for validation, {data['fisher_prompts']:,} Fisher prompts"
     unusable = f"{data['unusable_fraction']:.1%} of rows not usable, {data['truncated_fraction']:.1%} truncated"
     tokens = (
@@ -68,7 +69,7 @@ def _what(plan: dict[str, Any]) -> Table:
         ("tokens", tokens),
         ("model", f"{model['parameters'] / 1e6:,.1f} M parameters in {model['dtype']}"),
         ("scored", f"{scored}, {coverage['scored'] / 1e6:,.2f} M parameters, coverage {coverage['fraction']:.1%}"),
-        ("drift", f"{model['drift']}, {model['snapshots']} snapshot(s)"),
+        ("drift", f"{model['drift']}, {model['snapshots']} snapshot(s), {model['checkpoints']} checkpoint(s)"),
     ):
         table.add_row(name, text)
     return table

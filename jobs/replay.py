@@ -14,7 +14,7 @@ PLACES = (("data", "train"), ("data", "validation"), ("model", "policy"), ("mode
 def recorded_configuration(place: str) -> dict[str, Any]:
     """The recorded settings, as nested dictionaries; ``place``: path or URI of a run.json.
 
-    run.overwrite is left out: it speaks of one command. A relative path that is not there from here is taken to be
+    run.overwrite and run.share are left out: they speak of one command. A relative path that is not there from here is taken to be
     relative to where the run was made. Raises SettingsWrong for a file that is not a manifest.
     """
     directory, _, name = place.rpartition("/")
@@ -28,7 +28,8 @@ def recorded_configuration(place: str) -> dict[str, Any]:
     configuration = manifest.get("configuration") if isinstance(manifest, dict) else None
     if not configuration:
         raise SettingsWrong([f"--from {place}: it records no configuration; give the run.json of a run"])
-    configuration.get("run", {}).pop("overwrite", None)
+    for key in ("overwrite", "share"):
+        configuration.get("run", {}).pop(key, None)
     for group, key in PLACES:
         if configuration.get(group, {}).get(key) is not None:
             configuration[group][key] = _found(configuration[group][key], manifest.get("directory"))

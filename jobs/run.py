@@ -8,8 +8,10 @@ from jobs.session import Session
 
 def execute(session: Session) -> None:
     """Run all stages."""
+    from pipeline.stages.mask import check_norms
     from pipeline.stages.selection import check_models
 
+    check_norms(session.settings.mask, session.settings.valuation.gradient_norm)
     valuation, models = session.settings.valuation, session.models
     check_models(session.settings, models.policy, models.reference)
     for stage in (prepare, anchor, value):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING
 from pipeline.settings import Settings
 from pipeline.stages.failure import SettingsWrong
 from pipeline.stages.lock import RunLock
-from pipeline.stages.manifest import Manifest
+from pipeline.stages.manifest import NAME, Manifest
 from pipeline.stages.progress import Progress
 from pipeline.stages.run_log import RunLog
 from pipeline.stages.storage import Storage
@@ -22,10 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """Resolved model.policy and model.reference: a local directory or a hub id each."""
+    """Resolved model.policy and model.reference: a local directory or a hub id each.
 
-    policy: str
+    ``policy``: the first checkpoint, whose tokenizer and configuration stand for all. ``checkpoints``: all of them.
+    """
+
+    checkpoints: tuple[str, ...]
     reference: str
+
+    @property
+    def policy(self) -> str:
+        """The only checkpoint, or the first of several."""
+        return self.checkpoints[0]
 
 
 class Session:
@@ -55,6 +64,24 @@ class Session:
         self.storage.sweep()
         self._open(Manifest(self.storage, self._lock.check))  # as the driver before has left it
         self.manifest.tidy()
+
+    def share(self, finished: Sequence[Storage] = ()) -> None:
+        """Take over what is equal upstream in run.share and in the run directories ``finished``.
+
+        Raises SettingsWrong for a run.share that is no run directory.
+        """
+        named = self.settings.run.share
+        own = [Storage(named)] if named else []
+        if own and not own[0].exists(NAME):
+            raise SettingsWrong([f"run.share={named}: there is no {NAME} in it, give the directory of a run"])
+        donors = [storage for storage in (*own, *finished) if storage.root != self.storage.root]
+        if not donors:
+            return
+        from pipeline.stages.share import share_upstream, stage_inputs
+
+        inputs = stage_inputs(self.with_data(), self.models.checkpoints, self.models.reference)
+        for taken in share_upstream(self.storage, self.manifest, inputs, donors):
+            self.progress.say(f"shared: {taken}")
 
     def _open(self, manifest: Manifest) -> None:
         self.manifest = manifest
@@ -105,13 +132,17 @@ class Session:
             from pipeline.maths.models import ModelSource, adapter_base
             from pipeline.stages.remote import here
 
-            policy = self._place("model.policy", self.settings.model.policy)
+            places = tuple(self._place("model.policy", one) for one in self.settings.model.checkpoints)
             reference = self.settings.model.reference
             if reference:
                 place = self._place("model.reference", reference)
             else:
-                place = adapter_base(here(ModelSource(policy), weights=False).path) or policy
-            self._models = Models(policy, place)
+                place = adapter_base(here(ModelSource(places[0]), weights=False).path) or places[0]
+            if len(places) > 1:
+                from pipeline.stages.checkpoint_values import check_checkpoints
+
+                check_checkpoints(self.settings, places, place)
+            self._models = Models(places, place)
         return self._models
 
     def _place(self, key: str, name: str) -> str:

@@ -23,7 +23,7 @@ from jobs.points import Point, Swept, expand, point_name
 from jobs.session import Session
 from pipeline.settings import Settings
 from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.mask_comparison import ComparedMask, MaskPlace, compare
+from pipeline.stages.mask_comparison import ComparedMask, MaskPlace, branches_of, compare
 from pipeline.stages.progress import Progress
 from pipeline.stages.storage import Storage
 
@@ -119,8 +119,8 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
                     session.claim()
                     if settings.run.overwrite:
                         session.manifest.discard(settings.run.overwrite)
-                    if several and command != "mask":
-                        _share(session, finished, progress)
+                    if command != "mask":
+                        session.share(finished if several else [])
                 session = sessions[root]
                 session.change(settings)
                 with redirect_stdout(io.StringIO()):  # a stage's last words are for a single run; here is a table
@@ -137,18 +137,6 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
     return failures
 
 
-def _share(session: Session, finished: Sequence[Storage], progress: Progress) -> None:
-    from pipeline.stages.share import share_upstream, stage_inputs
-
-    if not finished:
-        return
-    models = session.models
-    inputs = stage_inputs(session.with_data(), models.policy, models.reference)
-    donors = [storage for storage in finished if storage.root != session.storage.root]
-    for taken in share_upstream(session.storage, session.manifest, inputs, donors):
-        progress.say(f"shared: {taken}")
-
-
 def _reason(error: Exception) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     expected = isinstance(error, RunFailed | SettingsWrong)
@@ -162,9 +150,6 @@ def print_comparison(points: Sequence[SweepPoint], failures: Sequence[PointFailu
     if not made:
         return
     places = [MaskPlace(Storage(p.settings.run.dir), p.settings.mask.name) for p in made]
-    if any("branches" in place.storage.read_json(f"masks/{place.name}/summary.json") for place in places):
-        print("no comparison for preference pairs in this version; each mask's summary.json has its numbers")
-        return
     standard = MaskPlace(places[0].storage, DEFAULT_MASK)
     baseline = standard if standard.storage.exists(f"masks/{DEFAULT_MASK}/summary.json") else places[0]
     others = [baseline] if all((b.storage.root, b.name) != _key(baseline) for b in places) else []
@@ -172,7 +157,8 @@ def print_comparison(points: Sequence[SweepPoint], failures: Sequence[PointFailu
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(120, console.width))
-    console.print(comparison_table(compare(baseline, [*others, *places]), baseline, several))
+    branches = [replace(place, branch=b) for place in (*others, *places) for b in branches_of(place.storage)]
+    console.print(comparison_table(compare(baseline, branches), baseline, several))
 
 
 def _key(place: MaskPlace) -> tuple[str, str]:
@@ -195,7 +181,7 @@ def comparison_table(rows: Sequence[ComparedMask], baseline: MaskPlace, several_
         run = [row.place.storage.root.rpartition("/")[2]] if several_runs else []
         shares = [_percent(row.contributions[c]) if row.contributions else "-" for c in COMPONENTS]
         agreement = "-" if row.agreement is None else f"{row.agreement:.3f}"
-        table.add_row(*run, row.place.name, f"{row.kept_fraction:.1%}", agreement, *shares)
+        table.add_row(*run, row.place.label, f"{row.kept_fraction:.1%}", agreement, *shares)
     return table
 
 

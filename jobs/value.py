@@ -14,7 +14,7 @@ def execute(session: Session) -> None:
         session.storage,
         session.manifest,
         session.settings,
-        models.policy,
+        models.checkpoints,
         session.cluster,
         session.progress,
         models.reference,

@@ -42,6 +42,11 @@ RUNS: dict[str, tuple[str, ...]] = {
         "anchor.drift=warmup", "anchor.precondition=kfac", "anchor.snapshots=3", "anchor.snapshot_scale=rms",
         "anchor.warmup.steps=16", "anchor.warmup.examples=64",
     ),
+    # The paper's loop in advance, on the scored layers alone: as many steps of as many rows as the fine-tune will take.
+    "rehearsal": (
+        "valuation=rehearsal", "valuation.rehearsal.batch_size=8", "valuation.rehearsal.learning_rate=5e-5",
+        "valuation.rehearsal.refresh=1", "valuation.rehearsal.stability_weight=0",
+    ),
     "loss": ("valuation.method=loss",),
     "random": ("valuation.method=random",),
     "full": ("valuation.method=full",),
@@ -72,6 +77,7 @@ ROWS = [
     Row("paper 0.5", "paper", _at(0.5)),
     Row("kfac 0.5", "kfac", _at(0.5)),
     Row("loss 0.5", "loss", _at(0.5)),
+    Row("rehearsal 0.5", "rehearsal", _at(0.5)),
     Row("kfac token_id 0.5", "kfac", _at(0.5, "mask.scope=token_id")),
     Row("kfac-trajectory 0.5", "kfac-trajectory", _at(0.5, "mask.stability_weight=0")),
     Row("kfac-trajectory lambda=1.5 rms 0.5", "kfac-trajectory", _at(0.5, "mask.normalize=rms")),
@@ -90,13 +96,19 @@ ROWS = [
 class Quality:
     """A directory with data, runs and results."""
 
+    runs = RUNS
+
     def __init__(self, place: Path) -> None:
         self.place, self.model = place, example_model()
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self.rows = load_rows(TRAIN + FISHER, VALIDATION, HELD_OUT)
-        for name, rows in (("train", self.rows.train), ("validation", self.rows.validation)):
+        for name, rows in (("train", self.train_rows()), ("validation", self.rows.validation)):
             place.mkdir(parents=True, exist_ok=True)
             (place / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def train_rows(self) -> list[dict[str, Any]]:
+        """What is valued and trained on."""
+        return self.rows.train
 
     def tokens(self, rows: list[dict[str, Any]]) -> Tokens:
         """Rows as the pipeline tokenizes them."""
@@ -105,18 +117,21 @@ class Quality:
 
     def masked(self, row: Row) -> tuple[Tokens, list[list[float]] | None]:
         """Labels (and soft weights) of one row, through the pipeline's own commands."""
-        run = self.place / row.run
-        name = row.slug
-        common = [f"run.dir={run}", f"mask.name={name}", *RUNS[row.run], *row.mask]
-        with FileLock(f"{run}.lock"):
-            if not (run / "masks" / name / "summary.json").exists():
-                command = [sys.executable, "-m", "jobs", "run", f"data.train={self.place / 'train.jsonl'}"]
-                command += [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
-                subprocess.run([*command, *common], check=True)
-        files = sorted((run / "masks" / name).glob("*.parquet"))
+        files = sorted((self.piped(row) / "masks" / row.slug).glob("*.parquet"))
         table = [r for file in files for r in pq.read_table(file).to_pylist()]
         soft = [r["loss_weight"] for r in table] if table and "loss_weight" in table[0] else None
         return [(r["input_ids"], r["labels"]) for r in table], soft
+
+    def piped(self, row: Row) -> Path:
+        """The run directory, with the values of ``row.run`` and the mask of ``row``."""
+        run = self.place / row.run
+        common = [f"run.dir={run}", f"mask.name={row.slug}", *self.runs[row.run], *row.mask]
+        with FileLock(f"{run}.lock"):
+            if not (run / "masks" / row.slug / "summary.json").exists():
+                command = [sys.executable, "-m", "jobs", "run", f"data.train={self.place / 'train.jsonl'}"]
+                command += [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
+                subprocess.run([*command, *common], check=True)
+        return run
 
     def measure(self, row: Row | None, seed: int) -> dict[str, Any]:
         """Fine-tune on one row's mask and measure; None: the model untouched."""

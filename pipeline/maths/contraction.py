@@ -3,7 +3,8 @@
     direct[p] += d_p^T M h_p          causal[p] += e_p^T M_v h_p,   e_p = sum over 0 < k - p <= W of A[k, p] d_k
 
 All directions go through one GEMM per linear map, from the side on which the elementwise product that follows is
-smaller; only positions that are asked for are contracted, in chunks of a bounded workspace.
+smaller; only positions that are asked for are contracted, in chunks of a bounded workspace. What a position adds to the
+gradient of one map, d_p h_p^T, has rank one, so that its norm |d_p| |h_p| comes free with the same pass.
 """
 
 from __future__ import annotations
@@ -46,7 +47,9 @@ class Contraction:
     """A visitor that adds up each position's components over all scored linear maps.
 
     ``positions``: flat positions (over batch * length) to contract. After the pass ``direct`` and ``causal`` hold
-    (directions, positions) in at least float32.
+    (directions, positions) in at least float32. With ``norms``, ``squares`` (positions,) float64 holds
+    sum over linear maps of |d_p|^2 |h_p|^2, without the errors e_p that come through attention: the squared Frobenius
+    norm of the gradient whose products with the directions are ``direct``.
     """
 
     def __init__(
@@ -55,6 +58,7 @@ class Contraction:
         values: Mapping[str, ValueProjection],
         positions: torch.Tensor,
         shape: tuple[int, int],
+        norms: bool = False,
     ) -> None:
         self.directions, self.values, self.positions = directions, values, positions
         first = next(iter(directions.matrices.values()))
@@ -62,6 +66,7 @@ class Contraction:
         size = (len(directions.names), len(positions))
         self.direct = torch.zeros(size, dtype=self.dtype, device=first.device)
         self.causal = torch.zeros(size, dtype=self.dtype, device=first.device)
+        self.squares = torch.zeros(len(positions), dtype=torch.float64, device=first.device) if norms else None
         self.index = torch.full((shape[0] * shape[1],), -1, dtype=torch.int64, device=first.device)
         self.index[positions] = torch.arange(len(positions), device=first.device)
 
@@ -80,6 +85,8 @@ class Contraction:
             part = rows[start : start + step]
             into = slice(start, start + len(part)) if target is None else target[start : start + len(part)]
             entering, error = captured.entering[part], captured.error[part]
+            if self.squares is not None:
+                self.squares[into] += (self._norm(error) * self._norm(entering)).square()
             if by_output:
                 moved = (entering @ matrix.T).unflatten(1, (len(self.directions.names), -1))
                 self.direct[:, into] += self._inner(moved, error)
@@ -96,6 +103,10 @@ class Contraction:
             return None
         error = value.of(captured.error).unflatten(0, captured.shape)
         return apply_band(captured.band, error).flatten(0, 1)
+
+    def _norm(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, d) -> (n,) float64, since the square of a small float32 norm is none."""
+        return torch.linalg.vector_norm(rows, dim=1, dtype=self.dtype).double()
 
     def _inner(self, moved: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """(n, S, d), (n, d) -> inner products (S, n), summed in at least float32."""

@@ -8,7 +8,7 @@ meta device: no weight is read.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -124,6 +124,11 @@ def forward_flops(m: ModelCosts, s: Shapes) -> int:
     return 2 * (m.lower + m.scored) * s.tokens + 4 * m.attention * m.layers * s.squares
 
 
+def lower_flops(m: ModelCosts, s: Shapes) -> int:
+    """A forward pass through the layers below the scored ones."""
+    return 2 * m.lower * s.tokens + 4 * m.attention * m.lower_layers * s.squares
+
+
 def backward_flops(m: ModelCosts, s: Shapes) -> int:
     """Backward through the activations of the scored layers, and through the head's loss at predicting positions."""
     return 2 * m.scored * s.tokens + 10 * m.attention * m.scored_layers * s.squares
@@ -146,8 +151,8 @@ def outer_flops(m: ModelCosts, positions: int) -> int:
 
 def value_flops(m: ModelCosts, s: Shapes, window: int, snapshots: int = 1, estimator: str = "ghost") -> int:
     """Values of every response token; the lower layers run once for all snapshots."""
-    lower = 2 * m.lower * s.tokens + 4 * m.attention * m.lower_layers * s.squares
-    if estimator == "exact":  # forward mode: three products for one, once per direction
+    lower = lower_flops(m, s)
+    if estimator != "ghost":  # forward mode: three products for one, once per direction
         upper = 6 * m.scored * s.tokens + 12 * m.attention * m.scored_layers * s.blocks + 6 * m.head * s.predicting
         return lower + snapshots * DIRECTIONS * upper
     band = 0
@@ -155,6 +160,21 @@ def value_flops(m: ModelCosts, s: Shapes, window: int, snapshots: int = 1, estim
         band = 2 * m.attention * s.blocks + 2 * m.value_width * (BLOCK + window) * s.tokens
     contraction = 2 * DIRECTIONS * m.scored * s.predicting
     return lower + snapshots * (ghost_flops(m, s) - lower + m.scored_layers * band + contraction)
+
+
+def rehearsal_flops(m: ModelCosts, train: Shapes, validation: Shapes, refreshes: int, rho: float, values: int) -> int:
+    """A rehearsal over ``train`` whose values cost ``values``: with the masked gradients, and the refreshed directions.
+
+    The lower layers run once for values and gradient, and once for all refreshes.
+    """
+
+    def upper(s: Shapes, predicting: int) -> int:
+        s = replace(s, predicting=predicting)
+        return ghost_flops(m, s) - lower_flops(m, s)
+
+    learned = upper(train, round(rho * train.predicting)) + outer_flops(m, train.tokens)
+    directions = upper(validation, validation.predicting) + outer_flops(m, validation.predicting)
+    return values + learned + lower_flops(m, validation) + refreshes * directions
 
 
 def value_floor(m: ModelCosts, tokens: int, predicting: int) -> int:

@@ -1,8 +1,18 @@
-"""The exact estimator: the derivative of each token's own loss along each direction.
+"""The estimators by forward-mode differentiation: `exact`, the derivative of each token's own loss along each direction,
+and `information`, how much each token's prediction moves along it.
 
 `direct` splits the training gradient by position; a mask removes one token's loss. What that is worth to first order
 is <gradient of the token's own loss, M>, the directional derivative of the per-token loss vector along M, obtained for
 all tokens at once by forward-mode differentiation. Tangents live in the scored layers alone.
+
+A mask that is computed once must not choose by the label: in one and the same context it would keep some labels and
+drop others, always the same ones, and training on what is left learns another distribution than the data's.
+`information` does not look at the label. With u = the logits' derivative along M and p = their softmax it is
+
+    Var_p(u) = sum_y p_y (grad log p_y, M)^2 = vec(M)' F_t vec(M)
+
+the Fisher information of the token's prediction along M, twice the Kullback-Leibler divergence per squared step:
+high where a step along M changes what is predicted, 0 where the prediction is settled.
 """
 
 from __future__ import annotations
@@ -23,12 +33,18 @@ from pipeline.maths.lower import lower_layers_once
 
 
 def exact_values(
-    scored: ScoredLayers, batch: Batch, named: Mapping[str, Mapping[str, torch.Tensor]], kernel: str
+    scored: ScoredLayers,
+    batch: Batch,
+    named: Mapping[str, Mapping[str, torch.Tensor]],
+    kernel: str,
+    information: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Losses (n,) in nats and derivatives (directions, n) at the n positions that predict a response token.
+    """Losses (n,) in nats and values (directions, n) at the n positions that predict a response token.
 
-    ``named``: direction name -> parameter name -> tensor. Positive: a step against the gradient of this token's loss
-    has a positive product with the direction, as in the other estimator. One pass of the scored layers per direction.
+    ``named``: direction name -> parameter name -> tensor. Values: derivatives of the losses; positive: a step against
+    the gradient of this token's loss has a positive product with the direction, as in the other estimator. With
+    ``information`` the Fisher information along the direction, never negative. One pass of the scored layers per
+    direction.
     """
     positions = batch.predicting()
     targets = batch.labels.flatten()[positions + 1]
@@ -50,13 +66,13 @@ def exact_values(
             with _tangents(scored, direction):
                 outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
                 hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
-                losses, derivative = _losses(scored, outputs, hidden, targets)
+                losses, derivative = _losses(scored, outputs, hidden, targets, information)
                 derivatives.append(derivative)
     return losses, torch.stack(derivatives)
 
 
 def _losses(
-    scored: ScoredLayers, outputs: object, hidden: torch.Tensor, targets: torch.Tensor
+    scored: ScoredLayers, outputs: object, hidden: torch.Tensor, targets: torch.Tensor, information: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     losses, derivatives = [], []
     rows = chunk_rows(scored.model, hidden)
@@ -66,9 +82,20 @@ def _losses(
             logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = logits.logsumexp(dim=-1) - logits.gather(1, wanted[:, None]).squeeze(1)
             primal, tangent = forward_ad.unpack_dual(loss)
+            if information:
+                tangent = _variance(*forward_ad.unpack_dual(logits))
             losses.append(primal)
             derivatives.append(torch.zeros_like(primal) if tangent is None else tangent)
     return torch.cat(losses), torch.cat(derivatives)
+
+
+def _variance(logits: torch.Tensor, tangent: torch.Tensor | None) -> torch.Tensor | None:
+    """Variance (n,) of the logits' tangent (n, vocabulary) under their softmax."""
+    if tangent is None:
+        return None
+    p = logits.softmax(dim=-1)
+    tangent = tangent - (p * tangent).sum(dim=-1, keepdim=True)
+    return (p * tangent.square_()).sum(dim=-1)
 
 
 @contextmanager

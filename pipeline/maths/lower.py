@@ -6,7 +6,7 @@ comes below need not be computed again for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,31 +17,43 @@ from pipeline.maths.decoder import ScoredLayers
 
 
 @contextmanager
-def lower_layers_once(scored: ScoredLayers) -> Iterator[None]:
+def lower_layers_once(scored: ScoredLayers, kept: list[torch.Tensor] | None = None) -> Iterator[None]:
     """Inside the block, only the first pass runs the layers below the scored ones; every pass must be of one batch.
 
-    The decoder's own forward still runs (embeddings, masks, positions), with lower layers that hand through.
+    The decoder's own forward still runs (embeddings, masks, positions), with lower layers that hand through. ``kept``:
+    an empty list, where the hidden state that enters the first scored layer is left; or one in which a block over the
+    same batch has left it, and then no pass runs the lower layers. A pass of another shape runs them as ever: the
+    search for the origin of a NaN goes row by row.
     """
-    kept: list[torch.Tensor] = []
+    kept = [] if kept is None else kept
+
+    def is_kept(hidden: torch.Tensor) -> bool:
+        return bool(kept) and hidden.shape == kept[0].shape
+
+    def handing_through(forward: Callable[..., Any]) -> Callable[..., Any]:
+        def hand_through(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> Any:
+            return hidden_states if is_kept(hidden_states) else forward(hidden_states, *args, **kwargs)
+
+        return hand_through
 
     def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]] | None:
         hidden = args[0] if args else kwargs["hidden_states"]
         if not kept:
             kept.append(hidden.detach())
-            for layer in scored.lower:
-                layer.forward = _hand_through
+            return None
+        if not is_kept(hidden):
             return None
         return ((kept[0], *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": kept[0]})
 
+    own = [vars(layer).get("forward") for layer in scored.lower]
+    for layer in scored.lower:
+        layer.forward = handing_through(layer.forward)
     hook = scored.layers[0].register_forward_pre_hook(enter, with_kwargs=True)
     try:
         yield
     finally:
         hook.remove()
-        for layer in scored.lower:
-            if "forward" in vars(layer):
-                del layer.forward
-
-
-def _hand_through(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
-    return hidden_states
+        for layer, before in zip(scored.lower, own, strict=True):
+            del layer.forward
+            if before is not None:
+                layer.forward = before

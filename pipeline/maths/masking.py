@@ -22,28 +22,41 @@ _SIGN = np.uint32(1 << 31)
 _HALF = 1 << 16
 
 
-def objective(components: Mapping[str, Floats], name: str) -> npt.NDArray[np.float64]:
-    """Direct plus causal part of ``adaptation`` or ``stability``, ``(tokens,)`` float64."""
-    return components[f"{name}_direct"].astype(np.float64) + components[f"{name}_causal"]
+def objective(components: Mapping[str, Floats], name: str, per_norm: bool = False) -> npt.NDArray[np.float64]:
+    """Direct plus causal part of ``adaptation`` or ``stability``, ``(tokens,)`` float64.
+
+    ``per_norm``: divided by the token's ``gradient_norm``, and 0 where that is 0: a token without a gradient teaches
+    nothing.
+    """
+    found = components[f"{name}_direct"].astype(np.float64) + components[f"{name}_causal"]
+    if not per_norm:
+        return found
+    norms = components["gradient_norm"].astype(np.float64)
+    return np.divide(found, norms, out=np.zeros_like(found), where=norms > 0)
 
 
 def token_values(
-    components: Mapping[str, Floats], weight: float, scale: Mapping[str, float], loss_weight: float = 0.0
+    components: Mapping[str, Floats],
+    weight: float,
+    scale: Mapping[str, float],
+    loss_weight: float = 0.0,
+    per_norm: bool = False,
 ) -> Floats:
     """The value of every token (Eq. 12), ``(tokens,)`` float32; higher is better.
 
     ``value = adaptation / scale["adaptation"] + weight * stability / scale["stability"] - loss_weight * loss /
     scale["loss"]``, each objective being the sum of its direct and causal component. The last term is not the paper's:
     it takes the token's own loss as a second criterion, against tokens that are simply wrong. ``loss`` and its scale
-    are not needed where ``loss_weight`` is 0. Computed in float64 and rounded once, so that the order of equal sums
+    are not needed where ``loss_weight`` is 0. ``per_norm``: the objectives (not the loss) are those per unit of the
+    token's gradient norm, see ``objective``. Computed in float64 and rounded once, so that the order of equal sums
     does not depend on how they were added up. A result beyond float32 becomes infinite.
     """
     needed = (*OBJECTIVES, "loss") if loss_weight else OBJECTIVES
     if not all(0 < scale[name] < math.inf for name in needed):
         raise ValueError(f"scales must be positive and finite, not {dict(scale)}")
-    value = objective(components, "adaptation") / scale["adaptation"]
+    value = objective(components, "adaptation", per_norm) / scale["adaptation"]
     if weight:
-        value += weight * objective(components, "stability") / scale["stability"]
+        value += weight * objective(components, "stability", per_norm) / scale["stability"]
     if loss_weight:
         value -= loss_weight * components["loss"].astype(np.float64) / scale["loss"]
     with np.errstate(over="ignore"):

@@ -22,6 +22,8 @@ from pipeline.maths.ghost import ghost_pass
 from pipeline.maths.nonfinite import locate
 from pipeline.maths.value_projection import value_projections
 
+ESTIMATORS = ("ghost", "exact", "information")
+
 
 class TokenValuer:
     """Values every response token along the given directions (Eqs. 8, 9 and 11).
@@ -30,8 +32,12 @@ class TokenValuer:
     trajectory; where they bring their own scored weights, those are used inside each call. ``layers`` K: the last K
     decoder layers are scored. ``window`` W: reach of the causal path in tokens; 0 leaves it out. ``attention``: sdpa |
     flash_attention_2 | eager. ``estimator``: ghost (the paper's, by position) | exact (the derivative of each token's
-    own loss; it knows no paths: the causal columns are 0). Raises ValueError when the directions are not for these
-    layers, UnsupportedModel when the model cannot be scored.
+    own loss) | information (how much a step along the direction moves the token's prediction, whatever its label:
+    never negative); the last two know no paths: the causal columns are 0. ``gradient_norm``: with a column of that
+    name, the Frobenius norm over the scored maps of what the token's position adds to the gradient,
+    ``sqrt(sum of |d|^2 |h|^2)``; by position as the direct columns, so that it knows no causal path and the ghost
+    estimator alone has it. Raises ValueError when the directions are not for these layers, UnsupportedModel when the
+    model cannot be scored.
     """
 
     def __init__(
@@ -42,15 +48,19 @@ class TokenValuer:
         window: int = 32,
         attention: str = "sdpa",
         estimator: str = "ghost",
+        gradient_norm: bool = False,
     ) -> None:
-        if estimator not in ("ghost", "exact"):
-            raise ValueError(f"estimator={estimator}: must be ghost or exact")
+        if estimator not in ESTIMATORS:
+            raise ValueError(f"estimator={estimator}: must be one of {', '.join(ESTIMATORS)}")
+        if gradient_norm and estimator != "ghost":
+            raise ValueError("gradient_norm: forward-mode differentiation forms no gradient; use estimator=ghost")
+        self.gradient_norm = gradient_norm
         self.scored = scored_layers(model, layers)
         self.estimator, self.named = estimator, directions.named
         directions.check(self.scored.weights())
         self.weights = dict(directions.weights) if directions.weights is not None else None
         self.window, self.attention = window, attention
-        if estimator == "exact":
+        if estimator != "ghost":
             return
         self.values = value_projections(self.scored, attention) if window > 0 else {}
         self.directions = StackedDirections(self.scored, directions.named, set(self.values))
@@ -61,7 +71,8 @@ class TokenValuer:
         """Column name -> float32 tensor (batch, length); float64 for a float64 model.
 
         ``attention_mask`` (batch, length): 1 at tokens, 0 at padding on either side; None: no padding. ``labels``: -100
-        outside the response. Columns: ``<direction>_direct``, ``<direction>_causal``, ``loss`` (nats). Index i speaks
+        outside the response. Columns: ``<direction>_direct``, ``<direction>_causal``, ``loss`` (nats), and
+        ``gradient_norm`` where it was asked for. Index i speaks
         of token i as a PREDICTED token; 0.0 outside the response. Positive: learning the token moves the weights
         along the direction's descent (adaptation: lowers the validation loss; stability: back to the reference).
         """
@@ -78,27 +89,30 @@ class TokenValuer:
         ``positions``: flat network positions to contract instead of those that predict a response token; their values
         stand at the following index.
         """
-        if self.estimator == "exact":
-            return self._exact(batch)
+        if self.estimator != "ghost":
+            return self._forward_mode(batch)
         predicting = batch.predicting()
         chosen = predicting if positions is None else positions
-        contraction = Contraction(self.directions, self.values, chosen, batch.shape)
+        contraction = Contraction(self.directions, self.values, chosen, batch.shape, self.gradient_norm)
         with swapped(self.scored, self.weights):
             losses = ghost_pass(self.scored, batch, contraction, self.attention, self.window)
             columns = {"loss": (predicting, losses)}
             for row, name in enumerate(self.directions.names):
                 columns[f"{name}_direct"] = (chosen, contraction.direct[row])
                 columns[f"{name}_causal"] = (chosen, contraction.causal[row])
-            if not torch.stack(
-                [torch.isfinite(values).all() for _, values in columns.values()]
-            ).all():  # one answer to wait for
+            if contraction.squares is not None:
+                columns["gradient_norm"] = (chosen, contraction.squares.sqrt())
+            finite = torch.stack([torch.isfinite(values).all() for _, values in columns.values()])
+            if not finite.all():  # one answer for the host to wait for
                 raise locate(self.scored, batch, self.attention)
         return {name: _at_token(where, values, batch, contraction.dtype) for name, (where, values) in columns.items()}
 
-    def _exact(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _forward_mode(self, batch: Batch) -> dict[str, torch.Tensor]:
         predicting = batch.predicting()
         with swapped(self.scored, self.weights):
-            losses, derivatives = exact_values(self.scored, batch, self.named, self.attention)
+            losses, derivatives = exact_values(
+                self.scored, batch, self.named, self.attention, information=self.estimator == "information"
+            )
             if not bool(torch.isfinite(losses).all() and torch.isfinite(derivatives).all()):
                 raise locate(self.scored, batch, self.attention)
         columns = {"loss": losses}

@@ -11,13 +11,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from pipeline.maths.adamw import ScoredAdamW
 from pipeline.maths.batch import Batch
 from pipeline.maths.decoder import ScoredLayers
 from pipeline.maths.ghost import ghost_pass
 from pipeline.maths.nonfinite import locate
 from pipeline.maths.outer_sums import OuterSum
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def warm_up(
@@ -39,32 +38,25 @@ def warm_up(
     The step's loss is the mean over the batch's response tokens; the learning rate rises over the first tenth of the
     steps and falls to zero along a cosine; gradients are clipped to norm 1. ``advance`` is called with 1 after a step.
     """
-    masters = {name: torch.nn.Parameter(w.detach().float().clone()) for name, w in scored.weights().items()}
-    optimizer = torch.optim.AdamW(masters.values(), lr=learning_rate, weight_decay=0.0)
+    adamw = ScoredAdamW(scored.weights(), learning_rate, start)
     first = 0
     if start is None:
-        keep(0, _plain(masters))
+        keep(0, adamw.masters())
     else:
-        first, state = start
-        _restore(optimizer, masters, first, state)
-        _copy_to_model(scored, masters)
+        first = start[0]
+        _copy_to_model(scored, adamw.masters())
         advance(first)
     for step, batch in enumerate(batches[first:], first):
         gradient = OuterSum(scored)
         losses = ghost_pass(scored, batch, gradient, kernel)
         if not bool(torch.isfinite(losses).all()):
             raise locate(scored, batch, kernel)
-        for name, master in masters.items():
-            master.grad = gradient.total[name].float() / max(1, len(losses))
-        torch.nn.utils.clip_grad_norm_(masters.values(), 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * schedule(step, len(batches))
-        optimizer.step()
-        _copy_to_model(scored, masters)
-        keep(step + 1, _plain(masters))
-        save(step + 1, _state(optimizer, masters))
+        adamw.step(gradient.total, len(losses), schedule(step, len(batches)))
+        _copy_to_model(scored, adamw.masters())
+        keep(step + 1, adamw.masters())
+        save(step + 1, adamw.state())
         advance(1)
-    return _plain(masters)
+    return adamw.masters()
 
 
 def snapshot_steps(steps: int, snapshots: int) -> list[int]:
@@ -74,36 +66,10 @@ def snapshot_steps(steps: int, snapshots: int) -> list[int]:
     return [round(index * steps / (snapshots - 1)) for index in range(snapshots)]
 
 
-def _plain(masters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    return {name: master.detach() for name, master in masters.items()}
-
-
 @torch.no_grad()
-def _copy_to_model(scored: ScoredLayers, masters: dict[str, torch.nn.Parameter]) -> None:
+def _copy_to_model(scored: ScoredLayers, masters: dict[str, torch.Tensor]) -> None:
     for linear in scored.maps:
         linear.parameter.copy_(masters[linear.name])
-
-
-def _state(optimizer: torch.optim.AdamW, masters: dict[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
-    """Masters and both moments, float32, by ``<kind>/<parameter name>``."""
-    found = {f"master/{name}": master.detach() for name, master in masters.items()}
-    for name, master in masters.items():
-        for moment in MOMENTS:
-            found[f"{moment}/{name}"] = optimizer.state[master][moment]
-    return found
-
-
-@torch.no_grad()
-def _restore(
-    optimizer: torch.optim.AdamW,
-    masters: dict[str, torch.nn.Parameter],
-    steps: int,
-    state: dict[str, torch.Tensor],
-) -> None:
-    for name, master in masters.items():
-        master.copy_(state[f"master/{name}"])
-        moments = {moment: state[f"{moment}/{name}"].to(master.device).clone() for moment in MOMENTS}
-        optimizer.state[master] = {"step": torch.tensor(float(steps)), **moments}
 
 
 def schedule(step: int, steps: int) -> float:

@@ -5,6 +5,7 @@ from pipeline.settings.cluster import ClusterSettings
 from pipeline.settings.data import ColumnSettings, DataSettings
 from pipeline.settings.mask import MaskSettings
 from pipeline.settings.model import ModelSettings
+from pipeline.settings.rehearsal import RehearsalSettings
 from pipeline.settings.run import STAGES, RunSettings, Settings
 from pipeline.settings.valuation import ValuationSettings
 
@@ -17,6 +18,7 @@ __all__ = [
     "FisherSettings",
     "MaskSettings",
     "ModelSettings",
+    "RehearsalSettings",
     "RunSettings",
     "Settings",
     "ValuationSettings",

@@ -40,10 +40,11 @@ class AnchorSettings:
     precondition: str = option("none", "none | adam (diagonal) | kfac: what the directions are divided by")
     damping: float = option(0.1, "of the preconditioner, as a fraction of its mean eigenvalue")
 
-    def problems(self, stability_weight: float) -> list[str]:
+    def problems(self, stability_weight: float, checkpoints: int = 1) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each.
 
         ``stability_weight`` is mask.stability_weight: without a drift there is no stability value to weigh.
+        ``checkpoints``: how many model.policy names.
         """
         found = one_of("anchor.drift", self.drift, ("auto", "checkpoint", "warmup", "none"))
         if self.drift == "none" and stability_weight > 0:
@@ -61,7 +62,17 @@ class AnchorSettings:
         if not self.warmup.learning_rate > 0:
             found.append(f"anchor.warmup.learning_rate={self.warmup.learning_rate}: must be above 0")
         found += at_least("anchor.snapshots", self.snapshots, 1)
-        if self.snapshots > 1 and self.drift in ("checkpoint", "none"):
+        if checkpoints > 1 and self.drift == "warmup":
+            found.append(
+                f"anchor.drift=warmup: the {checkpoints} checkpoints of model.policy are a trajectory already, set "
+                "anchor.drift=checkpoint"
+            )
+        elif checkpoints > 1 and self.snapshots > 1:
+            found.append(
+                f"anchor.snapshots={self.snapshots}: the {checkpoints} checkpoints of model.policy are the snapshots, "
+                "set anchor.snapshots=1"
+            )
+        elif self.snapshots > 1 and self.drift in ("checkpoint", "none"):
             found.append(
                 f"anchor.snapshots={self.snapshots}: snapshots are points of a warm-up: set anchor.drift=warmup"
             )

@@ -1,5 +1,6 @@
 """Which data, and how rows become token sequences."""
 
+import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -40,6 +41,11 @@ class DataSettings:
     )
     validation: Any = option(32, "the same, or an integer: hold that many examples out of data.train")
     format: str = option("auto", "auto | sft | preference")
+    part: str | None = option(
+        None,
+        "k/n: take the k-th of n parts of the training rows, for rounds of valuing and training; a seeded cut, the same "
+        "held-out rows for every part",
+    )
     max_length: int = option(2048, "tokens; longer examples are truncated from the right and counted")
     shard_examples: int = option(1024, "examples per shard: the unit of work, of retry and of resume")
     chat_template: str = option("auto", "auto | always | never: whether rows go through the tokenizer's chat template")
@@ -47,10 +53,20 @@ class DataSettings:
         default_factory=ColumnSettings, metadata={"help": "column names, where not the usual ones"}
     )
 
+    @property
+    def cut(self) -> tuple[int, int] | None:
+        """data.part as (index from 0, number of parts); None for all rows, or where it cannot be read."""
+        found = re.fullmatch(r"([0-9]{1,6})/([0-9]{1,6})", self.part or "")
+        if found is None or not 1 <= int(found[1]) <= int(found[2]):
+            return None
+        return int(found[1]) - 1, int(found[2])
+
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = one_of("data.format", self.format, ("auto", "sft", "preference"))
         found += one_of("data.chat_template", self.chat_template, ("auto", "always", "never"))
+        if self.part is not None and self.cut is None:
+            found.append(f"data.part={self.part}: must be k/n with 1 <= k <= n, such as 1/4")
         found += at_least("data.max_length", self.max_length, 2)
         found += at_least("data.shard_examples", self.shard_examples, 1)
         if self.train is None or self.train == []:

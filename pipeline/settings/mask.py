@@ -26,6 +26,9 @@ class MaskSettings:
     normalize: str = option(
         "none", "none | rms: divide adaptation, stability and loss by their own root mean square first"
     )
+    divide_by_gradient_norm: bool = option(
+        False, "divide adaptation and stability of each token by its gradient_norm first (0 where that is 0)"
+    )
     always_keep: list[Any] = option(["eos"], "tokens that are always kept: eos, token strings or token ids")
     min_kept: int = option(1, "kept tokens per example at least")
     name: str = option("default", "the mask is written to masks/<name>")

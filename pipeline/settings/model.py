@@ -11,7 +11,9 @@ class ModelSettings:
     """Configuration group ``model``."""
 
     policy: Any = option(
-        "embedded", "local directory, hub id, PEFT adapter directory, or `embedded` (SmolLM2-135M-Instruct)"
+        "embedded",
+        "local directory, hub id, PEFT adapter directory, `embedded` (SmolLM2-135M-Instruct), or a list of checkpoints "
+        "of one run: values are the mean over them",
     )
     reference: Any = option(
         None, "the pre-trained model to stay close to; default: model.policy (or its base, for an adapter)"
@@ -25,11 +27,25 @@ class ModelSettings:
         """Every reason why these settings cannot be used, one sentence each."""
         found = one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         found += one_of("model.attention", self.attention, ("sdpa", "flash_attention_2", "eager"))
-        for key, value in (("model.policy", self.policy), ("model.reference", self.reference)):
-            if isinstance(value, list | tuple):
-                found.append(f"{key}: a list of checkpoints is not available in this version; give one")
-            elif value is not None and (not isinstance(value, str) or not value):
+        if isinstance(self.reference, list | tuple):
+            found.append("model.reference: there is one reference, give one model")
+        named = [("model.policy", one) for one in self.checkpoints]
+        for key, value in (*named, ("model.reference", self.reference)):
+            if value is not None and not isinstance(value, list | tuple) and (not isinstance(value, str) or not value):
                 found.append(f"{key}={value}: must be a directory, a hub id or `embedded`")
-        if self.policy is None:
+        if self.policy is None or not self.checkpoints:
             found.append("model.policy is missing: give a local directory, a hub id or `embedded`")
+        if len(self.checkpoints) > 1:
+            twice = sorted({str(one) for one in self.checkpoints if self.checkpoints.count(one) > 1})
+            found += [f"model.policy names {one} twice: each checkpoint counts once" for one in twice]
+            if not self.reference:
+                found.append(
+                    "model.policy is a list of checkpoints: set model.reference to the model whose knowledge should stay, "
+                    "such as the one that they were trained from"
+                )
         return found
+
+    @property
+    def checkpoints(self) -> tuple[Any, ...]:
+        """model.policy as a list, of one checkpoint in most cases."""
+        return tuple(self.policy) if isinstance(self.policy, list | tuple) else (self.policy,)

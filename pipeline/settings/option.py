@@ -27,10 +27,3 @@ def auto_or_at_least(key: str, value: int | str, bound: int) -> list[str]:
     if isinstance(value, str):
         return [] if value == "auto" else [f"{key}={value}: must be auto or a whole number"]
     return at_least(key, value, bound)
-
-
-def not_yet(key: str, value: object, available: tuple[object, ...]) -> list[str]:
-    """The problem with a value that the contracts name and this version does not compute."""
-    if value in available:
-        return []
-    return [f"{key}={value}: not available in this version; available: {', '.join(map(str, available))}"]

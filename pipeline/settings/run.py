@@ -11,6 +11,7 @@ from pipeline.settings.option import one_of, option
 from pipeline.settings.valuation import ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
+NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +21,10 @@ class RunSettings:
     dir: str = option("runs/default", "directory or URI of the run")
     seed: int = option(0, "one seed for everything random")
     overwrite: str | None = option(None, f"first stage to do anew, with all that follow: {', '.join(STAGES)}")
+    share: str | None = option(
+        None,
+        "another run directory: its stages and its Fisher are taken over where they are equal, instead of made anew",
+    )
     tracker: str = option("none", "none | mlflow | wandb: send the numbers of metrics.jsonl there too")
 
     def problems(self) -> list[str]:
@@ -28,6 +33,8 @@ class RunSettings:
         found += one_of("run.tracker", self.tracker, ("none", "mlflow", "wandb"))
         if self.overwrite is not None:
             found += one_of("run.overwrite", self.overwrite, STAGES)
+        if self.share is not None and not self.share:
+            found.append("run.share is empty: give a run directory, or null")
         return found
 
 
@@ -48,5 +55,34 @@ class Settings:
         """Every reason why the run cannot start, over all groups, one sentence each."""
         found = self.run.problems() + self.model.problems() + self.data.problems()
         if self.valuation.needs_directions:
-            found += self.anchor.problems(self.mask.stability_weight)
+            # A rehearsal makes its own drift, and weighs it by its own key.
+            weight = 0.0 if self.valuation.rehearsed else self.mask.stability_weight
+            found += self.anchor.problems(weight, len(self.model.checkpoints))
+        elif len(self.model.checkpoints) > 1:
+            found.append(
+                f"valuation.method={self.valuation.method} scores at one model: give one model.policy, no list"
+            )
+        if self.valuation.rehearsed:
+            found += self._rehearsal_problems()
         return found + self.valuation.problems() + self.mask.problems() + self.cluster.problems()
+
+    def _rehearsal_problems(self) -> list[str]:
+        """What valuation.schedule=rehearsal does not go together with."""
+        found = []
+        if self.data.format == "preference":
+            found.append(NO_PAIRS)
+        if len(self.model.checkpoints) > 1:
+            found.append("valuation.schedule=rehearsal starts at one model: give one model.policy, no list")
+        for key, value, only in (
+            ("anchor.precondition", self.anchor.precondition, "none"),
+            ("anchor.snapshots", self.anchor.snapshots, 1),
+            ("anchor.snapshot_scale", self.anchor.snapshot_scale, "none"),
+            ("valuation.gradient_norm", self.valuation.gradient_norm, False),
+            ("mask.divide_by_gradient_norm", self.mask.divide_by_gradient_norm, False),
+            ("mask.rule", self.mask.rule, "top"),
+        ):
+            if value != only:
+                found.append(f"{key}={value}: valuation.schedule=rehearsal is the paper's own loop, with {key}={only}")
+        if self.anchor.drift == "warmup":
+            found.append("anchor.drift=warmup: valuation.schedule=rehearsal makes its own drift: set anchor.drift=auto")
+        return found

@@ -1,9 +1,11 @@
 """What is scored and how."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
-from pipeline.settings.option import at_least, auto_or_at_least, not_yet, one_of, option
+from pipeline.settings.option import at_least, auto_or_at_least, one_of, option
+from pipeline.settings.rehearsal import RehearsalSettings
 
+ESTIMATORS = ("ghost", "exact", "information")
 METHODS = ("alphatoken", "excess_loss", "loss", "entropy", "random", "full")
 
 
@@ -13,14 +15,28 @@ class ValuationSettings:
 
     layers: int = option(3, "K: the last K decoder layers are scored")
     window: int = option(32, "W: how many later positions the causal path reaches; 0 leaves the causal path out")
-    estimator: str = option("ghost", "ghost (the paper's, by position) | exact (derivative of each token's own loss)")
+    estimator: str = option(
+        "ghost",
+        "ghost (the paper's, by position) | exact (derivative of each token's own loss) | information (how much a step "
+        "along the direction moves the token's prediction, whatever its label)",
+    )
     tokens_per_batch: int | str = option("auto", "padded tokens per batch; auto: from the device's memory")
     method: str = option(
         "alphatoken",
         "alphatoken | excess_loss (policy's minus reference's loss, Rho-1) | loss (low loss first: against wrong "
         "tokens) | entropy (undecided tokens first) | random | full (keep everything); all but the first need no anchor",
     )
-    schedule: str = option("static", "static | rehearsal")
+    gradient_norm: bool = option(
+        False, "write a column gradient_norm as well: the norm of what the token's position adds to the gradient"
+    )
+    schedule: str = option(
+        "static",
+        "static: values at the anchors | rehearsal: the paper's loop of value, threshold, masked step over the data, on "
+        "the scored modules; what it keeps is the mask",
+    )
+    rehearsal: RehearsalSettings = field(
+        default_factory=RehearsalSettings, metadata={"help": "the loop of valuation.schedule=rehearsal"}
+    )
     beta: float = option(0.1, "preference data: beta of DPO, in s and omega")
     min_coverage: float = option(0.5, "smallest share of the scored layers' matrix parameters that must be scored")
 
@@ -29,14 +45,31 @@ class ValuationSettings:
         """Whether the method needs the anchor stage."""
         return self.method == "alphatoken"
 
+    @property
+    def rehearsed(self) -> bool:
+        """Whether values come from a rehearsal."""
+        return self.schedule == "rehearsal"
+
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = at_least("valuation.layers", self.layers, 1)
         found += at_least("valuation.window", self.window, 0)
-        found += one_of("valuation.estimator", self.estimator, ("ghost", "exact"))
+        found += one_of("valuation.estimator", self.estimator, ESTIMATORS)
         found += auto_or_at_least("valuation.tokens_per_batch", self.tokens_per_batch, 1)
         found += one_of("valuation.method", self.method, METHODS)
-        found += not_yet("valuation.schedule", self.schedule, ("static",))
+        found += one_of("valuation.schedule", self.schedule, ("static", "rehearsal"))
+        if self.rehearsed:
+            found += self.rehearsal.problems()
+            if self.method != "alphatoken":
+                found.append(
+                    f"valuation.schedule=rehearsal takes values of valuation.method=alphatoken, not {self.method}"
+                )
+        if self.gradient_norm and not self.needs_directions:
+            found.append(f"valuation.gradient_norm=true: valuation.method={self.method} forms no gradient")
+        elif self.gradient_norm and self.estimator != "ghost":
+            found.append(
+                f"valuation.gradient_norm=true: valuation.estimator={self.estimator} forms no gradient, set valuation.estimator=ghost"
+            )
         if not self.beta > 0:
             found.append(f"valuation.beta={self.beta}: must be above 0")
         if not 0 <= self.min_coverage <= 1:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -29,8 +30,9 @@ from pipeline.stages.anchor_worker import (
     Sequences,
 )
 from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.fingerprint import digest, of_model
+from pipeline.stages.fingerprint import digest, of_model, of_policy
 from pipeline.stages.manifest import Manifest
+from pipeline.stages.prepare import held_out_digest
 from pipeline.stages.progress import Progress
 from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
 from pipeline.stages.storage import Storage
@@ -41,9 +43,19 @@ NO_ROWS = Sequences([], [], [])
 SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
 
 
-def drift_of(settings: Settings, policy: str, reference: str) -> str:
-    """checkpoint | warmup | none, with ``auto`` resolved. Raises SettingsWrong where there can be no drift."""
+def drift_of(settings: Settings, checkpoints: Sequence[str], reference: str) -> str:
+    """checkpoint | warmup | rehearsal | none, with ``auto`` resolved. Raises SettingsWrong where there can be no drift.
+
+    rehearsal: from nothing on, it grows while the value stage rehearses; none only where it is not weighed there.
+    """
     drift = settings.anchor.drift
+    if len(checkpoints) > 1:  # the reference may be among them, as the start of the trajectory
+        return "none" if drift == "none" else "checkpoint"
+    policy = checkpoints[0]
+    if settings.valuation.rehearsed and drift in ("auto", "none"):
+        if not settings.valuation.rehearsal.stability_weight:
+            return "none"
+        return "rehearsal" if of_model(policy) == of_model(reference) else "checkpoint"
     if drift == "auto":
         return "warmup" if of_model(policy) == of_model(reference) else "checkpoint"
     if drift == "checkpoint" and of_model(policy) == of_model(reference):
@@ -60,19 +72,19 @@ def run_anchor(
     storage: Storage,
     manifest: Manifest,
     settings: Settings,
-    policy: str,
+    checkpoints: Sequence[str],
     reference: str,
     cluster: Cluster,
     progress: Progress,
 ) -> None:
     """Write anchors/, unless done already.
 
-    ``policy``, ``reference``: resolved paths or hub ids. Raises SettingsWrong and RunFailed.
+    ``checkpoints`` of model.policy, ``reference``: resolved paths or hub ids. Raises SettingsWrong and RunFailed.
     """
     started = time.monotonic()
     prepared = manifest.require("prepare", "anchor")
-    drift = drift_of(settings, policy, reference)
-    inputs = anchor_inputs(settings, prepared["fingerprint"], policy, reference, drift)
+    drift = drift_of(settings, checkpoints, reference)
+    inputs = anchor_inputs(settings, prepared["inputs"], checkpoints, reference, drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}
     fingerprint = manifest.begin("anchor", inputs, configuration)
     if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), drift):
@@ -80,7 +92,7 @@ def run_anchor(
         progress.say("anchor: done already")
         return
     stage = _Anchor(storage, manifest, settings, fingerprint, cluster, progress)
-    counts = stage.run(policy, reference, drift)
+    counts = stage.run(checkpoints, reference, drift)
     manifest.finish("anchor", time.monotonic() - started, drift=drift, **counts)
     storage.remove(PARTIAL)
 
@@ -96,12 +108,14 @@ def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
     return any(fingerprint_of(storage, name) != fingerprint for name, fingerprint in expected.items())
 
 
-def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str, drift: str) -> dict[str, Any]:
-    """Everything that anchors/ depends on."""
+def anchor_inputs(
+    settings: Settings, prepare: Mapping[str, Any], checkpoints: Sequence[str], reference: str, drift: str
+) -> dict[str, Any]:
+    """Everything that anchors/ depends on; ``prepare``: what that stage depends on."""
     anchor = settings.anchor
     inputs: dict[str, Any] = {
-        "prepare": upstream,
-        "policy": of_model(policy),
+        "prepare": digest(prepare),
+        "policy": of_policy(checkpoints),
         "reference": of_model(reference),
         "model.revision": settings.model.revision,
         "model.dtype": settings.model.dtype,
@@ -109,6 +123,8 @@ def anchor_inputs(settings: Settings, upstream: str, policy: str, reference: str
         "anchor.drift": drift,
         "run.seed": settings.run.seed,
     }
+    if held_out := held_out_digest(prepare):
+        inputs["held_out"] = held_out
     inputs["anchor.precondition"] = anchor.precondition
     if anchor.precondition != "none":
         inputs["anchor.damping"] = anchor.damping
@@ -132,7 +148,10 @@ def fisher_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
         "policy", "anchor.drift", "anchor.snapshot", "anchor.warmup.", "anchor.precondition", "anchor.damping",
         "valuation.window", "valuation.estimator",
     )  # fmt: skip
-    return {key: value for key, value in inputs.items() if not key.startswith(other)}
+    found = {key: value for key, value in inputs.items() if not key.startswith(other)}
+    if "held_out" in found:  # its prompts are the same for every part of the data
+        found["prepare"] = found.pop("held_out")
+    return found
 
 
 class _Anchor:
@@ -152,16 +171,28 @@ class _Anchor:
         self.eos = manifest.stage("prepare")["counts"]["eos_token_ids"]
         self.coverage: Coverage | None = None
 
-    def run(self, policy: str, reference: str, drift: str) -> dict[str, Any]:
-        """Fisher at the reference, then warm-up and gradients at the policy; returns the counts."""
+    def run(self, checkpoints: Sequence[str], reference: str, drift: str) -> dict[str, Any]:
+        """Fisher at the reference, then warm-up and gradients at the policy; returns the counts.
+
+        Several checkpoints are snapshots that differ in all weights: each has a pool of workers of its own, in turn.
+        """
         counts: dict[str, Any] = {}
         if drift != "none" or self.settings.anchor.precondition != "none":
             counts["fisher"] = self._reference_phase(reference)
-        with self._pool(policy) as pool:
-            snapshots = self._snapshots(pool, drift)
-            counts["snapshots"] = len(snapshots)
-            for index, weights in enumerate(snapshots):
-                counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights, drift)
+        if len(checkpoints) > 1:
+            counts["snapshots"] = len(checkpoints)
+            for index, checkpoint in enumerate(checkpoints):
+                self.progress.say(f"anchor: checkpoint {index + 1} of {len(checkpoints)}, {checkpoint}")
+                weights = f"{PARTIAL}/policy-{index:02d}.safetensors"
+                with self._pool(checkpoint) as pool:
+                    self._one(pool, AnchorTask("weights", weights, NO_ROWS), "policy weights")
+                    counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights, drift)
+        else:
+            with self._pool(checkpoints[0]) as pool:
+                snapshots = self._snapshots(pool, drift)
+                counts["snapshots"] = len(snapshots)
+                for index, weights in enumerate(snapshots):
+                    counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights, drift)
         assert self.coverage is not None
         counts["coverage"] = coverage_report.as_json(self.coverage)
         if left_out := coverage_report.warning(self.coverage):

@@ -1,7 +1,7 @@
 """Seeded draws without replacement over any number of rows, in memory of what is drawn."""
 
 import random
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 
 def draw_order(rows: int, seed: int) -> Iterator[int]:
@@ -12,3 +12,14 @@ def draw_order(rows: int, seed: int) -> Iterator[int]:
         other = generator.randrange(index, rows)
         yield moved.get(other, other)
         moved[other] = moved.get(index, index)
+
+
+def part_of(rows: Sequence[int], seed: int, index: int, parts: int) -> list[int]:
+    """The ``index``-th of ``parts`` disjoint parts that together are ``rows``, in the order of ``rows``.
+
+    Drawn with the seed, so that each part is a sample of all rows however they are sorted; sizes differ by one at most.
+    """
+    shuffled = list(rows)
+    random.Random(f"{seed} parts").shuffle(shuffled)
+    own = set(shuffled[index * len(rows) // parts : (index + 1) * len(rows) // parts])
+    return [row for row in rows if row in own]

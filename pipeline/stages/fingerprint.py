@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,12 @@ def of_model(path: str, tokenizer_only: bool = False) -> str:
         base = str(json.loads(adapter.read_text()).get("base_model_name_or_path"))
         found["base model"] = of_model(base, tokenizer_only)
     return digest(found)
+
+
+def of_policy(checkpoints: Sequence[str]) -> str | list[str]:
+    """Fingerprint of model.policy: of its model, or of every checkpoint in their order where there are several."""
+    found = [of_model(path) for path in checkpoints]
+    return found[0] if len(found) == 1 else found
 
 
 def _of_tokenizer(name: str) -> bool:

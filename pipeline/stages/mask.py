@@ -17,7 +17,15 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 import pyarrow as pa
 
-from data_schemas import BRANCHES, LOSS_WEIGHT, SCHEMA_KEY, masks_schema, preference_masks_schema
+from data_schemas import (
+    BRANCHES,
+    GRADIENT_NORM,
+    KEPT,
+    LOSS_WEIGHT,
+    SCHEMA_KEY,
+    masks_schema,
+    preference_masks_schema,
+)
 from pipeline.maths.group_select import TokenGroups
 from pipeline.maths.masking import OBJECTIVES, Floats, keep_flat, objective, rank_of, token_values
 from pipeline.settings import MaskSettings
@@ -27,6 +35,7 @@ from pipeline.stages.manifest import Manifest
 from pipeline.stages.mask_card import card
 from pipeline.stages.mask_summary import MaskCounts
 from pipeline.stages.paired_rows import IGNORED, PairedParts, PairedRows
+from pipeline.stages.rehearsed_mask import NOTE, Decided, as_rehearsed, is_rehearsed
 from pipeline.stages.soft_weights import WeightCounts, WeightsOverDataSet, WeightsWithin
 from pipeline.stages.storage import Storage
 from pipeline.stages.thresholds import (
@@ -47,15 +56,29 @@ ROWS_AT_ONCE = 256
 TIES_WORTH_SAYING = 0.01
 PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: on the measured example a fine-tune on such a mask ends worse than "
-    "on a random one (README, Limits); anchor.precondition=kfac does less harm"
+    "on a random one (README, Limits); valuation.estimator=information does not choose by the label"
 )
 NO_LOSS = ("random", "full")  # these methods leave the loss column at 0.0
 
 
+def check_norms(settings: MaskSettings, there: bool) -> None:
+    """Raise SettingsWrong where values are to be divided by a column that is not ``there``."""
+    if settings.divide_by_gradient_norm and not there:
+        raise SettingsWrong(
+            [
+                "mask.divide_by_gradient_norm=true, but values/ has no column gradient_norm: set "
+                "valuation.gradient_norm=true and value anew"
+            ]
+        )
+
+
 def _is_plain_alignment(manifest: Manifest, method: str) -> bool:
     inputs = manifest.stage("anchor").get("inputs", {})
-    one = inputs.get("anchor.precondition") == "none" and inputs.get("anchor.snapshots", 1) == 1
-    return method == "alphatoken" and one
+    value = manifest.stage("value")["inputs"]
+    if value.get("valuation.estimator") == "information" or is_rehearsed(value):
+        return False
+    several = inputs.get("anchor.snapshots", 1) > 1 or isinstance(inputs.get("policy"), list)  # of checkpoints
+    return method == "alphatoken" and inputs.get("anchor.precondition") == "none" and not several
 
 
 def run_mask(
@@ -77,6 +100,10 @@ def run_mask(
                 f"mask.loss_weight={settings.loss_weight}: valuation.method={method} runs no model, so there are no losses"
             ]
         )
+    rehearsed = is_rehearsed(values["inputs"])
+    if rehearsed:
+        settings = as_rehearsed(settings, values["inputs"])
+    check_norms(settings, bool(values["inputs"].get("valuation.gradient_norm")))
     always = always_keep_ids(settings.always_keep, manifest)
     prepared = manifest.stage("prepare")
     preference = prepared["counts"].get("format") == "preference"
@@ -98,7 +125,8 @@ def run_mask(
     rows_at_once = ROWS_AT_ONCE
     if settings.scope == "batch":  # whole groups
         rows_at_once = settings.batch_size * max(1, ROWS_AT_ONCE // settings.batch_size)
-    more = ["loss"] if settings.loss_weight else []
+    more = [KEPT] if rehearsed else ["loss"] if settings.loss_weight else []
+    more += [GRADIENT_NORM] if settings.divide_by_gradient_norm else []
     works = []
     for branch in BRANCHES if preference else ("",):
         parts = PairedParts(storage, prepared, values, rows_at_once, more, branch)
@@ -116,7 +144,7 @@ def run_mask(
         summary = write_pairs(works, values, place, schema, fingerprint)
     else:
         summary = works[0].write(place, schema, fingerprint)
-    storage.write_bytes(f"{place}/README.md", card(summary, schema).encode())
+    storage.write_bytes(f"{place}/README.md", card(summary, schema, fingerprint).encode())
     storage.write_json(f"{place}/summary.json", summary)
     told = ("rows", "response_tokens", "kept_tokens", "kept_fraction")
     manifest.finish(stage, time.monotonic() - started, **{key: summary[key] for key in told})
@@ -158,7 +186,11 @@ class Masking:
         self.groups: TokenGroups | None = None  # mask.scope=token_id
         self.soft: WeightsOverDataSet | WeightsWithin | None = None  # mask.rule=weight
         self.soft_counts = WeightCounts()
+        self.rehearsed = KEPT in parts.columns
+        self.per_norm = settings.divide_by_gradient_norm
         self.notes: list[str] = []
+        if self.per_norm:
+            self.note("adaptation and stability are divided by each token's gradient_norm before tokens are compared")
         if "eos" in settings.always_keep and not len(always):
             self.note("the tokenizer names no end-of-sequence token, so that mask.always_keep=eos keeps none")
 
@@ -171,7 +203,7 @@ class Masking:
             for rows in self.parts.all():
                 for name in self.scales:
                     column = rows.components["loss"].astype(np.float64) if name == "loss" else None
-                    column = objective(rows.components, name) if column is None else column
+                    column = objective(rows.components, name, self.per_norm) if column is None else column
                     squares[name] += float(np.square(column).sum())
                 tokens += int(rows.offsets[-1])
                 task.advance(len(rows))
@@ -210,10 +242,12 @@ class Masking:
 
     def _is_hard(self) -> bool:
         """Whether values decide which labels stay."""
-        return not self._keeps_all() and self.settings.rule != "weight"
+        return not self._keeps_all() and self.settings.rule != "weight" and not self.rehearsed
 
     def _threshold(self) -> Threshold:
         settings = self.settings
+        if self.rehearsed:
+            return Decided()
         if not self._is_hard():
             return Fixed(KEEP_ALL)
         if settings.rule == "positive":
@@ -268,6 +302,7 @@ class Masking:
         return {
             "name": self.settings.name,
             "method": self.method,
+            "schedule": "rehearsal" if self.rehearsed else "static",
             "settings": asdict(self.settings),
             "always_keep_ids": self.always.tolist(),
             "scales": self.scales,
@@ -281,6 +316,8 @@ class Masking:
         settings = self.settings
         if self._keeps_all():
             self.note("valuation.method=full keeps every response token: mask.rho, mask.rule and mask.scope are unused")
+        elif self.rehearsed:
+            self.note(NOTE)
         elif settings.rule == "positive":
             self.note("mask.rule=positive keeps every value above 0: mask.rho and mask.scope are unused")
         elif settings.rule == "weight":
@@ -320,7 +357,7 @@ class Masking:
         assert rows.input_ids is not None
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
         inside = keep_flat(values, rows.offsets, threshold, always, self.settings.min_kept)
-        columns = {**rows.components, "value": values}
+        columns = {**{name: c for name, c in rows.components.items() if name != KEPT}, "value": values}
         counts.add(rows.offsets, columns, inside, threshold, always, alone >= self.thresholds[1].of(rows, alone)[0])
         kept, weights = np.zeros(len(rows.response), np.bool_), np.zeros(len(rows.response), np.float32)
         kept[rows.response] = inside
@@ -331,7 +368,7 @@ class Masking:
 
     def _values(self, rows: PairedRows, weight: float) -> Floats:
         against_loss = self.settings.loss_weight
-        values = token_values(rows.components, weight, self.scales, against_loss)
+        values = token_values(rows.components, weight, self.scales, against_loss, self.per_norm)
         if not np.isfinite(values).all():
             key = f"mask.stability_weight={weight}" + (f", mask.loss_weight={against_loss}" if against_loss else "")
             raise RunFailed(f"{key}: values do not fit into float32; choose a smaller one")

@@ -11,14 +11,17 @@ import jinja2
 import pyarrow as pa
 
 from data_schemas import MASK_EXTRA_COLUMNS
+from pipeline.stages.fingerprint import digest
 
 TEMPLATES = {"sft": "card.md.jinja", "preference": "preference_card.md.jinja"}
 
 
-def card(summary: dict[str, Any], schema: pa.Schema) -> str:
+def card(summary: dict[str, Any], schema: pa.Schema, fingerprint: str) -> str:
     """The README.md of a mask: columns, alignment, what was kept, and how to train on it.
 
-    ``summary``: as in summary.json; ``schema``: of the parts. Says nothing that changes from run to run.
+    ``summary``: as in summary.json; ``schema``, ``fingerprint``: of the parts. Says nothing that changes from run to
+    run. The configuration is named after the mask's content: `load_dataset` looks up a directory with a card in its
+    cache by the directory's last name and the configuration's name alone, and would give the masks of another run.
     """
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
@@ -29,6 +32,7 @@ def card(summary: dict[str, Any], schema: pa.Schema) -> str:
         files(__package__).joinpath(TEMPLATES[summary.get("format", "sft")]).read_text(encoding="utf-8")
     )
     return template.render(
+        identity=digest([fingerprint, summary])[:12],
         summary=summary,
         settings=summary["settings"],
         settings_json=json.dumps(summary["settings"], indent=2, ensure_ascii=False),

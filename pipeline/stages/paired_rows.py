@@ -10,7 +10,16 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from data_schemas import COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_VALUES, PREPARED, VALUES, SchemaMismatch
+from data_schemas import (
+    COMPONENTS,
+    KEPT,
+    PREFERENCE_PREPARED,
+    PREPARED,
+    REHEARSED_VALUES,
+    SchemaMismatch,
+    preference_values_schema,
+    values_schema,
+)
 from pipeline.maths.masking import Bools, Floats, Ints
 from pipeline.stages.failure import RunFailed
 from pipeline.stages.storage import Storage
@@ -61,7 +70,9 @@ class PairedParts:
         self.storage, self.rows_at_once = storage, rows_at_once
         self.columns = (*COMPONENTS, *more)
         self.prefix, self.shown = (f"{branch}_", f" ({branch})") if branch else ("", "")
-        self.schemas = (PREFERENCE_PREPARED, PREFERENCE_VALUES) if branch else (PREPARED, VALUES)
+        normed = bool(values["inputs"].get("valuation.gradient_norm"))
+        own = (preference_values_schema if branch else values_schema)(normed)
+        self.schemas = (PREFERENCE_PREPARED if branch else PREPARED, REHEARSED_VALUES if KEPT in more else own)
         self.rows: dict[str, int] = {}
         for part in prepared["counts"]["parts"]:
             first = storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
@@ -155,7 +166,7 @@ def _flat(column: pa.ListArray, name: str, stage: str, row: int) -> npt.NDArray[
     flat = column.flatten()
     if flat.null_count:
         raise _damaged(stage, name, f"has empty list elements in the {len(column)} rows from row {row} on")
-    return flat.to_numpy()
+    return flat.to_numpy(zero_copy_only=not pa.types.is_boolean(flat.type))
 
 
 def _refuse(stage: str, name: str, row: int, wrong: npt.NDArray[np.bool_], reason: str) -> None:

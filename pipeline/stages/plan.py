@@ -20,6 +20,7 @@ from pipeline.maths.costs import (
     meta_model,
     model_costs,
     outer_flops,
+    rehearsal_flops,
     sampling_flops,
     shapes_of,
     value_floor,
@@ -34,6 +35,7 @@ from pipeline.stages.anchor_worker import PROMPTS_PER_BATCH, TOKENS_PER_PASS
 from pipeline.stages.batched_worker import CPU_TOKENS
 from pipeline.stages.coverage import as_json, warning
 from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.pairs import Pair
 from pipeline.stages.plan_sample import Sample, sample_data
 from pipeline.stages.plan_sizes import directions_bytes, file_sizes
 from pipeline.stages.tokenize import IGNORED, Example
@@ -47,12 +49,12 @@ ACCELERATORS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]:
-    """The plan as nested JSON values; ``policy``, ``reference``: resolved.
+def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) -> dict[str, Any]:
+    """The plan as nested JSON values; ``checkpoints`` of model.policy and ``reference``: resolved.
 
     Raises SettingsWrong and RunFailed for data or a model that the run would refuse as well.
     """
-    own = settings.model
+    own, policy, several = settings.model, checkpoints[0], len(checkpoints)
     config = load_config(ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code))
     dtype = _dtype(settings, config)
     try:
@@ -60,40 +62,46 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
-    drift = planned_drift(settings, policy, reference)
+    drift = planned_drift(settings, checkpoints, reference)
     budget = settings.valuation.tokens_per_batch
     budget = budget if isinstance(budget, int) else CPU_TOKENS
     shapes = train_shapes(sample, budget)
     snapshots = settings.anchor.snapshots if drift == "warmup" else 1
     tokens, response = _tokens(sample.train), _response(sample.train)
-    scale = sample.train_rows / len(sample.train)
+    scale = sample.scale
     longest = max(len(example.input_ids) for example in sample.train)
+    value = several * planned_values(costs, sample, shapes, settings, snapshots)
+    if sample.pairs:
+        value += pair_flops(costs, shapes, drift, list(checkpoints) != [reference])
     stages = {
         "prepare": {"flops": 0},
-        "anchor": anchor_flops(costs, sample, settings, drift),
+        "anchor": anchor_flops(costs, sample, settings, drift, several),
         "value": {
-            "flops": value_flops(costs, shapes, settings.valuation.window, snapshots, settings.valuation.estimator),
+            "flops": value,
             "floor": value_floor(costs, round(tokens * scale), round(response * scale)),
             "forward": forward_flops(costs, shapes) + 2 * costs.head * shapes.tokens,
         },
         "mask": {"flops": 0},
     }
+    rows: Sequence[Example | Pair] = sample.pairs or sample.train
     total = sum(stage["flops"] for stage in stages.values())
-    rows_file = file_sizes(sample, settings, scored, drift)
+    rows_file = file_sizes(sample, settings, scored, drift, several)
     coverage = as_json(scored.coverage)
     return {
         "data": {
-            "rows": sample.rows, "sampled": len(sample.train) + len(sample.fisher) + len(sample.validation),
+            "format": "preference" if sample.pairs else "sft", "rows": sample.rows,
+            "sampled": len(rows) + len(sample.fisher) + len(sample.validation),
             "complete_sample": sample.complete, "unusable_fraction": sample.unusable,
             "train_examples": sample.train_rows, "validation_examples": sample.validation_rows,
             "fisher_prompts": len(sample.fisher), "tokens": round(tokens * scale),
             "response_tokens": round(response * scale), "padded_tokens": shapes.tokens, "longest": longest,
-            "truncated_fraction": sum(e.truncated for e in sample.train) / len(sample.train),
+            "truncated_fraction": sum(row.truncated for row in rows) / len(rows),
             "shards": max(1, -(-sample.train_rows // settings.data.shard_examples)),
         },
         "model": {
             "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
             "layers": costs.layers, "scored_layers": costs.scored_layers, "drift": drift, "snapshots": snapshots,
+            "checkpoints": several,
             "scored_modules": [linear.name for linear in scored.maps], "coverage": coverage,
             "coverage_warning": warning(scored.coverage),
         },
@@ -109,25 +117,52 @@ def make_plan(settings: Settings, policy: str, reference: str) -> dict[str, Any]
     }  # fmt: skip
 
 
-def planned_drift(settings: Settings, policy: str, reference: str) -> str:
+def planned_drift(settings: Settings, checkpoints: Sequence[str], reference: str) -> str:
     """anchor.drift with ``auto`` resolved by place; the run itself compares contents."""
     drift = settings.anchor.drift
-    return drift if drift != "auto" else "warmup" if policy == reference else "checkpoint"
+    start = list(checkpoints) == [reference]
+    if settings.valuation.rehearsed and drift in ("auto", "none"):
+        if not settings.valuation.rehearsal.stability_weight:
+            return "none"
+        return "rehearsal" if start else "checkpoint"
+    return drift if drift != "auto" else "warmup" if start else "checkpoint"
+
+
+def planned_values(m: ModelCosts, sample: Sample, shapes: Shapes, settings: Settings, snapshots: int) -> int:
+    """Operations of the value stage; of a rehearsal with its padding taken for that of the static schedule."""
+    own = settings.valuation
+    values = value_flops(m, shapes, own.window, snapshots, own.estimator)
+    if not own.rehearsed:
+        return values
+    steps = -(-sample.train_rows // own.rehearsal.batch_size)
+    refreshes = -(-steps // own.rehearsal.refresh)
+    return rehearsal_flops(m, shapes, validation_shapes(sample), refreshes, own.rehearsal.rho, values)
+
+
+def validation_shapes(sample: Sample) -> Shapes:
+    """The batches of one validation gradient."""
+    lengths = [len(e.input_ids) for e in sample.validation]
+    shapes = budget_shapes(lengths, _response(sample.validation), TOKENS_PER_PASS)
+    return shapes.times(sample.validation_rows / len(sample.validation))
 
 
 def train_shapes(sample: Sample, budget: int) -> Shapes:
     """The value stage's batches over all training examples."""
     shapes = budget_shapes([len(e.input_ids) for e in sample.train], _response(sample.train), budget)
-    return shapes.times(sample.train_rows / len(sample.train))
+    return shapes.times(sample.scale)
 
 
-def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str) -> dict[str, int]:
+def pair_flops(m: ModelCosts, s: Shapes, drift: str, two_models: bool) -> int:
+    """What pairs add to values: log-probabilities under the reference, and under the policy before a warm-up."""
+    head = 2 * m.head * s.predicting
+    upper = 2 * m.scored * s.tokens + 4 * m.attention * m.scored_layers * s.squares
+    return (forward_flops(m, s) + head if two_models else 0) + (upper + head if drift == "warmup" else 0)
+
+
+def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, checkpoints: int = 1) -> dict[str, int]:
     """Operations of the anchor by what they are for; ``fisher`` is at most, as completions may end early."""
-    snapshots = settings.anchor.snapshots if drift == "warmup" else 1
-    validation = budget_shapes(
-        [len(e.input_ids) for e in sample.validation], _response(sample.validation), TOKENS_PER_PASS
-    )
-    validation = validation.times(sample.validation_rows / len(sample.validation))
+    snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
+    validation = validation_shapes(sample)
     found = {
         "fisher": 0 if drift == "none" else fisher_flops(m, sample.fisher, settings.anchor.fisher.max_new_tokens),
         "warmup": warmup_flops(m, sample.train, settings) if drift == "warmup" else 0,

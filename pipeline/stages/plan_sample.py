@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
 from pipeline.settings import Settings
 from pipeline.stages.draw import draw_order
 from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.prepare import MOST_FISHER_PROMPTS
+from pipeline.stages.pairs import Pair, PairMaker, is_pair
+from pipeline.stages.prepare import MOST_FISHER_PROMPTS, is_preference
 from pipeline.stages.rows import TemplateRequired, Unusable
 from pipeline.stages.sources import Sources, decode, open_sources
 from pipeline.stages.tokenize import Example, ExampleMaker
@@ -21,7 +23,8 @@ SAMPLE = 512
 class Sample:
     """Tokenized rows in the order in which `prepare` draws them.
 
-    ``rows``: of data.train; ``train_rows``: about how many of them are trained on; ``train``: a sample of those;
+    ``rows``: of data.train; ``train_rows``: about how many of them are trained on; ``train``: a sample of those, of
+    pairs both branches one after the other; ``pairs``: the same as pairs, empty for supervised data;
     ``validation``, ``fisher``: the held-out examples themselves (of a validation file: a sample, and how many it has).
     ``unusable``: the share of rows that goes to the quarantine. ``complete``: every row was read.
     """
@@ -29,11 +32,17 @@ class Sample:
     rows: int
     train_rows: int
     train: tuple[Example, ...]
+    pairs: tuple[Pair, ...]
     validation: tuple[Example, ...]
     validation_rows: int
     fisher: tuple[Example, ...]
     unusable: float
     complete: bool
+
+    @property
+    def scale(self) -> float:
+        """Sequences that are trained on, per sequence in ``train``."""
+        return self.train_rows * (2 if self.pairs else 1) / len(self.train)
 
 
 def sample_data(settings: Settings, policy: str) -> Sample:
@@ -48,8 +57,11 @@ def sample_data(settings: Settings, policy: str) -> Sample:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     data = settings.data
     vocabulary = config.get_text_config().vocab_size
-    make = ExampleMaker(tokenizer, data.max_length, data.chat_template, data.columns.given(), vocabulary)
+    columns = data.columns.given()
+    arguments = tokenizer, data.max_length, data.chat_template, columns, vocabulary
     train = open_sources("data.train", data.train)
+    preference = is_preference(settings, train)
+    make, pair = ExampleMaker(*arguments), PairMaker(*arguments)
     total = train.starts[-1]
     if not total:
         raise SettingsWrong([f"data.train={data.train}: there is no row in it"])
@@ -60,7 +72,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     if wanted >= total:
         raise SettingsWrong([f"data.train has {total} rows, of which {wanted} are to be held out: none would be left"])
     drawn = [row for row, _ in zip(draw_order(total, settings.run.seed), range(wanted + SAMPLE), strict=False)]
-    examples = _examples(make, train, drawn)
+    examples = _examples(pair if preference else make, train, drawn)
     usable = [example for example in examples if example is not None]
     if len(usable) <= wanted:
         raise RunFailed(
@@ -68,25 +80,33 @@ def sample_data(settings: Settings, policy: str) -> Sample:
         )
     unusable = 1 - len(usable) / len(examples)
     split = int(data.validation) if held_out else 0
-    validation, validation_rows = usable[:split], split
+    held = [made.chosen if isinstance(made, Pair) else made for made in usable[:wanted]]
+    validation, validation_rows = held[:split], split
     if not held_out:
         other = open_sources("data.validation", data.validation)
         validation_rows = other.starts[-1]
-        some = _examples(make, other, range(min(validation_rows, SAMPLE)))
+
+        def either(row: Any, source: str) -> Example:
+            return pair(row, source).chosen if preference and is_pair(row, columns) else make(row, source)
+
+        some = _examples(either, other, range(min(validation_rows, SAMPLE)))
         validation = [example for example in some if example is not None]
         if not validation:
             raise RunFailed(f"data.validation={data.validation}: none of its first {len(some)} rows can be used")
         validation_rows = round(validation_rows * len(validation) / len(some))
+    trained = usable[wanted:]
+    sequences = [s for made in trained for s in ((made.chosen, made.rejected) if isinstance(made, Pair) else (made,))]
+    of_all, parts = round(total * (1 - unusable)) - wanted, data.cut[1] if data.cut else 1
     return Sample(
-        total, round(total * (1 - unusable)) - wanted, tuple(usable[wanted:]), tuple(validation), validation_rows,
-        tuple(usable[split:wanted]), unusable, len(drawn) == total,
+        total, max(1, of_all // parts), tuple(sequences), tuple(trained) if preference else (),
+        tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1,
     )  # fmt: skip
 
 
-def _examples(make: ExampleMaker, sources: Sources, rows: Sequence[int]) -> list[Example | None]:
-    """The examples of ``rows`` in their order; None: not usable."""
+def _examples(make: Callable[[Any, str], Any], sources: Sources, rows: Sequence[int]) -> list[Any]:
+    """What ``make`` makes of ``rows``, in their order; None: not usable."""
     ordered = sorted(rows)
-    found: list[Example | None] = []
+    found: list[Any] = []
     for name, numbers, table in sources.pieces(ordered):
         for number, (row, reason) in zip(numbers, decode(table), strict=True):
             try:

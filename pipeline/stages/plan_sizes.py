@@ -4,15 +4,24 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from data_schemas import COMPONENTS, VALUES, masks_schema
+from data_schemas import (
+    BRANCHES,
+    COMPONENTS,
+    PREFERENCE_REFERENCE,
+    masks_schema,
+    preference_masks_schema,
+    preference_values_schema,
+    values_schema,
+)
 from pipeline.maths.decoder import ScoredLayers
 from pipeline.settings import Settings
 from pipeline.stages.plan_sample import Sample
-from pipeline.stages.prepare import to_table
+from pipeline.stages.prepare import to_pair_table, to_table
 from pipeline.stages.storage import Storage
 from pipeline.stages.tokenize import IGNORED, Example
 
@@ -25,19 +34,47 @@ def directions_bytes(scored: ScoredLayers) -> int:
     return 4 * scored.coverage.scored + HEADER_PER_TENSOR * len(scored.maps)
 
 
-def file_sizes(sample: Sample, settings: Settings, scored: ScoredLayers, drift: str) -> dict[str, int]:
-    """Bytes by directory of the run, for one mask."""
+def file_sizes(
+    sample: Sample, settings: Settings, scored: ScoredLayers, drift: str, checkpoints: int = 1
+) -> dict[str, int]:
+    """Bytes by directory of the run, for one mask; several checkpoints leave values of each beside their mean."""
     parts = max(1, -(-sample.train_rows // settings.data.shard_examples))
-    seed = settings.run.seed
-    snapshots = settings.anchor.snapshots if drift == "warmup" else 1
+    snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
     tensors = (0 if drift == "none" else 1) + snapshots * (3 if drift == "warmup" else 2)
-    held = [_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample)]
+    held = sum(_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample))
+    tables = _pair_tables(sample, settings) if sample.pairs else _tables(sample, settings)
+    found = {name: _weighed(table, sample.train_rows, parts) for name, table in tables.items()}
+    found["values"] *= checkpoints + 1 if checkpoints > 1 else 1
+    return {"prepared": found.pop("prepared") + held, "anchors": tensors * directions_bytes(scored), **found}
+
+
+def _tables(sample: Sample, settings: Settings) -> dict[str, pa.Table]:
+    rows, schema = sample.train, masks_schema(settings.mask.extra_columns)
+    values = {"id": [example.id for example in rows], **_values(rows, settings)}
+    mask, own = _mask(rows, settings, schema.names), values_schema(settings.valuation.gradient_norm)
     return {
-        "prepared": _weighed(to_table(sample.train), sample.train_rows, parts) + sum(held),
-        "anchors": tensors * directions_bytes(scored),
-        "values": _weighed(_values(sample.train, seed, settings.valuation.window), sample.train_rows, parts),
-        "masks, each": _weighed(_mask(sample.train, settings, seed), sample.train_rows, parts),
+        "prepared": to_table(rows),
+        "values": pa.table([values[name] for name in own.names], schema=own),
+        "masks, each": pa.table([mask[name] for name in schema.names], schema=schema),
     }
+
+
+def _pair_tables(sample: Sample, settings: Settings) -> dict[str, pa.Table]:
+    pairs, schema = sample.pairs, preference_masks_schema(settings.mask.extra_columns)
+    norms = settings.valuation.gradient_norm
+    prepared, random = to_pair_table(pairs), np.random.default_rng(settings.run.seed)
+    drawn = random.standard_normal((5, len(pairs))).astype(np.float32)
+    known: dict[str, Any] = {name: prepared[name] for name in ("id", "prompt", *BRANCHES)} | {"omega": drawn[0]}
+    names = [name for name in schema.names if name.startswith("ref_")]
+    known |= dict(zip(names, drawn[1:], strict=True))
+    for branch in BRANCHES:
+        rows = [getattr(pair, branch) for pair in pairs]
+        own = {**_values(rows, settings), **_mask(rows, settings, masks_schema(settings.mask.extra_columns).names)}
+        own["logps"] = own["loss"]
+        known |= {f"{branch}_{name}": column for name, column in own.items()}
+    schemas = {"values": preference_values_schema(norms), "reference": PREFERENCE_REFERENCE, "masks, each": schema}
+    made = {n: pa.table([known[column] for column in s.names], schema=s) for n, s in schemas.items()}
+    return {"prepared": prepared, **made}
 
 
 def _held_out(sample: Sample) -> list[tuple[Sequence[Example], int]]:
@@ -45,40 +82,41 @@ def _held_out(sample: Sample) -> list[tuple[Sequence[Example], int]]:
 
 
 def _weighed(table: pa.Table, rows: int, parts: int) -> int:
-    """Bytes of ``parts`` files with ``rows`` rows like those of ``table``."""
+    """Bytes of ``parts`` files with ``rows`` rows like those of ``table``, weighed in files of a part's size."""
+    each = max(1, -(-rows // parts))
     with tempfile.TemporaryDirectory() as directory:
         storage = Storage(directory)
 
-        def size(name: str, some: pa.Table) -> int:
-            storage.write_table(name, some, FINGERPRINT)
-            return len(storage.read_bytes(name))
+        def size(some: pa.Table) -> int:
+            storage.write_table("some.parquet", some, FINGERPRINT)
+            return len(storage.read_bytes("some.parquet"))
 
-        empty, full = size("empty.parquet", table.slice(0, 0)), size("full.parquet", table)
-    return round(parts * empty + (full - empty) * rows / max(1, table.num_rows))
+        empty = size(table.slice(0, 0))
+        content = sum(size(table.slice(start, each)) - empty for start in range(0, table.num_rows, each))
+    return round(parts * empty + content * rows / max(1, table.num_rows))
 
 
-def _values(examples: Sequence[Example], seed: int, window: int) -> pa.Table:
+def _values(examples: Sequence[Example], settings: Settings) -> dict[str, list[list[float]]]:
     """Values as far as their size is concerned: 23 random bits each, and a sign and an exponent that vary as they do."""
-    random = np.random.default_rng(seed)
-    columns: dict[str, list[np.ndarray]] = {name: [] for name in (*COMPONENTS, "loss")}
+    random = np.random.default_rng(settings.run.seed)
+    names = values_schema(settings.valuation.gradient_norm).names[1:]
+    columns: dict[str, list[list[float]]] = {name: [] for name in names}
     for example in examples:
         response = np.array(example.labels) != IGNORED
         for name, rows in columns.items():
             row = np.zeros(len(response), np.float32)
-            if window > 0 or not name.endswith("causal"):
+            if settings.valuation.window > 0 or not name.endswith("causal"):
                 drawn = random.standard_normal(len(response)) * np.exp(1.5 * random.standard_normal(len(response)))
-                row[response] = (np.abs(drawn) if name == "loss" else drawn).astype(np.float32)[response]
-            rows.append(row)
-    ids = pa.array([example.id for example in examples], pa.string())
-    lists = [pa.array([row.tolist() for row in rows], pa.list_(pa.float32())) for rows in columns.values()]
-    return pa.Table.from_arrays([ids, *lists], schema=VALUES)
+                drawn = drawn if name in COMPONENTS else np.abs(drawn)
+                row[response] = drawn.astype(np.float32)[response]
+            rows.append(row.tolist())
+    return columns
 
 
-def _mask(examples: Sequence[Example], settings: Settings, seed: int) -> pa.Table:
+def _mask(examples: Sequence[Example], settings: Settings, names: Sequence[str]) -> dict[str, list[list[int]]]:
     """A mask that keeps mask.rho of the response tokens, drawn: real ones are hardly more regular."""
-    random = np.random.default_rng(seed)
-    schema = masks_schema(settings.mask.extra_columns)
-    columns: dict[str, list[list[int]]] = {name: [] for name in schema.names}
+    random = np.random.default_rng(settings.run.seed)
+    columns: dict[str, list[list[int]]] = {name: [] for name in names}
     for example in examples:
         labels = np.array(example.labels)
         kept = (labels != IGNORED) & (random.random(len(labels)) < settings.mask.rho)
@@ -89,5 +127,4 @@ def _mask(examples: Sequence[Example], settings: Settings, seed: int) -> pa.Tabl
         }
         for name, rows in columns.items():
             rows.append(flat.get(name, kept.astype(int)).tolist())
-    arrays = [pa.array(columns[field.name], field.type) for field in schema]
-    return pa.Table.from_arrays(arrays, schema=schema)
+    return columns

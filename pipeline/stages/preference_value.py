@@ -17,7 +17,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data_schemas import BRANCHES, COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_REFERENCE, PREFERENCE_VALUES
+from data_schemas import (
+    BRANCHES,
+    COMPONENTS,
+    GRADIENT_NORM,
+    PREFERENCE_PREPARED,
+    PREFERENCE_REFERENCE,
+    PREFERENCE_VALUES,
+    preference_values_schema,
+)
 from pipeline.maths.lower import lower_layers_once
 from pipeline.maths.models import ModelSource
 from pipeline.maths.preference import margin, pair_weight
@@ -25,7 +33,7 @@ from pipeline.maths.selectors.forward import losses_and_entropies
 from pipeline.settings import Settings
 from pipeline.stages.batched_worker import BatchedWorker, as_lists
 from pipeline.stages.failure import SettingsWrong
-from pipeline.stages.fingerprint import digest, of_model
+from pipeline.stages.fingerprint import digest, of_model, of_policy
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.preference_reference import branches_as_sequences, halves, run_reference, write_reference
 from pipeline.stages.progress import Progress
@@ -74,9 +82,13 @@ class PairScoring(BatchedWorker):
             for name in COMPONENTS:
                 scaled = [(row * w).astype(np.float32) for row, w in zip(found[branch][name], factors, strict=True)]
                 arrays[f"{branch}_{name}"] = as_lists(scaled)
-        values = pa.table([arrays[name] for name in PREFERENCE_VALUES.names], schema=PREFERENCE_VALUES)
+            if GRADIENT_NORM in columns:
+                norms = zip(found[branch][GRADIENT_NORM], omega, strict=True)
+                arrays[f"{branch}_{GRADIENT_NORM}"] = as_lists([(row * w).astype(np.float32) for row, w in norms])
+        schema = preference_values_schema(GRADIENT_NORM in columns)
+        values = pa.table([arrays[name] for name in schema.names], schema=schema)
         counts = {"tokens": sum(len(row) for row in input_ids), "padded_tokens": padded}
-        self.storage.write_table(f"values/{task.part}", values, task.fingerprint, counts)
+        self.storage.write_table(f"{task.place}/{task.part}", values, task.fingerprint, counts)
         return counts
 
 
@@ -84,9 +96,10 @@ class PreferenceValueWorker(PairScoring, ValueWorker):
     """As ValueWorker, for shards of pairs."""
 
     def __init__(
-        self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int, reference: Reference
+        self, storage: Storage, source: ModelSource, settings: Settings, snapshots: Sequence[int], reference: Reference
     ) -> None:
         ValueWorker.__init__(self, storage, source, settings, snapshots)
+        self.signed = settings.valuation.estimator != "information"  # means the same in both branches
         self.reference = reference
 
     def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
@@ -175,19 +188,22 @@ def reference_of(
     storage: Storage,
     manifest: Manifest,
     settings: Settings,
-    policy: str,
+    checkpoints: Sequence[str],
     reference: str,
     cluster: Cluster,
     progress: Progress,
 ) -> Reference:
-    """Where the reference's log-probabilities are; runs the reference's pass where it is another model."""
+    """Where the reference's log-probabilities are; runs the reference's pass where it is another model.
+
+    Of several checkpoints one may be the reference; its pass is run all the same.
+    """
     prepared, found = manifest.stage("prepare"), of_model(reference)
     model = settings.model
     inputs = {
         "prepare": prepared["fingerprint"], "reference": found, "model.revision": model.revision,
         "model.dtype": model.dtype, "schema": (PREFERENCE_REFERENCE.metadata or {})[b"alphatoken.schema"].decode(),
     }  # fmt: skip
-    place = Reference(digest(inputs), found == of_model(policy))
+    place = Reference(digest(inputs), found == of_policy(checkpoints))
     if not place.is_policy:
         started = time.monotonic()
         counts = run_reference(storage, prepared, settings, reference, place.fingerprint, cluster, progress)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +18,10 @@ import pyarrow as pa
 from data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
 from pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
 from pipeline.settings import Settings
-from pipeline.stages.draw import draw_order
+from pipeline.settings.run import NO_PAIRS
+from pipeline.stages.draw import draw_order, part_of
 from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.fingerprint import of_model
+from pipeline.stages.fingerprint import digest, of_model
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.pairs import Pair, PairMaker, is_pair
 from pipeline.stages.progress import Progress
@@ -156,18 +157,20 @@ def run_prepare(
     ) as pool:
         stage = _Prepare(storage, settings, fingerprint, pool, progress)
         drawn, counts = stage.hold_out(train, validation)
-        parts = _plan(total - len(drawn), settings.data.shard_examples)
+        rows = training_rows(total, drawn, settings)
+        parts = _plan(len(rows), settings.data.shard_examples)
         facts["format"] = "preference" if preference else "sft"
         manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
-        counts += stage.shards(train, drawn, parts)
+        counts += stage.shards(train, rows, parts)
     if not counts["train_rows"]:
         raise RunFailed(
-            f"data.train: none of the {total} rows can be used; see the reasons in {storage.path('quarantine')}"
+            f"data.train: none of the {len(rows)} rows can be used; see the reasons in {storage.path('quarantine')}"
         )
     reasons = {key.removeprefix("reason/"): n for key, n in sorted(counts.items()) if key.startswith("reason/")}
     plain = {key: n for key, n in sorted(counts.items()) if not key.startswith("reason/")}
     if held_out:
-        plain["rows_in"], plain["rows_used"] = total, total - plain.get("quarantined", 0)
+        plain["rows_in"] = len(rows) + len(drawn)
+        plain["rows_used"] = plain["rows_in"] - plain.get("quarantined", 0)
     manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **plain)
     progress.say(
         f"prepare: {plain['train_rows']:,} training examples in {len(parts)} shard(s), {plain['validation_rows']:,} for "
@@ -189,6 +192,8 @@ def is_preference(settings: Settings, train: Sources) -> bool:
     if len(kinds) == 2:
         names = f"{kinds[True]} holds preference pairs, {kinds[False]} does not"
         raise SettingsWrong([f"data.train: {names}: give files of one kind, or set data.format=sft or preference"])
+    if True in kinds and settings.valuation.rehearsed:
+        raise SettingsWrong([NO_PAIRS])
     return True in kinds
 
 
@@ -208,6 +213,7 @@ def prepare_inputs(
         "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
         "data.max_length": data.max_length,
         "data.shard_examples": data.shard_examples,
+        **({"data.part": data.part} if data.part else {}),
         "data.chat_template": data.chat_template,
         "data.columns": data.columns.given(),
         "anchor.fisher.prompts": settings.anchor.fisher.prompts,
@@ -216,6 +222,14 @@ def prepare_inputs(
         "vocabulary": vocabulary,
         "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }
+
+
+def held_out_digest(inputs: Mapping[str, Any]) -> str | None:
+    """What the held-out rows of one part of the data depend on, equal for all parts; None without data.part.
+
+    ``inputs``: of ``prepare_inputs``.
+    """
+    return digest({k: v for k, v in inputs.items() if k != "data.part"}) if "data.part" in inputs else None
 
 
 def _missing(storage: Storage, record: dict[str, Any]) -> bool:
@@ -232,6 +246,22 @@ def complete(storage: Storage, name: str, fingerprint: str) -> dict[str, Any] | 
     if counts.get("quarantined") and storage.rows_of(f"quarantine/{name}", fingerprint) != counts["quarantined"]:
         return None
     return counts
+
+
+def training_rows(total: int, held_out: Collection[int], settings: Settings) -> list[int]:
+    """The rows of ``total`` that go into prepared/: those that are not held out, or data.part of them.
+
+    What is held out does not depend on data.part, so that all parts share it. Raises SettingsWrong for an empty part.
+    """
+    rows = [row for row in range(total) if row not in held_out]
+    if settings.data.cut is None:
+        return rows
+    own = part_of(rows, settings.run.seed, *settings.data.cut)
+    if not own:
+        raise SettingsWrong(
+            [f"data.part={settings.data.part}: {len(rows)} training rows are too few for so many parts"]
+        )
+    return own
 
 
 def _plan(rows: int, per_shard: int) -> list[str]:
@@ -366,9 +396,8 @@ class _Prepare:
         self.storage.write_table(f"prepared/{name}.parquet", to_table(examples), self.fingerprint, own)
         counts += _held(name, own)
 
-    def shards(self, train: Sources, held_out: set[int], parts: Sequence[str]) -> Counter[str]:
-        """Write every part of the plan that is not there yet; returns the counts."""
-        rows = [row for row in range(train.starts[-1]) if row not in held_out]
+    def shards(self, train: Sources, rows: Sequence[int], parts: Sequence[str]) -> Counter[str]:
+        """Write every part of the plan for ``rows`` that is not there yet; returns the counts."""
         size, counts = self.settings.data.shard_examples, Counter[str]()
         plan = {part: rows[i * size : (i + 1) * size] for i, part in enumerate(parts)}
 

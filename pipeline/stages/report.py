@@ -16,16 +16,17 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 
-from data_schemas import COMPONENTS
+from data_schemas import COMPONENTS, GRADIENT_NORM
 from pipeline.maths.masking import token_values
 from pipeline.settings import Settings
 from pipeline.stages.failure import RunFailed
 from pipeline.stages.heat_map import HeatMap, heat_map
 from pipeline.stages.histogram import HEIGHT, WIDTH, Histogram
 from pipeline.stages.manifest import Manifest
-from pipeline.stages.mask_comparison import MaskPlace, compare
+from pipeline.stages.mask_comparison import MaskPlace, branches_of, compare
 from pipeline.stages.paired_rows import IGNORED
 from pipeline.stages.progress import Progress
+from pipeline.stages.rehearsed_mask import is_rehearsed
 from pipeline.stages.storage import Storage
 
 PAGE = "report/index.html"
@@ -35,15 +36,12 @@ LOSS_NATS = 12.0
 ROWS_AT_ONCE = 256
 
 
-def run_report(storage: Storage, manifest: Manifest, settings: Settings, progress: Progress) -> str | None:
+def run_report(storage: Storage, manifest: Manifest, settings: Settings, progress: Progress) -> str:
     """Write report/index.html and return its path; the mask shown in detail is mask.name, else the first there is.
 
-    None for preference pairs, of which there is no page. Raises RunFailed before there is a mask.
+    Of preference pairs, each branch has its own histograms and examples. Raises RunFailed before there is a mask.
     """
     manifest.require("value", "report")
-    if manifest.stage("prepare")["counts"].get("format") == "preference":
-        progress.say("report: no page for preference pairs in this version; masks/<name>/summary.json has the numbers")
-        return None
     done = [s.partition("/")[2] for s in manifest.content["stages"] if s.startswith("mask/") and manifest.done(s)]
     names = [name for name in done if storage.exists(f"masks/{name}/summary.json")]  # some may have been removed since
     if not names:
@@ -56,8 +54,9 @@ def run_report(storage: Storage, manifest: Manifest, settings: Settings, progres
 
 @dataclass(slots=True)
 class _Picture:
-    """What one pass over the run finds."""
+    """What one pass over the run finds, of pairs over one branch."""
 
+    branch: str
     histograms: dict[str, Histogram]
     fractions: Histogram
     examples: list[HeatMap] = field(default_factory=list)
@@ -65,10 +64,10 @@ class _Picture:
 
 def _page(storage: Storage, manifest: Manifest, names: list[str], shown: str, progress: Progress) -> str:
     summaries = {name: storage.read_json(f"masks/{name}/summary.json") for name in names}
-    baseline = MaskPlace(storage, shown)
-    compared = compare(baseline, [MaskPlace(storage, name) for name in names])
+    places = [MaskPlace(storage, name, branch) for name in names for branch in branches_of(storage)]
+    compared = compare(MaskPlace(storage, shown), places)
     decode, trouble = _decoder(manifest)
-    picture = _look(storage, manifest, shown, summaries[shown], decode, progress)
+    pictures = [_look(place, decode, progress) for place in places if place.name == shown]
     stages = manifest.content["stages"]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -78,10 +77,10 @@ def _page(storage: Storage, manifest: Manifest, names: list[str], shown: str, pr
     return template.render(
         place=storage.root.rpartition("/")[2],
         shown=shown,
-        summaries=summaries,
-        compared={row.place.name: row for row in compared},
+        summary=summaries[shown],
+        compared=[(row, row.place.summary) for row in compared],
         components=COMPONENTS,
-        picture=picture,
+        pictures=pictures,
         width=WIDTH,
         height=HEIGHT,
         counts={stage: record["counts"] for stage, record in stages.items()},
@@ -110,11 +109,13 @@ def _warnings(manifest: Manifest, summaries: dict[str, Any]) -> list[str]:
     left_out = anchor.get("coverage", {}).get("left_out", [])
     if left_out:
         found.append(f"{len(left_out)} matrices of the scored layers are not scored: {', '.join(left_out)}.")
-    if anchor.get("drift") == "none":
+    if anchor.get("drift") == "none" and not is_rehearsed(manifest.stage("value")["inputs"]):
         found.append("There is no drift, so that stability values are zero.")
     for name, summary in summaries.items():
-        if summary["rows_with_nothing_kept"]:
-            found.append(f"Mask {name}: {summary['rows_with_nothing_kept']:,} examples have no kept token.")
+        for branch, own in summary.get("branches", {"": summary}).items():
+            if own["rows_with_nothing_kept"]:
+                of = f" ({branch})" if branch else ""
+                found.append(f"Mask {name}{of}: {own['rows_with_nothing_kept']:,} examples have no kept token.")
         found += [f"Mask {name}: {note}." for note in summary["notes"]]
     return found
 
@@ -133,28 +134,21 @@ def _decoder(manifest: Manifest) -> tuple[Callable[[int], str], list[str]]:
     return lambda token: str(tokenizer.decode([token], clean_up_tokenization_spaces=False)), []
 
 
-def _look(
-    storage: Storage,
-    manifest: Manifest,
-    name: str,
-    summary: dict[str, Any],
-    decode: Callable[[int], str],
-    progress: Progress,
-) -> _Picture:
+def _look(place: MaskPlace, decode: Callable[[int], str], progress: Progress) -> _Picture:
     """One pass over prepared, values and one mask, some rows at a time."""
-    parts = manifest.stage("prepare")["counts"]["parts"]
+    summary, parts = place.summary, Manifest(place.storage).stage("prepare")["counts"]["parts"]
     histograms = {}
     for column in (*COMPONENTS, "value"):
         reach = 3 * summary["columns"][column]["rms"] or 1.0
         histograms[column] = Histogram(column.replace("_", " "), -reach, reach)
     histograms["loss"] = Histogram("loss, nats", 0.0, LOSS_NATS)
-    picture = _Picture(histograms, Histogram("kept fraction of an example's response", 0.0, 1.0, 20))
+    picture = _Picture(place.branch, histograms, Histogram("kept fraction of an example's response", 0.0, 1.0, 20))
     total = summary["rows"]
     wanted = {index * total // EXAMPLES for index in range(EXAMPLES)}
     row = 0
-    with progress.task("report", total, "rows") as task:
+    with progress.task(f"report {place.branch}".rstrip(), total, "rows") as task:
         for part in parts:
-            for batch in _rows(storage, part, name):
+            for batch in _rows(place, part):
                 for one in batch:
                     _add(picture, one, summary, decode if row in wanted else None)
                     row += 1
@@ -173,18 +167,20 @@ class _Row:
     columns: dict[str, npt.NDArray[np.float32]]
 
 
-def _rows(storage: Storage, part: str, mask: str) -> Iterator[list[_Row]]:
-    names = (f"prepared/{part}", f"values/{part}", f"masks/{mask}/{part.replace('part-', 'train-', 1)}")
-    wanted = (["id", "input_ids", "labels"], [*COMPONENTS, "loss"], ["labels"])
-    opened = [pq.ParquetFile(storage.path(name), filesystem=storage.fs) for name in names]
+def _rows(place: MaskPlace, part: str) -> Iterator[list[_Row]]:
+    names = (f"prepared/{part}", f"values/{part}", f"masks/{place.name}/{part.replace('part-', 'train-', 1)}")
+    opened = [pq.ParquetFile(place.storage.path(name), filesystem=place.storage.fs) for name in names]
+    own = f"{place.branch}_" if place.branch else ""
+    shown = [name for name in (*COMPONENTS, "loss", GRADIENT_NORM) if own + name in opened[1].schema_arrow.names]
+    wanted = (["id", f"{own}input_ids", f"{own}labels"], [own + column for column in shown], [f"{own}labels"])
     try:
         batches = [f.iter_batches(ROWS_AT_ONCE, columns=c) for f, c in zip(opened, wanted, strict=True)]
         for prepared, values, masked in zip(*batches, strict=True):
             rows = []
             for i in range(prepared.num_rows):
-                ids, labels = (prepared.column(c)[i].values.to_numpy() for c in ("input_ids", "labels"))
-                columns = {c: values.column(c)[i].values.to_numpy(zero_copy_only=False) for c in wanted[1]}
-                kept = masked.column("labels")[i].values.to_numpy() != IGNORED
+                ids, labels = (prepared.column(c)[i].values.to_numpy() for c in wanted[0][1:])
+                columns = {c: values.column(own + c)[i].values.to_numpy(zero_copy_only=False) for c in shown}
+                kept = masked.column(0)[i].values.to_numpy() != IGNORED
                 rows.append(_Row(prepared.column("id")[i].as_py(), ids, labels, kept, columns))
             yield rows
     finally:
@@ -194,11 +190,14 @@ def _rows(storage: Storage, part: str, mask: str) -> Iterator[list[_Row]]:
 
 def _add(picture: _Picture, row: _Row, summary: dict[str, Any], decode: Callable[[int], str] | None) -> None:
     response = row.labels != IGNORED
-    components = {name: row.columns[name] for name in COMPONENTS}
-    value = token_values(components, summary["settings"]["stability_weight"], summary["scales"])
+    settings = summary["settings"]
+    value = token_values(
+        row.columns, settings["stability_weight"], summary["scales"], settings.get("loss_weight", 0.0),
+        settings.get("divide_by_gradient_norm", False),
+    )  # fmt: skip
     columns = {"value": value, **row.columns}
-    for name, column in columns.items():
-        picture.histograms[name].add(column[response], row.kept[response])
+    for name, histogram in picture.histograms.items():
+        histogram.add(columns[name][response], row.kept[response])
     if response.any():
         picture.fractions.add(np.array([row.kept[response].mean()]), np.array([True]))
     if decode is not None:

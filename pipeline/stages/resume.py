@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from pipeline.settings import STAGES, Settings
@@ -12,12 +13,12 @@ from pipeline.stages.storage import Storage
 
 
 def resume_state(
-    storage: Storage, manifest: Manifest, settings: Settings, policy: str, reference: str
+    storage: Storage, manifest: Manifest, settings: Settings, checkpoints: Sequence[str], reference: str
 ) -> dict[str, dict[str, Any]]:
     """Stage -> ``state``: new | done | continues | refused | overwritten, with the facts that belong to it."""
     if not manifest.content["stages"]:
         return {stage: {"state": "new"} for stage in STAGES}
-    inputs = stage_inputs(settings, policy, reference)
+    inputs = stage_inputs(settings, checkpoints, reference)
     first = settings.run.overwrite
     anew = STAGES[STAGES.index(first) :] if first else ()
     found: dict[str, dict[str, Any]] = {}

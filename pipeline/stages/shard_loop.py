@@ -212,6 +212,7 @@ class WorkerPool:
         self.timeout, self.debug = timeout, debug
         self.hosts: list[Any] = []
         self.nodes: dict[Any, str] = {}  # host that is ready -> its node
+        self.starting: dict[Any, Any] = {}  # future -> host that is not ready yet
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -219,7 +220,7 @@ class WorkerPool:
     def __exit__(self, *_: object) -> None:
         for host in self.hosts:
             _kill(host)
-        self.hosts, self.nodes = [], {}
+        self.hosts, self.nodes, self.starting = [], {}, {}
 
     def run(
         self, shards: Sequence[Shard], payload: Callable[[Shard], Any], done: Callable[[Shard, Any], None], task: Task
@@ -247,6 +248,17 @@ class WorkerPool:
         return host
 
 
+class Shared:
+    """A value that goes to the cluster's object store once and is read there by the workers whose shards name it."""
+
+    def __init__(self, value: Any) -> None:
+        self.reference = ray.put(value)
+
+    def get(self) -> Any:
+        """The value; numpy arrays in it are read-only views of the store's memory."""
+        return ray.get(self.reference)
+
+
 @dataclass(slots=True)
 class _Doubt:
     """Shards of a worker that does not answer, since when, and the question that Ray's verdict will answer."""
@@ -268,15 +280,16 @@ class _Loop:
         self.set_aside: dict[str, str] = {}  # shard -> reason
         self.set_aside_in_a_row = 0
         self.flights: dict[Any, tuple[Any, Shard]] = {}  # future -> (host, shard)
-        self.starting: dict[Any, Any] = {}  # future -> host
+        self.starting = pool.starting  # also what an earlier call has started and not waited for
         self.doubtful: dict[Any, _Doubt] = {}  # host that does not answer, and Ray does not know yet why
         self.node_of: dict[Any, str] = {}  # host that is ready -> its node
         self.asked: dict[Any, Any] = {}  # host -> the future of its progress
         self.seen: dict[Any, dict[str, int]] = {}  # host -> units of the shards in work
-        self.alive_at: dict[Any, float] = {}  # host -> when it last made progress
+        # host -> when it last made progress
+        self.alive_at: dict[Any, float] = dict.fromkeys(self.starting.values(), time.monotonic())
         self.failed_starts = 0
-        self.finished_units = 0
-        self.polled = 0.0
+        self.finished_units = task.done  # a task may go over several calls
+        self.polled = time.monotonic()
 
     def run(self) -> None:
         self.node_of = dict(self.pool.nodes)
@@ -457,6 +470,8 @@ class _Loop:
             if units != self.seen.get(host):
                 self.alive_at[host] = now
             self.seen[host] = units
+        if self.starting and not any(node["Alive"] for node in ray.nodes()):
+            raise RunFailed("Ray has no node left that could start a worker; run the same command again, it goes on")
         for host in [*busy, *self.starting.values()]:
             if now - self.alive_at.get(host, now) > self.pool.timeout:
                 self._hung(host)

@@ -28,19 +28,21 @@ from pipeline.stages.value import value_inputs
 UPSTREAM = ("prepare", "anchor", "value")
 
 
-def stage_inputs(settings: Settings, policy: str, reference: str) -> dict[str, dict[str, Any]]:
+def stage_inputs(settings: Settings, checkpoints: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
     """What prepare, anchor and value would depend on with these settings; opens the data, loads no model.
 
-    ``policy``, ``reference``: resolved. Raises SettingsWrong for data or a drift that cannot be used.
+    ``checkpoints`` of model.policy and ``reference``: resolved. Raises SettingsWrong for data or a drift that cannot be used.
     """
     train = open_sources("data.train", settings.data.train)
     held_out = isinstance(settings.data.validation, int)
     validation = None if held_out else open_sources("data.validation", settings.data.validation)
     model = settings.model
+    policy = checkpoints[0]
     source = ModelSource(policy, model.revision, trust_remote_code=model.trust_remote_code)
     preference = is_preference(settings, train)
     prepare = prepare_inputs(settings, policy, vocabulary_of(source), train, validation, preference)
-    anchor = anchor_inputs(settings, digest(prepare), policy, reference, drift_of(settings, policy, reference))
+    drift = drift_of(settings, checkpoints, reference)
+    anchor = anchor_inputs(settings, prepare, checkpoints, reference, drift)
     value = value_inputs(settings, digest(anchor))
     return {"prepare": prepare, "anchor": anchor, "value": pair_inputs(value, settings) if preference else value}
 

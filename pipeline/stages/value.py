@@ -8,7 +8,7 @@ is written.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from data_schemas import COMPONENTS, PREPARED, VALUES
+from data_schemas import COMPONENTS, GRADIENT_NORM, PREPARED, REHEARSED_VALUES, VALUES, values_schema
 from pipeline.maths.decoder import UnsupportedModel
 from pipeline.maths.directions import Directions
 from pipeline.maths.lower import lower_layers_once
@@ -27,7 +27,7 @@ from pipeline.settings import Settings
 from pipeline.stages.batched_worker import BatchedWorker, as_lists
 from pipeline.stages.coverage import checked_layers
 from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.fingerprint import of_model
+from pipeline.stages.fingerprint import of_policy
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.preference_reference import tokens_of
 from pipeline.stages.progress import Progress
@@ -52,10 +52,11 @@ class ValueJob:
 
 @dataclass(frozen=True, slots=True)
 class ValueTask:
-    """One shard: the part's file name, and the fingerprint that its values carry."""
+    """One shard: the part's file name, the fingerprint that its values carry, and the directory for them."""
 
     part: str
     fingerprint: str
+    place: str = "values"
 
 
 class ValueWorker(BatchedWorker):
@@ -63,9 +64,12 @@ class ValueWorker(BatchedWorker):
 
     columns: tuple[str, ...] = COLUMNS
 
-    def __init__(self, storage: Storage, source: ModelSource, settings: Settings, snapshots: int) -> None:
+    def __init__(self, storage: Storage, source: ModelSource, settings: Settings, snapshots: Sequence[int]) -> None:
+        """``snapshots``: the numbers of those that are valued with this model."""
         super().__init__(settings)
         self.storage = storage
+        if settings.valuation.gradient_norm:
+            self.columns = (*self.columns, GRADIENT_NORM)
         model = load_model(here(source), self.device)
         checked_layers(model, settings)
         valuation = settings.valuation
@@ -78,8 +82,9 @@ class ValueWorker(BatchedWorker):
                     valuation.window,
                     settings.model.attention,
                     valuation.estimator,
+                    valuation.gradient_norm,
                 )
-                for index in range(snapshots)
+                for index in snapshots
             ]
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
@@ -90,21 +95,22 @@ class ValueWorker(BatchedWorker):
         ids = table.column("id").to_pylist()
         input_ids, labels = table.column("input_ids").to_pylist(), table.column("labels").to_pylist()
         columns, padded = self.score(ids, input_ids, labels, advance)
-        arrays = [pa.array(ids, pa.string()), *[as_lists(columns[name]) for name in COLUMNS]]
+        arrays = [pa.array(ids, pa.string()), *[as_lists(columns[name]) for name in self.columns]]
         counts = {"tokens": sum(len(row) for row in input_ids), "padded_tokens": padded}
-        table = pa.Table.from_arrays(arrays, schema=VALUES)
-        self.storage.write_table(f"values/{task.part}", table, task.fingerprint, counts)
+        table = pa.Table.from_arrays(arrays, schema=values_schema(self.settings.valuation.gradient_norm))
+        self.storage.write_table(f"{task.place}/{task.part}", table, task.fingerprint, counts)
         return counts
 
     def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
         """Mean over the snapshots, brought to the host in one copy."""
+        names = [name for name in self.columns if name in (*COLUMNS, GRADIENT_NORM)]
         total = torch.zeros(())
         with lower_layers_once(self.valuers[0].scored) if len(self.valuers) > 1 else nullcontext():
             for valuer in self.valuers:
                 found = valuer.value(batch)
-                total = total.to(self.device) + torch.stack([found[name] for name in COLUMNS]).float()
+                total = total.to(self.device) + torch.stack([found[name] for name in names]).float()
         host = (total / len(self.valuers)).cpu().numpy()
-        return dict(zip(COLUMNS, host, strict=True))
+        return dict(zip(names, host, strict=True))
 
 
 def _directions(storage: Storage, snapshot: int) -> Directions:
@@ -118,20 +124,26 @@ def run_value(
     storage: Storage,
     manifest: Manifest,
     settings: Settings,
-    policy: str,
+    checkpoints: Sequence[str],
     cluster: Cluster,
     progress: Progress,
-    reference: str | None = None,
+    reference: str,
 ) -> None:
     """Write values/, unless done already; goes on with the parts that are missing.
 
-    ``reference``: default ``policy``. Other methods than AlphaToken's need `prepare` alone. For preference data,
-    reference/ is written as well.
+    ``checkpoints`` of model.policy, ``reference``: resolved paths or hub ids. Other methods than AlphaToken's need
+    `prepare` alone. For preference data, reference/ is written as well.
     """
     started = time.monotonic()
+    policy = checkpoints[0]
     reference = reference or policy
+    if settings.valuation.rehearsed:
+        # Here and not above, since it builds on this file.
+        from pipeline.stages.rehearsal import run_rehearsal
+
+        return run_rehearsal(storage, manifest, settings, policy, reference, cluster, progress)
     if settings.valuation.needs_directions:
-        job = _valuation_job(storage, manifest, settings, policy, cluster)
+        job = _valuation_job(storage, manifest, settings, checkpoints, cluster)
     else:
         from pipeline.stages.selection import selection_job
 
@@ -145,10 +157,7 @@ def run_value(
         job = pairs_job(job, manifest, settings, policy, reference, cluster)
     configuration = {"model": settings.model, "valuation": settings.valuation, "cluster": settings.cluster}
     fingerprint = manifest.begin("value", job.inputs, configuration)
-    rows = {p: storage.rows_of(f"prepared/{p}", prepared["fingerprint"]) for p in prepared["counts"]["parts"]}
-    damaged = [part for part, count in rows.items() if count is None]
-    if damaged:
-        raise RunFailed(f"prepared/{damaged[0]} is missing or damaged: run `alphatoken prepare` again")
+    rows = prepared_rows(storage, manifest)
     missing = [part for part in rows if storage.rows_of(f"values/{part}", fingerprint) != rows[part]]
     if manifest.done("value") and not missing:
         progress.say("value: done already")
@@ -157,7 +166,7 @@ def run_value(
         progress.say(f"value: {len(rows) - len(missing)} of {len(rows)} shards are complete already")
     resources = job.resources()
     if preference:
-        place = reference_of(storage, manifest, settings, policy, reference, cluster, progress)
+        place = reference_of(storage, manifest, settings, checkpoints, reference, cluster, progress)
         job.arguments["reference"] = place
         there = {part: storage.rows_of(f"reference/{part}", place.fingerprint) for part in rows}
         missing = [part for part in rows if part in missing or there[part] != rows[part]]
@@ -179,28 +188,51 @@ def run_value(
     for part in rows.keys() - set(missing):
         add(storage.counts_of(f"values/{part}", fingerprint) or dict.fromkeys(counts, 0))
 
-    with (
-        WorkerPool(
-            logged("value", job.worker), job.arguments, resources, settings.cluster.shard_timeout, settings.debug
-        ) as pool,
-        progress.task("value", sum(tokens.values()), "tokens") as task,
-    ):
-        task.note(f"{finished}/{len(rows)} shards")
-        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: ValueTask(s.name, fingerprint), done, task)
+    if len(checkpoints) > 1:
+        # Here and not above, since it builds on this file.
+        from pipeline.stages.checkpoint_values import value_checkpoints
+
+        for found in value_checkpoints(
+            storage, job, settings, checkpoints, fingerprint, tokens, rows, cluster, progress
+        ):
+            add(found)
+    else:
+        with (
+            WorkerPool(
+                logged("value", job.worker), job.arguments, resources, settings.cluster.shard_timeout, settings.debug
+            ) as pool,
+            progress.task("value", sum(tokens.values()), "tokens") as task,
+        ):
+            task.note(f"{finished}/{len(rows)} shards")
+            pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: ValueTask(s.name, fingerprint), done, task)
     seconds = time.monotonic() - started
     padding = 1 - counts["tokens"] / counts["padded_tokens"] if counts["padded_tokens"] else 0.0
     manifest.finish(
-        "value", seconds, rows=sum(r or 0 for r in rows.values()), padding=round(padding, 4),
+        "value", seconds, rows=sum(rows.values()), padding=round(padding, 4),
         workers=resources.workers, cpus_per_worker=resources.cpus, gpus_per_worker=resources.gpus, **counts,
     )  # fmt: skip
     progress.say(f"value: {counts['tokens']:,} tokens in {seconds:.0f} s, padding {padding:.1%}")
 
 
-def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster) -> ValueJob:
-    anchor = manifest.require("anchor", "value")
-    if anchor["inputs"]["policy"] != of_model(policy):
+def prepared_rows(storage: Storage, manifest: Manifest) -> dict[str, int]:
+    """Part -> rows, in the order of the parts; raises RunFailed for one that is missing or damaged."""
+    prepared, found = manifest.stage("prepare"), {}
+    for part in prepared["counts"]["parts"]:
+        count = storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
+        if count is None:
+            raise RunFailed(f"prepared/{part} is missing or damaged: run `alphatoken prepare` again")
+        found[part] = count
+    return found
+
+
+def checked_anchor(
+    storage: Storage, manifest: Manifest, settings: Settings, checkpoints: Sequence[str]
+) -> dict[str, Any]:
+    """The anchor's record; raises SettingsWrong where it was made for another policy or other layers."""
+    anchor, named = manifest.require("anchor", "value"), ", ".join(checkpoints)
+    if anchor["inputs"]["policy"] != of_policy(checkpoints):
         raise SettingsWrong(
-            [f"model.policy={policy} is not the policy that the anchors of {storage.root} were made with"]
+            [f"model.policy={named} is not the policy that the anchors of {storage.root} were made with"]
         )
     if anchor["inputs"]["valuation.layers"] != settings.valuation.layers:
         raise SettingsWrong(
@@ -208,9 +240,20 @@ def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, pol
                 f"valuation.layers={settings.valuation.layers}, but the anchors were made for {anchor['inputs']['valuation.layers']}"
             ]
         )
+    return anchor
+
+
+def _valuation_job(
+    storage: Storage, manifest: Manifest, settings: Settings, checkpoints: Sequence[str], cluster: Cluster
+) -> ValueJob:
+    anchor = checked_anchor(storage, manifest, settings, checkpoints)
+    if anchor["inputs"]["anchor.drift"] == "rehearsal":
+        raise SettingsWrong(
+            [f"the anchors of {storage.root} were made for valuation.schedule=rehearsal: add run.overwrite=anchor"]
+        )
     own = settings.model
-    source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
-    snapshots = anchor["counts"]["snapshots"]
+    source = ModelSource(checkpoints[0], own.revision, own.dtype, own.trust_remote_code)
+    snapshots = range(anchor["counts"]["snapshots"])
     arguments = {"storage": storage, "source": source, "settings": settings, "snapshots": snapshots}
     inputs = value_inputs(settings, anchor["fingerprint"])
     return ValueJob(inputs, ValueWorker, arguments, cluster.model_resources)
@@ -218,13 +261,21 @@ def _valuation_job(storage: Storage, manifest: Manifest, settings: Settings, pol
 
 def value_inputs(settings: Settings, upstream: str) -> dict[str, Any]:
     """Everything that values/ depends on."""
-    return {
+    valuation = settings.valuation
+    schema = REHEARSED_VALUES if valuation.rehearsed else VALUES
+    inputs = {
         "anchor": upstream,
-        "valuation.window": settings.valuation.window,
-        "valuation.estimator": settings.valuation.estimator,
-        "valuation.method": settings.valuation.method,
-        "schema": (VALUES.metadata or {})[b"alphatoken.schema"].decode(),
+        "valuation.window": valuation.window,
+        "valuation.estimator": valuation.estimator,
+        "valuation.method": valuation.method,
+        **({"valuation.gradient_norm": True} if valuation.gradient_norm else {}),
+        "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }
+    if valuation.rehearsed:
+        inputs |= {"valuation.schedule": valuation.schedule, "run.seed": settings.run.seed}
+        for name in ("rho", "stability_weight", "batch_size", "learning_rate", "refresh"):
+            inputs[f"valuation.rehearsal.{name}"] = getattr(valuation.rehearsal, name)
+    return inputs
 
 
 def _tokens(storage: Storage, part: str) -> int:

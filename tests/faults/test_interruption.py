@@ -50,15 +50,17 @@ def test_killed_drivers_and_machines_with_ray_go_on_with_the_same_command(tmp_pa
     assert contents(run) == calm
 
 
-def test_a_killed_ray_head_ends_the_driver_and_the_same_command_goes_on(tmp_path, inputs, calm):
+def test_a_killed_ray_head_or_only_node_ends_the_driver_and_the_same_command_goes_on(tmp_path, inputs, calm):
     run = tmp_path / "run"
-    process = python("jobs", "run", f"run.dir={run}", *inputs, RAY_gcs_rpc_server_reconnect_timeout_s="3")
-    until(lambda: list(run.glob("prepared/part-*")), 120)
-    heads = [p for p in family(process) if p.name() == "gcs_server"]
-    assert len(heads) == 1
-    heads[0].kill()
-    process.communicate(timeout=120)
-    assert process.returncode != 0
+    for victim, begun in (("gcs_server", "prepared/part-*"), ("raylet", "anchors/*")):
+        process = python("jobs", "run", f"run.dir={run}", *inputs, RAY_gcs_rpc_server_reconnect_timeout_s="3")
+        until(lambda begun=begun: list(run.glob(begun)), 120)
+        found = [p for p in family(process) if p.name() == victim]
+        assert len(found) == 1
+        found[0].kill()
+        _, err = process.communicate(timeout=120)
+        assert process.returncode != 0
+        assert victim != "raylet" or "run the same command again" in err, err
     process = python("jobs", "run", f"run.dir={run}", *inputs)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err

@@ -50,17 +50,28 @@ class InProcess:
             done(shard, self.worker(payload(shard), task.advance))
 
 
+class InMemory:
+    """Stands in for a value in the object store."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def get(self) -> Any:
+        return self.value
+
+
 def driver(arguments: list[str], claimed: int, die_at_step: int | None) -> int:
     """One driver; writes a byte to ``claimed`` when the run directory is its own. Returns the exit status."""
     import torch
 
     from jobs import session
     from jobs.cli import main
-    from pipeline.stages import anchor, prepare, shard_loop, storage, value
+    from pipeline.stages import anchor, prepare, rehearsal, shard_loop, storage, value
 
     torch.set_num_threads(1)
-    for module in (prepare, anchor, value):
+    for module in (prepare, anchor, value, rehearsal):
         module.WorkerPool = InProcess  # type: ignore[attr-defined]
+    rehearsal.Shared = InMemory  # type: ignore[misc, assignment]
     shard_loop.Cluster = InProcess  # type: ignore[misc, assignment]
     steps = 0
 
@@ -163,6 +174,7 @@ if __name__ == "__main__":
     import pipeline.stages.anchor
     import pipeline.stages.mask
     import pipeline.stages.prepare
+    import pipeline.stages.rehearsal
     import pipeline.stages.value  # noqa: F401
 
     print(json.dumps(interrupt(sys.argv[3:], int(sys.argv[1]), int(sys.argv[2]))))

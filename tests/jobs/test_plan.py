@@ -20,9 +20,12 @@ from pipeline.maths.costs import (
 )
 from pipeline.maths.decoder import scored_layers
 from pipeline.maths.ghost import ghost_pass
+from pipeline.maths.lower import lower_layers_once
 from pipeline.maths.outer_sums import OuterSum
 from pipeline.maths.sampling import sample_completions
+from pipeline.maths.selectors.forward import losses_and_entropies
 from pipeline.stages.example import example_data
+from pipeline.stages.plan import pair_flops
 from tests.conftest import SMALL
 
 _ATEN = torch.ops.aten
@@ -73,6 +76,31 @@ def test_anchor_flops(example):
     prompts = [row[:40].tolist() for row in batch.input_ids]
     found = counted(lambda: sample_completions(model, prompts, 8, 1.0, []))
     assert sampling_flops(costs, len(prompts), 40, 8) == pytest.approx(found, rel=0.1)
+
+
+def test_pairs_add_a_pass_of_the_reference_and_after_a_warm_up_one_of_the_policys_upper_layers(example):
+    model, batch, costs = example
+    shapes = shapes_of([batch.shape], len(batch.predicting()))
+    reference = counted(lambda: losses_and_entropies(model, batch, "sdpa"))
+    assert pair_flops(costs, shapes, "checkpoint", True) == pytest.approx(reference, rel=0.1)
+    with lower_layers_once(scored_layers(model, 3)):
+        losses_and_entropies(model, batch, "sdpa")
+        upper = counted(lambda: losses_and_entropies(model, batch, "sdpa"))
+    assert pair_flops(costs, shapes, "warmup", True) == pytest.approx(reference + upper, rel=0.1)
+    assert pair_flops(costs, shapes, "checkpoint", False) == 0
+
+
+def test_sizes_of_a_run_over_pairs(alphatoken, preference_run):
+    status, out, err = alphatoken("plan", "--from", preference_run / "run.json", "--json")
+    assert status == 0, err
+    plan = json.loads(out)
+    stages = json.loads((preference_run / "run.json").read_text())["stages"]
+    assert plan["data"]["format"] == "preference"
+    assert plan["data"]["train_examples"] == stages["prepare"]["counts"]["train_rows"]
+    assert plan["data"]["tokens"] == stages["value"]["counts"]["tokens"]
+    for name, directory in (("prepared",) * 2, ("values",) * 2, ("reference",) * 2, ("masks, each", "masks/default")):
+        written = sum(p.stat().st_size for p in preference_run.glob(f"{directory}/*.parquet"))
+        assert plan["storage"][name] == pytest.approx(written, rel=0.1), name
 
 
 def test_sizes_are_those_of_a_real_run_of_the_embedded_example(alphatoken, tmp_path):

@@ -75,6 +75,20 @@ def test_the_page_says_what_was_kept_and_what_went_wrong(run, alphatoken):
     assert (run / "report/index.html").read_text() == html
 
 
+def test_the_page_of_pairs_shows_both_branches(preference_run, alphatoken):
+    assert alphatoken("report", f"run.dir={preference_run}")[0] == 0
+    html = (preference_run / "report/index.html").read_text()
+    page = Page()
+    page.feed(html)
+    assert page.open == []
+    branches = json.loads((preference_run / "masks/default/summary.json").read_text())["branches"]
+    for branch, summary in branches.items():
+        assert f"<h3>{branch}</h3>" in html and f"default, {branch}" in html
+        assert f"{summary['kept_fraction']:.1%}" in html
+        assert f"{summary['kept_tokens']:,} of" not in html  # a branch is no example
+    assert page.tags.count("svg") == 14 and html.count('class="example"') == 8
+
+
 def test_a_report_before_its_time_names_the_command(alphatoken, tmp_path):
     status, _, err = alphatoken("report", f"run.dir={tmp_path}/none")
     assert status == 1 and "alphatoken value" in err

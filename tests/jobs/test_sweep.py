@@ -9,9 +9,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from data_schemas import BRANCHES
 from jobs.points import expand, point_name
 from pipeline.stages.failure import SettingsWrong
 from pipeline.stages.mask_comparison import MaskPlace, compare
+from pipeline.stages.storage import Storage
 from tests.conftest import SMALL
 from tests.stages.synthetic_run import masks, write_run
 
@@ -90,6 +92,18 @@ def test_a_failing_point_is_named_and_does_not_stop_the_others(alphatoken, tmp_p
     assert status == 2 and "mask.name" in err
 
 
+def test_masks_of_pairs_are_compared_branch_by_branch(alphatoken, preference_run):
+    status, out, err = alphatoken("mask", "-m", f"run.dir={preference_run}", "mask.rho=0.25,1")
+    assert status == 0, err
+    whole = {b: MaskPlace(Storage(str(preference_run)), "rho-1", b) for b in BRANCHES}
+    for branch in BRANCHES:
+        quarter = MaskPlace(whole[branch].storage, "rho-0.25", branch)
+        assert all(label in out for label in (quarter.label, whole[branch].label))
+        (found,) = compare(whole["chosen"], [quarter])
+        assert found.agreement == quarter.summary["kept_tokens"] / whole[branch].summary["kept_tokens"]
+        assert found.kept_fraction == quarter.summary["kept_fraction"] < 1 == whole[branch].summary["kept_fraction"]
+
+
 def test_upstream_points_get_directories_and_share_what_is_equal(alphatoken, tmp_path, policy, train_file):
     common = [
         f"run.dir={tmp_path}/s",
@@ -126,3 +140,29 @@ def test_upstream_points_get_directories_and_share_what_is_equal(alphatoken, tmp
     assert (tmp_path / "replay" / values).read_bytes() == (two / values).read_bytes()
     assert alphatoken("mask", "--from", two / "run.json", "mask=half")[0] == 2
     assert alphatoken("mask", "--from", tmp_path / "nowhere.json")[0] == 2
+
+
+def test_points_of_the_engine_and_of_the_model_share_what_does_not_depend_on_them(
+    alphatoken, tmp_path, policy, reference, train_file
+):
+    common = [f"data.train={train_file}", *SMALL, "data.validation=5", "anchor.warmup.steps=2"]
+    sweep = ["valuation.layers=1,2", "valuation.window=4,9"]
+    status, out, err = alphatoken("run", "-m", f"run.dir={tmp_path}/e", f"model.policy={policy}", *common, *sweep)
+    assert status == 0, err
+    runs = {(k, w): tmp_path / f"e/layers-{k}_window-{w}" for k in (1, 2) for w in (4, 9)}
+
+    def links(name: str) -> list[int]:
+        return [(run / name).stat().st_ino for run in runs.values()]
+
+    part = "part-00000-of-00004.parquet"
+    assert len(set(links(f"prepared/{part}"))) == 1
+    one, other, *deeper = links("anchors/snapshot-00/adaptation.safetensors")
+    assert one == other != deeper[0] == deeper[1]
+    assert len({(run / f"values/{part}").read_bytes() for run in runs.values()}) == 4
+
+    models = f"model.policy={policy},{reference}"
+    status, out, err = alphatoken("run", "-m", f"run.dir={tmp_path}/m", models, *common, "valuation.method=loss")
+    assert status == 0, err
+    one, other = sorted(p for p in (tmp_path / "m").iterdir() if p.is_dir())
+    assert (one / f"prepared/{part}").stat().st_ino == (other / f"prepared/{part}").stat().st_ino  # one tokenizer
+    assert (one / f"values/{part}").read_bytes() != (other / f"values/{part}").read_bytes()

@@ -69,9 +69,42 @@ def test_each_tokens_value_is_its_own_gradients_product_with_the_direction(famil
             torch.testing.assert_close(got, column, rtol=relative, atol=relative * float(column.abs().max()))
 
 
-def test_the_causal_columns_are_zero() -> None:
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe"])
+def test_information_is_the_expected_square_of_the_product_over_all_labels(family: str) -> None:
+    """sum_y p_y <grad log p_y, M>^2, by one backward pass for every token of the vocabulary."""
+    model, (ids,) = model_of(family, seed=1), sequences([7], 3).ids
+    directions, scored = random_directions(model), scored_layers(model, LAYERS)
+    some = Sequences([ids], [[-100] * 3 + ids[3:]])
+    found = TokenValuer(model, directions, LAYERS, WINDOW, estimator="information").value(some.batch())
+    weights = [m.parameter.requires_grad_(True) for m in scored.maps]
+    for t in (3, 6):
+        logp = model(input_ids=torch.tensor([ids])).logits[0, t - 1].double().log_softmax(-1)
+        expected = dict.fromkeys(directions.named, 0.0)
+        for y in range(len(logp)):
+            gradients = torch.autograd.grad(logp[y], weights, retain_graph=True, allow_unused=True)
+            for name, direction in directions.named.items():
+                pairs = [(g, m) for g, m in zip(gradients, scored.maps, strict=True) if g is not None]
+                product = sum(float((g * direction[m.name]).sum()) for g, m in pairs)
+                expected[name] += float(logp[y].detach().exp()) * product**2
+        for name, value in expected.items():
+            assert value > 0
+            assert float(found[f"{name}_direct"][0, t]) == pytest.approx(value, rel=1e-5)
+    assert not found["adaptation_direct"][0, :3].any()
+
+
+def test_information_does_not_look_at_the_last_label() -> None:
+    model, (ids,) = model_of("llama", seed=1), sequences([9], 3).ids
+    valuer = TokenValuer(model, random_directions(model), LAYERS, WINDOW, estimator="information")
+    one, other = ([[*ids[:-1], last]] for last in (ids[-1], (ids[-1] + 1) % 50))
+    values = [valuer.value(Sequences(some, [[-100] * 4 + some[0][4:]]).batch()) for some in (one, other)]
+    torch.testing.assert_close(values[0]["adaptation_direct"], values[1]["adaptation_direct"], rtol=0, atol=0)
+    assert values[0]["loss"][0, -1] != values[1]["loss"][0, -1]
+
+
+@pytest.mark.parametrize("estimator", ["exact", "information"])
+def test_the_causal_columns_are_zero(estimator: str) -> None:
     model = model_of("llama", seed=1)
-    found = TokenValuer(model, random_directions(model), LAYERS, WINDOW, estimator="exact").value(
+    found = TokenValuer(model, random_directions(model), LAYERS, WINDOW, estimator=estimator).value(
         sequences([9], 3).batch()
     )
     assert not found["adaptation_causal"].any() and not found["stability_causal"].any()
@@ -91,5 +124,5 @@ def test_tokens_and_positions_add_up_to_the_same_number(family: str) -> None:
 
 def test_an_unknown_estimator_is_an_error() -> None:
     model = model_of("llama", seed=1)
-    with pytest.raises(ValueError, match="ghost or exact"):
+    with pytest.raises(ValueError, match="ghost, exact, information"):
         TokenValuer(model, random_directions(model), LAYERS, estimator="other")

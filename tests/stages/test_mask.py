@@ -3,6 +3,8 @@
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -312,15 +314,24 @@ def test_load_dataset_gives_exactly_three_columns(tmp_path, sizes):
     assert loaded["train"].to_list() == masks(storage, "a=1,b")
 
 
+def test_load_dataset_does_not_take_another_mask_from_its_cache(tmp_path):
+    for run, rho in (("one", 0.5), ("two", 0.5), ("two", 0.3)):
+        shutil.rmtree(tmp_path / run, ignore_errors=True)
+        storage, *_ = write_run(tmp_path / run, (7,) if run == "one" else (11,))
+        mask(storage, rho=rho)
+        loaded = datasets.load_dataset(str(tmp_path / run / "masks/default"), cache_dir=str(tmp_path / "cache"))
+        assert loaded["train"].to_list() == masks(storage)
+
+
 def test_card_survives_whatever_users_type(tmp_path):
     save_tokenizer(tmp_path / "tokenizer")
     storage, *_ = write_run(tmp_path / "run", tokenizer=str(tmp_path / "tokenizer"), vocabulary=1000)
     mask(storage, always_keep=["eos", "|", "`", "#"], name="x,y=1")
     text = (tmp_path / "run/masks/x,y=1/README.md").read_text()
     _, front, body = text.split("---\n", 2)
-    assert yaml.safe_load(front)["configs"] == [
-        {"config_name": "default", "data_files": [{"split": "train", "path": "train-*.parquet"}]}
-    ]
+    (configuration,) = yaml.safe_load(front)["configs"]
+    assert configuration["data_files"] == [{"split": "train", "path": "train-*.parquet"}]
+    assert re.fullmatch("mask-[0-9a-f]{12}", configuration["config_name"])
     block = body.split("```json\n")[1].split("\n```")[0]
     assert json.loads(block)["always_keep"] == ["eos", "|", "`", "#"]
 

@@ -38,7 +38,7 @@ def worker(tmp_path, policy):
 
     def make(budget: int) -> ValueWorker:
         settings = Settings(valuation=ValuationSettings(layers=2, window=4, tokens_per_batch=budget))
-        return ValueWorker(storage, ModelSource(str(policy)), settings, snapshots=1)
+        return ValueWorker(storage, ModelSource(str(policy)), settings, snapshots=[0])
 
     return storage, make
 

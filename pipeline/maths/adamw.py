@@ -1,0 +1,60 @@
+"""AdamW on float32 masters of the scored weights alone; its state can be saved and taken up again."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class ScoredAdamW:
+    """Masters of ``weights`` (parameter name -> tensor), float32 whatever the model's dtype; no weight decay.
+
+    ``start``: steps done and the state that ``state`` gave then, to go on from there to the same numbers.
+    """
+
+    def __init__(
+        self,
+        weights: Mapping[str, torch.Tensor],
+        learning_rate: float,
+        start: tuple[int, Mapping[str, torch.Tensor]] | None = None,
+    ) -> None:
+        self.learning_rate = learning_rate
+        self._masters = {name: torch.nn.Parameter(w.detach().float().clone()) for name, w in weights.items()}
+        self._optimizer = torch.optim.AdamW(self._masters.values(), lr=learning_rate, weight_decay=0.0)
+        if start is not None:
+            self._restore(*start)
+
+    def masters(self) -> dict[str, torch.Tensor]:
+        """The weights as they are now, float32, by parameter name; not copies."""
+        return {name: master.detach() for name, master in self._masters.items()}
+
+    def step(self, gradient: Mapping[str, torch.Tensor], tokens: int, factor: float) -> float:
+        """One step along ``gradient`` / ``tokens``, clipped to norm 1, at ``factor`` times the learning rate.
+
+        Returns the norm before clipping.
+        """
+        for name, master in self._masters.items():
+            master.grad = gradient[name].float() / max(1, tokens)
+        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), 1.0)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate * factor
+        self._optimizer.step()
+        return float(norm)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Masters and both moments, float32, by ``<kind>/<parameter name>``; after the first step."""
+        found = {f"master/{name}": master.detach() for name, master in self._masters.items()}
+        for name, master in self._masters.items():
+            for moment in MOMENTS:
+                found[f"{moment}/{name}"] = self._optimizer.state[master][moment]
+        return found
+
+    @torch.no_grad()
+    def _restore(self, steps: int, state: Mapping[str, torch.Tensor]) -> None:
+        for name, master in self._masters.items():
+            master.copy_(state[f"master/{name}"])
+            moments = {moment: state[f"{moment}/{name}"].to(master.device).clone() for moment in MOMENTS}
+            self._optimizer.state[master] = {"step": torch.tensor(float(steps)), **moments}

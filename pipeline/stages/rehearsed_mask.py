@@ -1,0 +1,60 @@
+"""mask over the values of a rehearsal: the decision has been taken, batch by batch, and is only written down here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from data_schemas import KEPT
+from pipeline.maths.masking import Floats
+from pipeline.settings import MaskSettings
+from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.paired_rows import PairedRows
+
+NOTE = (
+    "the rehearsal has decided, batch by batch, at the values of its own steps: the keys of mask that decide are unused; "
+    "another valuation.rehearsal.rho is another rehearsal"
+)
+
+
+def is_rehearsed(inputs: Mapping[str, Any]) -> bool:
+    """``inputs``: of the value stage."""
+    return inputs.get("valuation.schedule") == "rehearsal"
+
+
+def as_rehearsed(settings: MaskSettings, inputs: Mapping[str, Any]) -> MaskSettings:
+    """The settings by which the rehearsal has decided, and those of ``settings`` that still have a say.
+
+    Raises SettingsWrong where something was asked for that is neither the default nor what the rehearsal did.
+    """
+    own = {name: inputs[f"valuation.rehearsal.{name}"] for name in ("rho", "stability_weight", "batch_size")}
+    decided = {**own, "rule": "top", "scope": "batch", "normalize": "none", "loss_weight": 0.0}
+    usual = MaskSettings()
+    wrong = [
+        f"mask.{key}={asked}: the rehearsal has decided with {key}={value}"
+        + (f"; rehearse anew with valuation.rehearsal.{key}={asked} and another run.dir" if key in own else "")
+        for key, value in decided.items()
+        if (asked := getattr(settings, key)) not in (value, getattr(usual, key))
+    ]
+    if wrong:
+        raise SettingsWrong(wrong)
+    return replace(settings, **decided)
+
+
+class Decided:
+    """As a threshold: minus infinity for the tokens that the rehearsal kept, infinity for the others."""
+
+    passes = 0
+
+    def see(self, rows: PairedRows, values: Floats) -> None:
+        """Not called."""
+
+    def next(self) -> None:
+        """Not called."""
+
+    def of(self, rows: PairedRows, values: Floats) -> tuple[np.float32 | Floats, Floats]:
+        """One number per token."""
+        return np.where(rows.components[KEPT], np.float32(-np.inf), np.float32(np.inf)), np.zeros(0, np.float32)
