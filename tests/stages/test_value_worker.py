@@ -80,7 +80,7 @@ class _Waits(TorchDispatchMode):
 
 @pytest.mark.parametrize("snapshots", [1, 2])
 def test_a_batch_comes_to_the_host_in_one_copy(storage, policy, monkeypatch, snapshots):
-    worker = ValueWorker(storage, ModelSource(str(policy)), SETTINGS, snapshots)
+    worker = ValueWorker(storage, ModelSource(str(policy)), SETTINGS, list(range(snapshots)))
     copies, batches = [], []
     for way in ("cpu", "numpy", "tolist"):
         own = getattr(torch.Tensor, way)
@@ -132,7 +132,7 @@ class _Noting(ValueWorker):
 
 
 def test_the_next_shard_is_read_while_one_computes_and_before_the_last_is_written(ray_cluster, storage, policy):
-    arguments = {"storage": storage, "source": ModelSource(str(policy)), "settings": SETTINGS, "snapshots": 1}
+    arguments = {"storage": storage, "source": ModelSource(str(policy)), "settings": SETTINGS, "snapshots": [0]}
     results = {}
     with (
         Progress(Console(file=open("/dev/null", "w"))) as progress,
