@@ -26,13 +26,16 @@ def load(overrides: Sequence[str], recorded: Mapping[str, Any] | None = None) ->
     SettingsWrong with every problem: wrong keys, types and groups as well as settings that do not fit together.
     """
     problems = []
+    if missing := _asked_for(overrides):
+        problems = [f"missing: {', '.join(sorted(missing))}"]
     good = list(overrides)
     composed = _compose(good, recorded)
     if isinstance(composed, str):
         alone = {override: _compose([override], recorded) for override in overrides}
-        problems = [f"{override}: {result}" for override, result in alone.items() if isinstance(result, str)]
-        if not problems:
-            raise SettingsWrong([composed])
+        wrong = [f"{override}: {result}" for override, result in alone.items() if isinstance(result, str)]
+        problems += wrong or [composed]
+        if not wrong:
+            raise SettingsWrong(problems)
         good = [override for override, result in alone.items() if not isinstance(result, str)]
         composed = _compose(good, recorded)
         if isinstance(composed, str):
@@ -74,6 +77,18 @@ def _compose(overrides: Sequence[str], recorded: Mapping[str, Any] | None) -> Se
         return OmegaConf.to_object(config)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return _reason(error, overrides)
+
+
+def _asked_for(overrides: Sequence[str]) -> set[str]:
+    """Keys that the chosen experiment leaves to the user (???) and that no override sets.
+
+    Merging does not tell: ??? leaves the default of an earlier group as it is, here the embedded example.
+    """
+    given = dict(override.lstrip("+~").split("=", 1) for override in overrides if "=" in override)
+    file = files("conf").joinpath(f"experiment/{given.get('experiment')}.yaml")
+    if not file.is_file():
+        return set()
+    return OmegaConf.missing_keys(OmegaConf.create(file.read_text(encoding="utf-8"))) - given.keys()
 
 
 def _writable(node: Any) -> None:

@@ -1,7 +1,10 @@
 """The closed loop that valuation.schedule=rehearsal runs over the data."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
+from pipeline.settings.mask import MaskSettings
 from pipeline.settings.option import at_least, option
 
 
@@ -27,3 +30,26 @@ class RehearsalSettings:
         if not self.learning_rate > 0:
             found.append(f"valuation.rehearsal.learning_rate={self.learning_rate}: must be above 0")
         return found
+
+    def decided(self) -> dict[str, Any]:
+        """Key of mask -> what the rehearsal decides with."""
+        return decided_by({name: getattr(self, name) for name in OWN})
+
+
+OWN = ("rho", "stability_weight", "batch_size")  # keys of mask that are keys of the rehearsal as well
+
+
+def decided_by(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Key of mask -> what a rehearsal with these values of OWN decides with (Eq. 13)."""
+    return {**own, "rule": "top", "scope": "batch", "normalize": "none", "loss_weight": 0.0}
+
+
+def contradictions(mask: MaskSettings, decided: Mapping[str, Any]) -> list[str]:
+    """What was asked of mask that is neither the default nor what the rehearsal decides with, one sentence each."""
+    usual = MaskSettings()
+    return [
+        f"mask.{key}={asked}: a rehearsal decides with {key}={value}"
+        + (f"; another one with valuation.rehearsal.{key}={asked}, in another run.dir" if key in OWN else "")
+        for key, value in decided.items()
+        if (asked := getattr(mask, key)) not in (value, getattr(usual, key))
+    ]

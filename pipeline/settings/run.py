@@ -8,7 +8,8 @@ from pipeline.settings.data import DataSettings
 from pipeline.settings.mask import MaskSettings
 from pipeline.settings.model import ModelSettings
 from pipeline.settings.option import one_of, option
-from pipeline.settings.valuation import ValuationSettings
+from pipeline.settings.rehearsal import contradictions
+from pipeline.settings.valuation import NO_LOSS, ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
@@ -64,6 +65,11 @@ class Settings:
             )
         if self.valuation.rehearsed:
             found += self._rehearsal_problems()
+        if self.mask.loss_weight and self.valuation.method in NO_LOSS:
+            found.append(
+                f"mask.loss_weight={self.mask.loss_weight}: valuation.method={self.valuation.method} runs no model, so "
+                "there are no losses"
+            )
         return found + self.valuation.problems() + self.mask.problems() + self.cluster.problems()
 
     def _rehearsal_problems(self) -> list[str]:
@@ -79,10 +85,10 @@ class Settings:
             ("anchor.snapshot_scale", self.anchor.snapshot_scale, "none"),
             ("valuation.gradient_norm", self.valuation.gradient_norm, False),
             ("mask.divide_by_gradient_norm", self.mask.divide_by_gradient_norm, False),
-            ("mask.rule", self.mask.rule, "top"),
         ):
             if value != only:
                 found.append(f"{key}={value}: valuation.schedule=rehearsal is the paper's own loop, with {key}={only}")
+        found += contradictions(self.mask, self.valuation.rehearsal.decided())
         if self.anchor.drift == "warmup":
             found.append("anchor.drift=warmup: valuation.schedule=rehearsal makes its own drift: set anchor.drift=auto")
         return found

@@ -7,6 +7,7 @@ from pipeline.settings.rehearsal import RehearsalSettings
 
 ESTIMATORS = ("ghost", "exact", "information")
 METHODS = ("alphatoken", "excess_loss", "loss", "entropy", "random", "full")
+NO_LOSS = ("random", "full")  # these methods leave the loss column at 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,6 +29,7 @@ from data_schemas import (
 from pipeline.maths.group_select import TokenGroups
 from pipeline.maths.masking import OBJECTIVES, Floats, keep_flat, objective, rank_of, token_values
 from pipeline.settings import MaskSettings
+from pipeline.settings.valuation import NO_LOSS
 from pipeline.stages.always_keep import always_keep_ids
 from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.manifest import Manifest
@@ -58,7 +59,6 @@ PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: on the measured example a fine-tune on such a mask ends worse than "
     "on a random one (README, Limits); valuation.estimator=information does not choose by the label"
 )
-NO_LOSS = ("random", "full")  # these methods leave the loss column at 0.0
 
 
 def check_norms(settings: MaskSettings, there: bool) -> None:

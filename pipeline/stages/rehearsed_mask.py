@@ -11,6 +11,7 @@ import numpy as np
 from data_schemas import KEPT
 from pipeline.maths.masking import Floats
 from pipeline.settings import MaskSettings
+from pipeline.settings.rehearsal import OWN, contradictions, decided_by
 from pipeline.stages.failure import SettingsWrong
 from pipeline.stages.paired_rows import PairedRows
 
@@ -30,16 +31,8 @@ def as_rehearsed(settings: MaskSettings, inputs: Mapping[str, Any]) -> MaskSetti
 
     Raises SettingsWrong where something was asked for that is neither the default nor what the rehearsal did.
     """
-    own = {name: inputs[f"valuation.rehearsal.{name}"] for name in ("rho", "stability_weight", "batch_size")}
-    decided = {**own, "rule": "top", "scope": "batch", "normalize": "none", "loss_weight": 0.0}
-    usual = MaskSettings()
-    wrong = [
-        f"mask.{key}={asked}: the rehearsal has decided with {key}={value}"
-        + (f"; rehearse anew with valuation.rehearsal.{key}={asked} and another run.dir" if key in own else "")
-        for key, value in decided.items()
-        if (asked := getattr(settings, key)) not in (value, getattr(usual, key))
-    ]
-    if wrong:
+    decided = decided_by({name: inputs[f"valuation.rehearsal.{name}"] for name in OWN})
+    if wrong := contradictions(settings, decided):
         raise SettingsWrong(wrong)
     return replace(settings, **decided)
 

@@ -14,6 +14,7 @@ from jobs.cli import COMMANDS
 from jobs.config import groups, keys, load
 from pipeline.settings import Settings
 from pipeline.settings.units import UNITS
+from pipeline.stages.failure import SettingsWrong
 
 JOBS = Path(__file__).parents[2] / "jobs"
 GIVEN = {
@@ -40,11 +41,21 @@ def test_every_numeric_key_has_a_unit_and_no_other_key_is_named():
     assert set(UNITS) <= set(known)
 
 
-@pytest.mark.parametrize("recipe", [name for name in groups()["experiment"] if "preference" not in name])
+@pytest.mark.parametrize("recipe", groups()["experiment"])
 def test_recipes_compose_and_say_what_they_fit(recipe):
     load([f"experiment={recipe}", *GIVEN.get(recipe, [])])
     text = files("conf").joinpath(f"experiment/{recipe}.yaml").read_text()
     assert "GB" in text.split("\n\n")[0]
+
+
+@pytest.mark.parametrize("recipe", GIVEN)
+def test_a_recipe_asks_for_what_it_leaves_to_the_user(recipe):
+    asked = [override.partition("=")[0] for override in GIVEN[recipe]]
+    with pytest.raises(SettingsWrong) as error:
+        load([f"experiment={recipe}"])
+    assert error.value.problems == [f"missing: {', '.join(sorted(asked))}"]
+    with pytest.raises(SettingsWrong, match=f"missing: {asked[-1]}$"):
+        load([f"experiment={recipe}", *GIVEN[recipe][:-1]])
 
 
 def test_the_papers_setting_is_the_papers():

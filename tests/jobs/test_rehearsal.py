@@ -197,7 +197,7 @@ def test_the_same_command_again_skips_it_and_another_setting_is_refused(alphatok
     status, _, err = alphatoken("value", *same, "valuation.schedule=static")
     assert status == 2 and "run.overwrite=anchor" in err
     status, _, err = alphatoken("mask", f"run.dir={tmp_path / 'r'}", "mask.rho=0.3", "mask.name=m")
-    assert status == 2 and "mask.rho=0.3: the rehearsal has decided with rho=0.5" in err
+    assert status == 2 and "mask.rho=0.3: a rehearsal decides with rho=0.5" in err
     status, _, err = alphatoken("mask", f"run.dir={tmp_path / 'r'}", "mask.rule=weight", "mask.name=m")
     assert status == 2 and "mask.rule=weight" in err
     status, out, err = alphatoken(
