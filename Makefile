@@ -1,4 +1,5 @@
 # make demo: the embedded example into runs/demo.   make test: the tests.   Both use .venv, made on first use.
+# make soak: 200 kills.   make bench, bench-bergson: the tables of the README.   make clean keeps runs/.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin

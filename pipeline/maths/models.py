@@ -71,7 +71,7 @@ def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     try:
         from peft import PeftModel
     except ImportError as error:
-        raise UnreadableModel(f"{adapter} is a PEFT adapter: install peft (pip install 'alphatoken[peft]')") from error
+        raise UnreadableModel(f"{adapter} is a PEFT adapter: pip install peft") from error
     return PeftModel.from_pretrained(model, adapter).merge_and_unload()
 
 
