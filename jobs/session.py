@@ -59,10 +59,11 @@ class Session:
 
         Raises RunFailed while another driver lives.
         """
-        self._lock = RunLock(self.storage)
-        self._lock.__enter__()
+        lock = RunLock(self.storage)
+        lock.__enter__()
+        self._lock = lock  # not before it is held: the end of a session cleans up after its own workers alone
         self.storage.sweep()
-        self._open(Manifest(self.storage, self._lock.check))  # as the driver before has left it
+        self._open(Manifest(self.storage, lock.check))  # as the driver before has left it
         self.manifest.tidy()
 
     def share(self, finished: Sequence[Storage] = ()) -> None:
@@ -72,6 +73,9 @@ class Session:
         """
         named = self.settings.run.share
         own = [Storage(named)] if named else []
+        if own and self.settings.run.overwrite:
+            self.progress.say("run.share: nothing is taken over, since run.overwrite asks for work to be done anew")
+            own = []
         if own and not own[0].exists(NAME):
             raise SettingsWrong([f"run.share={named}: there is no {NAME} in it, give the directory of a run"])
         donors = [storage for storage in (*own, *finished) if storage.root != self.storage.root]

@@ -115,8 +115,9 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
             try:
                 root = Storage(settings.run.dir).root
                 if root not in sessions:
-                    session = sessions[root] = stack.enter_context(Session(settings, progress))
+                    session = stack.enter_context(Session(settings, progress))
                     session.claim()
+                    sessions[root] = session  # once it is claimed: the next point has to ask again where it was refused
                     if settings.run.overwrite:
                         session.manifest.discard(settings.run.overwrite)
                     if command != "mask":

@@ -111,16 +111,25 @@ def watched(model: Any) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch
     """Yields (hidden, logits) -> the weight (vocabulary, d) where logits are hidden @ weight.T and nothing else, or None.
 
     They are where the output embedding is a linear map without bias that was handed the hidden states as they are, and
-    whose output was handed out as it is: the same memory, never written to since (no scale, cap or cast around it).
+    whose output was handed out as it is: the same memory, never written to since (no scale, cap or cast around it). One
+    with hooks or a forward of its own (offloaded weights) is no such map.
     """
     module = model.get_output_embeddings()
+    plain = (
+        type(module) is nn.Linear
+        and module.bias is None
+        and type(module.weight) is nn.Parameter
+        and "forward" not in vars(module)
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+    )
     seen: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def remember(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         seen[:] = [(args[0], output, output._version)]
 
     def plain_weight(hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
-        if not seen or type(module) is not nn.Linear or module.bias is not None:
+        if not seen or not plain:
             return None
         entering, leaving, version = seen.pop()
         same = _same_memory(entering, hidden) and _same_memory(leaving, logits) and leaving._version == version

@@ -13,6 +13,10 @@ from pipeline.settings.valuation import NO_LOSS, ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
+NEVER_NEGATIVE = (
+    "mask.rule=positive: values of valuation.estimator=information are never negative, so that it would keep everything: set "
+    "mask.rule=top"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +69,9 @@ class Settings:
             )
         if self.valuation.rehearsed:
             found += self._rehearsal_problems()
+        informed = self.valuation.needs_directions and self.valuation.estimator == "information"
+        if informed and self.mask.rule == "positive" and not self.mask.loss_weight:
+            found.append(NEVER_NEGATIVE)
         if self.mask.loss_weight and self.valuation.method in NO_LOSS:
             found.append(
                 f"mask.loss_weight={self.mask.loss_weight}: valuation.method={self.valuation.method} runs no model, so "
@@ -89,6 +96,12 @@ class Settings:
             if value != only:
                 found.append(f"{key}={value}: valuation.schedule=rehearsal is the paper's own loop, with {key}={only}")
         found += contradictions(self.mask, self.valuation.rehearsal.decided())
+        weight = self.valuation.rehearsal.stability_weight
+        if self.anchor.drift == "none" and weight > 0:
+            found.append(
+                f"anchor.drift=none leaves no stability to weigh by valuation.rehearsal.stability_weight={weight}: set "
+                "anchor.drift=auto, or that weight to 0"
+            )
         if self.anchor.drift == "warmup":
             found.append("anchor.drift=warmup: valuation.schedule=rehearsal makes its own drift: set anchor.drift=auto")
         return found

@@ -132,6 +132,7 @@ def anchor_inputs(
     if anchor.snapshot_scale != "none":  # made from values of a sample
         inputs["valuation.window"] = settings.valuation.window
         inputs["valuation.estimator"] = settings.valuation.estimator
+        inputs["anchor.warmup.examples"] = anchor.warmup.examples
     if drift != "none" or anchor.precondition != "none":
         inputs["anchor.fisher.max_new_tokens"] = anchor.fisher.max_new_tokens
         inputs["anchor.fisher.temperature"] = anchor.fisher.temperature

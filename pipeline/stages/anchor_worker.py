@@ -206,8 +206,10 @@ class AnchorWorker:
         if anchor.snapshot_scale == "rms":
             own = there if task.drift == "warmup" else None
             scales = self._root_mean_squares(Directions(named, own), task.sequences)
-            for name, tensors in named.items():  # values are linear in the direction
-                tensors.update({key: tensor / scales[name] for key, tensor in tensors.items()})
+            # Values are linear in the direction, information is quadratic.
+            power = 0.5 if self.settings.valuation.estimator == "information" else 1.0
+            for name, tensors in named.items():
+                tensors.update({key: tensor / scales[name] ** power for key, tensor in tensors.items()})
         counts = {**norms, **{f"{name}_scale": scale for name, scale in scales.items()}}
         for name, tensors in named.items():
             more = {"precondition": anchor.precondition, "scale": repr(scales[name]), **task.metadata}

@@ -37,11 +37,11 @@ def check_checkpoints(settings: Settings, checkpoints: Sequence[str], reference:
 
     From the configurations alone: no weights are loaded.
     """
-    shapes = [_shapes(settings, path) for path in (*checkpoints, reference)]
-    for path, other in zip((*checkpoints, reference), shapes, strict=True):
+    named = [*(("model.policy", path) for path in checkpoints), ("model.reference", reference)]
+    shapes = [_shapes(settings, key, path) for key, path in named]
+    for (key, path), other in zip(named, shapes, strict=True):
         if other != shapes[0]:
             wrong = next(n for n in sorted(shapes[0].keys() | other.keys()) if shapes[0].get(n) != other.get(n))
-            key = "model.reference" if path == reference else "model.policy"
             raise SettingsWrong(
                 [
                     f"{key}: {path} differs from {checkpoints[0]} at {wrong}: checkpoints of one run have one architecture"
@@ -49,7 +49,7 @@ def check_checkpoints(settings: Settings, checkpoints: Sequence[str], reference:
             )
 
 
-def _shapes(settings: Settings, path: str) -> dict[str, Any]:
+def _shapes(settings: Settings, key: str, path: str) -> dict[str, Any]:
     """What has to be equal: the kind of model, its vocabulary, and the shape of every scored weight."""
     own = settings.model
     source = ModelSource(path, own.revision, trust_remote_code=own.trust_remote_code)
@@ -57,7 +57,7 @@ def _shapes(settings: Settings, path: str) -> dict[str, Any]:
     try:
         scored = scored_layers(model, settings.valuation.layers)
     except UnsupportedModel as error:
-        raise SettingsWrong([f"model.policy: {path}: {error}"]) from error
+        raise SettingsWrong([f"{key}: {path}: {error}"]) from error
     found: dict[str, Any] = {name: tuple(weight.shape) for name, weight in scored.weights().items()}
     found[" architecture"] = type(model).__name__  # sorted before all names
     found[" vocabulary"] = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]

@@ -29,6 +29,7 @@ from data_schemas import (
 from pipeline.maths.group_select import TokenGroups
 from pipeline.maths.masking import OBJECTIVES, Floats, keep_flat, objective, rank_of, token_values
 from pipeline.settings import MaskSettings
+from pipeline.settings.run import NEVER_NEGATIVE
 from pipeline.settings.valuation import NO_LOSS
 from pipeline.stages.always_keep import always_keep_ids
 from pipeline.stages.failure import RunFailed, SettingsWrong
@@ -58,6 +59,12 @@ TIES_WORTH_SAYING = 0.01
 PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: on the measured example a fine-tune on such a mask ends worse than "
     "on a random one (README, Limits); valuation.estimator=information does not choose by the label"
+)
+
+
+INFORMATION = (
+    "values are of valuation.estimator=information: how much a step along each direction moves the token's prediction, "
+    "whatever its label; they have no sign"
 )
 
 
@@ -100,6 +107,9 @@ def run_mask(
                 f"mask.loss_weight={settings.loss_weight}: valuation.method={method} runs no model, so there are no losses"
             ]
         )
+    informed = values["inputs"].get("valuation.estimator") == "information"
+    if informed and settings.rule == "positive" and not settings.loss_weight:
+        raise SettingsWrong([NEVER_NEGATIVE])
     rehearsed = is_rehearsed(values["inputs"])
     if rehearsed:
         settings = as_rehearsed(settings, values["inputs"])
@@ -133,6 +143,8 @@ def run_mask(
         work = Masking(storage, settings, parts, always, method, progress, branch)
         if _is_plain_alignment(manifest, method):
             work.note(PLAIN_ALIGNMENT)
+        if informed:
+            work.note(INFORMATION)
         work.find_scales()
         work.find_groups()
         work.find_thresholds()

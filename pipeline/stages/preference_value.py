@@ -142,24 +142,29 @@ class PreferenceSelectionWorker(PairScoring, SelectionWorker):
         return found
 
 
-def pair_inputs(inputs: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """What values/ of pairs depend on, from what those of supervised data depend on."""
+def pair_inputs(inputs: dict[str, Any], settings: Settings, models: tuple[str, str] | None = None) -> dict[str, Any]:
+    """What values/ of pairs depend on, from what those of supervised data depend on.
+
+    ``models``: policy and reference, where ``inputs`` do not cover both already, as those of the anchor do.
+    """
     schema = (PREFERENCE_VALUES.metadata or {})[b"alphatoken.schema"].decode()
-    return {**inputs, "valuation.beta": settings.valuation.beta, "schema": schema}
+    found = {**inputs, "valuation.beta": settings.valuation.beta, "schema": schema}
+    if models:
+        found |= dict(zip(("policy", "reference"), map(of_model, models), strict=True))
+        found |= {"model.revision": settings.model.revision, "model.dtype": settings.model.dtype}
+    return found
 
 
 def pairs_job(
     job: ValueJob, manifest: Manifest, settings: Settings, policy: str, reference: str, cluster: Cluster
 ) -> ValueJob:
     """A job for supervised data as the one for pairs; the argument ``reference`` is added when it is known."""
-    inputs = pair_inputs(job.inputs, settings)
     if job.worker is ValueWorker:
         if manifest.stage("anchor")["inputs"]["reference"] != of_model(reference):
             raise SettingsWrong([f"model.reference={reference} is not the reference that the anchors were made with"])
+        inputs = pair_inputs(job.inputs, settings)
         return ValueJob(inputs, PreferenceValueWorker, dict(job.arguments), job.resources)
-    own = settings.model
-    inputs |= {"policy": of_model(policy), "reference": of_model(reference)}
-    inputs |= {"model.revision": own.revision, "model.dtype": own.dtype}
+    own, inputs = settings.model, pair_inputs(job.inputs, settings, (policy, reference))
     source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
     arguments = {**job.arguments, "sources": {"policy": source, **job.arguments["sources"]}}
     return ValueJob(inputs, PreferenceSelectionWorker, arguments, cluster.model_resources)

@@ -61,25 +61,37 @@ def check_models(settings: Settings, policy: str, reference: str) -> None:
         )
 
 
+def _used(settings: Settings, policy: str, reference: str) -> dict[str, str]:
+    """The models that the method runs, by name."""
+    names = SELECTORS[settings.valuation.method].models
+    return {name: path for name, path in (("policy", policy), ("reference", reference)) if name in names}
+
+
+def selection_inputs(settings: Settings, upstream: str, policy: str, reference: str) -> dict[str, Any]:
+    """Everything that values/ of ``valuation.method`` depend on; ``upstream``: the fingerprint of prepare."""
+    own, used = settings.model, _used(settings, policy, reference)
+    inputs: dict[str, Any] = {
+        "prepare": upstream,
+        "valuation.method": settings.valuation.method,
+        "schema": (VALUES.metadata or {})[b"alphatoken.schema"].decode(),
+        **{name: of_model(path) for name, path in used.items()},
+    }
+    if used:
+        inputs |= {"model.revision": own.revision, "model.dtype": own.dtype}
+    if settings.valuation.method == "random":
+        inputs["run.seed"] = settings.run.seed
+    return inputs
+
+
 def selection_job(
     storage: Storage, manifest: Manifest, settings: Settings, policy: str, reference: str, cluster: Cluster
 ) -> ValueJob:
     """The job of ``valuation.method``; needs prepare alone. Raises RunFailed and SettingsWrong."""
     prepared = manifest.require("prepare", "value")
     check_models(settings, policy, reference)
-    own, used = settings.model, SELECTORS[settings.valuation.method].models
-    paths = {name: path for name, path in (("policy", policy), ("reference", reference)) if name in used}
-    sources = {name: ModelSource(p, own.revision, own.dtype, own.trust_remote_code) for name, p in paths.items()}
-    inputs: dict[str, Any] = {
-        "prepare": prepared["fingerprint"],
-        "valuation.method": settings.valuation.method,
-        "schema": (VALUES.metadata or {})[b"alphatoken.schema"].decode(),
-        **{name: of_model(path) for name, path in paths.items()},
-    }
-    if used:
-        inputs |= {"model.revision": own.revision, "model.dtype": own.dtype}
-    if settings.valuation.method == "random":
-        inputs["run.seed"] = settings.run.seed
+    inputs = selection_inputs(settings, prepared["fingerprint"], policy, reference)
+    own, used = settings.model, _used(settings, policy, reference)
+    sources = {name: ModelSource(p, own.revision, own.dtype, own.trust_remote_code) for name, p in used.items()}
     arguments = {
         "storage": storage,
         "sources": sources,

@@ -20,6 +20,7 @@ from pipeline.stages.fingerprint import digest
 from pipeline.stages.manifest import OUTPUTS, Manifest
 from pipeline.stages.preference_value import pair_inputs
 from pipeline.stages.prepare import is_preference, prepare_inputs, vocabulary_of
+from pipeline.stages.selection import selection_inputs
 from pipeline.stages.sources import open_sources
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_metadata
@@ -43,8 +44,15 @@ def stage_inputs(settings: Settings, checkpoints: Sequence[str], reference: str)
     prepare = prepare_inputs(settings, policy, vocabulary_of(source), train, validation, preference)
     drift = drift_of(settings, checkpoints, reference)
     anchor = anchor_inputs(settings, prepare, checkpoints, reference, drift)
-    value = value_inputs(settings, digest(anchor))
-    return {"prepare": prepare, "anchor": anchor, "value": pair_inputs(value, settings) if preference else value}
+    selected = not settings.valuation.needs_directions
+    value = (
+        selection_inputs(settings, digest(prepare), policy, reference)
+        if selected
+        else value_inputs(settings, digest(anchor))
+    )
+    if preference:
+        value = pair_inputs(value, settings, (policy, reference) if selected else None)
+    return {"prepare": prepare, "anchor": anchor, "value": value}
 
 
 def share_upstream(
@@ -55,11 +63,13 @@ def share_upstream(
     ``inputs``: of ``stage_inputs``. A stage that was begun here already is left alone. Returns what was taken, as
     ``"prepare from <place>"``.
     """
-    taken = []
+    taken: list[str] = []
     for donor in donors:
         other = Manifest(donor)
         for stage in UPSTREAM:
-            if manifest.stage(stage):
+            if own := manifest.stage(stage):
+                if own["fingerprint"] != digest(inputs[stage]):
+                    return taken  # this command is going to be refused there, or to start anew from there
                 continue
             if other.done(stage) and other.stage(stage)["fingerprint"] == digest(inputs[stage]):
                 for directory in OUTPUTS[stage]:

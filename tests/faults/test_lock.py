@@ -7,11 +7,13 @@ import time
 
 import pytest
 
+from jobs.cli import main
 from pipeline.stages.failure import RunFailed
 from pipeline.stages.lock import DIRECTORY, RunLock
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.storage import Storage
 from tests.faults.interrupted_run import python, until
+from tests.stages.synthetic_run import write_run
 
 
 @pytest.fixture(params=["disk", "object store"])
@@ -34,6 +36,18 @@ def test_the_second_is_refused_while_the_first_holds_and_let_in_afterwards(stora
     with RunLock(storage):
         pass
     assert storage.names(DIRECTORY) == []
+
+
+def test_a_refused_command_touches_nothing_and_no_point_of_a_sweep_gets_in(tmp_path):
+    storage, _, _ = write_run(tmp_path)
+    unfinished = tmp_path / "values" / ".part-00000-of-00001.parquet.tmp"
+    unfinished.write_bytes(b"what the other driver is writing")
+    before = sorted(tmp_path.rglob("*"))
+    with RunLock(storage):
+        assert main(["mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.3,0.5"]) == 1
+        assert main(["mask", f"run.dir={tmp_path}"]) == 1
+        assert unfinished.exists() and not (tmp_path / "masks").exists()
+    assert sorted(p for p in tmp_path.rglob("*") if "lock" not in str(p)) == [p for p in before if "lock" not in str(p)]
 
 
 def test_a_killed_owner_on_this_machine_is_seen_at_once(storage, tmp_path, object_store):

@@ -53,10 +53,12 @@ def values(run: Path) -> dict[str, np.ndarray]:
     }
 
 
-def alone(run: Path, policy: Path, index: int) -> dict[str, np.ndarray]:
+def alone(run: Path, policy: Path, index: int, estimator: str = "ghost") -> dict[str, np.ndarray]:
     """One snapshot by itself, through the library."""
     model, rows = AutoModelForCausalLM.from_pretrained(policy), prepared(run)
-    valuer = TokenValuer(model, Directions.load(run / f"anchors/snapshot-{index:02d}"), layers=2, window=4)
+    valuer = TokenValuer(
+        model, Directions.load(run / f"anchors/snapshot-{index:02d}"), layers=2, window=4, estimator=estimator
+    )
     batch = collate([r["input_ids"] for r in rows], [r["labels"] for r in rows])
     found = valuer.value(batch)
     return {name: found[name][batch.labels != -100].numpy() for name in COMPONENTS}
@@ -96,10 +98,12 @@ def test_scaled_snapshots_are_divided_by_their_root_mean_square(made):
                     torch.testing.assert_close(direction[key] * scale, tensor, rtol=1e-4, atol=1e-7)
 
 
-def test_the_scale_is_that_of_the_values_over_the_sample(made, policy):
+@pytest.mark.parametrize("estimator", ["ghost", "information"])
+def test_the_scale_is_that_of_the_values_over_the_sample(made, policy, estimator):
     """All training rows are the sample here, so each scaled snapshot has root mean square one over the data set."""
-    run = made("anchor.snapshot_scale=rms", "anchor.warmup.examples=40", "anchor.warmup.steps=2")
-    found = alone(run, policy, 0)
+    more = [] if estimator == "ghost" else [f"valuation.estimator={estimator}"]  # quadratic in the direction
+    run = made("anchor.snapshot_scale=rms", "anchor.warmup.examples=40", "anchor.warmup.steps=2", *more)
+    found = alone(run, policy, 0, estimator)
     for name in ("adaptation", "stability"):
         total = found[f"{name}_direct"].astype(np.float64) + found[f"{name}_causal"]
         assert np.sqrt(np.mean(total**2)) == pytest.approx(1.0, rel=1e-3)

@@ -58,6 +58,9 @@ def test_a_method_without_directions_skips_anchor_and_masks_as_usual(
     assert summary["method"] == method
     assert summary["kept_fraction"] == 1 if method == "full" else 0.5 <= summary["kept_fraction"] < 0.75
     assert f"the method `{method}`" in (run / "masks/default/README.md").read_text()
+    arguments = command(run, policy, train_file, *more)[1:]
+    plan = json.loads(alphatoken("plan", "--json", *arguments)[1])
+    assert plan["resume"]["value"]["state"] == "done", plan["resume"]
     if method in ("random", "full"):
         status, _, err = alphatoken("mask", f"run.dir={run}", "mask.loss_weight=1", "mask.name=m")
         assert status == 2 and "runs no model" in err

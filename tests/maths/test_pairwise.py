@@ -358,6 +358,25 @@ def test_a_head_that_is_one_matrix_and_one_that_is_not_give_what_autograd_gives(
         assert torch.allclose(gradient, torch.autograd.grad(wanted.sum(), leaf)[0], rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("how", ["hook", "forward"])
+def test_a_head_that_something_stands_around_goes_through_autograd(how: str) -> None:
+    """The output's memory does not tell: a hook or a forward of its own may have made it."""
+    policy = model_of("llama", seed=1, dtype=torch.float64).requires_grad_(False)
+    scored, batch = scored_layers(policy, LAYERS), sequences([9, 6], 3).batch()
+    module, positions = policy.get_output_embeddings(), batch.predicting()
+    if how == "hook":
+        module.register_forward_hook(lambda module, args, output: 3 * output)
+    else:
+        module.forward = lambda hidden: 3 * F.linear(hidden, module.weight)
+    outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
+    hidden, targets = outputs.last_hidden_state.flatten(0, 1)[positions], batch.labels.flatten()[positions + 1]
+    losses, gradient = head.token_losses(scored, outputs, hidden, targets)
+    leaf = hidden.detach().requires_grad_(True)
+    wanted = F.cross_entropy(3 * F.linear(leaf, module.weight), targets, reduction="none")
+    assert torch.allclose(losses, wanted, rtol=1e-12, atol=1e-14)
+    assert torch.allclose(gradient, torch.autograd.grad(wanted.sum(), leaf)[0], rtol=1e-10, atol=1e-14)
+
+
 # --- the window ----------------------------------------------------------------------------------------------------
 
 
