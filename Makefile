@@ -16,7 +16,7 @@ demo: $(VENV)/.installed
 	$(BIN)/alphatoken run run.dir=runs/demo
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 soak: $(VENV)/.installed
 	$(BIN)/python -m tests.faults.soak 200

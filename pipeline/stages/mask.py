@@ -58,7 +58,7 @@ ROWS_AT_ONCE = 256
 TIES_WORTH_SAYING = 0.01
 PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: on the measured example a fine-tune on such a mask ends worse than "
-    "on a random one (README, Limits); valuation.estimator=information does not choose by the label"
+    "on a random one (README, What a mask is worth); valuation.estimator=information does not choose by the label"
 )
 
 
