@@ -21,28 +21,39 @@ def main(kills: int, seed: int) -> None:
         place = Path(directory)
         train = write_rows(place / "train.jsonl", [chat_row(i) for i in range(60)])
         inputs = [f"model.policy={save_model(place / 'policy', seed=1)}", f"data.train={train}", *MANY_PIECES]
-        without_ray(0, 0, "run", f"run.dir={place}/calm", *inputs)
-        calm, done, draw = contents(place / "calm"), 0, random.Random(seed)
-        run = place / "ray"
-        for turn in range(kills // 10):
+        without_ray(0, 0, "run", f"run.dir={place}/calm/run", *inputs)
+        calm, done, draw = contents(place / "calm/run"), 0, random.Random(seed)
+        turn = 0
+        while done < kills // 10:  # a run that ended is compared, and the next begins
+            run = place / f"ray-{turn}/run"  # all of one name, which the report shows
             process = python("jobs", "run", f"run.dir={run}", *inputs)
-            time.sleep(draw.uniform(3.0, 20.0))
-            for member in family(process)[: 1 if turn % 2 else None]:
+            time.sleep(draw.uniform(3.0, 15.0))
+            for member in family(process)[: 1 if done % 2 else None]:
                 member.kill()
             process.communicate(timeout=60)
+            if process.returncode == 0:
+                compare(contents(run), calm, f"{done} killed processes with Ray")
+                turn += 1
             done += process.returncode != 0
         process = python("jobs", "run", f"run.dir={run}", *inputs)
         _, err = process.communicate(timeout=600)
-        if process.returncode != 0 or contents(run) != calm:
-            raise SystemExit(f"after {done} killed processes with Ray the run is another one: {err[-2000:]}")
+        if process.returncode != 0:
+            raise SystemExit(f"after {done} killed processes with Ray the run fails: {err[-2000:]}")
+        compare(contents(run), calm, f"{done} killed processes with Ray")
         print(f"{done} kills: the same bytes", flush=True)
         while done < kills:
             seed += 1
-            told = without_ray(min(PER_RUN, kills - done), seed, "run", f"run.dir={place}/{seed}", *inputs)
+            run = place / f"{seed}/run"
+            told = without_ray(min(PER_RUN, kills - done), seed, "run", f"run.dir={run}", *inputs)
             done += told["kills"]
-            if contents(place / str(seed)) != calm:
-                raise SystemExit(f"after {told['kills']} kills with seed {seed} the run is another one")
+            compare(contents(run), calm, f"{told['kills']} kills with seed {seed}")
             print(f"{done} kills: the same bytes", flush=True)
+
+
+def compare(found: dict[str, object], calm: dict[str, object], after: str) -> None:
+    """Exit with the names of the files that differ."""
+    if wrong := sorted(name for name in found.keys() | calm.keys() if found.get(name) != calm.get(name)):
+        raise SystemExit(f"after {after} other files or bytes: {', '.join(wrong)}")
 
 
 if __name__ == "__main__":
