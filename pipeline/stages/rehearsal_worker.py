@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -116,7 +117,7 @@ class RehearsalWorker:
         weights, valuer, result = self._weights(task), self._valuer(task), LaneResult()
         for group in task.groups:
             batch, hidden = self._batch(group)
-            found = self._safely(group, lambda b=batch, h=hidden: self.model.values(valuer, weights, b, h))  # type: ignore[misc]
+            found = self._safely(group, partial(self.model.values, valuer, weights, batch, hidden))
             result.columns.append(torch.stack([found[name] for name in COLUMNS]).float().cpu().numpy())
             result.hidden.append(_new(group, hidden))
             advance(int(batch.lengths.sum()))
@@ -129,7 +130,7 @@ class RehearsalWorker:
             batch, hidden = self._batch(group)
             losses = self._safely(
                 group,
-                lambda b=batch, h=hidden: self.model.add_gradient(total, weights, b, h, task.what == "direction"),  # type: ignore[misc]
+                partial(self.model.add_gradient, total, weights, batch, hidden, task.what == "direction"),
             )
             tokens, loss = tokens + len(losses), loss + float(losses.double().sum())
             found.append(_new(group, hidden))

@@ -10,12 +10,26 @@ from pathlib import Path
 
 import psutil
 
+from tests.conftest import chat_row, save_model, write_rows
+
 ROOT = Path(__file__).parents[2]
 MANY_PIECES = [
     "data.validation=6", "anchor.fisher.prompts=20", "anchor.fisher.max_new_tokens=6", "anchor.warmup.steps=6",
     "anchor.warmup.examples=8", "anchor.warmup.batch_size=2", "anchor.snapshots=2", "valuation.layers=2",
     "valuation.window=4", "data.shard_examples=2", "valuation.tokens_per_batch=128", "cluster.cpus_per_worker=1",
 ]  # fmt: skip
+
+
+def inputs_in(place: Path) -> list[str]:
+    """A model and 60 rows below ``place``, and the settings that make many pieces of them."""
+    train = write_rows(place / "train.jsonl", [chat_row(i) for i in range(60)])
+    return [f"model.policy={save_model(place / 'policy', seed=1)}", f"data.train={train}", *MANY_PIECES]
+
+
+def calm_run(place: Path, inputs: list[str]) -> dict[str, object]:
+    """What an undisturbed run leaves in ``place``/run."""
+    assert without_ray(0, 0, "run", f"run.dir={place}/run", *inputs)["status"] == 0
+    return contents(place / "run")
 
 
 def contents(run: Path) -> dict[str, object]:

@@ -10,8 +10,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.conftest import chat_row, save_model, write_rows
-from tests.faults.interrupted_run import MANY_PIECES, contents, family, python, without_ray
+from tests.faults.interrupted_run import calm_run, contents, family, inputs_in, python, without_ray
 
 PER_RUN = 40
 
@@ -19,10 +18,8 @@ PER_RUN = 40
 def main(kills: int, seed: int) -> None:
     with tempfile.TemporaryDirectory() as directory:
         place = Path(directory)
-        train = write_rows(place / "train.jsonl", [chat_row(i) for i in range(60)])
-        inputs = [f"model.policy={save_model(place / 'policy', seed=1)}", f"data.train={train}", *MANY_PIECES]
-        without_ray(0, 0, "run", f"run.dir={place}/calm/run", *inputs)
-        calm, done, draw = contents(place / "calm/run"), 0, random.Random(seed)
+        inputs = inputs_in(place)
+        calm, done, draw = calm_run(place / "calm", inputs), 0, random.Random(seed)
         turn = 0
         while done < kills // 10:  # a run that ended is compared, and the next begins
             run = place / f"ray-{turn}/run"  # all of one name, which the report shows

@@ -8,23 +8,17 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import chat_row, save_model, write_rows
-from tests.faults.interrupted_run import MANY_PIECES, contents, family, python, until, without_ray
+from tests.faults.interrupted_run import calm_run, contents, family, inputs_in, python, until, without_ray
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> list[str]:
-    place = tmp_path_factory.mktemp("inputs")
-    train = write_rows(place / "train.jsonl", [chat_row(i) for i in range(60)])
-    return [f"model.policy={save_model(place / 'policy', seed=1)}", f"data.train={train}", *MANY_PIECES]
+    return inputs_in(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory, inputs) -> dict:
-    """What an undisturbed run leaves."""
-    run = tmp_path_factory.mktemp("calm") / "run"
-    assert without_ray(0, 0, "run", f"run.dir={run}", *inputs)["status"] == 0
-    return contents(run)
+    return calm_run(tmp_path_factory.mktemp("calm"), inputs)
 
 
 def test_thirty_killed_drivers_give_the_bytes_of_a_calm_run(tmp_path, inputs, calm):
