@@ -74,7 +74,7 @@ def _compose(overrides: Sequence[str], recorded: Mapping[str, Any] | None) -> Se
         unknown = sorted(set(_leaves(config)) - keys(Settings).keys())
         if unknown:  # a leading + adds keys that the types would refuse
             return "; ".join(f"{key}: {_no_such_key(key)}" for key in unknown)
-        return OmegaConf.to_object(config)  # type: ignore[return-value]
+        return OmegaConf.to_object(config)  # type: ignore[return-value]  # typed as any container; the schema makes it Settings
     except (HydraException, OmegaConfBaseException, ValueError) as error:
         return _reason(error, overrides)
 

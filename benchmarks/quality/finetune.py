@@ -28,7 +28,7 @@ class Recipe:
 def losses_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     """Cross-entropy (n,) at the n positions that predict a labelled token; logits nowhere else."""
     positions = batch.predicting()
-    decoder = model.get_decoder()  # type: ignore[operator]
+    decoder = model.get_decoder()  # type: ignore[operator]  # an nn.Module to mypy
     with torch.autocast("cpu", torch.bfloat16):
         hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
         logits = model.get_output_embeddings()(hidden)  # type: ignore[operator]

@@ -44,12 +44,12 @@ class _Tap(torch.autograd.Function):
     """The identity, whose backward shows the error to a visitor; starts a graph where there is none."""
 
     @staticmethod
-    def forward(ctx, output, anchor, visit):  # type: ignore[no-untyped-def]
+    def forward(ctx, output, anchor, visit):  # type: ignore[no-untyped-def]  # torch types neither ctx nor this
         ctx.visit = visit
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx, error):  # type: ignore[no-untyped-def]
+    def backward(ctx, error):  # type: ignore[no-untyped-def]  # as above
         visit, ctx.visit = ctx.visit, None  # h is freed as soon as it has been used
         visit(error)
         return (error if ctx.needs_input_grad[0] else None), None, None

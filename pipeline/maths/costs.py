@@ -46,11 +46,11 @@ class ModelCosts:
 def model_costs(model: nn.Module, layers: int) -> tuple[ModelCosts, ScoredLayers]:
     """Read the sizes off a causal language model of transformers; raises UnsupportedModel."""
     scored = scored_layers(model, layers)
-    config: Any = scored.model.config.get_text_config()  # type: ignore[union-attr, operator]
+    config: Any = scored.model.config.get_text_config()  # type: ignore[union-attr, operator]  # an nn.Module to mypy
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
     groups = getattr(config, "num_key_value_heads", None) or heads
-    head: Any = scored.model.get_output_embeddings()  # type: ignore[operator]
+    head: Any = scored.model.get_output_embeddings()  # type: ignore[operator]  # as above
     widths = sum(sum(m.parameter.shape[-2:]) for m in scored.maps if not m.experts)
     widths += sum(_active_experts(config) * sum(m.parameter.shape[-2:]) for m in scored.maps if m.experts)
     costs = ModelCosts(
@@ -175,6 +175,13 @@ def rehearsal_flops(m: ModelCosts, train: Shapes, validation: Shapes, refreshes:
     learned = upper(train, round(rho * train.predicting)) + outer_flops(m, train.tokens)
     directions = upper(validation, validation.predicting) + outer_flops(m, validation.predicting)
     return values + learned + lower_flops(m, validation) + refreshes * directions
+
+
+def pair_flops(m: ModelCosts, s: Shapes, drift: str, two_models: bool) -> int:
+    """What pairs add to values: log-probabilities under the reference, and under the policy before a warm-up."""
+    head = 2 * m.head * s.predicting
+    upper = 2 * m.scored * s.tokens + 4 * m.attention * m.scored_layers * s.squares
+    return (forward_flops(m, s) + head if two_models else 0) + (upper + head if drift == "warmup" else 0)
 
 
 def value_floor(m: ModelCosts, tokens: int, predicting: int) -> int:

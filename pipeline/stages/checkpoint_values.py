@@ -60,7 +60,7 @@ def _shapes(settings: Settings, key: str, path: str) -> dict[str, Any]:
         raise SettingsWrong([f"{key}: {path}: {error}"]) from error
     found: dict[str, Any] = {name: tuple(weight.shape) for name, weight in scored.weights().items()}
     found[" architecture"] = type(model).__name__  # sorted before all names
-    found[" vocabulary"] = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]
+    found[" vocabulary"] = model.config.get_text_config().vocab_size  # type: ignore[operator, union-attr]  # an nn.Module to mypy
     return found
 
 

@@ -20,6 +20,7 @@ from pipeline.maths.costs import (
     meta_model,
     model_costs,
     outer_flops,
+    pair_flops,
     rehearsal_flops,
     sampling_flops,
     shapes_of,
@@ -150,13 +151,6 @@ def train_shapes(sample: Sample, budget: int) -> Shapes:
     """The value stage's batches over all training examples."""
     shapes = budget_shapes([len(e.input_ids) for e in sample.train], _response(sample.train), budget)
     return shapes.times(sample.scale)
-
-
-def pair_flops(m: ModelCosts, s: Shapes, drift: str, two_models: bool) -> int:
-    """What pairs add to values: log-probabilities under the reference, and under the policy before a warm-up."""
-    head = 2 * m.head * s.predicting
-    upper = 2 * m.scored * s.tokens + 4 * m.attention * m.scored_layers * s.squares
-    return (forward_flops(m, s) + head if two_models else 0) + (upper + head if drift == "warmup" else 0)
 
 
 def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, checkpoints: int = 1) -> dict[str, int]:

@@ -14,6 +14,7 @@ from pipeline.maths.costs import (
     meta_model,
     model_costs,
     outer_flops,
+    pair_flops,
     sampling_flops,
     shapes_of,
     value_flops,
@@ -25,7 +26,6 @@ from pipeline.maths.outer_sums import OuterSum
 from pipeline.maths.sampling import sample_completions
 from pipeline.maths.selectors.forward import losses_and_entropies
 from pipeline.stages.example import example_data
-from pipeline.stages.plan import pair_flops
 from tests.conftest import SMALL
 
 _ATEN = torch.ops.aten
