@@ -66,11 +66,12 @@ class Row:
     name: str
     run: str
     mask: tuple[str, ...] = ()
+    steps: int = Recipe().steps
 
     @property
     def slug(self) -> str:
         """The name as a file name and a Hydra value."""
-        return self.name.replace(" ", "_").replace("=", "")
+        return self.name.replace(" ", "_").replace("=", "").replace(",", "")
 
 
 def _at(rho: float, *more: str) -> tuple[str, ...]:
@@ -99,6 +100,11 @@ ROWS = [
     Row("kfac weight 0.5", "kfac", _at(0.5, "mask.rule=weight")),
     Row("random 0.3", "random", _at(0.3)),
     Row("random 0.7", "random", _at(0.7)),
+    Row("random 0.9", "random", _at(0.9)),
+    Row("information 0.9", "information", _at(0.9)),
+    # As many trained tokens as 27 steps on all of them.
+    Row("random 0.5, 54 steps", "random", _at(0.5), 54),
+    Row("information 0.5, 54 steps", "information", _at(0.5), 54),
     Row("kfac 0.7", "kfac", _at(0.7)),
     Row("kfac-trajectory 0.7", "kfac-trajectory", _at(0.7, "mask.stability_weight=0")),
     Row("loss 0.7", "loss", _at(0.7)),
@@ -149,7 +155,7 @@ class Quality:
         """Fine-tune on one row's mask and measure; None: the model untouched."""
         model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
         trained, started = 0, time.monotonic()
-        recipe = Recipe(seed=seed)
+        recipe = Recipe(steps=row.steps if row else 0, seed=seed)
         if row is not None and row.run == "loop":
             whole, _ = self.masked(Row("full", "full"))
             trained = finetune(model, whole, recipe, closed_loop(model, self.tokens(self.rows.validation), seed))
