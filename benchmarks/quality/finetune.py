@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline.maths.batch import Batch, by_token_budget, collate
+from pipeline.maths.warmup import schedule
 
 ROWS_AT_ONCE = 2  # of a step's rows, of like lengths: half the memory, and hardly any padding
 Tokens = Sequence[tuple[list[int], list[int]]]  # (input_ids, labels) per row
@@ -79,7 +79,7 @@ def finetune(
             (losses.sum() / scale).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * _schedule(step, recipe.steps)
+            group["lr"] = recipe.learning_rate * schedule(step, recipe.steps)
         optimizer.step()
     model.eval()
     return trained
@@ -90,11 +90,6 @@ def _padded(rows: Sequence[Sequence[float]], shape: tuple[int, int]) -> torch.Te
     for row, values in enumerate(rows):
         padded[row, : len(values)] = torch.tensor(values)
     return padded
-
-
-def _schedule(step: int, steps: int) -> float:
-    rise = max(1, steps // 10)
-    return (step + 1) / rise if step < rise else 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, steps - rise)))
 
 
 @torch.no_grad()

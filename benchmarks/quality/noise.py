@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.quality.finetune import Tokens
-from benchmarks.quality.grid import FISHER, TRAIN, UNTOUCHED, Quality, Row, _at, table
+from benchmarks.quality.grid import FISHER, TRAIN, UNTOUCHED, Quality, Row, _at, results_in, table
 from pipeline.maths.batch import IGNORED
 
 SHARE = 0.2
@@ -146,18 +146,13 @@ def separate(quality: NoisyQuality, file: Path) -> None:
     """Append the area under the curve of every column to ``file``, run by run, unless it is there."""
     for run in VALUED:
         key = {"kind": quality.kind, "rows": quality.count - FISHER, "seed": quality.seed, "run": run}
-        if any(key.items() <= line.items() for line in lines(file)):
+        if any(key.items() <= line.items() for line in results_in(file)):
             continue
         scores, planted = quality.columns(run)
         counts = {"tokens": len(planted), "planted": int(planted.sum())}
         found = [{**key, "column": n, "auc": area_under_curve(s, planted), **counts} for n, s in scores.items()]
         with open(file, "a") as out:
             out.write("".join(json.dumps(line) + "\n" for line in found))
-
-
-def lines(file: Path) -> list[dict[str, Any]]:
-    """What has been measured so far."""
-    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def areas(found: Iterable[dict[str, Any]]) -> str:
@@ -198,7 +193,7 @@ def main() -> None:
         elif not options.only_print:
             separate(NoisyQuality(place, kind, options.rows, options.seed), file)
     if not options.finetune:
-        print(areas(line for line in lines(file) if line["rows"] == options.rows))
+        print(areas(line for line in results_in(file) if line["rows"] == options.rows))
 
 
 if __name__ == "__main__":

