@@ -1,5 +1,5 @@
 """The estimators by forward-mode differentiation: `exact`, the derivative of each token's own loss along each direction,
-and `information`, how much each token's prediction moves along it.
+and `information`, how much each token's prediction moves along the adaptation direction (stability as in `exact`).
 
 `direct` splits the training gradient by position; a mask removes one token's loss. What that is worth to first order
 is <gradient of the token's own loss, M>, the directional derivative of the per-token loss vector along M, obtained for
@@ -12,12 +12,13 @@ drop others, always the same ones, and training on what is left learns another d
     Var_p(u) = sum_y p_y (grad log p_y, M)^2 = vec(M)' F_t vec(M)
 
 the Fisher information of the token's prediction along M, twice the Kullback-Leibler divergence per squared step:
-high where a step along M changes what is predicted, 0 where the prediction is settled.
+high where a step along M changes what is predicted, 0 where the prediction is settled. It has no sign, and so it says
+where there is something to learn, but not which tokens pull the model away: stability keeps its sign.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 
 import torch
@@ -37,13 +38,13 @@ def exact_values(
     batch: Batch,
     named: Mapping[str, Mapping[str, torch.Tensor]],
     kernel: str,
-    information: bool = False,
+    information: Collection[str] = (),
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (n,) in nats and values (directions, n) at the n positions that predict a response token.
 
     ``named``: direction name -> parameter name -> tensor. Values: derivatives of the losses; positive: a step against
-    the gradient of this token's loss has a positive product with the direction, as in the other estimator. With
-    ``information`` the Fisher information along the direction, never negative. One pass of the scored layers per
+    the gradient of this token's loss has a positive product with the direction, as in the other estimator. Along the
+    directions named in ``information`` the Fisher information instead, never negative. One pass of the scored layers per
     direction.
     """
     positions = batch.predicting()
@@ -62,11 +63,11 @@ def exact_values(
             )
         stack.enter_context(lower_layers_once(scored))
         stack.enter_context(forward_ad.dual_level())
-        for direction in named.values():
+        for name, direction in named.items():
             with _tangents(scored, direction):
                 outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
                 hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
-                losses, derivative = _losses(scored, outputs, hidden, targets, information)
+                losses, derivative = _losses(scored, outputs, hidden, targets, name in information)
                 derivatives.append(derivative)
     return losses, torch.stack(derivatives)
 

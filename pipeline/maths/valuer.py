@@ -32,12 +32,12 @@ class TokenValuer:
     trajectory; where they bring their own scored weights, those are used inside each call. ``layers`` K: the last K
     decoder layers are scored. ``window`` W: reach of the causal path in tokens; 0 leaves it out. ``attention``: sdpa |
     flash_attention_2 | eager. ``estimator``: ghost (the paper's, by position) | exact (the derivative of each token's
-    own loss) | information (how much a step along the direction moves the token's prediction, whatever its label:
-    never negative); the last two know no paths: the causal columns are 0. ``gradient_norm``: with a column of that
-    name, the Frobenius norm over the scored maps of what the token's position adds to the gradient,
-    ``sqrt(sum of |d|^2 |h|^2)``; by position as the direct columns, so that it knows no causal path and the ghost
-    estimator alone has it. Raises ValueError when the directions are not for these layers, UnsupportedModel when the
-    model cannot be scored.
+    own loss) | information (adaptation: how much a step along the direction moves the token's prediction, whatever its
+    label, never negative; stability as exact); the last two know no paths: the causal columns are 0.
+    ``gradient_norm``: with a column of that name, the Frobenius norm over the scored maps of what the token's position
+    adds to the gradient, ``sqrt(sum of |d|^2 |h|^2)``; by position as the direct columns, so that it knows no causal
+    path and the ghost estimator alone has it. Raises ValueError when the directions are not for these layers,
+    UnsupportedModel when the model cannot be scored.
     """
 
     def __init__(
@@ -57,10 +57,12 @@ class TokenValuer:
         self.gradient_norm = gradient_norm
         self.scored = scored_layers(model, layers)
         self.estimator, self.named = estimator, directions.named
+        self.without_sign = [n for n in self.named if n != "stability"] if estimator == "information" else []
         directions.check(self.scored.weights())
         self.weights = dict(directions.weights) if directions.weights is not None else None
         self.window, self.attention = window, attention
-        if estimator != "ghost":
+        if estimator != "ghost":  # a pass for each direction, but none for those without a drift
+            self.moving = {n: d for n, d in self.named.items() if any(bool(t.any()) for t in d.values())} or self.named
             return
         self.values = value_projections(self.scored, attention) if window > 0 else {}
         self.directions = StackedDirections(self.scored, directions.named, set(self.values))
@@ -110,15 +112,14 @@ class TokenValuer:
     def _forward_mode(self, batch: Batch) -> dict[str, torch.Tensor]:
         predicting = batch.predicting()
         with swapped(self.scored, self.weights):
-            losses, derivatives = exact_values(
-                self.scored, batch, self.named, self.attention, information=self.estimator == "information"
-            )
+            losses, derivatives = exact_values(self.scored, batch, self.moving, self.attention, self.without_sign)
             if not bool(torch.isfinite(losses).all() and torch.isfinite(derivatives).all()):
                 raise locate(self.scored, batch, self.attention)
         columns = {"loss": losses}
-        for name, derivative in zip(self.named, derivatives, strict=True):
-            columns[f"{name}_direct"] = derivative
-            columns[f"{name}_causal"] = torch.zeros_like(derivative)
+        moved = dict(zip(self.moving, derivatives, strict=True))
+        for name in self.named:
+            columns[f"{name}_direct"] = moved.get(name, torch.zeros_like(losses))
+            columns[f"{name}_causal"] = torch.zeros_like(losses)
         return {name: _at_token(predicting, values, batch, losses.dtype) for name, values in columns.items()}
 
 

@@ -15,6 +15,10 @@ class MaskSettings:
     rho: float = option(0.5, "fraction of the response tokens that is kept")
     stability_weight: float = option(1.5, "lambda: value = adaptation + lambda * stability")
     loss_weight: float = option(0.0, "subtract this much of the token's loss from its value: against wrong tokens")
+    least_stable: float = option(
+        0.0,
+        "this fraction of the response tokens, those with the lowest stability, is not kept whatever their adaptation",
+    )
     scope: str = option("dataset", "dataset | example | batch | token_id: among which tokens the threshold is taken")
     rare_tokens: int = option(32, "mask.scope=token_id: ids that occur fewer times share one threshold")
     rule: str = option(
@@ -40,6 +44,12 @@ class MaskSettings:
         if not 0 < self.rho <= 1:
             found.append(f"mask.rho={self.rho}: must be above 0 and at most 1")
         found += at_least("mask.stability_weight", self.stability_weight, 0)
+        if not 0 <= self.least_stable < 1:
+            found.append(f"mask.least_stable={self.least_stable}: must be at least 0 and below 1")
+        elif self.least_stable and self.rule != "positive" and self.rho + self.least_stable > 1:
+            found.append(
+                f"mask.rho={self.rho} and mask.least_stable={self.least_stable}: more than all tokens together"
+            )
         found += one_of("mask.scope", self.scope, ("dataset", "example", "batch", "token_id"))
         found += at_least("mask.loss_weight", self.loss_weight, 0)
         found += at_least("mask.rare_tokens", self.rare_tokens, 0)
@@ -55,3 +65,7 @@ class MaskSettings:
             if isinstance(token, bool) or not isinstance(token, int | str):
                 found.append(f"mask.always_keep={token}: must be eos, a token string or a token id")
         return found
+
+    def never_negative(self) -> bool:
+        """Whether mask.rule=positive would keep all tokens whose adaptation has no sign."""
+        return self.rule == "positive" and not (self.loss_weight or self.stability_weight or self.least_stable)

@@ -14,8 +14,8 @@ from pipeline.settings.valuation import NO_LOSS, ValuationSettings
 STAGES = ("prepare", "anchor", "value", "mask")
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
 NEVER_NEGATIVE = (
-    "mask.rule=positive: values of valuation.estimator=information are never negative, so that it would keep everything: set "
-    "mask.rule=top"
+    "mask.rule=positive with mask.stability_weight=0: adaptation of valuation.estimator=information is never negative, so "
+    "that everything would be kept: set mask.rule=top"
 )
 
 
@@ -67,10 +67,12 @@ class Settings:
             found.append(
                 f"valuation.method={self.valuation.method} scores at one model: give one model.policy, no list"
             )
+        if self.mask.least_stable:
+            found += self._stability_problems()
         if self.valuation.rehearsed:
             found += self._rehearsal_problems()
         informed = self.valuation.needs_directions and self.valuation.estimator == "information"
-        if informed and self.mask.rule == "positive" and not self.mask.loss_weight:
+        if informed and self.mask.never_negative():
             found.append(NEVER_NEGATIVE)
         if self.mask.loss_weight and self.valuation.method in NO_LOSS:
             found.append(
@@ -78,6 +80,15 @@ class Settings:
                 "there are no losses"
             )
         return found + self.valuation.problems() + self.mask.problems() + self.cluster.problems()
+
+    def _stability_problems(self) -> list[str]:
+        """Why there is no stability for mask.least_stable to look at."""
+        asked = f"mask.least_stable={self.mask.least_stable}"
+        if not self.valuation.needs_directions:
+            return [f"{asked}: valuation.method={self.valuation.method} has no stability values"]
+        if self.anchor.drift == "none":
+            return [f"{asked}: anchor.drift=none leaves no stability values: set anchor.drift to checkpoint or warmup"]
+        return []
 
     def _rehearsal_problems(self) -> list[str]:
         """What valuation.schedule=rehearsal does not go together with."""

@@ -19,7 +19,7 @@ class ValuationSettings:
     estimator: str = option(
         "ghost",
         "ghost (the paper's, by position) | exact (derivative of each token's own loss) | information (how much a step "
-        "along the direction moves the token's prediction, whatever its label)",
+        "along the adaptation direction moves the token's prediction, whatever its label; stability as exact)",
     )
     tokens_per_batch: int | str = option("auto", "padded tokens per batch; auto: from the device's memory")
     method: str = option(

@@ -206,9 +206,10 @@ class AnchorWorker:
         if anchor.snapshot_scale == "rms":
             own = there if task.drift == "warmup" else None
             scales = self._root_mean_squares(Directions(named, own), task.sequences)
-            # Values are linear in the direction, information is quadratic.
-            power = 0.5 if self.settings.valuation.estimator == "information" else 1.0
             for name, tensors in named.items():
+                # Values are linear in the direction, information is quadratic.
+                informed = self.settings.valuation.estimator == "information" and name == "adaptation"
+                power = 0.5 if informed else 1.0
                 tensors.update({key: tensor / scales[name] ** power for key, tensor in tensors.items()})
         counts = {**norms, **{f"{name}_scale": scale for name, scale in scales.items()}}
         for name, tensors in named.items():

@@ -1,15 +1,15 @@
 """mask: from values to labels that a trainer reads. No model, no torch, memory of a few hundred rows.
 
 The threshold over the data set is exact: a radix selection in two passes over the values; in four or eight with
-mask.scope=token_id, in more with mask.rule=weight. One more pass writes. With mask.normalize=rms and with token_id one
-more each comes first. The same rows are read each time; nothing is held but counts, per token id at most.
+mask.scope=token_id, in more with mask.rule=weight. One more pass writes. Before, mask.normalize=rms and token_id take one
+pass each and mask.least_stable two. The same rows are read each time; nothing is held but counts, per token id at most.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any, Protocol
@@ -44,6 +44,7 @@ from pipeline.stages.thresholds import (
     KEEP_ALL,
     KEEP_POSITIVE,
     Fixed,
+    LeastStable,
     OverDataSet,
     PerTokenId,
     Threshold,
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from pipeline.stages.progress import Progress
 
 ROWS_AT_ONCE = 256
+LOWEST = np.finfo(np.float32).min  # of finite values
 TIES_WORTH_SAYING = 0.01
 PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: on the measured example a fine-tune on such a mask ends worse than "
@@ -63,8 +65,8 @@ PLAIN_ALIGNMENT = (
 
 
 INFORMATION = (
-    "values are of valuation.estimator=information: how much a step along each direction moves the token's prediction, "
-    "whatever its label; they have no sign"
+    "adaptation is of valuation.estimator=information: how much a step along the validation gradient moves the token's "
+    "prediction, whatever its label; it has no sign"
 )
 
 
@@ -108,7 +110,7 @@ def run_mask(
             ]
         )
     informed = values["inputs"].get("valuation.estimator") == "information"
-    if informed and settings.rule == "positive" and not settings.loss_weight:
+    if informed and settings.never_negative():
         raise SettingsWrong([NEVER_NEGATIVE])
     rehearsed = is_rehearsed(values["inputs"])
     if rehearsed:
@@ -147,6 +149,7 @@ def run_mask(
             work.note(INFORMATION)
         work.find_scales()
         work.find_groups()
+        work.find_least_stable()
         work.find_thresholds()
         works.append(work)
     if preference:
@@ -193,9 +196,10 @@ class Masking:
         self.method, self.progress, self.title = method, progress, f"mask {branch}".rstrip()
         self.counts = MaskCounts()
         self.scales = dict.fromkeys((*OBJECTIVES, "loss") if settings.loss_weight else OBJECTIVES, 1.0)
-        self.weights = (settings.stability_weight, 0.0)  # of the values, and of adaptation alone for comparison
-        self.thresholds: list[Threshold] = []  # one for each of the weights
+        self.thresholds: list[Threshold] = []  # of the values, and of adaptation alone for comparison
         self.groups: TokenGroups | None = None  # mask.scope=token_id
+        self.unstable: LeastStable | None = None  # mask.least_stable
+        self.unstable_tokens = 0
         self.soft: WeightsOverDataSet | WeightsWithin | None = None  # mask.rule=weight
         self.soft_counts = WeightCounts()
         self.rehearsed = KEPT in parts.columns
@@ -241,13 +245,20 @@ class Masking:
         self.groups.close(settings.rare_tokens if by_id else math.inf)
         some_tokens(int(self.groups.sizes.sum()))
 
+    def find_least_stable(self) -> None:
+        """mask.least_stable: below which stability tokens are left out."""
+        if not self.settings.least_stable:
+            return
+        self.unstable = LeastStable(self.settings.least_stable)
+        self._feed("least stable", [(self._stability, self.unstable)])
+
     def find_thresholds(self) -> None:
-        """The thresholds with and without the stability term, or the soft weights."""
+        """The thresholds with and without stability, or the soft weights."""
         if self.settings.rule == "weight" and not self._keeps_all():
             self.soft = self._weighting()
-            self._feed("weights", [(self.weights[0], self.soft)])
-        self.thresholds = [self._threshold() for _ in self.weights]
-        self._feed("threshold", list(zip(self.weights, self.thresholds, strict=True)))
+            self._feed("weights", [(self._ranked, self.soft)])
+        self.thresholds = [self._threshold(), self._threshold()]
+        self._feed("threshold", list(zip((self._ranked, self._alone), self.thresholds, strict=True)))
 
     def _keeps_all(self) -> bool:
         return self.method == "full"
@@ -276,16 +287,16 @@ class Masking:
             return WeightsOverDataSet(settings.rho, self.groups)
         return WeightsWithin(settings.rho, settings.batch_size if settings.scope == "batch" else 1)
 
-    def _feed(self, name: str, readers: list[tuple[float, Any]]) -> None:
-        """Show every row as often as the readers, (weight of stability, reader) each, want to see them."""
+    def _feed(self, name: str, readers: Sequence[tuple[Callable[[PairedRows], Floats], Any]]) -> None:
+        """Show every row as often as the readers, (what of the rows, reader) each, want to see them."""
         passes = readers[0][1].passes
         if not passes:
             return
         with self.task(name, passes) as task:
             for _ in range(passes):
                 for rows in self.parts.all():
-                    for weight, reader in readers:
-                        reader.see(rows, self._values(rows, weight))
+                    for values_of, reader in readers:
+                        reader.see(rows, values_of(rows))
                     task.advance(len(rows))
                 for _, reader in readers:
                     reader.next()
@@ -321,8 +332,14 @@ class Masking:
             **self._where_the_threshold_stands(),
             **found,
             **({} if self._is_hard() else {"decisions_changed_by_stability": None}),
+            "least_stable": None if self.unstable is None else self._what_was_left_out(self.unstable),
             "notes": self.notes,
         }
+
+    def _what_was_left_out(self, unstable: LeastStable) -> dict[str, Any]:
+        if not self.unstable_tokens:
+            self.note("stability is the same for all tokens, so that mask.least_stable leaves none out")
+        return {"tokens": self.unstable_tokens, "below": float(unstable.border)}
 
     def _say_what_happened(self, found: dict[str, Any]) -> None:
         settings = self.settings
@@ -363,22 +380,47 @@ class Masking:
     def decide(self, rows: PairedRows) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are kept, bool, and their soft weights, float32: ``(tokens,)`` over all of ``rows``; counts."""
         counts = self.counts
-        values, alone = (self._values(rows, weight) for weight in self.weights)
-        threshold, of_groups = self.thresholds[0].of(rows, values)
+        values, alone, unstable = self._values(rows), self._alone(rows), self._unstable(rows)
+        ranked = _lowest_where(unstable, values)
+        threshold, of_groups = self.thresholds[0].of(rows, ranked)
         counts.thresholds.add(of_groups)
+        self.unstable_tokens += int(unstable.sum())
+        if self._is_hard():  # a group may have none but the least stable above the threshold
+            threshold = np.maximum(threshold, LOWEST)
         assert rows.input_ids is not None
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
-        inside = keep_flat(values, rows.offsets, threshold, always, self.settings.min_kept)
+        inside = keep_flat(ranked, rows.offsets, threshold, always, self.settings.min_kept)
         columns = {**{name: c for name, c in rows.components.items() if name != KEPT}, "value": values}
-        counts.add(rows.offsets, columns, inside, threshold, always, alone >= self.thresholds[1].of(rows, alone)[0])
+        without_stability = alone >= self.thresholds[1].of(rows, alone)[0]
+        counts.add(rows.offsets, columns, inside, ranked >= threshold, always, without_stability)
         kept, weights = np.zeros(len(rows.response), np.bool_), np.zeros(len(rows.response), np.float32)
         kept[rows.response] = inside
         if self.settings.rule == "weight":
-            soft = self.soft.of(rows, values) if self.soft else np.ones(len(values), np.float32)
-            weights[rows.response] = self.soft_counts.add(soft, always)
+            soft = self.soft.of(rows, ranked) if self.soft else np.ones(len(values), np.float32)
+            weights[rows.response] = self.soft_counts.add(np.where(unstable, np.float32(0), soft), always)
         return kept, weights
 
-    def _values(self, rows: PairedRows, weight: float) -> Floats:
+    def _ranked(self, rows: PairedRows) -> Floats:
+        """The values, with the least stable tokens below all others."""
+        return _lowest_where(self._unstable(rows), self._values(rows))
+
+    def _alone(self, rows: PairedRows) -> Floats:
+        """What the values were without stability."""
+        return self._weighed(rows, 0.0)
+
+    def _stability(self, rows: PairedRows) -> Floats:
+        return objective(rows.components, "stability", self.per_norm).astype(np.float32)
+
+    def _unstable(self, rows: PairedRows) -> np.ndarray:
+        """The tokens that mask.least_stable leaves out."""
+        if self.unstable is None:
+            return np.zeros(int(rows.offsets[-1]), np.bool_)
+        return self._stability(rows) < self.unstable.border
+
+    def _values(self, rows: PairedRows) -> Floats:
+        return self._weighed(rows, self.settings.stability_weight)
+
+    def _weighed(self, rows: PairedRows, weight: float) -> Floats:
         against_loss = self.settings.loss_weight
         values = token_values(rows.components, weight, self.scales, against_loss, self.per_norm)
         if not np.isfinite(values).all():
@@ -400,6 +442,10 @@ class Masking:
         else:
             with self.progress.task(f"{self.title}: {name}", passes * sum(self.parts.rows.values()), "rows") as task:
                 yield task
+
+
+def _lowest_where(unstable: np.ndarray, values: Floats) -> Floats:
+    return np.where(unstable, np.float32(-np.inf), values)
 
 
 def mask_columns(rows: PairedRows, kept: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> list[pa.ListArray]:

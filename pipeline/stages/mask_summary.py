@@ -89,19 +89,17 @@ class MaskCounts:
         offsets: Ints,
         columns: dict[str, Floats],
         kept: Bools,
-        threshold: np.float32 | Floats,
+        passed: Bools,
         always: Bools,
         without_stability: Bools,
     ) -> None:
         """Count some examples; arrays are over their response tokens, ``offsets`` ``(examples + 1,)``.
 
-        ``columns``: the components, ``value`` and others that went into it. ``threshold``: one number, or one per
-        token. ``without_stability``:
-        the tokens that would pass the threshold if the value were adaptation alone.
+        ``columns``: the components, ``value`` and others that went into it. ``passed``: the tokens that pass the
+        threshold. ``without_stability``: those that would if stability had no say.
         """
         for name, column in columns.items():
             self.columns.setdefault(name, _Moments()).add(column, kept)
-        passed = columns["value"] >= threshold
         self.rows += len(offsets) - 1
         self.rows_with_nothing_kept += int((np.diff(_running(kept)[offsets]) == 0).sum())
         self.only_always += int((~passed & always).sum())

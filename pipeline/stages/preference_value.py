@@ -8,7 +8,7 @@ which the value workers have at hand, are stored as the reference's.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +57,7 @@ class PairScoring(BatchedWorker):
     """What is done with the scores of the branches of a shard; the columns are those of values/ and LOGPS."""
 
     columns: tuple[str, ...] = (*COLUMNS, LOGPS)
-    signed = True
+    signed: Collection[str] = COMPONENTS  # these change their sign between the branches
     storage: Storage
     reference: Reference
 
@@ -78,8 +78,8 @@ class PairScoring(BatchedWorker):
         arrays = {"id": table.column("id"), "omega": pa.array(omega, pa.float32())}
         for branch, sign in zip(BRANCHES, (1.0, -1.0), strict=True):
             arrays[f"{branch}_loss"] = as_lists(found[branch]["loss"])
-            factors = sign * omega if self.signed else np.ones_like(omega)
             for name in COMPONENTS:
+                factors = sign * omega if name in self.signed else np.ones_like(omega)
                 scaled = [(row * w).astype(np.float32) for row, w in zip(found[branch][name], factors, strict=True)]
                 arrays[f"{branch}_{name}"] = as_lists(scaled)
             if GRADIENT_NORM in columns:
@@ -99,7 +99,8 @@ class PreferenceValueWorker(PairScoring, ValueWorker):
         self, storage: Storage, source: ModelSource, settings: Settings, snapshots: Sequence[int], reference: Reference
     ) -> None:
         ValueWorker.__init__(self, storage, source, settings, snapshots)
-        self.signed = settings.valuation.estimator != "information"  # means the same in both branches
+        if settings.valuation.estimator == "information":  # means the same in both branches
+            self.signed = [name for name in COMPONENTS if name.startswith("stability")]
         self.reference = reference
 
     def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
@@ -119,7 +120,7 @@ class PreferenceValueWorker(PairScoring, ValueWorker):
 class PreferenceSelectionWorker(PairScoring, SelectionWorker):
     """As SelectionWorker, for shards of pairs: a score means the same in both branches, so it has no sign."""
 
-    signed = False
+    signed = ()
 
     def __init__(
         self,

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
@@ -27,6 +28,21 @@ def test_wrong_keys_types_and_groups_are_all_said_at_once(alphatoken, tmp_path):
 def test_no_drift_with_a_stability_weight_names_the_remedies(alphatoken, tmp_path):
     status, _, err = alphatoken("run", f"run.dir={tmp_path}/r", "anchor.drift=none")
     assert status == 2 and "checkpoint" in err and "warmup" in err
+    assert len(err.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("override", "reason"),
+    [
+        (("anchor.drift=none", "mask.stability_weight=0"), "anchor.drift=none leaves no stability"),
+        (("valuation.method=entropy",), "valuation.method=entropy has no stability"),
+        (("valuation.schedule=rehearsal",), "a rehearsal decides with least_stable=0.0"),
+        (("mask.rho=0.95",), "more than all tokens together"),
+    ],
+)
+def test_the_least_stable_need_stability_and_room(alphatoken, tmp_path, override, reason):
+    status, _, err = alphatoken("run", f"run.dir={tmp_path}/r", "mask.least_stable=0.1", *override)
+    assert status == 2 and reason in err
     assert len(err.strip().splitlines()) == 1
 
 

@@ -71,7 +71,7 @@ def test_each_tokens_value_is_its_own_gradients_product_with_the_direction(famil
 
 @pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2", "qwen3_moe"])
 def test_information_is_the_expected_square_of_the_product_over_all_labels(family: str) -> None:
-    """sum_y p_y <grad log p_y, M>^2, by one backward pass for every token of the vocabulary."""
+    """sum_y p_y <grad log p_y, G>^2, by one backward pass for every token of the vocabulary; stability as it was."""
     model, (ids,) = model_of(family, seed=1), sequences([7], 3).ids
     directions, scored = random_directions(model), scored_layers(model, LAYERS)
     some = Sequences([ids], [[-100] * 3 + ids[3:]])
@@ -79,17 +79,18 @@ def test_information_is_the_expected_square_of_the_product_over_all_labels(famil
     weights = [m.parameter.requires_grad_(True) for m in scored.maps]
     for t in (3, 6):
         logp = model(input_ids=torch.tensor([ids])).logits[0, t - 1].double().log_softmax(-1)
-        expected = dict.fromkeys(directions.named, 0.0)
+        expected = 0.0
         for y in range(len(logp)):
             gradients = torch.autograd.grad(logp[y], weights, retain_graph=True, allow_unused=True)
-            for name, direction in directions.named.items():
-                pairs = [(g, m) for g, m in zip(gradients, scored.maps, strict=True) if g is not None]
-                product = sum(float((g * direction[m.name]).sum()) for g, m in pairs)
-                expected[name] += float(logp[y].detach().exp()) * product**2
-        for name, value in expected.items():
-            assert value > 0
-            assert float(found[f"{name}_direct"][0, t]) == pytest.approx(value, rel=1e-5)
+            pairs = [(g, m) for g, m in zip(gradients, scored.maps, strict=True) if g is not None]
+            product = sum(float((g * directions.named["adaptation"][m.name]).sum()) for g, m in pairs)
+            expected += float(logp[y].detach().exp()) * product**2
+        assert expected > 0
+        assert float(found["adaptation_direct"][0, t]) == pytest.approx(expected, rel=1e-5)
     assert not found["adaptation_direct"][0, :3].any()
+    exact = TokenValuer(model, directions, LAYERS, WINDOW, estimator="exact").value(some.batch())
+    assert bool((exact["stability_direct"] < 0).any())
+    torch.testing.assert_close(found["stability_direct"], exact["stability_direct"], rtol=0, atol=0)
 
 
 def test_information_does_not_look_at_the_last_label() -> None:
@@ -120,6 +121,23 @@ def test_tokens_and_positions_add_up_to_the_same_number(family: str) -> None:
     everywhere = ghost.value(batch, positions=torch.arange(batch.shape[1] - 1))
     for name in ("adaptation_direct", "stability_direct"):
         assert float(exact[name].sum()) == pytest.approx(float(everywhere[name].sum()), rel=tolerance(family))
+
+
+def test_a_direction_that_goes_nowhere_costs_no_pass() -> None:
+    model, some = model_of("llama", seed=1), sequences([9], 3)
+    directions = random_directions(model)
+    nowhere = {key: torch.zeros_like(t) for key, t in directions.named["stability"].items()}
+    found = {}
+    for stability in (directions.named["stability"], nowhere):
+        passes = []
+        hook = scored_layers(model, LAYERS).layers[0].register_forward_hook(lambda *_, seen=passes: seen.append(1))
+        named = {"adaptation": directions.named["adaptation"], "stability": stability}
+        values = TokenValuer(model, Directions(named), LAYERS, WINDOW, estimator="exact").value(some.batch())
+        hook.remove()
+        found[len(passes)] = values
+    assert not found[1]["stability_direct"].any() and found[2]["stability_direct"].any()
+    for name in ("adaptation_direct", "loss"):
+        torch.testing.assert_close(found[1][name], found[2][name], rtol=0, atol=0)
 
 
 def test_an_unknown_estimator_is_an_error() -> None:

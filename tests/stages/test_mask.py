@@ -55,6 +55,15 @@ def naive(prepared, values, sizes, settings: MaskSettings):
         ]
         for row in values
     ]
+    stable = [
+        [np.float32(c + d) for c, d in zip(r["stability_direct"], r["stability_causal"], strict=True)] for r in values
+    ]
+    ordered = sorted(s for row, r in zip(stable, inside, strict=True) for s, i in zip(row, r, strict=True) if i)
+    left_out = math.ceil(Fraction(str(settings.least_stable)) * len(ordered))
+    for row, of_row in zip(scored, stable, strict=True):
+        for t, s in enumerate(of_row):
+            if left_out and s < ordered[left_out]:
+                row[t] = -np.inf
     groups, start = [], 0
     for size in sizes:
         step = {"example": 1, "batch": settings.batch_size}.get(settings.scope, size)
@@ -85,7 +94,7 @@ def naive(prepared, values, sizes, settings: MaskSettings):
         threshold = pool[math.ceil(Fraction(str(settings.rho)) * len(pool)) - 1] if pool else 0
         for r in group:
             tokens = [t for t in range(len(inside[r])) if inside[r][t]]
-            chosen = {t for t in tokens if scored[r][t] >= threshold_at(r, t, threshold)}
+            chosen = {t for t in tokens if scored[r][t] >= threshold_at(r, t, threshold) and scored[r][t] > -np.inf}
             always = {t for t in tokens if "eos" in settings.always_keep and prepared[r]["input_ids"][t] == EOS}
             always_only += len(always - chosen)
             chosen |= always
@@ -117,6 +126,12 @@ def naive(prepared, values, sizes, settings: MaskSettings):
         {"rule": "positive", "scope": "token_id", "min_kept": 0, "always_keep": []},
         {"loss_weight": 0.7},
         {"loss_weight": 2.0, "normalize": "rms", "scope": "token_id"},
+        {"least_stable": 0.1, "stability_weight": 0.0},
+        {"least_stable": 0.5, "always_keep": []},
+        {"least_stable": 0.4, "scope": "example", "rho": 0.6, "min_kept": 0},
+        {"least_stable": 0.3, "scope": "batch", "batch_size": 5, "rho": 0.7, "min_kept": 2},
+        {"least_stable": 0.2, "scope": "token_id", "rare_tokens": 30, "always_keep": [], "min_kept": 0},
+        {"least_stable": 0.2, "rule": "positive", "min_kept": 0},
     ],
     ids=str,
 )
@@ -142,6 +157,45 @@ def test_masks_are_those_of_the_definition(tmp_path, settings):
     assert summary["kept_only_by_min_kept"] == minimum_only
     assert summary["rows_with_nothing_kept"] == sum(not kept for kept in expected)
     assert summary == storage.read_json("masks/default/summary.json")
+
+
+def test_what_is_least_stable_is_counted_and_never_more_than_asked_for(tmp_path):
+    storage, prepared, values = write_run(tmp_path)
+    stable = np.array(
+        [
+            c + d
+            for p, r in zip(prepared, values, strict=True)
+            for c, d, label in zip(r["stability_direct"], r["stability_causal"], p["labels"], strict=True)
+            if label != -100
+        ],
+        np.float32,
+    )
+    found = mask(storage, least_stable=0.2)["least_stable"]
+    assert found["tokens"] == (stable < np.float32(found["below"])).sum() <= math.ceil(0.2 * len(stable))
+    assert (stable <= np.float32(found["below"])).sum() > math.ceil(0.2 * len(stable))  # with its ties it were more
+    assert f"{found['tokens']:,}, stability below" in storage.read_bytes("masks/default/README.md").decode()
+    assert mask(storage, name="without")["least_stable"] is None
+
+
+def test_soft_weights_of_the_least_stable_are_0(tmp_path):
+    storage, prepared, values = write_run(tmp_path)
+    below = mask(storage, rule="weight", rho=0.8, least_stable=0.2, always_keep=[])["least_stable"]["below"]
+    unstable = 0
+    for row, whole, r in zip(masks(storage), prepared, values, strict=True):
+        assert row["labels"] == whole["labels"]
+        for t, label in enumerate(whole["labels"]):
+            if label != -100 and np.float32(r["stability_direct"][t] + r["stability_causal"][t]) < np.float32(below):
+                unstable += 1
+                assert row["loss_weight"][t] == 0
+    assert unstable
+
+
+def test_without_any_stability_nothing_is_least_stable(tmp_path):
+    storage, *_ = write_run(tmp_path, stability=0.0)
+    summary = mask(storage, least_stable=0.3, stability_weight=0.0)
+    assert summary["least_stable"]["tokens"] == 0
+    assert any("the same for all tokens" in note for note in summary["notes"])
+    assert summary["kept_tokens"] == mask(storage, stability_weight=0.0, name="without")["kept_tokens"]
 
 
 @pytest.mark.parametrize("scope", ["dataset", "token_id", "batch", "example"])
