@@ -53,6 +53,12 @@ RUNS: dict[str, tuple[str, ...]] = {
     "information-kfac": (
         *UNTOUCHED, "valuation.estimator=information", "model.dtype=bfloat16", "anchor.precondition=kfac",
     ),
+    # The drift of a whole training run on the scored layers, so that stability says what training on everything would do.
+    "information-warm": (
+        "anchor.drift=warmup", "anchor.warmup.steps=27", "anchor.warmup.batch_size=8", "anchor.warmup.learning_rate=1e-4",
+        f"anchor.warmup.examples={TRAIN}", "valuation.estimator=information", "model.dtype=bfloat16",
+        "mask.stability_weight=0",
+    ),
     "entropy": ("valuation.method=entropy",),
     "loss": ("valuation.method=loss",),
     "random": ("valuation.method=random",),
@@ -88,6 +94,9 @@ ROWS = [
     Row("information-kfac 0.5", "information-kfac", _at(0.5)),
     Row("information-kfac 0.3", "information-kfac", _at(0.3)),
     Row("information-kfac 0.7", "information-kfac", _at(0.7)),
+    Row("information-warm 0.5", "information-warm", _at(0.5)),
+    Row("information-warm least_stable=0.02 0.5", "information-warm", _at(0.5, "mask.least_stable=0.02")),
+    Row("information-warm least_stable=0.05 0.5", "information-warm", _at(0.5, "mask.least_stable=0.05")),
     Row("entropy 0.5", "entropy", _at(0.5)),
     Row("loss 0.5", "loss", _at(0.5)),
     Row("rehearsal 0.5", "rehearsal", _at(0.5)),
