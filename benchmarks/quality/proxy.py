@@ -3,8 +3,9 @@
     python -m benchmarks.quality.proxy [--only NAME ...] [--seeds 0 1 2]
 
 Lower layers do not learn, so what enters the first of the last K is computed once for all masks; a fine-tune and its
-measurement then cost about a tenth. The learning rate is twice the grid's, since fewer weights learn. The last table says how well the losses agree with the grid's, over the masks that
-both have measured: a rank correlation per kind of held-out rows.
+measurement then cost about a tenth. The learning rate is twice the grid's, since fewer weights learn. The last table
+says how well the losses agree with the grid's, over the masks that both have measured: a rank correlation per kind of
+held-out rows.
 """
 
 from __future__ import annotations
