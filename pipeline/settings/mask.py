@@ -19,6 +19,7 @@ class MaskSettings:
         0.0,
         "this fraction of the response tokens, those with the lowest stability, is not kept whatever their adaptation",
     )
+    skip_first: int = option(0, "first tokens of each response that are not kept whatever their value")
     scope: str = option("dataset", "dataset | example | batch | token_id: among which tokens the threshold is taken")
     rare_tokens: int = option(32, "mask.scope=token_id: ids that occur fewer times share one threshold")
     rule: str = option(
@@ -50,6 +51,7 @@ class MaskSettings:
             found.append(
                 f"mask.rho={self.rho} and mask.least_stable={self.least_stable}: more than all tokens together"
             )
+        found += at_least("mask.skip_first", self.skip_first, 0)
         found += one_of("mask.scope", self.scope, ("dataset", "example", "batch", "token_id"))
         found += at_least("mask.loss_weight", self.loss_weight, 0)
         found += at_least("mask.rare_tokens", self.rare_tokens, 0)

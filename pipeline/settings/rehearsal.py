@@ -41,7 +41,15 @@ OWN = ("rho", "stability_weight", "batch_size")  # keys of mask that are keys of
 
 def decided_by(own: Mapping[str, Any]) -> dict[str, Any]:
     """Key of mask -> what a rehearsal with these values of OWN decides with (Eq. 13)."""
-    return {**own, "rule": "top", "scope": "batch", "normalize": "none", "loss_weight": 0.0, "least_stable": 0.0}
+    return {
+        **own,
+        "rule": "top",
+        "scope": "batch",
+        "normalize": "none",
+        "loss_weight": 0.0,
+        "least_stable": 0.0,
+        "skip_first": 0,
+    }
 
 
 def contradictions(mask: MaskSettings, decided: Mapping[str, Any]) -> list[str]:

@@ -28,6 +28,7 @@ UNITS = {
     "mask.rho": "fraction of the response tokens",
     "mask.stability_weight": "factor",
     "mask.loss_weight": "factor",
+    "mask.skip_first": "tokens per response",
     "mask.least_stable": "fraction of the response tokens",
     "mask.rare_tokens": "occurrences",
     "mask.batch_size": "examples",

@@ -33,6 +33,7 @@ from pipeline.settings.run import NEVER_NEGATIVE
 from pipeline.settings.valuation import NO_LOSS
 from pipeline.stages.always_keep import always_keep_ids
 from pipeline.stages.failure import RunFailed, SettingsWrong
+from pipeline.stages.left_out import LeftOut
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.mask_card import card
 from pipeline.stages.mask_summary import MaskCounts
@@ -44,7 +45,6 @@ from pipeline.stages.thresholds import (
     KEEP_ALL,
     KEEP_POSITIVE,
     Fixed,
-    LeastStable,
     OverDataSet,
     PerTokenId,
     Threshold,
@@ -56,7 +56,7 @@ if TYPE_CHECKING:
     from pipeline.stages.progress import Progress
 
 ROWS_AT_ONCE = 256
-LOWEST = np.finfo(np.float32).min  # of finite values
+LOWEST = np.finfo(np.float32).min  # of finite values: the threshold where only tokens that are left out lie below
 TIES_WORTH_SAYING = 0.01
 PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: on the measured example a fine-tune on such a mask ends worse than "
@@ -198,8 +198,7 @@ class Masking:
         self.scales = dict.fromkeys((*OBJECTIVES, "loss") if settings.loss_weight else OBJECTIVES, 1.0)
         self.thresholds: list[Threshold] = []  # of the values, and of adaptation alone for comparison
         self.groups: TokenGroups | None = None  # mask.scope=token_id
-        self.unstable: LeastStable | None = None  # mask.least_stable
-        self.unstable_tokens = 0
+        self.left_out = LeftOut(settings)
         self.soft: WeightsOverDataSet | WeightsWithin | None = None  # mask.rule=weight
         self.soft_counts = WeightCounts()
         self.rehearsed = KEPT in parts.columns
@@ -247,10 +246,8 @@ class Masking:
 
     def find_least_stable(self) -> None:
         """mask.least_stable: below which stability tokens are left out."""
-        if not self.settings.least_stable:
-            return
-        self.unstable = LeastStable(self.settings.least_stable)
-        self._feed("least stable", [(self._stability, self.unstable)])
+        if self.left_out.least_stable is not None:
+            self._feed("least stable", [(self.left_out.stability, self.left_out.least_stable)])
 
     def find_thresholds(self) -> None:
         """The thresholds with and without stability, or the soft weights."""
@@ -332,19 +329,19 @@ class Masking:
             **self._where_the_threshold_stands(),
             **found,
             **({} if self._is_hard() else {"decisions_changed_by_stability": None}),
-            "least_stable": None if self.unstable is None else self._what_was_left_out(self.unstable),
+            "left_out": self.left_out.as_json(),
             "notes": self.notes,
         }
 
-    def _what_was_left_out(self, unstable: LeastStable) -> dict[str, Any]:
-        if not self.unstable_tokens:
-            self.note("stability is the same for all tokens, so that mask.least_stable leaves none out")
-        return {"tokens": self.unstable_tokens, "below": float(unstable.border)}
-
     def _say_what_happened(self, found: dict[str, Any]) -> None:
         settings = self.settings
+        if settings.least_stable and not self.left_out.least_stable_tokens:
+            self.note("stability is the same for all tokens, so that mask.least_stable leaves none out")
         if self._keeps_all():
-            self.note("valuation.method=full keeps every response token: mask.rho, mask.rule and mask.scope are unused")
+            but = " but those of mask.skip_first" if settings.skip_first else ""
+            self.note(
+                f"valuation.method=full keeps every response token{but}: mask.rho, mask.rule and mask.scope are unused"
+            )
         elif self.rehearsed:
             self.note(NOTE)
         elif settings.rule == "positive":
@@ -363,11 +360,11 @@ class Masking:
         first = self.thresholds[0]
         single: float | None = None
         if isinstance(first, OverDataSet):
-            single = float(first.threshold)
+            single = float(max(first.threshold, LOWEST))
         elif self.settings.rule == "positive" and not self._keeps_all():
             single = 0.0
         if isinstance(first, PerTokenId):
-            self.counts.thresholds.add(first.thresholds)
+            self.counts.thresholds.add(np.maximum(first.thresholds, LOWEST))
         several = isinstance(first, PerTokenId | Within)
         by_id = self.settings.scope == "token_id" and self.groups
         return {
@@ -380,12 +377,11 @@ class Masking:
     def decide(self, rows: PairedRows) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are kept, bool, and their soft weights, float32: ``(tokens,)`` over all of ``rows``; counts."""
         counts = self.counts
-        values, alone, unstable = self._values(rows), self._alone(rows), self._unstable(rows)
-        ranked = _lowest_where(unstable, values)
+        values, ranked, alone = self._values(rows), self._ranked(rows), self._alone(rows)
         threshold, of_groups = self.thresholds[0].of(rows, ranked)
-        counts.thresholds.add(of_groups)
-        self.unstable_tokens += int(unstable.sum())
-        if self._is_hard():  # a group may have none but the least stable above the threshold
+        counts.thresholds.add(np.maximum(of_groups, LOWEST))
+        left_out = self.left_out.of(rows, count=True)
+        if self.settings.rule != "weight" and not self.rehearsed:  # a group may have no other tokens
             threshold = np.maximum(threshold, LOWEST)
         assert rows.input_ids is not None
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
@@ -397,25 +393,16 @@ class Masking:
         kept[rows.response] = inside
         if self.settings.rule == "weight":
             soft = self.soft.of(rows, ranked) if self.soft else np.ones(len(values), np.float32)
-            weights[rows.response] = self.soft_counts.add(np.where(unstable, np.float32(0), soft), always)
+            weights[rows.response] = self.soft_counts.add(np.where(left_out, np.float32(0), soft), always)
         return kept, weights
 
     def _ranked(self, rows: PairedRows) -> Floats:
-        """The values, with the least stable tokens below all others."""
-        return _lowest_where(self._unstable(rows), self._values(rows))
+        """The values, with the tokens that are left out below all others."""
+        return self.left_out.lowest(rows, self._values(rows))
 
     def _alone(self, rows: PairedRows) -> Floats:
         """What the values were without stability."""
         return self._weighed(rows, 0.0)
-
-    def _stability(self, rows: PairedRows) -> Floats:
-        return objective(rows.components, "stability", self.per_norm).astype(np.float32)
-
-    def _unstable(self, rows: PairedRows) -> np.ndarray:
-        """The tokens that mask.least_stable leaves out."""
-        if self.unstable is None:
-            return np.zeros(int(rows.offsets[-1]), np.bool_)
-        return self._stability(rows) < self.unstable.border
 
     def _values(self, rows: PairedRows) -> Floats:
         return self._weighed(rows, self.settings.stability_weight)
@@ -442,10 +429,6 @@ class Masking:
         else:
             with self.progress.task(f"{self.title}: {name}", passes * sum(self.parts.rows.values()), "rows") as task:
                 yield task
-
-
-def _lowest_where(unstable: np.ndarray, values: Floats) -> Floats:
-    return np.where(unstable, np.float32(-np.inf), values)
 
 
 def mask_columns(rows: PairedRows, kept: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> list[pa.ListArray]:

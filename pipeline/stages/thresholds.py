@@ -78,33 +78,6 @@ class OverDataSet:
         return self.threshold, np.zeros(0, np.float32)
 
 
-class LeastStable:
-    """mask.least_stable: the given fraction of all tokens with the lowest stability; fed with stability.
-
-    Tokens that tie at the border are not among them, so that they are never more than were asked for: none where
-    stability is the same for all.
-    """
-
-    passes = 2
-
-    def __init__(self, fraction: float) -> None:
-        self.fraction, self.select, self.chosen = fraction, RankSelect(), False
-        self.border = np.float32(-np.inf)  # lower stability is among them
-
-    def see(self, rows: PairedRows, values: Floats) -> None:
-        """Count upper halves, then lower halves."""
-        (self.select.refine if self.chosen else self.select.count)(-values)
-
-    def next(self) -> None:
-        """Choose the bin, then the border in it."""
-        if self.chosen:
-            self.border = -self.select.threshold()
-        else:
-            tokens = some_tokens(self.select.total)
-            self.select.choose(min(tokens, rank_of(self.fraction, tokens) + 1))
-            self.chosen = True
-
-
 class PerTokenId:
     """mask.scope=token_id: one threshold among the tokens of one id, and one for the rare ids together."""
 

@@ -21,8 +21,10 @@ from rich.console import Console
 from data_schemas import COMPONENTS, SCHEMA_KEY, VALUES
 from pipeline.settings import MaskSettings
 from pipeline.stages.failure import SettingsWrong
+from pipeline.stages.left_out import first_of_responses
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.mask import ROWS_AT_ONCE, run_mask
+from pipeline.stages.paired_rows import PairedRows
 from pipeline.stages.progress import Progress
 from pipeline.stages.storage import ROWS_PER_GROUP, Storage
 from tests.conftest import save_tokenizer
@@ -63,6 +65,13 @@ def naive(prepared, values, sizes, settings: MaskSettings):
     for row, of_row in zip(scored, stable, strict=True):
         for t, s in enumerate(of_row):
             if left_out and s < ordered[left_out]:
+                row[t] = -np.inf
+    for row, r in zip(scored, inside, strict=True):
+        for t in range(len(row)):
+            turn = t  # where the response that t belongs to begins
+            while turn and r[turn - 1]:
+                turn -= 1
+            if r[t] and t - turn < settings.skip_first:
                 row[t] = -np.inf
     groups, start = [], 0
     for size in sizes:
@@ -132,6 +141,9 @@ def naive(prepared, values, sizes, settings: MaskSettings):
         {"least_stable": 0.3, "scope": "batch", "batch_size": 5, "rho": 0.7, "min_kept": 2},
         {"least_stable": 0.2, "scope": "token_id", "rare_tokens": 30, "always_keep": [], "min_kept": 0},
         {"least_stable": 0.2, "rule": "positive", "min_kept": 0},
+        {"skip_first": 1, "least_stable": 0.1},
+        {"skip_first": 3, "rho": 0.6, "min_kept": 0, "always_keep": []},
+        {"skip_first": 2, "scope": "example", "rho": 0.9, "min_kept": 2},
     ],
     ids=str,
 )
@@ -159,6 +171,30 @@ def test_masks_are_those_of_the_definition(tmp_path, settings):
     assert summary == storage.read_json("masks/default/summary.json")
 
 
+def test_every_turn_of_a_conversation_has_first_tokens_and_a_row_begins_anew():
+    turns = ["00111011", "110", "1", "", "000", "0101111"]  # 1: a response token
+    response = np.array([turn == "1" for row in turns for turn in row])
+    lengths = np.cumsum([0, *map(len, turns)])
+    labels = pa.ListArray.from_arrays(pa.array(lengths, pa.int32()), pa.array(np.where(response, 7, -100), pa.int32()))
+    rows = PairedRows(np.zeros(len(turns) + 1, np.int64), labels, response, {}, None)
+    for count in (0, 1, 2, 3):
+        expected = []
+        for row in turns:
+            place = 0
+            for mark in row:
+                place = place + 1 if mark == "1" else 0
+                expected += [place <= count] if place else []
+        assert first_of_responses(rows, count).tolist() == expected
+
+
+def test_everything_but_the_first_token(tmp_path):
+    storage, prepared, _ = write_run(tmp_path, method="full")
+    summary = mask(storage, skip_first=1, always_keep=[], min_kept=0)
+    responses = sum(any(label != -100 for label in row["labels"]) for row in prepared)
+    assert summary["left_out"]["first"] == responses == summary["response_tokens"] - summary["kept_tokens"]
+    assert f"left out by `mask.skip_first` | {responses}" in storage.read_bytes("masks/default/README.md").decode()
+
+
 def test_what_is_least_stable_is_counted_and_never_more_than_asked_for(tmp_path):
     storage, prepared, values = write_run(tmp_path)
     stable = np.array(
@@ -170,16 +206,17 @@ def test_what_is_least_stable_is_counted_and_never_more_than_asked_for(tmp_path)
         ],
         np.float32,
     )
-    found = mask(storage, least_stable=0.2)["least_stable"]
-    assert found["tokens"] == (stable < np.float32(found["below"])).sum() <= math.ceil(0.2 * len(stable))
-    assert (stable <= np.float32(found["below"])).sum() > math.ceil(0.2 * len(stable))  # with its ties it were more
-    assert f"{found['tokens']:,}, stability below" in storage.read_bytes("masks/default/README.md").decode()
-    assert mask(storage, name="without")["least_stable"] is None
+    found = mask(storage, least_stable=0.2)["left_out"]
+    below = np.float32(found["stability_below"])
+    assert found["least_stable"] == (stable < below).sum() <= math.ceil(0.2 * len(stable))
+    assert (stable <= below).sum() > math.ceil(0.2 * len(stable))  # with its ties it were more
+    assert f"{found['least_stable']:,}, stability below" in storage.read_bytes("masks/default/README.md").decode()
+    assert mask(storage, name="without")["left_out"] == {"first": 0, "least_stable": 0, "stability_below": None}
 
 
 def test_soft_weights_of_the_least_stable_are_0(tmp_path):
     storage, prepared, values = write_run(tmp_path)
-    below = mask(storage, rule="weight", rho=0.8, least_stable=0.2, always_keep=[])["least_stable"]["below"]
+    below = mask(storage, rule="weight", rho=0.8, least_stable=0.2, always_keep=[])["left_out"]["stability_below"]
     unstable = 0
     for row, whole, r in zip(masks(storage), prepared, values, strict=True):
         assert row["labels"] == whole["labels"]
@@ -193,7 +230,7 @@ def test_soft_weights_of_the_least_stable_are_0(tmp_path):
 def test_without_any_stability_nothing_is_least_stable(tmp_path):
     storage, *_ = write_run(tmp_path, stability=0.0)
     summary = mask(storage, least_stable=0.3, stability_weight=0.0)
-    assert summary["least_stable"]["tokens"] == 0
+    assert summary["left_out"]["least_stable"] == 0
     assert any("the same for all tokens" in note for note in summary["notes"])
     assert summary["kept_tokens"] == mask(storage, stability_weight=0.0, name="without")["kept_tokens"]
 
