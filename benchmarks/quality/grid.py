@@ -147,17 +147,22 @@ class Quality:
         make = ExampleMaker(self.tokenizer, 1024, "auto", {}, len(self.tokenizer))
         return [(example.input_ids, example.labels) for example in (make(row, "row") for row in rows)]
 
-    def masked(self, row: Row) -> tuple[Tokens, list[list[float]] | None]:
+    def masked(self, row: Row, seed: int = 0) -> tuple[Tokens, list[list[float]] | None]:
         """Labels (and soft weights) of one row, through the pipeline's own commands."""
-        files = sorted((self.piped(row) / "masks" / row.slug).glob("*.parquet"))
+        files = sorted((self.piped(row, seed) / "masks" / row.slug).glob("*.parquet"))
         table = [r for file in files for r in pq.read_table(file).to_pylist()]
         soft = [r["loss_weight"] for r in table] if table and "loss_weight" in table[0] else None
         return [(r["input_ids"], r["labels"]) for r in table], soft
 
-    def piped(self, row: Row) -> Path:
-        """The run directory, with the values of ``row.run`` and the mask of ``row``."""
-        run = self.place / row.run
-        common = [f"run.dir={run}", f"mask.name={row.slug}", *self.runs[row.run], *row.mask]
+    def piped(self, row: Row, seed: int = 0) -> Path:
+        """The run directory, with the values of ``row.run`` and the mask of ``row``.
+
+        With each ``seed`` a random mask is drawn anew, and with it the rows that are held out as Fisher prompts: from
+        one draw to the next such masks differ more than fine-tunes on one of them do.
+        """
+        drawn = [f"run.seed={seed}"] if row.run == "random" and seed else []
+        run = self.place / (f"{row.run}-{seed}" if drawn else row.run)
+        common = [f"run.dir={run}", f"mask.name={row.slug}", *self.runs[row.run], *row.mask, *drawn]
         with FileLock(f"{run}.lock"):
             if not (run / "masks" / row.slug / "summary.json").exists():
                 command = [sys.executable, "-m", "jobs", "run", f"data.train={self.place / 'train.jsonl'}"]
@@ -174,7 +179,7 @@ class Quality:
             whole, _ = self.masked(Row("full", "full"))
             trained = finetune(model, whole, recipe, closed_loop(model, self.tokens(self.rows.validation), seed))
         elif row is not None:
-            train, soft = self.masked(row)
+            train, soft = self.masked(row, seed)
             trained = finetune(model, train, recipe, weights=soft)
         found = {name: mean_loss(model, self.tokens(self.rows.held_out[name])) for name in (*CHOSEN_BY, *COLUMNS)}
         return {

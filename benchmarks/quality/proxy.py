@@ -53,7 +53,7 @@ class ProxyQuality(Quality):
         """As Quality.measure."""
         if row is None:
             return {"seed": seed, "trained": 0, **self.losses(dict(self.scored.weights()))}
-        train, _ = self.masked(row)
+        train, _ = self.masked(row, seed)
         return {"seed": seed, **self.finetuned(train, Recipe(steps=row.steps, learning_rate=LEARNING_RATE, seed=seed))}
 
     def finetuned(self, train: Tokens, recipe: Recipe) -> dict[str, Any]:
