@@ -149,12 +149,17 @@ def outer_flops(m: ModelCosts, positions: int) -> int:
     return 2 * m.scored * positions
 
 
-def value_flops(m: ModelCosts, s: Shapes, window: int, snapshots: int = 1, estimator: str = "ghost") -> int:
-    """Values of every response token; the lower layers run once for all snapshots."""
+def value_flops(
+    m: ModelCosts, s: Shapes, window: int, snapshots: int = 1, estimator: str = "ghost", moving: int = DIRECTIONS
+) -> int:
+    """Values of every response token; the lower layers run once for all snapshots.
+
+    ``moving``: directions that are not 0 everywhere.
+    """
     lower = lower_flops(m, s)
     if estimator != "ghost":  # forward mode: three products for one, once per direction
         upper = 6 * m.scored * s.tokens + 12 * m.attention * m.scored_layers * s.blocks + 6 * m.head * s.predicting
-        return lower + snapshots * DIRECTIONS * upper
+        return lower + snapshots * moving * upper
     band = 0
     if window > 0:
         band = 2 * m.attention * s.blocks + 2 * m.value_width * (BLOCK + window) * s.tokens

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from pipeline.maths.costs import (
+    DIRECTIONS,
     ModelCosts,
     Shapes,
     budget_shapes,
@@ -71,7 +72,7 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     tokens, response = _tokens(sample.train), _response(sample.train)
     scale = sample.scale
     longest = max(len(example.input_ids) for example in sample.train)
-    value = several * planned_values(costs, sample, shapes, settings, snapshots)
+    value = several * planned_values(costs, sample, shapes, settings, snapshots, drift)
     if sample.pairs:
         value += pair_flops(costs, shapes, drift, list(checkpoints) != [reference])
     stages = {
@@ -129,10 +130,13 @@ def planned_drift(settings: Settings, checkpoints: Sequence[str], reference: str
     return drift if drift != "auto" else "warmup" if start else "checkpoint"
 
 
-def planned_values(m: ModelCosts, sample: Sample, shapes: Shapes, settings: Settings, snapshots: int) -> int:
+def planned_values(
+    m: ModelCosts, sample: Sample, shapes: Shapes, settings: Settings, snapshots: int, drift: str
+) -> int:
     """Operations of the value stage; of a rehearsal with its padding taken for that of the static schedule."""
     own = settings.valuation
-    values = value_flops(m, shapes, own.window, snapshots, own.estimator)
+    moving = 1 if drift == "none" else DIRECTIONS
+    values = value_flops(m, shapes, own.window, snapshots, own.estimator, moving)
     if not own.rehearsed:
         return values
     steps = -(-sample.train_rows // own.rehearsal.batch_size)
@@ -157,8 +161,9 @@ def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, 
     """Operations of the anchor by what they are for; ``fisher`` is at most, as completions may end early."""
     snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
     validation = validation_shapes(sample)
+    has_fisher = drift != "none" or settings.anchor.precondition != "none"
     found = {
-        "fisher": 0 if drift == "none" else fisher_flops(m, sample.fisher, settings.anchor.fisher.max_new_tokens),
+        "fisher": fisher_flops(m, sample.fisher, settings.anchor.fisher.max_new_tokens) if has_fisher else 0,
         "warmup": warmup_flops(m, sample.train, settings) if drift == "warmup" else 0,
         "validation_gradient": snapshots * (ghost_flops(m, validation) + outer_flops(m, validation.predicting)),
     }

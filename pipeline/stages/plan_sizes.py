@@ -40,7 +40,9 @@ def file_sizes(
     """Bytes by directory of the run, for one mask; several checkpoints leave values of each beside their mean."""
     parts = max(1, -(-sample.train_rows // settings.data.shard_examples))
     snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
-    tensors = (0 if drift == "none" else 1) + snapshots * (3 if drift == "warmup" else 2)
+    tensors = (0 if drift == settings.anchor.precondition == "none" else 1) + snapshots * (
+        3 if drift == "warmup" else 2
+    )
     held = sum(_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample))
     tables = _pair_tables(sample, settings) if sample.pairs else _tables(sample, settings)
     found = {name: _weighed(table, sample.train_rows, parts) for name, table in tables.items()}

@@ -65,6 +65,11 @@ def test_value_flops(example, estimator, window):
     shapes = shapes_of([batch.shape], len(batch.predicting()))
     planned = value_flops(costs, shapes, window, estimator=estimator)
     assert planned == pytest.approx(counted(lambda: valuer.value(batch)), rel=0.1)
+    if estimator == "exact":  # without a drift
+        directions.named["stability"] = {k: torch.zeros_like(w) for k, w in weights.items()}
+        valuer = TokenValuer(model, directions, 3, window, estimator=estimator)
+        planned = value_flops(costs, shapes, window, estimator=estimator, moving=1)
+        assert planned == pytest.approx(counted(lambda: valuer.value(batch)), rel=0.1)
 
 
 def test_anchor_flops(example):
