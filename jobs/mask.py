@@ -1,9 +1,12 @@
 """alphatoken mask: threshold and write the trainer-ready data set. Loads no model."""
 
+import shlex
 import sys
+from dataclasses import asdict
 from typing import Any
 
 from jobs.session import Session
+from pipeline.settings import MaskSettings
 
 
 def execute(session: Session) -> None:
@@ -28,7 +31,8 @@ def tell(session: Session, summary: dict[str, Any]) -> None:
     told = f"kept:  {summary['kept_fraction']:.1%}"
     if summary["loss_weight"]:
         told = f"weigh: {summary['loss_weight']['mean']:.3f} on average, all labels kept,"
-    following = f"alphatoken mask run.dir={redacted(settings.run.dir)} mask.rho=0.3 mask.name=rho-0.3"
+    own = "".join(f" {shlex.quote(override)}" for override in _overrides(settings.mask))
+    following = f"alphatoken mask run.dir={redacted(settings.run.dir)}{own} mask.rho=0.3 mask.name=rho-0.3"
     if summary.get("schedule") == "rehearsal":  # another rho is another rehearsal
         following = f"alphatoken report run.dir={redacted(settings.run.dir)}"
     for line in (
@@ -37,6 +41,14 @@ def tell(session: Session, summary: dict[str, Any]) -> None:
         f"next:  {following}",
     ):
         print(line)
+
+
+def _overrides(settings: MaskSettings) -> list[str]:
+    """What makes another mask of the same kind, but for rho and name: all that is not the default."""
+    usual, own = asdict(MaskSettings()), asdict(settings)
+    changed = {key: value for key, value in own.items() if value != usual[key] and key not in ("rho", "name")}
+    lists = {key: f"[{','.join(map(str, value))}]" for key, value in changed.items() if isinstance(value, list)}
+    return [f"mask.{key}={value}" for key, value in {**changed, **lists}.items()]
 
 
 if __name__ == "__main__":

@@ -60,7 +60,7 @@ LOWEST = np.finfo(np.float32).min  # of finite values: the threshold where only 
 TIES_WORTH_SAYING = 0.01
 PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: on the measured example a fine-tune on such a mask ends worse than "
-    "on a random one (README, What a mask is worth); valuation.estimator=information does not choose by the label"
+    "on a random one (README, What a mask is worth); experiment=one_mask is the setting with the best evidence"
 )
 
 

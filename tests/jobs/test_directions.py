@@ -132,3 +132,22 @@ def test_preconditioning_without_a_drift_needs_a_fisher_and_makes_one(made):
     assert (run / "anchors/fisher.safetensors").exists()
     found = values(run)
     assert found["adaptation_direct"].any() and not found["stability_direct"].any()
+
+
+def test_the_recipe_for_one_mask_keeps_half_and_no_first_token(alphatoken, made):
+    run = made("experiment=one_mask")
+    assert (values(run)["adaptation_direct"] > 0).all() and not values(run)["stability_direct"].any()
+    status, out, err = alphatoken("mask", f"run.dir={run}", "experiment=one_mask", "mask.always_keep=[]")
+    assert status == 0, err
+    assert "mask.skip_first=1" in out.splitlines()[-1]
+    masks = [
+        row for file in sorted((run / "masks/default").glob("*.parquet")) for row in pq.read_table(file).to_pylist()
+    ]
+    kept = everything = 0
+    for row, whole in zip(masks, prepared(run), strict=True):
+        response = np.flatnonzero(np.array(whole["labels"]) != -100)
+        chosen = np.flatnonzero(np.array(row["labels"]) != -100)
+        first = response[np.diff(response, prepend=-2) > 1]
+        assert not set(first) & set(chosen) or len(response) == len(first)  # min_kept where there are no others
+        kept, everything = kept + len(chosen), everything + len(response)
+    assert kept == pytest.approx(everything / 2, abs=len(masks))

@@ -174,6 +174,8 @@ def test_another_rho_needs_no_model(alphatoken, done_run):
         "mask", f"run.dir={done_run}", "mask.rho=0.25", "mask.name=quarter", "mask.always_keep=[]", "mask.min_kept=0"
     )
     assert status == 0 and len(out.splitlines()) == 3
+    own = "'mask.always_keep=[]' mask.min_kept=0"
+    assert out.splitlines()[-1] == f"next:  alphatoken mask run.dir={done_run} {own} mask.rho=0.3 mask.name=rho-0.3"
     summary = json.loads((done_run / "masks/quarter/summary.json").read_text())
     assert summary["kept_fraction"] == pytest.approx(0.25, abs=0.01)
 
