@@ -1,8 +1,8 @@
 """Directions: one matrix per scored linear map, in the shape in which the model stores the weight.
 
-A token's value is linear in its direction (with the estimator `information` adaptation is quadratic), and everything downstream takes
-any number of named ones. Two matter: adaptation G (the validation gradient) and stability V = F * (W - W_ref) (the
-Fisher-drift proxy, Eq. 10).
+A token's value is linear in its direction (adaptation of the estimator `information` is quadratic), and everything
+downstream takes any number of named ones. Two matter: adaptation G (the validation gradient) and stability
+V = F * (W - W_ref) (the Fisher-drift proxy, Eq. 10).
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ class LeftOut:
 
     def of(self, rows: PairedRows, count: bool = False) -> Bools:
         """The tokens that are left out, ``(response tokens,)``; ``count`` once when they are decided on."""
-        first = first_of_responses(rows, self.skip_first)
+        first = self.first(rows)
         unstable = np.zeros(len(first), np.bool_)
         if self.least_stable is not None:
             unstable = self.stability(rows) < self.least_stable.border
@@ -31,9 +31,9 @@ class LeftOut:
             self.least_stable_tokens += int(unstable.sum())
         return first | unstable
 
-    def lowest(self, rows: PairedRows, values: Floats) -> Floats:
-        """``values`` with those of tokens that are left out below all others."""
-        return np.where(self.of(rows), np.float32(-np.inf), values)
+    def first(self, rows: PairedRows) -> Bools:
+        """Those that mask.skip_first leaves out."""
+        return first_of_responses(rows, self.skip_first)
 
     def stability(self, rows: PairedRows) -> Floats:
         """What ``least_stable`` is fed with."""
@@ -70,6 +70,11 @@ class LeastStable:
             tokens = some_tokens(self.select.total)
             self.select.choose(min(tokens, rank_of(self.fraction, tokens) + 1))
             self.chosen = True
+
+
+def lowest_where(left_out: Bools, values: Floats) -> Floats:
+    """``values`` with those of tokens that are left out below all others."""
+    return np.where(left_out, np.float32(-np.inf), values)
 
 
 def first_of_responses(rows: PairedRows, count: int) -> Bools:

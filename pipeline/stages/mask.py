@@ -33,7 +33,7 @@ from pipeline.settings.run import NEVER_NEGATIVE
 from pipeline.settings.valuation import NO_LOSS
 from pipeline.stages.always_keep import always_keep_ids
 from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.left_out import LeftOut
+from pipeline.stages.left_out import LeftOut, lowest_where
 from pipeline.stages.manifest import Manifest
 from pipeline.stages.mask_card import card
 from pipeline.stages.mask_summary import MaskCounts
@@ -377,17 +377,18 @@ class Masking:
     def decide(self, rows: PairedRows) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are kept, bool, and their soft weights, float32: ``(tokens,)`` over all of ``rows``; counts."""
         counts = self.counts
-        values, ranked, alone = self._values(rows), self._ranked(rows), self._alone(rows)
+        values, alone, left_out = self._values(rows), self._alone(rows), self.left_out.of(rows, count=True)
+        ranked = lowest_where(left_out, values)
         threshold, of_groups = self.thresholds[0].of(rows, ranked)
         counts.thresholds.add(np.maximum(of_groups, LOWEST))
-        left_out = self.left_out.of(rows, count=True)
-        if self.settings.rule != "weight" and not self.rehearsed:  # a group may have no other tokens
-            threshold = np.maximum(threshold, LOWEST)
+        # A group may have none but tokens that are left out; soft weights leave all labels as they are.
+        floor = KEEP_ALL if self.settings.rule == "weight" or self.rehearsed else LOWEST
+        threshold = np.maximum(threshold, floor)
         assert rows.input_ids is not None
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
         inside = keep_flat(ranked, rows.offsets, threshold, always, self.settings.min_kept)
         columns = {**{name: c for name, c in rows.components.items() if name != KEPT}, "value": values}
-        without_stability = alone >= self.thresholds[1].of(rows, alone)[0]
+        without_stability = alone >= np.maximum(self.thresholds[1].of(rows, alone)[0], floor)
         counts.add(rows.offsets, columns, inside, ranked >= threshold, always, without_stability)
         kept, weights = np.zeros(len(rows.response), np.bool_), np.zeros(len(rows.response), np.float32)
         kept[rows.response] = inside
@@ -398,11 +399,11 @@ class Masking:
 
     def _ranked(self, rows: PairedRows) -> Floats:
         """The values, with the tokens that are left out below all others."""
-        return self.left_out.lowest(rows, self._values(rows))
+        return lowest_where(self.left_out.of(rows), self._values(rows))
 
     def _alone(self, rows: PairedRows) -> Floats:
-        """What the values were without stability."""
-        return self._weighed(rows, 0.0)
+        """What the ranked values were if stability had no say."""
+        return lowest_where(self.left_out.first(rows), self._weighed(rows, 0.0))
 
     def _values(self, rows: PairedRows) -> Floats:
         return self._weighed(rows, self.settings.stability_weight)

@@ -190,9 +190,18 @@ def test_every_turn_of_a_conversation_has_first_tokens_and_a_row_begins_anew():
 def test_everything_but_the_first_token(tmp_path):
     storage, prepared, _ = write_run(tmp_path, method="full")
     summary = mask(storage, skip_first=1, always_keep=[], min_kept=0)
+    assert mask(storage, skip_first=2, stability_weight=0.0, name="m")["decisions_changed_by_stability"] is None
     responses = sum(any(label != -100 for label in row["labels"]) for row in prepared)
     assert summary["left_out"]["first"] == responses == summary["response_tokens"] - summary["kept_tokens"]
     assert f"left out by `mask.skip_first` | {responses}" in storage.read_bytes("masks/default/README.md").decode()
+
+
+def test_first_tokens_are_no_decision_of_stability(tmp_path):
+    storage, *_ = write_run(tmp_path)
+    for scope in ("dataset", "example"):
+        summary = mask(storage, skip_first=3, stability_weight=0.0, rho=0.8, scope=scope, name=scope)
+        assert summary["left_out"]["first"] and summary["decisions_changed_by_stability"] == 0
+    assert mask(storage, least_stable=0.3, stability_weight=0.0, name="m")["decisions_changed_by_stability"] > 0
 
 
 def test_what_is_least_stable_is_counted_and_never_more_than_asked_for(tmp_path):
