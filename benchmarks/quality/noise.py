@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 import torch
 
 from benchmarks.quality.finetune import Tokens
-from benchmarks.quality.grid import FISHER, TRAIN, UNTOUCHED, Quality, Row, _at, results_in, table
+from benchmarks.quality.grid import FISHER, PAPER, TRAIN, UNTOUCHED, Quality, Row, _at, results_in, table
 from pipeline.maths.batch import IGNORED
 
 SHARE = 0.2
@@ -33,18 +33,26 @@ NORM = "valuation.gradient_norm=true"
 KFAC = "anchor.precondition=kfac"
 PER_NORM = "mask.divide_by_gradient_norm=true"
 RUNS: dict[str, tuple[str, ...]] = {
-    "paper": (*UNTOUCHED, NORM),
-    "kfac": (*UNTOUCHED, KFAC, NORM),
+    "default": (),
+    "paper": (PAPER, *UNTOUCHED, NORM),
+    "kfac": (PAPER, *UNTOUCHED, KFAC, NORM),
     "exact": (*UNTOUCHED, "valuation.estimator=exact"),
     "random": ("valuation.method=random",),
     "loss": ("valuation.method=loss",),
     "full": ("valuation.method=full",),
 }
-VALUED = {"paper": "alignment", "kfac": "alignment, K-FAC", "exact": "alignment, exact estimator"}
+VALUED = {
+    "default": "information",
+    "paper": "alignment",
+    "kfac": "alignment, K-FAC",
+    "exact": "alignment, exact estimator",
+}
 AND_LOSS = ("mask.normalize=rms", "mask.loss_weight=1.0")
 ROWS = [
     Row("full", "full"),
     Row("random 0.7", "random", _at(0.7)),
+    Row("default 0.7", "default", _at(0.7)),
+    Row("default and loss 0.7", "default", _at(0.7, *AND_LOSS)),
     Row("paper 0.7", "paper", _at(0.7)),
     Row("kfac 0.7", "kfac", _at(0.7)),
     Row("loss 0.7", "loss", _at(0.7)),

@@ -7,6 +7,7 @@ V = F * (W - W_ref) (the Fisher-drift proxy, Eq. 10).
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,17 +23,20 @@ class Directions:
     """Named directions at one point of a trajectory.
 
     ``named``: direction name -> parameter name -> tensor. ``weights``: the scored weights at that point where they are
-    not the model's own (a warm-up's end); None: the model's own.
+    not the model's own (a warm-up's end); None: the model's own. ``estimator``: the one that the run has valued with;
+    None: unknown.
     """
 
     named: Mapping[str, Mapping[str, torch.Tensor]]
     weights: Mapping[str, torch.Tensor] | None = None
+    estimator: str | None = None
 
     @classmethod
     def load(cls, directory: str | Path) -> Directions:
         """Read ``adaptation.safetensors``, ``stability.safetensors`` and, where present, ``policy.safetensors``.
 
-        ``directory``: a local one, such as RUN/anchors/snapshot-00. Raises FileNotFoundError naming what is missing.
+        ``directory``: a local one, such as RUN/anchors/snapshot-00; RUN/run.json, if there is one, names the estimator of
+        RUN/values. Raises FileNotFoundError naming what is missing.
         """
         place = Path(directory)
         missing = [name for name in NAMES if not (place / f"{name}.safetensors").is_file()]
@@ -40,7 +44,8 @@ class Directions:
             raise FileNotFoundError(f"{place} has no {missing[0]}.safetensors: run `alphatoken anchor` first")
         named = {name: safetensors.torch.load_file(place / f"{name}.safetensors") for name in NAMES}
         policy = place / "policy.safetensors"
-        return cls(named, safetensors.torch.load_file(policy) if policy.is_file() else None)
+        weights = safetensors.torch.load_file(policy) if policy.is_file() else None
+        return cls(named, weights, _estimator_of(place.resolve().parent.parent / "run.json"))
 
     def check(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Raise ValueError unless every direction, and the policy's own weights, have the parameters and shapes of ``weights``."""
@@ -57,6 +62,11 @@ class Directions:
                     raise ValueError(
                         f"direction {direction}: {name} has shape {tuple(tensor.shape)}, the weight {tuple(weights[name].shape)}"
                     )
+
+
+def _estimator_of(manifest: Path) -> str | None:
+    stages = json.loads(manifest.read_text(encoding="utf-8"))["stages"] if manifest.is_file() else {}
+    return stages.get("value", {}).get("inputs", {}).get("valuation.estimator")
 
 
 def fisher_drift(fisher: torch.Tensor, policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

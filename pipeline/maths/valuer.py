@@ -34,6 +34,7 @@ class TokenValuer:
     flash_attention_2 | eager. ``estimator``: ghost (the paper's, by position) | exact (the derivative of each token's
     own loss) | information (adaptation: how much a step along the direction moves the token's prediction, whatever its
     label, never negative; stability as exact); the last two know no paths: the causal columns are 0.
+    None: the one that the run of the directions has valued with, else ghost.
     ``gradient_norm``: with a column of that name, the Frobenius norm over the scored maps of what the token's position
     adds to the gradient, ``sqrt(sum of |d|^2 |h|^2)``; by position as the direct columns, so that it knows no causal
     path and the ghost estimator alone has it. Raises ValueError when the directions are not for these layers,
@@ -47,9 +48,10 @@ class TokenValuer:
         layers: int = 3,
         window: int = 32,
         attention: str = "sdpa",
-        estimator: str = "ghost",
+        estimator: str | None = None,
         gradient_norm: bool = False,
     ) -> None:
+        estimator = estimator or directions.estimator or "ghost"
         if estimator not in ESTIMATORS:
             raise ValueError(f"estimator={estimator}: must be one of {', '.join(ESTIMATORS)}")
         if gradient_norm and estimator != "ghost":

@@ -1,7 +1,7 @@
 """Which tokens are kept."""
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from data_schemas import MASK_EXTRA_COLUMNS
@@ -13,13 +13,21 @@ class MaskSettings:
     """Configuration group ``mask``."""
 
     rho: float = option(0.5, "fraction of the response tokens that is kept")
-    stability_weight: float = option(1.5, "lambda: value = adaptation + lambda * stability")
+    stability_weight: float | None = option(
+        None,
+        "lambda: value = adaptation + lambda * stability; null: 0 where values are of valuation.estimator=information, "
+        "else 1.5",
+    )
     loss_weight: float = option(0.0, "subtract this much of the token's loss from its value: against wrong tokens")
     least_stable: float = option(
         0.0,
         "this fraction of the response tokens, those with the lowest stability, is not kept whatever their adaptation",
     )
-    skip_first: int = option(0, "first tokens of each response that are not kept whatever their value")
+    skip_first: int | None = option(
+        None,
+        "first tokens of each response that are not kept whatever their value; null: 1 where values are of "
+        "valuation.estimator=information, else 0",
+    )
     scope: str = option("dataset", "dataset | example | batch | token_id: among which tokens the threshold is taken")
     rare_tokens: int = option(32, "mask.scope=token_id: ids that occur fewer times share one threshold")
     rule: str = option(
@@ -44,14 +52,14 @@ class MaskSettings:
         found = []
         if not 0 < self.rho <= 1:
             found.append(f"mask.rho={self.rho}: must be above 0 and at most 1")
-        found += at_least("mask.stability_weight", self.stability_weight, 0)
+        found += at_least("mask.stability_weight", self.stability_weight or 0, 0)
         if not 0 <= self.least_stable < 1:
             found.append(f"mask.least_stable={self.least_stable}: must be at least 0 and below 1")
         elif self.least_stable and self.rule != "positive" and self.rho + self.least_stable > 1:
             found.append(
                 f"mask.rho={self.rho} and mask.least_stable={self.least_stable}: more than all tokens together"
             )
-        found += at_least("mask.skip_first", self.skip_first, 0)
+        found += at_least("mask.skip_first", self.skip_first or 0, 0)
         found += one_of("mask.scope", self.scope, ("dataset", "example", "batch", "token_id"))
         found += at_least("mask.loss_weight", self.loss_weight, 0)
         found += at_least("mask.rare_tokens", self.rare_tokens, 0)
@@ -67,6 +75,19 @@ class MaskSettings:
             if isinstance(token, bool) or not isinstance(token, int | str):
                 found.append(f"mask.always_keep={token}: must be eos, a token string or a token id")
         return found
+
+    def for_values(self, estimator: str | None) -> "MaskSettings":
+        """These settings with what is left open until it is known of which ``estimator`` the values are.
+
+        `information` says where there is most to learn: without stability, whose scale is another one, and without the
+        first token, where learning is forgetting. Everything else is as in the paper.
+        """
+        weight, first = (0.0, 1) if estimator == "information" else (1.5, 0)
+        return replace(
+            self,
+            stability_weight=weight if self.stability_weight is None else self.stability_weight,
+            skip_first=first if self.skip_first is None else self.skip_first,
+        )
 
     def never_negative(self) -> bool:
         """Whether mask.rule=positive would keep all tokens whose adaptation has no sign."""

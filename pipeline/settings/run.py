@@ -1,6 +1,6 @@
 """The run as a whole, and the tree of all settings."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from pipeline.settings.anchor import AnchorSettings
 from pipeline.settings.cluster import ClusterSettings
@@ -15,7 +15,7 @@ STAGES = ("prepare", "anchor", "value", "mask")
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
 NEVER_NEGATIVE = (
     "mask.rule=positive with mask.stability_weight=0: adaptation of valuation.estimator=information is never negative, so "
-    "that everything would be kept: set mask.rule=top"
+    "that everything would be kept: set mask.rule=top, or valuation.estimator=ghost"
 )
 
 
@@ -56,12 +56,18 @@ class Settings:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     debug: bool = option(False, "show tracebacks")
 
+    def for_data(self, pairs: bool) -> "Settings":
+        """These settings with what is ``auto`` until the kind of data is known: valuation.estimator."""
+        return replace(self, valuation=replace(self.valuation, estimator=self.valuation.estimator_for(pairs)))
+
     def problems(self) -> list[str]:
         """Every reason why the run cannot start, over all groups, one sentence each."""
         found = self.run.problems() + self.model.problems() + self.data.problems()
+        estimator = self.valuation.estimator_for(pairs=self.data.format == "preference")
+        mask = self.mask.for_values(estimator)
         if self.valuation.needs_directions:
             # A rehearsal makes its own drift, and weighs it by its own key.
-            weight = 0.0 if self.valuation.rehearsed else self.mask.stability_weight
+            weight = 0.0 if self.valuation.rehearsed else mask.stability_weight or 0.0
             found += self.anchor.problems(weight, len(self.model.checkpoints))
         elif len(self.model.checkpoints) > 1:
             found.append(
@@ -71,8 +77,7 @@ class Settings:
             found += self._stability_problems()
         if self.valuation.rehearsed:
             found += self._rehearsal_problems()
-        informed = self.valuation.needs_directions and self.valuation.estimator == "information"
-        if informed and self.mask.never_negative():
+        if self.valuation.needs_directions and estimator == "information" and mask.never_negative():
             found.append(NEVER_NEGATIVE)
         if self.mask.loss_weight and self.valuation.method in NO_LOSS:
             found.append(

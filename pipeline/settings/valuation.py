@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pipeline.settings.option import at_least, auto_or_at_least, one_of, option
 from pipeline.settings.rehearsal import RehearsalSettings
 
-ESTIMATORS = ("ghost", "exact", "information")
+ESTIMATORS = ("auto", "ghost", "exact", "information")
 METHODS = ("alphatoken", "excess_loss", "loss", "entropy", "random", "full")
 NO_LOSS = ("random", "full")  # these methods leave the loss column at 0.0
 
@@ -17,9 +17,10 @@ class ValuationSettings:
     layers: int = option(3, "K: the last K decoder layers are scored")
     window: int = option(32, "W: how many later positions the causal path reaches; 0 leaves the causal path out")
     estimator: str = option(
-        "ghost",
+        "auto",
         "ghost (the paper's, by position) | exact (derivative of each token's own loss) | information (how much a step "
-        "along the adaptation direction moves the token's prediction, whatever its label; stability as exact)",
+        "along the adaptation direction moves the token's prediction, whatever its label; stability as exact) | auto "
+        "(information; ghost for pairs, for a rehearsal and for gradient_norm)",
     )
     tokens_per_batch: int | str = option("auto", "padded tokens per batch; auto: from the device's memory")
     method: str = option(
@@ -51,6 +52,16 @@ class ValuationSettings:
         """Whether values come from a rehearsal."""
         return self.schedule == "rehearsal"
 
+    def estimator_for(self, pairs: bool) -> str:
+        """ghost | exact | information, with ``auto`` resolved; ``pairs``: whether the data is of preference.
+
+        A mask that is made once has to hold for a whole training run: that is what `information` is for. A rehearsal
+        is the paper's own loop, and of a pair only signed values say which branch a token speaks for.
+        """
+        if self.estimator != "auto":
+            return self.estimator
+        return "ghost" if pairs or self.rehearsed or self.gradient_norm else "information"
+
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = at_least("valuation.layers", self.layers, 1)
@@ -67,7 +78,7 @@ class ValuationSettings:
                 )
         if self.gradient_norm and not self.needs_directions:
             found.append(f"valuation.gradient_norm=true: valuation.method={self.method} forms no gradient")
-        elif self.gradient_norm and self.estimator != "ghost":
+        elif self.gradient_norm and self.estimator_for(pairs=False) != "ghost":
             found.append(
                 f"valuation.gradient_norm=true: valuation.estimator={self.estimator} forms no gradient, set valuation.estimator=ghost"
             )

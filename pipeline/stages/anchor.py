@@ -83,6 +83,7 @@ def run_anchor(
     """
     started = time.monotonic()
     prepared = manifest.require("prepare", "anchor")
+    settings = settings.for_data(manifest.pairs)
     drift = drift_of(settings, checkpoints, reference)
     inputs = anchor_inputs(settings, prepared["inputs"], checkpoints, reference, drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}
@@ -340,8 +341,7 @@ class _Anchor:
     def _draw(self, count: int) -> Sequences:
         """``count`` training examples drawn with the seed over all parts, in file order; of pairs the chosen branch."""
         parts = self.manifest.stage("prepare")["counts"]["parts"]
-        preference = self.manifest.stage("prepare")["counts"].get("format") == "preference"
-        schema, branch = (PREFERENCE_PREPARED, "chosen_") if preference else (PREPARED, "")
+        schema, branch = (PREFERENCE_PREPARED, "chosen_") if self.manifest.pairs else (PREPARED, "")
         sizes = [
             self.storage.rows_of(f"prepared/{p}", self.manifest.stage("prepare")["fingerprint"]) or 0 for p in parts
         ]

@@ -16,7 +16,7 @@ class LeftOut:
     """Both rules, and how many tokens each has left out."""
 
     def __init__(self, settings: MaskSettings) -> None:
-        self.skip_first, self.per_norm = settings.skip_first, settings.divide_by_gradient_norm
+        self.skip_first, self.per_norm = settings.skip_first or 0, settings.divide_by_gradient_norm
         self.least_stable = LeastStable(settings.least_stable) if settings.least_stable else None
         self.first_tokens = self.least_stable_tokens = 0
 

@@ -57,6 +57,11 @@ class Manifest:
         """Whether a stage has been finished."""
         return self.stage(stage).get("state") == "done"
 
+    @property
+    def pairs(self) -> bool:
+        """Whether what has been prepared is of preference."""
+        return self.stage("prepare").get("counts", {}).get("format") == "preference"
+
     def require(self, stage: str, for_stage: str) -> dict[str, Any]:
         """The record of a finished stage; raises RunFailed with the command to type when it is not finished."""
         if not self.done(stage):

@@ -59,8 +59,8 @@ ROWS_AT_ONCE = 256
 LOWEST = np.finfo(np.float32).min  # of finite values: the threshold where only tokens that are left out lie below
 TIES_WORTH_SAYING = 0.01
 PLAIN_ALIGNMENT = (
-    "values were taken at one model by plain alignment: on the measured example a fine-tune on such a mask ends worse than "
-    "on a random one (README, What a mask is worth); experiment=one_mask is the setting with the best evidence"
+    "values were taken at one model by plain alignment: on the measured example of supervised data a fine-tune on such a "
+    "mask ends worse than on a random one, on one by valuation.estimator=information better (README, What a mask is worth)"
 )
 
 
@@ -109,16 +109,17 @@ def run_mask(
                 f"mask.loss_weight={settings.loss_weight}: valuation.method={method} runs no model, so there are no losses"
             ]
         )
-    informed = values["inputs"].get("valuation.estimator") == "information"
-    if informed and settings.never_negative():
-        raise SettingsWrong([NEVER_NEGATIVE])
     rehearsed = is_rehearsed(values["inputs"])
     if rehearsed:
         settings = as_rehearsed(settings, values["inputs"])
+    estimator = values["inputs"].get("valuation.estimator")
+    settings, informed = settings.for_values(estimator), estimator == "information"
+    if informed and settings.never_negative():
+        raise SettingsWrong([NEVER_NEGATIVE])
     check_norms(settings, bool(values["inputs"].get("valuation.gradient_norm")))
     always = always_keep_ids(settings.always_keep, manifest)
     prepared = manifest.stage("prepare")
-    preference = prepared["counts"].get("format") == "preference"
+    preference = manifest.pairs
     make_schema = preference_masks_schema if preference else masks_schema
     schema = make_schema(list(dict.fromkeys(settings.extra_columns)), weighted=settings.rule == "weight")
     stage, place = f"mask/{settings.name}", f"masks/{settings.name}"
@@ -406,7 +407,7 @@ class Masking:
         return lowest_where(self.left_out.first(rows), self._weighed(rows, 0.0))
 
     def _values(self, rows: PairedRows) -> Floats:
-        return self._weighed(rows, self.settings.stability_weight)
+        return self._weighed(rows, self.settings.stability_weight or 0.0)
 
     def _weighed(self, rows: PairedRows, weight: float) -> Floats:
         against_loss = self.settings.loss_weight

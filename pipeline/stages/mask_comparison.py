@@ -38,7 +38,7 @@ class MaskPlace:
 
 def branches_of(storage: Storage) -> tuple[str, ...]:
     """The branches of a run's data: one without a name for supervised data."""
-    return BRANCHES if Manifest(storage).stage("prepare")["counts"].get("format") == "preference" else ("",)
+    return BRANCHES if Manifest(storage).pairs else ("",)
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,7 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
+    settings = settings.for_data(bool(sample.pairs))
     drift = planned_drift(settings, checkpoints, reference)
     budget = settings.valuation.tokens_per_batch
     budget = budget if isinstance(budget, int) else CPU_TOKENS

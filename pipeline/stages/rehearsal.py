@@ -55,7 +55,7 @@ def run_rehearsal(
     """Write values/ with the column ``kept``, unless done already. Raises SettingsWrong and RunFailed."""
     started = time.monotonic()
     anchor = checked_anchor(storage, manifest, settings, [policy])
-    if manifest.stage("prepare")["counts"].get("format") == "preference":
+    if manifest.pairs:
         raise SettingsWrong([NO_PAIRS])
     if anchor["inputs"]["reference"] != of_model(reference):
         raise SettingsWrong([f"model.reference={reference} is not the reference that the anchors were made with"])

@@ -42,6 +42,7 @@ def stage_inputs(settings: Settings, checkpoints: Sequence[str], reference: str)
     source = ModelSource(policy, model.revision, trust_remote_code=model.trust_remote_code)
     preference = is_preference(settings, train)
     prepare = prepare_inputs(settings, policy, vocabulary_of(source), train, validation, preference)
+    settings = settings.for_data(preference)
     drift = drift_of(settings, checkpoints, reference)
     anchor = anchor_inputs(settings, prepare, checkpoints, reference, drift)
     selected = not settings.valuation.needs_directions

@@ -137,6 +137,7 @@ def run_value(
     started = time.monotonic()
     policy = checkpoints[0]
     reference = reference or policy
+    settings = settings.for_data(manifest.pairs)
     if settings.valuation.rehearsed:
         # Here and not above, since it builds on this file.
         from pipeline.stages.rehearsal import run_rehearsal
@@ -148,8 +149,7 @@ def run_value(
         from pipeline.stages.selection import selection_job
 
         job = selection_job(storage, manifest, settings, policy, reference, cluster)
-    prepared = manifest.stage("prepare")
-    preference = prepared["counts"].get("format") == "preference"
+    preference = manifest.pairs
     if preference:
         # Here and not above, since it builds on this file.
         from pipeline.stages.preference_value import pairs_job, reference_of

@@ -26,7 +26,7 @@ def test_wrong_keys_types_and_groups_are_all_said_at_once(alphatoken, tmp_path):
 
 
 def test_no_drift_with_a_stability_weight_names_the_remedies(alphatoken, tmp_path):
-    status, _, err = alphatoken("run", f"run.dir={tmp_path}/r", "anchor.drift=none")
+    status, _, err = alphatoken("run", f"run.dir={tmp_path}/r", "anchor.drift=none", "mask.stability_weight=1.5")
     assert status == 2 and "checkpoint" in err and "warmup" in err
     assert len(err.strip().splitlines()) == 1
 

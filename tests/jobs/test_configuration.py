@@ -58,10 +58,33 @@ def test_a_recipe_asks_for_what_it_leaves_to_the_user(recipe):
         load([f"experiment={recipe}", *GIVEN[recipe][:-1]])
 
 
+def test_what_is_left_open_is_what_the_tables_support():
+    settings = load([])
+    assert settings.valuation.estimator_for(pairs=False) == "information"
+    assert settings.valuation.estimator_for(pairs=True) == "ghost"  # a pair's values have a sign
+    for other in (
+        "valuation=rehearsal",
+        "valuation.schedule=rehearsal",
+        "valuation.gradient_norm=true",
+        "valuation=paper",
+    ):
+        assert load([other]).for_data(pairs=False).valuation.estimator == "ghost"
+    assert load(["valuation.estimator=exact"]).for_data(pairs=True).valuation.estimator == "exact"
+    for estimator, expected in (("information", (0.0, 1)), ("ghost", (1.5, 0)), ("exact", (1.5, 0)), (None, (1.5, 0))):
+        mask = settings.mask.for_values(estimator)
+        assert (mask.stability_weight, mask.skip_first) == expected
+    asked = load(["mask.stability_weight=2", "mask.skip_first=3"]).mask
+    assert asked.for_values("information") == asked.for_values("ghost") == asked
+    assert load(["anchor.drift=none"]) and load(["anchor.drift=none", "mask.stability_weight=0", "valuation=paper"])
+    with pytest.raises(SettingsWrong, match="leaves no stability"):
+        load(["anchor.drift=none", "valuation=paper"])
+
+
 def test_the_papers_setting_is_the_papers():
     settings = load(["experiment=paper_sft", *GIVEN["paper_sft"]])
     assert (settings.valuation.layers, settings.valuation.window) == (3, 32)
-    assert (settings.mask.stability_weight, settings.mask.rho, settings.mask.batch_size) == (1.5, 0.5, 64)
+    mask = settings.mask.for_values(settings.valuation.estimator_for(pairs=False))
+    assert (mask.stability_weight, mask.skip_first, mask.rho, mask.batch_size) == (1.5, 0, 0.5, 64)
     assert (settings.data.validation, settings.anchor.fisher.prompts) == (32, 1000)
 
 

@@ -31,11 +31,11 @@ def hashes(run: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def done_run(tmp_path_factory, ray_cluster, policy, train_file, validation_file) -> Path:
-    """A run with warm-up drift and a validation file."""
+    """A run with the default estimator, warm-up drift and a validation file."""
     from jobs.cli import main
 
     run = tmp_path_factory.mktemp("run")
-    status = main(arguments(run, policy, train_file, f"data.validation={validation_file}"))
+    status = main(arguments(run, policy, train_file, f"data.validation={validation_file}", "valuation.estimator=auto"))
     assert status == 0
     return run
 
@@ -68,6 +68,8 @@ def test_masks_load_with_exactly_three_columns_and_about_half_kept(done_run, tmp
         assert masked["input_ids"] == whole["input_ids"]
         assert all(m in (-100, w) for m, w in zip(masked["labels"], whole["labels"], strict=True))
         assert masked["labels"][-1] == -100 or whole["labels"][-1] == masked["labels"][-1]
+        response = [i for i, label in enumerate(whole["labels"]) if label != -100]
+        assert masked["labels"][response[0]] == -100  # mask.skip_first is 1 where values are of `information`
 
 
 def test_values_line_up_with_prepared_rows_and_equal_the_library(done_run, policy):
@@ -83,7 +85,7 @@ def test_values_line_up_with_prepared_rows_and_equal_the_library(done_run, polic
     found = valuer(batch.input_ids, mask, batch.labels)
     assert set(found) == set(VALUES.names) - {"id"}
     for name, tensor in found.items():
-        assert tensor.dtype == torch.float32
+        assert tensor.dtype == torch.float32 and (name == "stability_direct" or (tensor >= 0).all())
         for row, stored in enumerate(values[name].to_pylist()):
             length = len(rows[row]["input_ids"])
             assert len(stored) == length
@@ -158,10 +160,12 @@ def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, r
 def test_the_same_command_again_skips_everything_and_another_setting_is_refused(
     alphatoken, done_run, policy, train_file, validation_file
 ):
-    same = arguments(done_run, policy, train_file, f"data.validation={validation_file}")
+    same = arguments(done_run, policy, train_file, f"data.validation={validation_file}", "valuation.estimator=auto")
     before = hashes(done_run)
     status, _, err = alphatoken(*same)
     assert status == 0 and err.count("done already") == 4
+    status, _, err = alphatoken(*same, "valuation=paper", "valuation.estimator=ghost")
+    assert status == 2 and "valuation.estimator was information, now ghost" in err and "run.overwrite=value" in err
     status, _, err = alphatoken(*same, "valuation.window=5")
     assert status == 2 and "valuation.window was 4, now 5" in err and "run.overwrite=value" in err
     status, _, err = alphatoken(*same, "mask.rho=0.3")

@@ -39,12 +39,17 @@ def examples(rows: int, rng: np.random.Generator, longest: int = 14, first: int 
     return prepared, values
 
 
-def write_run(directory: Path, sizes=(40, 0, 33), seed: int = 0, stability: float = 1.0, method="alphatoken", **counts):
+def write_run(
+    directory: Path, sizes=(40, 0, 33), seed: int = 0, stability: float = 1.0, method="alphatoken", estimator="ghost",
+    **counts,
+):  # fmt: skip
     """A run directory as prepare and value leave it; returns storage, prepared rows and value rows."""
     storage, rng = Storage(str(directory)), np.random.default_rng(seed)
     manifest, parts = Manifest(storage), part_names(len(sizes))
     first = manifest.begin("prepare", {"seed": seed}, {})
-    second = manifest.begin("value", {"prepare": first, "valuation.method": method}, {})
+    second = manifest.begin(
+        "value", {"prepare": first, "valuation.method": method, "valuation.estimator": estimator}, {}
+    )
     rows: tuple[list, list] = ([], [])
     for part, size in zip(parts, sizes, strict=True):
         prepared, values = examples(size, rng, first=len(rows[0]), stability=stability)

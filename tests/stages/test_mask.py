@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from fractions import Fraction
 
 import datasets
@@ -33,6 +33,7 @@ from tests.stages.synthetic_run import EOS, contents, mask, masks, write_run
 
 def naive(prepared, values, sizes, settings: MaskSettings):
     """Kept tokens of every row, the number kept only by always_keep, and only by min_kept."""
+    settings = settings.for_values("ghost")
     inside = [[label != -100 for label in row["labels"]] for row in prepared]
     scale = {}
     for name in ("adaptation", "stability"):
@@ -194,6 +195,20 @@ def test_everything_but_the_first_token(tmp_path):
     responses = sum(any(label != -100 for label in row["labels"]) for row in prepared)
     assert summary["left_out"]["first"] == responses == summary["response_tokens"] - summary["kept_tokens"]
     assert f"left out by `mask.skip_first` | {responses}" in storage.read_bytes("masks/default/README.md").decode()
+
+
+def test_what_is_left_open_follows_the_estimator_of_the_values(tmp_path):
+    found = {}
+    for estimator in ("ghost", "exact", "information"):
+        storage, *_ = write_run(tmp_path / estimator, estimator=estimator)
+        found[estimator] = mask(storage), masks(storage)
+        settings = {"stability_weight": 0.0, "skip_first": 1} if estimator == "information" else {}
+        asked = mask(storage, name="asked", **({"stability_weight": 1.5, "skip_first": 0} | settings))
+        assert {**asked["settings"], "name": "default"} == found[estimator][0]["settings"]
+        assert masks(storage, "asked") == found[estimator][1]
+    assert found["exact"][1] == found["ghost"][1] != found["information"][1]
+    assert found["information"][0]["left_out"]["first"] > 0 == found["ghost"][0]["left_out"]["first"]
+    assert any("whatever its label" in note for note in found["information"][0]["notes"])
 
 
 def test_first_tokens_are_no_decision_of_stability(tmp_path):
@@ -542,7 +557,7 @@ def test_file_uris_are_run_directories_too(tmp_path):
     mask(storage)
     storage, *_ = write_run(tmp_path / "again")
     uri = Storage((tmp_path / "again").as_uri())
-    assert asdict(replace(MaskSettings())) == mask(uri)["settings"]
+    assert asdict(MaskSettings().for_values("ghost")) == mask(uri)["settings"]
     assert contents(uri) == contents(Storage(str(tmp_path / "run")))
 
 

@@ -1,0 +1,116 @@
+"""Do values hold while the model learns? In minutes, what a fine-tune from each mask says in hours.
+
+    python -m benchmarks.quality.ends [--place runs/quality]
+
+The grid's fine-tune on every response token is made once and kept. Then each kind of value is taken at both of its ends,
+the untouched and the fine-tuned model, of the rows that it was trained on and of held-out rows of the same kind.
+Rank correlations over response tokens: between the values of the two ends; and of the first with how much the token's
+loss has fallen from end to end, on either rows. For what leaving a token out does, see benchmarks.fidelity.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+import torch
+from transformers import AutoModelForCausalLM
+
+from benchmarks.quality.finetune import Recipe, finetune
+from benchmarks.quality.grid import FISHER, PAPER, UNTOUCHED, Quality, Row, write_rows
+from benchmarks.quality.noise import ranks
+from pipeline.maths.batch import IGNORED
+
+VALUES: dict[str, tuple[str, ...]] = {
+    "paper": (PAPER, *UNTOUCHED),
+    "paper, K-FAC": (PAPER, *UNTOUCHED, "anchor.precondition=kfac"),
+    "information": (*UNTOUCHED, "valuation.estimator=information"),
+    "information, K-FAC": (*UNTOUCHED, "valuation.estimator=information", "anchor.precondition=kfac"),
+    "entropy": ("valuation.method=entropy", "mask.stability_weight=0"),
+    "loss": ("valuation.method=loss", "mask.stability_weight=0"),
+}
+HELD_OUT = "choose"  # the held-out rows that settings are chosen by
+Floats = npt.NDArray[np.float64]
+
+
+def fine_tuned(quality: Quality) -> Path:
+    """The model after the grid's fine-tune on every response token."""
+    place = quality.place / "ends" / "fine-tuned"
+    if not (place / "config.json").exists():
+        model = AutoModelForCausalLM.from_pretrained(quality.model, dtype=torch.float32)
+        finetune(model, quality.masked(Row("full", "full"))[0], Recipe())
+        quality.tokenizer.save_pretrained(place)
+        model.save_pretrained(place)
+    return place
+
+
+def value(quality: Quality, name: str, model: Path, end: str) -> Path:
+    """The run directory with the values ``name`` of both kinds of rows at ``model``."""
+    run = quality.place / "ends" / f"{name.replace(', ', '-').lower()}-{end}"
+    if not (run / "masks" / "default" / "summary.json").exists():
+        held_out = write_rows(quality.place / "ends" / "held_out.jsonl", quality.rows.held_out[HELD_OUT])
+        files = f"data.train=[{quality.place / 'train.jsonl'},{held_out}]"
+        command = [sys.executable, "-m", "jobs", "run", f"run.dir={run}", f"model.policy={model}", files]
+        command += [f"data.validation={quality.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
+        subprocess.run([*command, "model.dtype=bfloat16", *VALUES[name]], check=True)
+    return run
+
+
+def columns(run: Path) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+    """Adaptation and loss of all response tokens, and whether the token is of a held-out row."""
+    adaptation, losses, held_out = [], [], []
+    for file in sorted((run / "values").glob("*.parquet")):
+        prepared = pq.read_table(run / "prepared" / file.name).to_pylist()
+        for row, values in zip(prepared, pq.read_table(file).to_pylist(), strict=True):
+            inside = np.array(row["labels"]) != IGNORED
+            found = {k: np.array(v, np.float64)[inside] for k, v in values.items() if k != "id"}
+            adaptation.append(found["adaptation_direct"] + found["adaptation_causal"])
+            losses.append(found["loss"])
+            held_out.append(np.full(int(inside.sum()), "held_out" in row["source"]))
+    return np.concatenate(adaptation), np.concatenate(losses), np.concatenate(held_out)
+
+
+def rank_correlation(one: Floats, other: Floats) -> float:
+    """Spearman's; equal scores share the mean of their ranks."""
+    return float(np.corrcoef(ranks(one), ranks(other))[0, 1])
+
+
+def line(start: Path, end: Path) -> dict[str, Any]:
+    """The correlations of one kind of value."""
+    before, losses, held_out = columns(start)
+    after, lower, _ = columns(end)
+    fallen = losses - lower
+    return {
+        "ends": rank_correlation(before[~held_out], after[~held_out]),
+        "trained": rank_correlation(before[~held_out], fallen[~held_out]),
+        "held out": rank_correlation(before[held_out], fallen[held_out]),
+    }
+
+
+def main() -> None:
+    """Make what is missing, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--place", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--only", nargs="*", choices=list(VALUES), default=list(VALUES))
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    quality = Quality(options.place.resolve())
+    models = {"start": quality.model, "end": fine_tuned(quality)}
+    head = (
+        "| values at the untouched model | with those at the fine-tuned one | with the fall of the loss, trained rows"
+    )
+    print(f"{head} | held-out rows |\n|---|---|---|---|")
+    for name in options.only:
+        found = line(*(value(quality, name, model, end) for end, model in models.items()))
+        print(f"| {name} | {' | '.join(f'{r:+.2f}' for r in found.values())} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
