@@ -69,6 +69,7 @@ def _what(plan: dict[str, Any]) -> Table:
         ("tokens", tokens),
         ("model", f"{model['parameters'] / 1e6:,.1f} M parameters in {model['dtype']}"),
         ("scored", f"{scored}, {coverage['scored'] / 1e6:,.2f} M parameters, coverage {coverage['fraction']:.1%}"),
+        ("values", model["values"]),
         ("drift", f"{model['drift']}, {model['snapshots']} snapshot(s), {model['checkpoints']} checkpoint(s)"),
     ):
         table.add_row(name, text)

@@ -105,6 +105,7 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
             "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
             "layers": costs.layers, "scored_layers": costs.scored_layers, "drift": drift, "snapshots": snapshots,
             "checkpoints": several,
+            "values": settings.valuation.estimator if settings.valuation.needs_directions else settings.valuation.method,
             "scored_modules": [linear.name for linear in scored.maps], "coverage": coverage,
             "coverage_warning": warning(scored.coverage),
         },

@@ -134,12 +134,11 @@ def test_preconditioning_without_a_drift_needs_a_fisher_and_makes_one(made):
     assert found["adaptation_direct"].any() and not found["stability_direct"].any()
 
 
-def test_the_recipe_for_one_mask_keeps_half_and_no_first_token(alphatoken, made):
-    run = made("experiment=one_mask")
+def test_the_default_keeps_half_and_no_first_token(alphatoken, made):
+    run = made("valuation.estimator=auto", "anchor.drift=none")
     assert (values(run)["adaptation_direct"] > 0).all() and not values(run)["stability_direct"].any()
-    status, out, err = alphatoken("mask", f"run.dir={run}", "experiment=one_mask", "mask.always_keep=[]")
+    status, out, err = alphatoken("mask", f"run.dir={run}", "mask.always_keep=[]")
     assert status == 0, err
-    assert "mask.skip_first=1" in out.splitlines()[-1]
     masks = [
         row for file in sorted((run / "masks/default").glob("*.parquet")) for row in pq.read_table(file).to_pylist()
     ]
