@@ -88,7 +88,3 @@ class MaskSettings:
             stability_weight=weight if self.stability_weight is None else self.stability_weight,
             skip_first=first if self.skip_first is None else self.skip_first,
         )
-
-    def never_negative(self) -> bool:
-        """Whether mask.rule=positive would keep all tokens whose adaptation has no sign."""
-        return self.rule == "positive" and not (self.loss_weight or self.stability_weight or self.least_stable)

@@ -13,10 +13,6 @@ from pipeline.settings.valuation import NO_LOSS, ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
-NEVER_NEGATIVE = (
-    "mask.rule=positive with mask.stability_weight=0: adaptation of valuation.estimator=information is never negative, so "
-    "that everything would be kept: set mask.rule=top, or valuation.estimator=ghost"
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,11 +59,10 @@ class Settings:
     def problems(self) -> list[str]:
         """Every reason why the run cannot start, over all groups, one sentence each."""
         found = self.run.problems() + self.model.problems() + self.data.problems()
-        estimator = self.valuation.estimator_for(pairs=self.data.format == "preference")
-        mask = self.mask.for_values(estimator)
         if self.valuation.needs_directions:
+            estimator = self.valuation.estimator_for(pairs=self.data.format == "preference")
             # A rehearsal makes its own drift, and weighs it by its own key.
-            weight = 0.0 if self.valuation.rehearsed else mask.stability_weight or 0.0
+            weight = 0.0 if self.valuation.rehearsed else self.mask.for_values(estimator).stability_weight or 0.0
             found += self.anchor.problems(weight, len(self.model.checkpoints))
         elif len(self.model.checkpoints) > 1:
             found.append(
@@ -77,8 +72,6 @@ class Settings:
             found += self._stability_problems()
         if self.valuation.rehearsed:
             found += self._rehearsal_problems()
-        if self.valuation.needs_directions and estimator == "information" and mask.never_negative():
-            found.append(NEVER_NEGATIVE)
         if self.mask.loss_weight and self.valuation.method in NO_LOSS:
             found.append(
                 f"mask.loss_weight={self.mask.loss_weight}: valuation.method={self.valuation.method} runs no model, so "

@@ -29,7 +29,6 @@ from data_schemas import (
 from pipeline.maths.group_select import TokenGroups
 from pipeline.maths.masking import OBJECTIVES, Floats, keep_flat, objective, rank_of, token_values
 from pipeline.settings import MaskSettings
-from pipeline.settings.run import NEVER_NEGATIVE
 from pipeline.settings.valuation import NO_LOSS
 from pipeline.stages.always_keep import always_keep_ids
 from pipeline.stages.failure import RunFailed, SettingsWrong
@@ -67,6 +66,10 @@ PLAIN_ALIGNMENT = (
 INFORMATION = (
     "adaptation is of valuation.estimator=information: how much a step along the validation gradient moves the token's "
     "prediction, whatever its label; it has no sign"
+)
+NO_SIGN = (
+    "mask.rule=positive keeps everything that adaptation without a sign is given to: choose mask.rule=top, or values of "
+    "valuation.estimator=ghost"
 )
 
 
@@ -114,8 +117,6 @@ def run_mask(
         settings = as_rehearsed(settings, values["inputs"])
     estimator = values["inputs"].get("valuation.estimator")
     settings, informed = settings.for_values(estimator), estimator == "information"
-    if informed and settings.never_negative():
-        raise SettingsWrong([NEVER_NEGATIVE])
     check_norms(settings, bool(values["inputs"].get("valuation.gradient_norm")))
     always = always_keep_ids(settings.always_keep, manifest)
     prepared = manifest.stage("prepare")
@@ -148,6 +149,8 @@ def run_mask(
             work.note(PLAIN_ALIGNMENT)
         if informed:
             work.note(INFORMATION)
+            if settings.rule == "positive" and not (settings.stability_weight or settings.loss_weight):
+                work.note(NO_SIGN)
         work.find_scales()
         work.find_groups()
         work.find_least_stable()

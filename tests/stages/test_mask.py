@@ -209,6 +209,7 @@ def test_what_is_left_open_follows_the_estimator_of_the_values(tmp_path):
     assert found["exact"][1] == found["ghost"][1] != found["information"][1]
     assert found["information"][0]["left_out"]["first"] > 0 == found["ghost"][0]["left_out"]["first"]
     assert any("whatever its label" in note for note in found["information"][0]["notes"])
+    assert any("without a sign" in note for note in mask(storage, name="positive", rule="positive")["notes"])
 
 
 def test_first_tokens_are_no_decision_of_stability(tmp_path):
