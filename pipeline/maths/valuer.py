@@ -115,7 +115,7 @@ class TokenValuer:
         predicting = batch.predicting()
         with swapped(self.scored, self.weights):
             losses, derivatives = exact_values(self.scored, batch, self.moving, self.attention, self.without_sign)
-            if not bool(torch.isfinite(losses).all() and torch.isfinite(derivatives).all()):
+            if not (torch.isfinite(losses).all() & torch.isfinite(derivatives).all()):  # one answer to wait for
                 raise locate(self.scored, batch, self.attention)
         columns = {"loss": losses}
         moved = dict(zip(self.moving, derivatives, strict=True))

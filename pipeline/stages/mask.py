@@ -112,7 +112,7 @@ def run_mask(
                 f"mask.loss_weight={settings.loss_weight}: valuation.method={method} runs no model, so there are no losses"
             ]
         )
-    rehearsed = is_rehearsed(values["inputs"])
+    asked, rehearsed = settings, is_rehearsed(values["inputs"])
     if rehearsed:
         settings = as_rehearsed(settings, values["inputs"])
     estimator = values["inputs"].get("valuation.estimator")
@@ -129,7 +129,7 @@ def run_mask(
         "mask": asdict(settings),
         "schema": (schema.metadata or {})[SCHEMA_KEY].decode(),
     }
-    fingerprint = manifest.begin(stage, inputs, {"mask": settings})
+    fingerprint = manifest.begin(stage, inputs, {"mask": asked})
     parts_there = manifest.stage("prepare")["counts"]["parts"]
     whole = all(storage.rows_of(f"{place}/{_mask_part(part)}", fingerprint) is not None for part in parts_there)
     if manifest.done(stage) and whole and all(storage.exists(f"{place}/{n}") for n in ("README.md", "summary.json")):

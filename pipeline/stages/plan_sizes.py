@@ -20,6 +20,7 @@ from data_schemas import (
 )
 from pipeline.maths.decoder import ScoredLayers
 from pipeline.settings import Settings
+from pipeline.settings.valuation import NO_LOSS
 from pipeline.stages.plan_sample import Sample
 from pipeline.stages.prepare import to_pair_table, to_table
 from pipeline.stages.storage import Storage
@@ -44,15 +45,15 @@ def file_sizes(
         3 if drift == "warmup" else 2
     )
     held = sum(_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample))
-    tables = _pair_tables(sample, settings) if sample.pairs else _tables(sample, settings)
+    tables = (_pair_tables if sample.pairs else _tables)(sample, settings, drift)
     found = {name: _weighed(table, sample.train_rows, parts) for name, table in tables.items()}
     found["values"] *= checkpoints + 1 if checkpoints > 1 else 1
     return {"prepared": found.pop("prepared") + held, "anchors": tensors * directions_bytes(scored), **found}
 
 
-def _tables(sample: Sample, settings: Settings) -> dict[str, pa.Table]:
+def _tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa.Table]:
     rows, schema = sample.train, masks_schema(settings.mask.extra_columns)
-    values = {"id": [example.id for example in rows], **_values(rows, settings)}
+    values = {"id": [example.id for example in rows], **_values(rows, settings, drift)}
     mask, own = _mask(rows, settings, schema.names), values_schema(settings.valuation.gradient_norm)
     return {
         "prepared": to_table(rows),
@@ -61,7 +62,7 @@ def _tables(sample: Sample, settings: Settings) -> dict[str, pa.Table]:
     }
 
 
-def _pair_tables(sample: Sample, settings: Settings) -> dict[str, pa.Table]:
+def _pair_tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa.Table]:
     pairs, schema = sample.pairs, preference_masks_schema(settings.mask.extra_columns)
     norms = settings.valuation.gradient_norm
     prepared, random = to_pair_table(pairs), np.random.default_rng(settings.run.seed)
@@ -71,7 +72,10 @@ def _pair_tables(sample: Sample, settings: Settings) -> dict[str, pa.Table]:
     known |= dict(zip(names, drawn[1:], strict=True))
     for branch in BRANCHES:
         rows = [getattr(pair, branch) for pair in pairs]
-        own = {**_values(rows, settings), **_mask(rows, settings, masks_schema(settings.mask.extra_columns).names)}
+        own = {
+            **_values(rows, settings, drift),
+            **_mask(rows, settings, masks_schema(settings.mask.extra_columns).names),
+        }
         own["logps"] = own["loss"]
         known |= {f"{branch}_{name}": column for name, column in own.items()}
     schemas = {"values": preference_values_schema(norms), "reference": PREFERENCE_REFERENCE, "masks, each": schema}
@@ -98,16 +102,28 @@ def _weighed(table: pa.Table, rows: int, parts: int) -> int:
     return round(parts * empty + content * rows / max(1, table.num_rows))
 
 
-def _values(examples: Sequence[Example], settings: Settings) -> dict[str, list[list[float]]]:
+def _empty(settings: Settings, drift: str) -> set[str]:
+    """The columns of values that are 0.0 throughout and take hardly any room."""
+    own = settings.valuation
+    if not own.needs_directions:
+        return {name for name in COMPONENTS if name != "adaptation_direct"} | (
+            {"loss"} if own.method in NO_LOSS else set()
+        )
+    stability = {name for name in COMPONENTS if name.startswith("stability") and drift == "none"}
+    without_paths = own.window == 0 or own.estimator != "ghost"
+    return stability | {name for name in COMPONENTS if name.endswith("causal") and without_paths}
+
+
+def _values(examples: Sequence[Example], settings: Settings, drift: str) -> dict[str, list[list[float]]]:
     """Values as far as their size is concerned: 23 random bits each, and a sign and an exponent that vary as they do."""
-    random = np.random.default_rng(settings.run.seed)
+    random, empty = np.random.default_rng(settings.run.seed), _empty(settings, drift)
     names = values_schema(settings.valuation.gradient_norm).names[1:]
     columns: dict[str, list[list[float]]] = {name: [] for name in names}
     for example in examples:
         response = np.array(example.labels) != IGNORED
         for name, rows in columns.items():
             row = np.zeros(len(response), np.float32)
-            if settings.valuation.window > 0 or not name.endswith("causal"):
+            if name not in empty:
                 drawn = random.standard_normal(len(response)) * np.exp(1.5 * random.standard_normal(len(response)))
                 drawn = drawn if name in COMPONENTS else np.abs(drawn)
                 row[response] = drawn.astype(np.float32)[response]

@@ -37,7 +37,8 @@ def worker(tmp_path, policy):
     storage.write_table("prepared/part.parquet", pa.table(columns, schema=PREPARED), "f")
 
     def make(budget: int) -> ValueWorker:
-        settings = Settings(valuation=ValuationSettings(layers=2, window=4, tokens_per_batch=budget))
+        valuation = ValuationSettings(layers=2, window=4, tokens_per_batch=budget)
+        settings = Settings(valuation=valuation).for_data(pairs=False)
         return ValueWorker(storage, ModelSource(str(policy)), settings, snapshots=[0])
 
     return storage, make

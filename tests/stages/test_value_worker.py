@@ -3,6 +3,7 @@
 import json
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 
 import pyarrow as pa
@@ -26,7 +27,7 @@ from pipeline.stages.tensors import write_tensors
 from pipeline.stages.tokenize import ExampleMaker
 from pipeline.stages.value import ValueTask, ValueWorker
 
-SETTINGS = Settings(valuation=ValuationSettings(layers=2, window=4, tokens_per_batch=120))
+SETTINGS = Settings(valuation=ValuationSettings(layers=2, window=4, tokens_per_batch=120, estimator="ghost"))
 PARTS = ("part-0.parquet", "part-1.parquet", "part-2.parquet")
 
 
@@ -78,9 +79,11 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.parametrize("estimator", ["ghost", "information"])
 @pytest.mark.parametrize("snapshots", [1, 2])
-def test_a_batch_comes_to_the_host_in_one_copy(storage, policy, monkeypatch, snapshots):
-    worker = ValueWorker(storage, ModelSource(str(policy)), SETTINGS, list(range(snapshots)))
+def test_a_batch_comes_to_the_host_in_one_copy(storage, policy, monkeypatch, snapshots, estimator):
+    settings = replace(SETTINGS, valuation=replace(SETTINGS.valuation, estimator=estimator))
+    worker = ValueWorker(storage, ModelSource(str(policy)), settings, list(range(snapshots)))
     copies, batches = [], []
     for way in ("cpu", "numpy", "tolist"):
         own = getattr(torch.Tensor, way)
