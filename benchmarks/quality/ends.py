@@ -21,10 +21,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
-from transformers import AutoModelForCausalLM
 
-from benchmarks.quality.finetune import Recipe, finetune
-from benchmarks.quality.grid import FISHER, PAPER, UNTOUCHED, Quality, Row, write_rows
+from benchmarks.quality.grid import FISHER, PAPER, UNTOUCHED, Quality, write_rows
 from benchmarks.quality.noise import ranks
 from pipeline.maths.batch import IGNORED
 
@@ -38,17 +36,6 @@ VALUES: dict[str, tuple[str, ...]] = {
 }
 HELD_OUT = "choose"  # the held-out rows that settings are chosen by
 Floats = npt.NDArray[np.float64]
-
-
-def fine_tuned(quality: Quality) -> Path:
-    """The model after the grid's fine-tune on every response token."""
-    place = quality.place / "ends" / "fine-tuned"
-    if not (place / "config.json").exists():
-        model = AutoModelForCausalLM.from_pretrained(quality.model, dtype=torch.float32)
-        finetune(model, quality.masked(Row("full", "full"))[0], Recipe())
-        quality.tokenizer.save_pretrained(place)
-        model.save_pretrained(place)
-    return place
 
 
 def value(quality: Quality, name: str, model: Path, end: str) -> Path:
@@ -102,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     quality = Quality(options.place.resolve())
-    models = {"start": quality.model, "end": fine_tuned(quality)}
+    models = {"start": quality.model, "end": quality.fine_tuned()}
     head = (
         "| values at the untouched model | with those at the fine-tuned one | with the fall of the loss, trained rows"
     )

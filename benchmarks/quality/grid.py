@@ -61,6 +61,12 @@ RUNS: dict[str, tuple[str, ...]] = {
         f"anchor.warmup.examples={TRAIN}", "valuation.estimator=information", "model.dtype=bfloat16",
         "mask.stability_weight=0",
     ),
+    # After the fine-tune on everything: the paper's value there, its mean over both ends, and what that has left to learn.
+    "paper-after": (PAPER, *UNTOUCHED, "model.policy={fine_tuned}"),
+    "paper-ends": (
+        PAPER, *UNTOUCHED, "model.policy=[{model},{fine_tuned}]", "model.reference={model}", "anchor.snapshot_scale=rms",
+    ),
+    "excess-loss": ("valuation.method=excess_loss", "model.policy={model}", "model.reference={fine_tuned}"),
     "entropy": ("valuation.method=entropy",),
     "loss": ("valuation.method=loss",),
     "random": ("valuation.method=random",),
@@ -118,6 +124,9 @@ ROWS = [
     Row("paper lambda=1.5 0.5", "warmup", _at(0.5)),
     Row("paper lambda=1.5 rms 0.5", "warmup", _at(0.5, "mask.normalize=rms")),
     Row("adam 0.5", "adam", _at(0.5)),
+    Row("paper after 0.5", "paper-after", _at(0.5)),
+    Row("paper both ends 0.5", "paper-ends", _at(0.5)),
+    Row("excess loss 0.5", "excess-loss", _at(0.5)),
     Row("kfac weight 0.5", "kfac", _at(0.5, "mask.rule=weight")),
     Row("random 0.3", "random", _at(0.3)),
     Row("random 0.7", "random", _at(0.7)),
@@ -179,13 +188,33 @@ class Quality:
         """
         drawn = [f"run.seed={seed}"] if row.run == "random" and seed else []
         run = self.place / (f"{row.run}-{seed}" if drawn else row.run)
-        common = [f"run.dir={run}", f"mask.name={row.slug}", *self.runs[row.run], *row.mask, *drawn]
+        own = [self._with_models(override) for override in self.runs[row.run]]
+        common = [f"run.dir={run}", f"mask.name={row.slug}", *own, *row.mask, *drawn]
         with FileLock(f"{run}.lock"):
             if not (run / "masks" / row.slug / "summary.json").exists():
                 command = [sys.executable, "-m", "jobs", "run", f"data.train={self.place / 'train.jsonl'}"]
                 command += [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
                 subprocess.run([*command, *common], check=True)
         return run
+
+    def _with_models(self, override: str) -> str:
+        models = {"model": self.model}
+        if "{fine_tuned}" in override:  # minutes, where it has not been made
+            models["fine_tuned"] = self.fine_tuned()
+        return override.format(**models)
+
+    def fine_tuned(self) -> Path:
+        """The model after the fine-tune on every response token."""
+        place = self.place / "fine-tuned"
+        with FileLock(f"{place}.lock"):
+            if not place.exists():
+                model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
+                finetune(model, self.masked(Row("full", "full"))[0], Recipe())
+                partial = place.with_name("fine-tuned.partial")
+                self.tokenizer.save_pretrained(partial)
+                model.save_pretrained(partial)
+                partial.rename(place)
+        return place
 
     def measure(self, row: Row | None, seed: int) -> dict[str, Any]:
         """Fine-tune on one row's mask and measure; None: the model untouched."""
