@@ -6,7 +6,7 @@ t of the batch's N response tokens, with g the gradient of the batch's mean loss
     effect_t(eta) = L_val(theta - eta (g - g_t / N)) - L_val(theta - eta g)
 
 is what leaving t out costs: positive where the token was worth learning. Each estimator's values at theta are compared
-with it by rank correlation. Everything is float64, so that effects of 1e-9 nats are far above rounding. Two kinds of
+with it, and with its size, by rank correlation. Everything is float64, so that effects of 1e-9 nats are far above rounding. Two kinds of
 step: over the scored layers, where the validation rows' hidden states below them are computed once; and, for fewer
 tokens, over all parameters, as training takes it.
 """
@@ -29,12 +29,16 @@ from pipeline.maths.decoder import ScoredLayers, scored_layers
 from pipeline.maths.directions import Directions
 from pipeline.maths.ghost import ghost_pass
 from pipeline.maths.head import head_of
+from pipeline.maths.kronecker import KroneckerFactors, kfac
 from pipeline.maths.lower import lower_layers_once
 from pipeline.maths.outer_sums import OuterSum
+from pipeline.maths.selectors.forward import losses_and_entropies
 from pipeline.maths.valuer import TokenValuer
+from pipeline.settings import AnchorSettings
 from pipeline.stages.tokenize import Example
 
 LAYERS, WINDOW = 3, 32
+DAMPING = AnchorSettings().damping
 STEPS = (0.0005, 0.001, 0.01, 0.1)
 FULL_STEPS = (0.0002, 0.001)
 Weights = dict[str, torch.Tensor]
@@ -73,6 +77,23 @@ def mean_loss(scored: ScoredLayers, batch: Batch) -> float:
         return F.cross_entropy(head(hidden), batch.labels.flatten()[positions + 1]).item()
 
 
+def preconditioned(scored: ScoredLayers, directions: Directions, batch: Batch, seed: int) -> Directions:
+    """The directions divided by Kronecker factors of the batch's rows, under labels sampled from the model."""
+    factors = KroneckerFactors(scored)
+    factors.positions = predicting = batch.predicting()
+    hidden = scored.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[predicting]
+    chances = scored.model.get_output_embeddings()(hidden).softmax(dim=-1)  # type: ignore[operator]
+    labels = torch.full_like(batch.labels, IGNORED).flatten()
+    drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
+    labels[predicting + 1] = drawn
+    ghost_pass(scored, Batch(batch.input_ids, labels.view_as(batch.labels), batch.lengths), factors)
+    named = {
+        name: {m.name: kfac(matrices[m.name], factors.total, m, DAMPING) for m in scored.maps}
+        for name, matrices in directions.named.items()
+    }
+    return Directions(named)
+
+
 def estimates(scored: ScoredLayers, train: Batch, validation: Batch, sampled: torch.Tensor, seed: int) -> Weights:
     """Every estimator's score of the sampled positions (n,), higher meaning more worth learning."""
     positions = validation.predicting()
@@ -80,17 +101,26 @@ def estimates(scored: ScoredLayers, train: Batch, validation: Batch, sampled: to
     total.positions = positions
     ghost_pass(scored, validation, total)
     directions = Directions({"adaptation": {n: t / len(positions) for n, t in total.total.items()}})
-    ghost = TokenValuer(scored.model, directions, LAYERS, WINDOW).value(train)
-    exact = TokenValuer(scored.model, directions, LAYERS, WINDOW, estimator="exact").value(train)
+    curved = preconditioned(scored, directions, train, seed)
+
+    def value(directions: Directions, estimator: str) -> Weights:
+        return TokenValuer(scored.model, directions, LAYERS, WINDOW, estimator=estimator).value(train)
 
     def at(column: torch.Tensor) -> torch.Tensor:
         return column.flatten()[sampled + 1]
+
+    ghost = value(directions, "ghost")
+    _, entropy = losses_and_entropies(scored.model, train, "sdpa", entropy=True)
 
     direct = at(ghost["adaptation_direct"])
     return {
         "ghost, direct": direct,
         "ghost, direct + causal": direct + at(ghost["adaptation_causal"]),
-        "exact over the scored layers": at(exact["adaptation_direct"]),
+        "exact over the scored layers": at(value(directions, "exact")["adaptation_direct"]),
+        "exact, K-FAC": at(value(curved, "exact")["adaptation_direct"]),
+        "information": at(value(directions, "information")["adaptation_direct"]),
+        "information, K-FAC": at(value(curved, "information")["adaptation_direct"]),
+        "entropy": at(entropy),
         "minus the token's loss": -at(ghost["loss"]),
         "random": torch.rand(len(sampled), generator=torch.Generator().manual_seed(seed)),
     }
@@ -219,6 +249,7 @@ def main() -> None:
     started = time.perf_counter()
     effects = scored_effects(scored, train, validation, sampled)
     table(f"step over the scored layers, {len(sampled)} tokens", STEPS, effects, scores)
+    table("the same, size of the effect without its sign", STEPS, effects.abs(), scores)
     print(f"({time.perf_counter() - started:.0f} s)", flush=True)
     if options.all_parameters:
         few = sampled[: options.all_parameters]
