@@ -5,7 +5,8 @@ import pyarrow as pa
 from data_schemas.version import versioned
 
 # Higher is better in every component: a positive value means that training on the token lowers the validation loss
-# (adaptation) or moves the weights back toward the reference where its Fisher says it matters (stability).
+# (adaptation) or moves the weights back toward the reference where its Fisher says it matters (stability). Of the
+# estimator `information`, adaptation is how much the token's prediction moves, never negative, and no causal path is known.
 COMPONENTS = ("adaptation_direct", "adaptation_causal", "stability_direct", "stability_causal")
 
 GRADIENT_NORM = "gradient_norm"

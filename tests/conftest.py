@@ -165,7 +165,7 @@ def preference_run(tmp_path_factory, ray_cluster, policy, reference, pairs_file)
 
     run = tmp_path_factory.mktemp("preference")
     arguments = [f"run.dir={run}", f"model.policy={policy}", f"model.reference={reference}", f"data.train={pairs_file}"]
-    assert main(["run", *arguments, *SMALL, *PREFERENCE]) == 0
+    assert main(["run", *arguments, *SMALL, "valuation.estimator=auto", *PREFERENCE]) == 0
     return run
 
 

@@ -35,8 +35,8 @@ class Directions:
     def load(cls, directory: str | Path) -> Directions:
         """Read ``adaptation.safetensors``, ``stability.safetensors`` and, where present, ``policy.safetensors``.
 
-        ``directory``: a local one, such as RUN/anchors/snapshot-00; RUN/run.json, if there is one, names the estimator of
-        RUN/values. Raises FileNotFoundError naming what is missing.
+        ``directory``: a local one, such as RUN/anchors/snapshot-00; RUN/run.json, once `value` has begun, names
+        the estimator. Raises FileNotFoundError naming what is missing.
         """
         place = Path(directory)
         missing = [name for name in NAMES if not (place / f"{name}.safetensors").is_file()]
@@ -65,8 +65,10 @@ class Directions:
 
 
 def _estimator_of(manifest: Path) -> str | None:
-    stages = json.loads(manifest.read_text(encoding="utf-8"))["stages"] if manifest.is_file() else {}
-    return stages.get("value", {}).get("inputs", {}).get("valuation.estimator")
+    try:
+        return json.loads(manifest.read_text(encoding="utf-8"))["stages"]["value"]["inputs"]["valuation.estimator"]
+    except (OSError, ValueError, LookupError, TypeError):  # no manifest, or one of another program or of no values yet
+        return None
 
 
 def fisher_drift(fisher: torch.Tensor, policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

@@ -25,9 +25,9 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 
 from pipeline.maths.attention import intercepted
-from pipeline.maths.batch import Batch
+from pipeline.maths.batch import IGNORED, Batch
 from pipeline.maths.capture import frozen
-from pipeline.maths.decoder import ScoredLayers
+from pipeline.maths.decoder import ScoredLayers, UnsupportedModel
 from pipeline.maths.experts import tapped_experts
 from pipeline.maths.head import chunk_rows, head_of
 from pipeline.maths.lower import lower_layers_once
@@ -42,10 +42,10 @@ def exact_values(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Losses (n,) in nats and values (directions, n) at the n positions that predict a response token.
 
-    ``named``: direction name -> parameter name -> tensor. Values: derivatives of the losses; positive: a step against
-    the gradient of this token's loss has a positive product with the direction, as in the other estimator. Along the
-    directions named in ``information`` the Fisher information instead, never negative. One pass of the scored layers per
-    direction.
+    ``named``: direction name -> parameter name -> tensor, as the weight in device and dtype. Values: derivatives of the
+    losses; positive: a step against the gradient of this token's loss has a positive product with the direction, as in
+    the other estimator. Along the directions named in ``information`` the Fisher information instead, never negative.
+    One pass of the scored layers per direction.
     """
     positions = batch.predicting()
     targets = batch.labels.flatten()[positions + 1]
@@ -70,6 +70,24 @@ def exact_values(
                 losses, derivative = _losses(scored, outputs, hidden, targets, name in information)
                 derivatives.append(derivative)
     return losses, torch.stack(derivatives)
+
+
+def check_forward_mode(scored: ScoredLayers, kernel: str) -> None:
+    """Raise UnsupportedModel where the scored layers have no forward-mode derivative; runs two tokens twice."""
+    device = scored.maps[0].parameter.device
+    ids = torch.arange(2, device=device)[None]
+    batch = Batch(ids, torch.where(ids > 0, ids, IGNORED), torch.full((1,), 2, device=device))
+    still = {m.name: torch.zeros_like(m.parameter) for m in scored.maps}
+    try:
+        exact_values(scored, batch, {"adaptation": still, "stability": still}, kernel, ["adaptation"])
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:  # whatever an operation says that has none
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedModel(
+            f"its scored layers cannot be differentiated in forward mode ({type(error).__name__}: {reason}): set "
+            "valuation.estimator=ghost"
+        ) from error
 
 
 def _losses(
@@ -107,7 +125,7 @@ def _tangents(scored: ScoredLayers, direction: Mapping[str, torch.Tensor]) -> It
         leaf = linear.name.rpartition(".")[2]
         weight = linear.parameter
         before.append((linear.module, leaf, weight))
-        tangent = direction[linear.name].to(weight.device, weight.dtype)
+        tangent = direction[linear.name]
         del linear.module._parameters[leaf]
         setattr(linear.module, leaf, forward_ad.make_dual(weight.detach(), tangent))
     try:

@@ -9,11 +9,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import nn
 
 from pipeline.maths.decoder import ScoredLayers
+
+_IN_TUPLES: WeakSet[nn.Module] = WeakSet()  # layers that return the hidden state with something beside it
 
 
 @contextmanager
@@ -30,9 +33,14 @@ def lower_layers_once(scored: ScoredLayers, kept: list[torch.Tensor] | None = No
     def is_kept(hidden: torch.Tensor) -> bool:
         return bool(kept) and hidden.shape == kept[0].shape
 
-    def handing_through(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def handing_through(layer: nn.Module, forward: Callable[..., Any]) -> Callable[..., Any]:
         def hand_through(hidden_states: torch.Tensor, *args: object, **kwargs: object) -> Any:
-            return hidden_states if is_kept(hidden_states) else forward(hidden_states, *args, **kwargs)
+            if is_kept(hidden_states):
+                return (hidden_states, None) if layer in _IN_TUPLES else hidden_states
+            found = forward(hidden_states, *args, **kwargs)
+            if isinstance(found, tuple):
+                _IN_TUPLES.add(layer)
+            return found
 
         return hand_through
 
@@ -47,7 +55,7 @@ def lower_layers_once(scored: ScoredLayers, kept: list[torch.Tensor] | None = No
 
     own = [vars(layer).get("forward") for layer in scored.lower]
     for layer in scored.lower:
-        layer.forward = handing_through(layer.forward)
+        layer.forward = handing_through(layer, layer.forward)
     hook = scored.layers[0].register_forward_pre_hook(enter, with_kwargs=True)
     try:
         yield

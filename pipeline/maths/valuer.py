@@ -15,14 +15,25 @@ from torch import nn
 from pipeline.maths.batch import IGNORED, Batch
 from pipeline.maths.capture import swapped
 from pipeline.maths.contraction import Contraction, StackedDirections
-from pipeline.maths.decoder import scored_layers
+from pipeline.maths.decoder import ScoredLayers, scored_layers
 from pipeline.maths.directions import Directions
-from pipeline.maths.exact import exact_values
+from pipeline.maths.exact import check_forward_mode, exact_values
 from pipeline.maths.ghost import ghost_pass
 from pipeline.maths.nonfinite import locate
-from pipeline.maths.value_projection import value_projections
+from pipeline.maths.value_projection import ValueProjection, value_projections
 
 ESTIMATORS = ("ghost", "exact", "information")
+
+
+def check_estimator(scored: ScoredLayers, estimator: str, window: int, attention: str) -> dict[str, ValueProjection]:
+    """Raise UnsupportedModel where the estimator cannot value with this model; returns what its causal path needs.
+
+    Runs a few tokens, so that a run ends before its Fisher and not after. See value_projections for what is returned.
+    """
+    if estimator != "ghost":
+        check_forward_mode(scored, attention)
+        return {}
+    return value_projections(scored, attention) if window > 0 else {}
 
 
 class TokenValuer:
@@ -63,10 +74,12 @@ class TokenValuer:
         directions.check(self.scored.weights())
         self.weights = dict(directions.weights) if directions.weights is not None else None
         self.window, self.attention = window, attention
+        self.values = check_estimator(self.scored, estimator, window, attention)
         if estimator != "ghost":  # a pass for each direction, but none for those without a drift
-            self.moving = {n: d for n, d in self.named.items() if any(bool(t.any()) for t in d.values())} or self.named
+            moving = {n: d for n, d in self.named.items() if any(bool(t.any()) for t in d.values())} or self.named
+            parameters = {m.name: m.parameter for m in self.scored.maps}
+            self.moving = {n: {k: t.to(parameters[k]) for k, t in d.items()} for n, d in moving.items()}
             return
-        self.values = value_projections(self.scored, attention) if window > 0 else {}
         self.directions = StackedDirections(self.scored, directions.named, set(self.values))
 
     def __call__(
@@ -78,7 +91,8 @@ class TokenValuer:
         outside the response. Columns: ``<direction>_direct``, ``<direction>_causal``, ``loss`` (nats), and
         ``gradient_norm`` where it was asked for. Index i speaks
         of token i as a PREDICTED token; 0.0 outside the response. Positive: learning the token moves the weights
-        along the direction's descent (adaptation: lowers the validation loss; stability: back to the reference).
+        along the direction's descent (adaptation: lowers the validation loss; stability: back to the reference); with
+        ``information`` adaptation has no sign.
         """
         device = self.scored.maps[0].parameter.device
         if attention_mask is None:

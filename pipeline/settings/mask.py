@@ -15,8 +15,8 @@ class MaskSettings:
     rho: float = option(0.5, "fraction of the response tokens that is kept")
     stability_weight: float | None = option(
         None,
-        "lambda: value = adaptation + lambda * stability; null: 0 where values are of valuation.estimator=information, "
-        "else 1.5",
+        "lambda: value = adaptation + lambda * stability; null: 0 where values are of valuation.estimator=information or "
+        "made without a drift, else 1.5",
     )
     loss_weight: float = option(0.0, "subtract this much of the token's loss from its value: against wrong tokens")
     least_stable: float = option(
@@ -76,13 +76,15 @@ class MaskSettings:
                 found.append(f"mask.always_keep={token}: must be eos, a token string or a token id")
         return found
 
-    def for_values(self, estimator: str | None) -> "MaskSettings":
+    def for_values(self, estimator: str | None, drift: str | None = None) -> "MaskSettings":
         """These settings with what is left open until it is known of which ``estimator`` the values are.
+
+        ``drift``: anchor.drift of the directions; without one there is no stability to weigh.
 
         `information` says where there is most to learn: without stability, whose scale is another one, and without the
         first token, where learning is forgetting. Everything else is as in the paper.
         """
-        weight, first = (0.0, 1) if estimator == "information" else (1.5, 0)
+        weight, first = (0.0, 1) if estimator == "information" else (0.0 if drift == "none" else 1.5, 0)
         return replace(
             self,
             stability_weight=weight if self.stability_weight is None else self.stability_weight,

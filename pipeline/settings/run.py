@@ -60,10 +60,7 @@ class Settings:
         """Every reason why the run cannot start, over all groups, one sentence each."""
         found = self.run.problems() + self.model.problems() + self.data.problems()
         if self.valuation.needs_directions:
-            estimator = self.valuation.estimator_for(pairs=self.data.format == "preference")
-            # A rehearsal makes its own drift, and weighs it by its own key.
-            weight = 0.0 if self.valuation.rehearsed else self.mask.for_values(estimator).stability_weight or 0.0
-            found += self.anchor.problems(weight, len(self.model.checkpoints))
+            found += self.anchor_problems(pairs=self.data.format == "preference")
         elif len(self.model.checkpoints) > 1:
             found.append(
                 f"valuation.method={self.valuation.method} scores at one model: give one model.policy, no list"
@@ -78,6 +75,13 @@ class Settings:
                 "there are no losses"
             )
         return found + self.valuation.problems() + self.mask.problems() + self.cluster.problems()
+
+    def anchor_problems(self, pairs: bool) -> list[str]:
+        """Why the anchors cannot be made; ``pairs``: whether the data is of preference."""
+        estimator = self.valuation.estimator_for(pairs)
+        # A rehearsal makes its own drift, and weighs it by its own key.
+        weight = 0.0 if self.valuation.rehearsed else self.mask.for_values(estimator).stability_weight or 0.0
+        return self.anchor.problems(weight, len(self.model.checkpoints))
 
     def _stability_problems(self) -> list[str]:
         """Why there is no stability for mask.least_stable to look at."""

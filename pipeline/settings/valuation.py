@@ -15,7 +15,9 @@ class ValuationSettings:
     """Configuration group ``valuation``."""
 
     layers: int = option(3, "K: the last K decoder layers are scored")
-    window: int = option(32, "W: how many later positions the causal path reaches; 0 leaves the causal path out")
+    window: int = option(
+        32, "W of estimator=ghost: how many later positions the causal path reaches; 0 leaves the causal path out"
+    )
     estimator: str = option(
         "auto",
         "ghost (the paper's, by position) | exact (derivative of each token's own loss) | information (how much a step "
@@ -29,7 +31,9 @@ class ValuationSettings:
         "tokens) | entropy (undecided tokens first) | random | full (keep everything); all but the first need no anchor",
     )
     gradient_norm: bool = option(
-        False, "write a column gradient_norm as well: the norm of what the token's position adds to the gradient"
+        False,
+        "write a column gradient_norm as well: the norm of what the token's position adds to the gradient; with "
+        "estimator=auto the values are those of ghost then",
     )
     schedule: str = option(
         "static",

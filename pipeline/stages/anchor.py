@@ -83,6 +83,8 @@ def run_anchor(
     """
     started = time.monotonic()
     prepared = manifest.require("prepare", "anchor")
+    if wrong := settings.anchor_problems(manifest.pairs):  # only now is it known whether the data is of pairs
+        raise SettingsWrong(wrong)
     settings = settings.for_data(manifest.pairs)
     drift = drift_of(settings, checkpoints, reference)
     inputs = anchor_inputs(settings, prepared["inputs"], checkpoints, reference, drift)

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.maths.masking import Bools, Floats, RankSelect, objective, rank_of
+from pipeline.maths.masking import Bools, Floats, Ints, RankSelect, objective, rank_of
 from pipeline.settings import MaskSettings
 from pipeline.stages.paired_rows import PairedRows
 from pipeline.stages.thresholds import some_tokens
@@ -18,7 +18,7 @@ class LeftOut:
     def __init__(self, settings: MaskSettings) -> None:
         self.skip_first, self.per_norm = settings.skip_first or 0, settings.divide_by_gradient_norm
         self.least_stable = LeastStable(settings.least_stable) if settings.least_stable else None
-        self.first_tokens = self.least_stable_tokens = 0
+        self.first_tokens = self.least_stable_tokens = self.emptied = 0
 
     def of(self, rows: PairedRows, count: bool = False) -> Bools:
         """The tokens that are left out, ``(response tokens,)``; ``count`` once when they are decided on."""
@@ -35,6 +35,12 @@ class LeftOut:
         """Those that mask.skip_first leaves out."""
         return first_of_responses(rows, self.skip_first)
 
+    def count_emptied(self, offsets: Ints, left_out: Bools, always: Bools) -> None:
+        """Count the examples of whose response tokens none is left to choose from but those that are always kept."""
+        choice = np.concatenate([[0], np.cumsum(~left_out & ~always)])[offsets]
+        lost = np.concatenate([[0], np.cumsum(left_out & ~always)])[offsets]
+        self.emptied += int(((np.diff(choice) == 0) & (np.diff(lost) > 0)).sum())
+
     def stability(self, rows: PairedRows) -> Floats:
         """What ``least_stable`` is fed with."""
         return objective(rows.components, "stability", self.per_norm).astype(np.float32)
@@ -42,7 +48,12 @@ class LeftOut:
     def as_json(self) -> dict[str, Any]:
         """For summary.json; a token may be in both counts."""
         border = None if self.least_stable is None else float(self.least_stable.border)
-        return {"first": self.first_tokens, "least_stable": self.least_stable_tokens, "stability_below": border}
+        return {
+            "first": self.first_tokens,
+            "least_stable": self.least_stable_tokens,
+            "stability_below": border,
+            "examples_without_choice": self.emptied,
+        }
 
 
 class LeastStable:

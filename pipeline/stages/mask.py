@@ -67,6 +67,10 @@ INFORMATION = (
     "adaptation is of valuation.estimator=information: how much a step along the validation gradient moves the token's "
     "prediction, whatever its label; it has no sign"
 )
+REFERENCE_UNUSED = (
+    "stability against model.reference is in values/ and weighs nothing here: give it weight with mask.stability_weight, "
+    "or leave out its cost with anchor.drift=none"
+)
 NO_SIGN = (
     "mask.rule=positive keeps everything that adaptation without a sign is given to: choose mask.rule=top, or values of "
     "valuation.estimator=ghost"
@@ -79,7 +83,7 @@ def check_norms(settings: MaskSettings, there: bool) -> None:
         raise SettingsWrong(
             [
                 "mask.divide_by_gradient_norm=true, but values/ has no column gradient_norm: set "
-                "valuation.gradient_norm=true and value anew"
+                "valuation.gradient_norm=true (values of estimator=ghost) and value anew"
             ]
         )
 
@@ -115,8 +119,16 @@ def run_mask(
     asked, rehearsed = settings, is_rehearsed(values["inputs"])
     if rehearsed:
         settings = as_rehearsed(settings, values["inputs"])
-    estimator = values["inputs"].get("valuation.estimator")
-    settings, informed = settings.for_values(estimator), estimator == "information"
+    anchor = manifest.stage("anchor").get("inputs", {}) if method == "alphatoken" else {}
+    estimator, drift = values["inputs"].get("valuation.estimator"), anchor.get("anchor.drift")
+    settings, informed = settings.for_values(estimator, drift), estimator == "information"
+    if settings.stability_weight and drift == "none":
+        raise SettingsWrong(
+            [
+                f"mask.stability_weight={settings.stability_weight}: the anchors of {storage.root} were made with "
+                "anchor.drift=none, so there is no stability to weigh: set mask.stability_weight=0"
+            ]
+        )
     check_norms(settings, bool(values["inputs"].get("valuation.gradient_norm")))
     always = always_keep_ids(settings.always_keep, manifest)
     prepared = manifest.stage("prepare")
@@ -129,7 +141,7 @@ def run_mask(
         "mask": asdict(settings),
         "schema": (schema.metadata or {})[SCHEMA_KEY].decode(),
     }
-    fingerprint = manifest.begin(stage, inputs, {"mask": asked})
+    fingerprint = manifest.begin(stage, inputs, {"mask": settings})
     parts_there = manifest.stage("prepare")["counts"]["parts"]
     whole = all(storage.rows_of(f"{place}/{_mask_part(part)}", fingerprint) is not None for part in parts_there)
     if manifest.done(stage) and whole and all(storage.exists(f"{place}/{n}") for n in ("README.md", "summary.json")):
@@ -144,9 +156,11 @@ def run_mask(
     works = []
     for branch in BRANCHES if preference else ("",):
         parts = PairedParts(storage, prepared, values, rows_at_once, more, branch)
-        work = Masking(storage, settings, parts, always, method, progress, branch)
+        work = Masking(storage, settings, parts, always, (method, estimator), progress, branch)
         if _is_plain_alignment(manifest, method):
             work.note(PLAIN_ALIGNMENT)
+        if drift == "checkpoint" and asked.stability_weight is None and not settings.stability_weight:
+            work.note(REFERENCE_UNUSED)
         if informed:
             work.note(INFORMATION)
             if settings.rule == "positive" and not (settings.stability_weight or settings.loss_weight):
@@ -184,7 +198,10 @@ class _Silent:
 
 
 class Masking:
-    """One run of the stage: what the passes find, each building on the one before. Of pairs, one for each branch."""
+    """One run of the stage: what the passes find, each building on the one before. Of pairs, one for each branch.
+
+    ``made_by``: valuation.method and, of AlphaToken's values, the estimator.
+    """
 
     def __init__(
         self,
@@ -192,12 +209,13 @@ class Masking:
         settings: MaskSettings,
         parts: PairedParts,
         always: np.ndarray,
-        method: str,
+        made_by: tuple[str, str | None],
         progress: Progress | None,
         branch: str = "",
     ) -> None:
         self.storage, self.settings, self.parts, self.always = storage, settings, parts, always
-        self.method, self.progress, self.title = method, progress, f"mask {branch}".rstrip()
+        self.method, self.estimator = made_by
+        self.progress, self.title = progress, f"mask {branch}".rstrip()
         self.counts = MaskCounts()
         self.scales = dict.fromkeys((*OBJECTIVES, "loss") if settings.loss_weight else OBJECTIVES, 1.0)
         self.thresholds: list[Threshold] = []  # of the values, and of adaptation alone for comparison
@@ -326,6 +344,7 @@ class Masking:
         return {
             "name": self.settings.name,
             "method": self.method,
+            "estimator": self.estimator,
             "schedule": "rehearsal" if self.rehearsed else "static",
             "settings": asdict(self.settings),
             "always_keep_ids": self.always.tolist(),
@@ -358,6 +377,20 @@ class Masking:
             tied = settled - sum(rank_of(settings.rho, size) for size in sizes)
             if tied > TIES_WORTH_SAYING * found["response_tokens"]:
                 self.note(f"{tied:,} tokens more than mask.rho asks for are kept, since they tie at the threshold")
+        if self._is_hard() and settings.rule == "top":
+            self._say_what_was_left(found)
+
+    def _say_what_was_left(self, found: dict[str, Any]) -> None:
+        """What keys that leave tokens out do to mask.rho and to short answers."""
+        keys = [key for key in ("skip_first", "least_stable") if getattr(self.settings, key)]
+        by = " and ".join(f"mask.{key}={getattr(self.settings, key)}" for key in keys)
+        if found["kept_tokens"] < rank_of(self.settings.rho, found["response_tokens"]):
+            self.note(f"{by} leaves fewer tokens than mask.rho={self.settings.rho} asks for")
+        if self.left_out.emptied:
+            self.note(
+                f"{self.left_out.emptied:,} examples have no tokens but those that {by} leaves out and those of "
+                "mask.always_keep: where short answers are the task, set mask.skip_first=0"
+            )
 
     def _where_the_threshold_stands(self) -> dict[str, Any]:
         """summary.json: ``threshold`` of everything or ``thresholds`` of groups, the groups, and the soft weights."""
@@ -390,6 +423,7 @@ class Masking:
         threshold = np.maximum(threshold, floor)
         assert rows.input_ids is not None
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
+        self.left_out.count_emptied(rows.offsets, left_out, always)
         inside = keep_flat(ranked, rows.offsets, threshold, always, self.settings.min_kept)
         columns = {**{name: c for name, c in rows.components.items() if name != KEPT}, "value": values}
         without_stability = alone >= np.maximum(self.thresholds[1].of(rows, alone)[0], floor)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from data_schemas import (
 )
 from pipeline.maths.decoder import ScoredLayers
 from pipeline.settings import Settings
-from pipeline.settings.valuation import NO_LOSS
+from pipeline.settings.valuation import NO_LOSS, ValuationSettings
 from pipeline.stages.plan_sample import Sample
 from pipeline.stages.prepare import to_pair_table, to_table
 from pipeline.stages.storage import Storage
@@ -76,7 +77,7 @@ def _pair_tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa
             **_values(rows, settings, drift),
             **_mask(rows, settings, masks_schema(settings.mask.extra_columns).names),
         }
-        own["logps"] = own["loss"]
+        own["logps"] = _values(rows, replace(settings, valuation=ValuationSettings()), drift)["loss"]  # with any method
         known |= {f"{branch}_{name}": column for name, column in own.items()}
     schemas = {"values": preference_values_schema(norms), "reference": PREFERENCE_REFERENCE, "masks, each": schema}
     made = {n: pa.table([known[column] for column in s.names], schema=s) for n, s in schemas.items()}

@@ -77,7 +77,7 @@ def _summary(branches: dict[str, dict[str, Any]]) -> dict[str, Any]:
     chosen = branches["chosen"]
     tokens, kept = (sum(b[name] for b in branches.values()) for name in ("response_tokens", "kept_tokens"))
     soft = [(b["loss_weight"], b["response_tokens"]) for b in branches.values() if b["loss_weight"]]
-    shared = ("name", "method", "settings", "always_keep_ids")
+    shared = ("name", "method", "estimator", "settings", "always_keep_ids")
     return {
         "format": "preference",
         **{name: chosen[name] for name in shared},

@@ -137,7 +137,7 @@ def run_value(
     started = time.monotonic()
     policy = checkpoints[0]
     reference = reference or policy
-    asked, settings = settings.valuation, settings.for_data(manifest.pairs)
+    settings = settings.for_data(manifest.pairs)
     if settings.valuation.rehearsed:
         # Here and not above, since it builds on this file.
         from pipeline.stages.rehearsal import run_rehearsal
@@ -155,7 +155,7 @@ def run_value(
         from pipeline.stages.preference_value import pairs_job, reference_of
 
         job = pairs_job(job, manifest, settings, policy, reference, cluster)
-    configuration = {"model": settings.model, "valuation": asked, "cluster": settings.cluster}
+    configuration = {"model": settings.model, "valuation": settings.valuation, "cluster": settings.cluster}
     fingerprint = manifest.begin("value", job.inputs, configuration)
     rows = prepared_rows(storage, manifest)
     missing = [part for part in rows if storage.rows_of(f"values/{part}", fingerprint) != rows[part]]

@@ -17,6 +17,8 @@ from pipeline import Directions, TokenValuer
 from pipeline.maths.batch import collate
 from tests.conftest import SMALL, chat_row, write_rows
 
+AUTO = "valuation.estimator=auto"
+
 
 def arguments(run: Path, policy: Path, train: Path, *more: str) -> list[str]:
     return ["run", f"run.dir={run}", f"model.policy={policy}", f"data.train={train}", *SMALL, *more]
@@ -150,11 +152,18 @@ def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, r
     found = []
     for workers in (1, 2):
         run = tmp_path / "run"  # the same place, since ids name the source files
-        more = (f"model.reference={reference}", f"cluster.workers={workers}", "data.validation=6")
+        more = (f"model.reference={reference}", f"cluster.workers={workers}", "data.validation=6", AUTO)
         assert alphatoken(*arguments(run, policy, train_file, *more))[0] == 0
         found.append(hashes(run))
         run.rename(tmp_path / f"run-{workers}")
     assert found[0] == found[1] and len(found[0]) > 10
+    recorded = json.loads((tmp_path / "run-2/run.json").read_text())["configuration"]
+    resolved = (
+        recorded["valuation"]["estimator"],
+        recorded["mask"]["stability_weight"],
+        recorded["mask"]["skip_first"],
+    )
+    assert resolved == ("information", 0.0, 1)
 
 
 def test_the_same_command_again_skips_everything_and_another_setting_is_refused(

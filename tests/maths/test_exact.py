@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers as hf
 
-from pipeline.maths.decoder import scored_layers
+from pipeline.maths.decoder import UnsupportedModel, scored_layers
 from pipeline.maths.directions import Directions
 from pipeline.maths.valuer import TokenValuer
 from tests.maths.comparison import Sequences, sequences
@@ -14,6 +15,17 @@ from tests.maths.tiny_models import FAMILIES, model_of
 
 LAYERS, WINDOW = 2, 6
 LAYER_NORM = ("gpt2", "gpt_neox")
+WITHOUT_INTERFACE = {  # to transformers' attention functions
+    "gpt_neo": lambda: hf.GPTNeoForCausalLM(
+        hf.GPTNeoConfig(
+            vocab_size=61, hidden_size=24, num_layers=3, num_heads=4, attention_types=[[["global"], 3]],
+            max_position_embeddings=64, bos_token_id=1, eos_token_id=2,
+        )
+    ),
+    "mpt": lambda: hf.MptForCausalLM(
+        hf.MptConfig(vocab_size=61, d_model=24, n_heads=4, n_layers=3, expansion_ratio=2, max_seq_len=64)
+    ),
+}  # fmt: skip
 
 
 def tolerance(family: str) -> float:
@@ -130,14 +142,35 @@ def test_a_direction_that_goes_nowhere_costs_no_pass() -> None:
     found = {}
     for stability in (directions.named["stability"], nowhere):
         passes = []
-        hook = scored_layers(model, LAYERS).layers[0].register_forward_hook(lambda *_, seen=passes: seen.append(1))
         named = {"adaptation": directions.named["adaptation"], "stability": stability}
-        values = TokenValuer(model, Directions(named), LAYERS, WINDOW, estimator="exact").value(some.batch())
+        valuer = TokenValuer(model, Directions(named), LAYERS, WINDOW, estimator="exact")
+        hook = valuer.scored.layers[0].register_forward_hook(lambda *_, seen=passes: seen.append(1))
+        values = valuer.value(some.batch())
         hook.remove()
         found[len(passes)] = values
     assert not found[1]["stability_direct"].any() and found[2]["stability_direct"].any()
     for name in ("adaptation_direct", "loss"):
         torch.testing.assert_close(found[1][name], found[2][name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("family", sorted(WITHOUT_INTERFACE))
+def test_layers_that_return_tuples_are_handed_through_in_the_second_pass(family: str) -> None:
+    model, some = WITHOUT_INTERFACE[family]().double().eval(), sequences([9, 6], 3)
+    both = random_directions(model)
+    found = TokenValuer(model, both, LAYERS, WINDOW, estimator="exact").value(some.batch())
+    for name in both.named:
+        alone = Directions({name: both.named[name]})
+        wanted = TokenValuer(model, alone, LAYERS, WINDOW, estimator="exact").value(some.batch())[f"{name}_direct"]
+        assert wanted.any()
+        torch.testing.assert_close(found[f"{name}_direct"], wanted, rtol=0, atol=0)
+
+
+def test_a_model_without_forward_mode_derivatives_is_refused_with_the_remedy() -> None:
+    model = hf.BloomForCausalLM(hf.BloomConfig(vocab_size=61, hidden_size=24, n_head=4, n_layer=3)).eval()
+    directions = random_directions(model)
+    with pytest.raises(UnsupportedModel, match="forward mode .*: set valuation.estimator=ghost"):
+        TokenValuer(model, directions, LAYERS, estimator="information")
+    assert TokenValuer(model, directions, LAYERS, window=0).value(sequences([9], 3).batch())["adaptation_direct"].any()
 
 
 def test_an_unknown_estimator_is_an_error() -> None:

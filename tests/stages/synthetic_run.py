@@ -41,12 +41,13 @@ def examples(rows: int, rng: np.random.Generator, longest: int = 14, first: int 
 
 def write_run(
     directory: Path, sizes=(40, 0, 33), seed: int = 0, stability: float = 1.0, method="alphatoken", estimator="ghost",
-    **counts,
+    drift="warmup", **counts,
 ):  # fmt: skip
     """A run directory as prepare and value leave it; returns storage, prepared rows and value rows."""
     storage, rng = Storage(str(directory)), np.random.default_rng(seed)
     manifest, parts = Manifest(storage), part_names(len(sizes))
     first = manifest.begin("prepare", {"seed": seed}, {})
+    manifest.begin("anchor", {"anchor.drift": drift}, {})
     second = manifest.begin(
         "value", {"prepare": first, "valuation.method": method, "valuation.estimator": estimator}, {}
     )
@@ -58,6 +59,7 @@ def write_run(
         rows[0].extend(prepared)
         rows[1].extend(values)
     manifest.finish("prepare", 0.0, **{"parts": parts, "eos_token_ids": [EOS], "vocabulary": 60, **counts})
+    manifest.finish("anchor", 0.0)
     manifest.finish("value", 0.0)
     return storage, *rows
 

@@ -209,7 +209,33 @@ def test_what_is_left_open_follows_the_estimator_of_the_values(tmp_path):
     assert found["exact"][1] == found["ghost"][1] != found["information"][1]
     assert found["information"][0]["left_out"]["first"] > 0 == found["ghost"][0]["left_out"]["first"]
     assert any("whatever its label" in note for note in found["information"][0]["notes"])
+    cards = {e: (tmp_path / e / "masks/default/README.md").read_text() for e in found}
+    assert ["by the estimator `information`" in cards[e] for e in found] == [False, False, True]
     assert any("without a sign" in note for note in mask(storage, name="positive", rule="positive")["notes"])
+
+
+def test_without_a_drift_there_is_no_stability_to_weigh(tmp_path):
+    storage, *_ = write_run(tmp_path, drift="none")
+    assert mask(storage)["settings"]["stability_weight"] == 0.0
+    with pytest.raises(SettingsWrong, match="mask.stability_weight=0.5: the anchors .* anchor.drift=none"):
+        mask(storage, stability_weight=0.5, name="m")
+
+
+def test_a_reference_that_weighs_nothing_is_said_unless_it_was_asked_for(tmp_path):
+    storage, *_ = write_run(tmp_path, drift="checkpoint", estimator="information")
+    said = [mask(storage, name=f"m{i}", **own)["notes"] for i, own in enumerate(({}, {"stability_weight": 0.0}))]
+    assert [any("stability against model.reference" in note for note in notes) for notes in said] == [True, False]
+
+
+def test_what_first_tokens_take_from_short_answers_and_from_rho_is_said(tmp_path):
+    storage, prepared, _ = write_run(tmp_path)
+    lengths = [sum(label not in (-100, EOS) for label in row["labels"]) for row in prepared]
+    found = mask(storage, skip_first=2, rho=0.9)
+    assert found["left_out"]["examples_without_choice"] == sum(1 <= n <= 2 for n in lengths) > 0
+    said = " ".join(found["notes"])
+    assert "mask.skip_first=2 leaves fewer tokens than mask.rho=0.9" in said and "set mask.skip_first=0" in said
+    assert found["kept_fraction"] < 0.9
+    assert not mask(storage, rho=0.9, name="all")["notes"][1:]  # nothing to say but what values these are
 
 
 def test_first_tokens_are_no_decision_of_stability(tmp_path):
@@ -236,7 +262,9 @@ def test_what_is_least_stable_is_counted_and_never_more_than_asked_for(tmp_path)
     assert found["least_stable"] == (stable < below).sum() <= math.ceil(0.2 * len(stable))
     assert (stable <= below).sum() > math.ceil(0.2 * len(stable))  # with its ties it were more
     assert f"{found['least_stable']:,}, stability below" in storage.read_bytes("masks/default/README.md").decode()
-    assert mask(storage, name="without")["left_out"] == {"first": 0, "least_stable": 0, "stability_below": None}
+    assert mask(storage, name="without")["left_out"] == {
+        "first": 0, "least_stable": 0, "stability_below": None, "examples_without_choice": 0,
+    }  # fmt: skip
 
 
 def test_soft_weights_of_the_least_stable_are_0(tmp_path):
