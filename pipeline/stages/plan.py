@@ -31,6 +31,7 @@ from pipeline.maths.costs import (
 )
 from pipeline.maths.decoder import UnsupportedModel
 from pipeline.maths.models import ModelSource, load_config
+from pipeline.maths.selectors import SELECTORS
 from pipeline.settings import Settings
 from pipeline.stages.anchor import SUMS
 from pipeline.stages.anchor_worker import PROMPTS_PER_BATCH, TOKENS_PER_PASS
@@ -73,15 +74,22 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     tokens, response = _tokens(sample.train), _response(sample.train)
     scale = sample.scale
     longest = max(len(example.input_ids) for example in sample.train)
-    value = several * planned_values(costs, sample, shapes, settings, snapshots, drift)
+    forward = forward_flops(costs, shapes) + 2 * costs.head * shapes.predicting
+    if settings.valuation.needs_directions:
+        anchor = anchor_flops(costs, sample, settings, drift, several)
+        value = several * planned_values(costs, sample, shapes, settings, snapshots, drift)
+        floor = value_floor(costs, round(tokens * scale), round(response * scale))
+    else:
+        anchor = {"flops": 0}
+        value = floor = len(SELECTORS[settings.valuation.method].models) * forward
     if sample.pairs:
         value += pair_flops(costs, shapes, drift, list(checkpoints) != [reference])
     stages = {
         "prepare": {"flops": 0},
-        "anchor": anchor_flops(costs, sample, settings, drift, several),
+        "anchor": anchor,
         "value": {
             "flops": value,
-            "floor": value_floor(costs, round(tokens * scale), round(response * scale)),
+            "floor": floor,
             "forward": forward_flops(costs, shapes) + 2 * costs.head * shapes.tokens,
         },
         "mask": {"flops": 0},

@@ -45,6 +45,7 @@ def file_sizes(
     tensors = (0 if drift == settings.anchor.precondition == "none" else 1) + snapshots * (
         3 if drift == "warmup" else 2
     )
+    tensors = tensors if settings.valuation.needs_directions else 0
     held = sum(_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample))
     tables = (_pair_tables if sample.pairs else _tables)(sample, settings, drift)
     found = {name: _weighed(table, sample.train_rows, parts) for name, table in tables.items()}
