@@ -101,6 +101,9 @@ ROWS = [
     Row("random 0.5", "random", _at(0.5)),
     Row("default 0.5", "default", _at(0.5)),
     Row("default lambda=1.5 0.5", "default", _at(0.5, "mask.stability_weight=1.5")),
+    # Against wrong tokens, of which the default sees none; see noise.py. What it costs where there are none:
+    Row("default and loss 0.5", "default", _at(0.5, "mask.normalize=rms", "mask.loss_weight=1.0")),
+    Row("default and loss 0.7", "default", _at(0.7, "mask.normalize=rms", "mask.loss_weight=1.0")),
     Row("paper 0.5", "paper", _at(0.5)),
     Row("kfac 0.5", "kfac", _at(0.5)),
     Row("information 0.5", "information", _at(0.5, EVERY)),
