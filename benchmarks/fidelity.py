@@ -6,9 +6,9 @@ t of the batch's N response tokens, with g the gradient of the batch's mean loss
     effect_t(eta) = L_val(theta - eta (g - g_t / N)) - L_val(theta - eta g)
 
 is what leaving t out costs: positive where the token was worth learning. Each estimator's values at theta are compared
-with it, and with its size, by rank correlation. Everything is float64, so that effects of 1e-9 nats are far above rounding. Two kinds of
-step: over the scored layers, where the validation rows' hidden states below them are computed once; and, for fewer
-tokens, over all parameters, as training takes it.
+with it, and with its size, by rank correlation. Everything is float64, so that effects of 1e-9 nats are far above
+rounding. Two kinds of step: over the scored layers, where the validation rows' hidden states below them are computed
+once; and, for fewer tokens, over all parameters, as training takes it.
 """
 
 from __future__ import annotations
@@ -68,24 +68,26 @@ def gradient(scored: ScoredLayers, batch: Batch) -> Weights:
 
 
 @torch.no_grad()
+def logits_of(scored: ScoredLayers, batch: Batch) -> torch.Tensor:
+    """Logits (n, vocabulary) at the n positions that predict a response token."""
+    outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
+    hidden = outputs.last_hidden_state.flatten(0, 1)[batch.predicting()]
+    with head_of(scored, outputs) as head:
+        return head(hidden)
+
+
 def mean_loss(scored: ScoredLayers, batch: Batch) -> float:
     """Mean cross-entropy of the batch's response tokens, in nats."""
-    positions = batch.predicting()
-    outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
-    hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
-    with head_of(scored, outputs) as head:
-        return F.cross_entropy(head(hidden), batch.labels.flatten()[positions + 1]).item()
+    return F.cross_entropy(logits_of(scored, batch), batch.labels.flatten()[batch.predicting() + 1]).item()
 
 
 def preconditioned(scored: ScoredLayers, directions: Directions, batch: Batch, seed: int) -> Directions:
     """The directions divided by Kronecker factors of the batch's rows, under labels sampled from the model."""
     factors = KroneckerFactors(scored)
     factors.positions = predicting = batch.predicting()
-    hidden = scored.decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[predicting]
-    chances = scored.model.get_output_embeddings()(hidden).softmax(dim=-1)  # type: ignore[operator]
+    chances = logits_of(scored, batch).softmax(dim=-1)
     labels = torch.full_like(batch.labels, IGNORED).flatten()
-    drawn = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
-    labels[predicting + 1] = drawn
+    labels[predicting + 1] = torch.multinomial(chances, 1, generator=torch.Generator().manual_seed(seed)).squeeze(1)
     ghost_pass(scored, Batch(batch.input_ids, labels.view_as(batch.labels), batch.lengths), factors)
     named = {
         name: {m.name: kfac(matrices[m.name], factors.total, m, DAMPING) for m in scored.maps}

@@ -153,7 +153,7 @@ def snapshot_rows(repeats: int) -> None:
                 valuer.value(batch)
 
     counts = (1, 3, 5)
-    works = {str(c): (lambda b, c=c: together(b, c)) for c in counts}  # type: ignore[misc]
+    works = {str(c): (lambda b, c=c: together(b, c)) for c in counts}  # type: ignore[misc]  # mypy infers no type of a lambda with a default
     cost = in_turn(works, batches, repeats)
     for name, found in cost.items():
         ratio, cpu = found.wall / cost["1"].wall, found.cpu / cost["1"].cpu

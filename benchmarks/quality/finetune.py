@@ -32,7 +32,7 @@ def losses_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
     decoder = model.get_decoder()  # type: ignore[operator]  # an nn.Module to mypy
     with torch.autocast("cpu", torch.bfloat16):
         hidden = decoder(input_ids=batch.input_ids, use_cache=False).last_hidden_state.flatten(0, 1)[positions]
-        logits = model.get_output_embeddings()(hidden)  # type: ignore[operator]
+        logits = model.get_output_embeddings()(hidden)  # type: ignore[operator]  # as above
     return F.cross_entropy(logits.float(), batch.labels.flatten()[positions + 1], reduction="none")
 
 

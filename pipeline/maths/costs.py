@@ -124,6 +124,11 @@ def forward_flops(m: ModelCosts, s: Shapes) -> int:
     return 2 * (m.lower + m.scored) * s.tokens + 4 * m.attention * m.layers * s.squares
 
 
+def loss_flops(m: ModelCosts, s: Shapes) -> int:
+    """A forward pass, with the head at predicting positions alone."""
+    return forward_flops(m, s) + 2 * m.head * s.predicting
+
+
 def lower_flops(m: ModelCosts, s: Shapes) -> int:
     """A forward pass through the layers below the scored ones."""
     return 2 * m.lower * s.tokens + 4 * m.attention * m.lower_layers * s.squares
@@ -184,9 +189,8 @@ def rehearsal_flops(m: ModelCosts, train: Shapes, validation: Shapes, refreshes:
 
 def pair_flops(m: ModelCosts, s: Shapes, drift: str, two_models: bool) -> int:
     """What pairs add to values: log-probabilities under the reference, and under the policy before a warm-up."""
-    head = 2 * m.head * s.predicting
-    upper = 2 * m.scored * s.tokens + 4 * m.attention * m.scored_layers * s.squares
-    return (forward_flops(m, s) + head if two_models else 0) + (upper + head if drift == "warmup" else 0)
+    upper = loss_flops(m, s) - lower_flops(m, s)
+    return (loss_flops(m, s) if two_models else 0) + (upper if drift == "warmup" else 0)
 
 
 def value_floor(m: ModelCosts, tokens: int, predicting: int) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -159,11 +160,15 @@ def keep(values: Floats, response: Bools, threshold: float, always: Bools, min_k
     return kept
 
 
+def sums_by_row(numbers: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """The sum over ``numbers[offsets[i]:offsets[i + 1]]`` of every row i; of flags how many are set."""
+    return np.diff(np.concatenate([[0], np.cumsum(numbers)])[offsets])
+
+
 def keep_flat(values: Floats, offsets: Ints, threshold: np.float32 | Floats, always: Bools, min_kept: int) -> Bools:
     """``keep`` for the response tokens of many examples; ``threshold`` is one number or one per token."""
     kept = (values >= threshold) | always
-    ends = np.concatenate([[0], np.cumsum(kept)])[offsets]
-    missing = np.minimum(min_kept, np.diff(offsets)) - np.diff(ends)
+    missing = np.minimum(min_kept, np.diff(offsets)) - sums_by_row(kept, offsets)
     for example in np.flatnonzero(missing > 0):
         start, stop = offsets[example], offsets[example + 1]
         others = start + np.flatnonzero(~kept[start:stop])

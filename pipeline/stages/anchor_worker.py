@@ -14,6 +14,7 @@ import torch
 
 from pipeline.maths.batch import IGNORED, Batch, by_token_budget, collate
 from pipeline.maths.capture import Captured, swapped
+from pipeline.maths.decoder import UnsupportedModel
 from pipeline.maths.directions import Directions, fisher_drift
 from pipeline.maths.ghost import ghost_pass
 from pipeline.maths.kronecker import KroneckerFactors, adam, kfac
@@ -21,7 +22,7 @@ from pipeline.maths.models import ModelSource, load_model
 from pipeline.maths.nonfinite import NonFinite, locate
 from pipeline.maths.outer_sums import OuterSum
 from pipeline.maths.sampling import sample_completions
-from pipeline.maths.valuer import TokenValuer
+from pipeline.maths.valuer import TokenValuer, check_estimator
 from pipeline.maths.warmup import snapshot_steps, warm_up
 from pipeline.settings import Settings
 from pipeline.stages.coverage import checked_layers
@@ -78,6 +79,10 @@ class AnchorWorker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.scored = checked_layers(load_model(here(source), self.device), settings)
         self.kernel = settings.model.attention
+        try:  # before the Fisher, and not when there are directions for a TokenValuer
+            check_estimator(self.scored, settings.valuation.estimator, settings.valuation.window, self.kernel)
+        except UnsupportedModel as error:
+            raise RunFailed(f"model.policy: {error}") from error
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
 
     def __call__(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:

@@ -5,21 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from pipeline.maths.decoder import Coverage, ScoredLayers, UnsupportedModel, scored_layers
-from pipeline.maths.valuer import check_estimator
 from pipeline.settings import Settings
 from pipeline.stages.failure import RunFailed
 
 
 def checked_layers(model: Any, settings: Settings) -> ScoredLayers:
-    """The scored layers; raises RunFailed for a model that cannot be scored or valued or is covered too little."""
-    own = settings.valuation
+    """The scored layers; raises RunFailed for a model that cannot be scored or is covered too little."""
     try:
-        scored = scored_layers(model, own.layers)
-        if own.needs_directions:
-            check_estimator(scored, own.estimator, own.window, settings.model.attention)
+        scored = scored_layers(model, settings.valuation.layers)
     except UnsupportedModel as error:
         raise RunFailed(f"model.policy: {error}") from error
-    coverage, least = scored.coverage, own.min_coverage
+    coverage, least = scored.coverage, settings.valuation.min_coverage
     if coverage.fraction < least or not coverage.scored:
         raise RunFailed(
             f"only {coverage.fraction:.1%} of the matrix parameters of the scored layers can be scored, less than "

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.maths.masking import Bools, Floats, Ints, RankSelect, objective, rank_of
+from pipeline.maths.masking import Bools, Floats, Ints, RankSelect, objective, rank_of, sums_by_row
 from pipeline.settings import MaskSettings
 from pipeline.stages.paired_rows import PairedRows
 from pipeline.stages.thresholds import some_tokens
@@ -37,9 +37,8 @@ class LeftOut:
 
     def count_emptied(self, offsets: Ints, left_out: Bools, always: Bools) -> None:
         """Count the examples of whose response tokens none is left to choose from but those that are always kept."""
-        choice = np.concatenate([[0], np.cumsum(~left_out & ~always)])[offsets]
-        lost = np.concatenate([[0], np.cumsum(left_out & ~always)])[offsets]
-        self.emptied += int(((np.diff(choice) == 0) & (np.diff(lost) > 0)).sum())
+        choice, lost = (sums_by_row(some & ~always, offsets) for some in (~left_out, left_out))
+        self.emptied += int(((choice == 0) & (lost > 0)).sum())
 
     def stability(self, rows: PairedRows) -> Floats:
         """What ``least_stable`` is fed with."""

@@ -6,10 +6,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from data_schemas import COMPONENTS
-from pipeline.maths.masking import Bools, Floats, Ints, RankSelect
+from pipeline.maths.masking import Bools, Floats, Ints, RankSelect, sums_by_row
 
 
 @dataclass(slots=True)
@@ -101,7 +100,7 @@ class MaskCounts:
         for name, column in columns.items():
             self.columns.setdefault(name, _Moments()).add(column, kept)
         self.rows += len(offsets) - 1
-        self.rows_with_nothing_kept += int((np.diff(_running(kept)[offsets]) == 0).sum())
+        self.rows_with_nothing_kept += int((sums_by_row(kept, offsets) == 0).sum())
         self.only_always += int((~passed & always).sum())
         self.only_minimum += int((kept & ~passed & ~always).sum())
         self.changed += int((passed != without_stability).sum())
@@ -124,7 +123,3 @@ class MaskCounts:
             "decisions_changed_by_stability": self.changed / tokens,
             "columns": {name: moments.as_json() for name, moments in self.columns.items()},
         }
-
-
-def _running(kept: Bools) -> npt.NDArray[np.int64]:
-    return np.concatenate([[0], np.cumsum(kept)])

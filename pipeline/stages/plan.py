@@ -18,6 +18,7 @@ from pipeline.maths.costs import (
     budget_shapes,
     forward_flops,
     ghost_flops,
+    loss_flops,
     meta_model,
     model_costs,
     outer_flops,
@@ -74,14 +75,13 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     tokens, response = _tokens(sample.train), _response(sample.train)
     scale = sample.scale
     longest = max(len(example.input_ids) for example in sample.train)
-    forward = forward_flops(costs, shapes) + 2 * costs.head * shapes.predicting
     if settings.valuation.needs_directions:
         anchor = anchor_flops(costs, sample, settings, drift, several)
         value = several * planned_values(costs, sample, shapes, settings, snapshots, drift)
         floor = value_floor(costs, round(tokens * scale), round(response * scale))
     else:
         anchor = {"flops": 0}
-        value = floor = len(SELECTORS[settings.valuation.method].models) * forward
+        value = floor = len(SELECTORS[settings.valuation.method].models) * loss_flops(costs, shapes)
     if sample.pairs:
         value += pair_flops(costs, shapes, drift, list(checkpoints) != [reference])
     stages = {

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -21,7 +20,7 @@ from data_schemas import (
 )
 from pipeline.maths.decoder import ScoredLayers
 from pipeline.settings import Settings
-from pipeline.settings.valuation import NO_LOSS, ValuationSettings
+from pipeline.settings.valuation import NO_LOSS
 from pipeline.stages.plan_sample import Sample
 from pipeline.stages.prepare import to_pair_table, to_table
 from pipeline.stages.storage import Storage
@@ -42,10 +41,8 @@ def file_sizes(
     """Bytes by directory of the run, for one mask; several checkpoints leave values of each beside their mean."""
     parts = max(1, -(-sample.train_rows // settings.data.shard_examples))
     snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
-    tensors = (0 if drift == settings.anchor.precondition == "none" else 1) + snapshots * (
-        3 if drift == "warmup" else 2
-    )
-    tensors = tensors if settings.valuation.needs_directions else 0
+    fisher = 0 if drift == settings.anchor.precondition == "none" else 1
+    tensors = fisher + snapshots * (3 if drift == "warmup" else 2) if settings.valuation.needs_directions else 0
     held = sum(_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample))
     tables = (_pair_tables if sample.pairs else _tables)(sample, settings, drift)
     found = {name: _weighed(table, sample.train_rows, parts) for name, table in tables.items()}
@@ -78,7 +75,7 @@ def _pair_tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa
             **_values(rows, settings, drift),
             **_mask(rows, settings, masks_schema(settings.mask.extra_columns).names),
         }
-        own["logps"] = _values(rows, replace(settings, valuation=ValuationSettings()), drift)["loss"]  # with any method
+        own["logps"] = [_drawn(example, random, signed=False) for example in rows]
         known |= {f"{branch}_{name}": column for name, column in own.items()}
     schemas = {"values": preference_values_schema(norms), "reference": PREFERENCE_REFERENCE, "masks, each": schema}
     made = {n: pa.table([known[column] for column in s.names], schema=s) for n, s in schemas.items()}
@@ -104,33 +101,34 @@ def _weighed(table: pa.Table, rows: int, parts: int) -> int:
     return round(parts * empty + content * rows / max(1, table.num_rows))
 
 
-def _empty(settings: Settings, drift: str) -> set[str]:
+def _zeros(settings: Settings, drift: str) -> set[str]:
     """The columns of values that are 0.0 throughout and take hardly any room."""
     own = settings.valuation
     if not own.needs_directions:
-        return {name for name in COMPONENTS if name != "adaptation_direct"} | (
-            {"loss"} if own.method in NO_LOSS else set()
-        )
-    stability = {name for name in COMPONENTS if name.startswith("stability") and drift == "none"}
+        written = {"adaptation_direct"} if own.method in NO_LOSS else {"adaptation_direct", "loss"}
+        return {*COMPONENTS, "loss"} - written
     without_paths = own.window == 0 or own.estimator != "ghost"
-    return stability | {name for name in COMPONENTS if name.endswith("causal") and without_paths}
+    causal = {name for name in COMPONENTS if name.endswith("causal") and without_paths}
+    return causal | {name for name in COMPONENTS if name.startswith("stability") and drift == "none"}
 
 
 def _values(examples: Sequence[Example], settings: Settings, drift: str) -> dict[str, list[list[float]]]:
-    """Values as far as their size is concerned: 23 random bits each, and a sign and an exponent that vary as they do."""
-    random, empty = np.random.default_rng(settings.run.seed), _empty(settings, drift)
+    """Values as far as their size is concerned."""
+    random, zeros = np.random.default_rng(settings.run.seed), _zeros(settings, drift)
     names = values_schema(settings.valuation.gradient_norm).names[1:]
     columns: dict[str, list[list[float]]] = {name: [] for name in names}
     for example in examples:
-        response = np.array(example.labels) != IGNORED
         for name, rows in columns.items():
-            row = np.zeros(len(response), np.float32)
-            if name not in empty:
-                drawn = random.standard_normal(len(response)) * np.exp(1.5 * random.standard_normal(len(response)))
-                drawn = drawn if name in COMPONENTS else np.abs(drawn)
-                row[response] = drawn.astype(np.float32)[response]
-            rows.append(row.tolist())
+            signed = name in COMPONENTS
+            rows.append([0.0] * len(example.labels) if name in zeros else _drawn(example, random, signed))
     return columns
+
+
+def _drawn(example: Example, random: np.random.Generator, signed: bool) -> list[float]:
+    """One column of one example: 23 random bits each, and a sign and an exponent that vary as those of values do."""
+    response = np.array(example.labels) != IGNORED
+    drawn = random.standard_normal(len(response)) * np.exp(1.5 * random.standard_normal(len(response)))
+    return np.where(response, drawn if signed else np.abs(drawn), 0.0).astype(np.float32).tolist()
 
 
 def _mask(examples: Sequence[Example], settings: Settings, names: Sequence[str]) -> dict[str, list[list[int]]]:

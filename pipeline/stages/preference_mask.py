@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_schemas import BRANCHES, PREFERENCE_PREPARED, PREFERENCE_REFERENCE
+from pipeline.maths.masking import sums_by_row
 from pipeline.stages.failure import RunFailed
 from pipeline.stages.mask import Masking, mask_columns
 from pipeline.stages.paired_rows import PairedRows
@@ -67,8 +68,8 @@ def _branch(
         raise _damaged(part, f"has {branch}_logps that are not as long as labels")
     flat = theirs.flatten().to_numpy().astype(np.float64)
     for over, which in (("", kept), ("_all", rows.response)):
-        running = np.concatenate([[0.0], np.cumsum(np.where(which, flat, 0.0))])
-        columns[f"ref_{branch}_logps{over}"] = pa.array(np.diff(running[rows.token_offsets()]).astype(np.float32))
+        summed = sums_by_row(np.where(which, flat, 0.0), rows.token_offsets())
+        columns[f"ref_{branch}_logps{over}"] = pa.array(summed.astype(np.float32))
     return columns
 
 

@@ -35,7 +35,7 @@ class SelectionWorker(ValueWorker):
         self.storage = storage
         models = {name: load_model(here(source), self.device) for name, source in sources.items()}
         for name, model in models.items():
-            size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]
+            size = int(model.get_input_embeddings().weight.shape[0])  # type: ignore[index]  # an nn.Module to mypy
             if vocabulary is not None and size < vocabulary:
                 raise RunFailed(
                     f"model.{name} knows {size} token ids, the data has {vocabulary}: it needs the policy's tokenizer"

@@ -57,3 +57,17 @@ def test_too_little_coverage_is_an_error_of_one_line_that_names_what_is_left_out
     assert not (run / "values").exists() and not list((run / "anchors").glob("**/*.safetensors"))
     status, _, err = alphatoken("run", *command, "valuation.min_coverage=1.5")
     assert status == 2 and "valuation.min_coverage" in err and len(err.strip().splitlines()) == 1
+
+
+def test_a_model_without_forward_mode_derivatives_is_refused_before_the_fisher(alphatoken, tmp_path, train_file):
+    from transformers import BloomConfig, BloomForCausalLM
+
+    policy = tmp_path / "bloom"
+    tokenizer = save_tokenizer(policy)
+    BloomForCausalLM(BloomConfig(vocab_size=len(tokenizer), hidden_size=16, n_head=4, n_layer=3)).save_pretrained(
+        policy
+    )
+    command = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL]
+    status, _, err = alphatoken("run", *command, "data.validation=6", "valuation.estimator=auto")
+    assert status == 1 and "set valuation.estimator=ghost" in err
+    assert not (tmp_path / "r/anchors/fisher.safetensors").exists()
