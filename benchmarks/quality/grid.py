@@ -65,6 +65,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "paper-after": (PAPER, *UNTOUCHED, "model.policy={fine_tuned}"),
     "paper-ends": (
         PAPER, *UNTOUCHED, "model.policy=[{model},{fine_tuned}]", "model.reference={model}", "anchor.snapshot_scale=rms",
+        "model.dtype=bfloat16",
     ),
     "excess-loss": ("valuation.method=excess_loss", "model.policy={model}", "model.reference={fine_tuned}"),
     "entropy": ("valuation.method=entropy",),
@@ -142,6 +143,7 @@ ROWS = [
     Row("random 0.5, 54 steps", "random", _at(0.5), 54),
     Row("default 0.5, 54 steps", "default", _at(0.5), 54),
     Row("kfac 0.7", "kfac", _at(0.7)),
+    Row("kfac token_id 0.75", "kfac", _at(0.75, "mask.scope=token_id")),
     Row("kfac-trajectory 0.7", "kfac-trajectory", _at(0.7, "mask.stability_weight=0")),
     Row("loss 0.7", "loss", _at(0.7)),
 ]
@@ -164,7 +166,8 @@ class Quality:
         self.place, self.model = place, example_model()
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
         self.rows = load_rows(TRAIN + FISHER, VALIDATION, HELD_OUT)
-        for name, rows in (("train", self.train_rows()), ("validation", self.rows.validation)):
+        validation = {"validation": self.rows.validation, "more_validation": self.rows.validation + self.rows.spare}
+        for name, rows in {"train": self.train_rows(), **validation}.items():
             write_rows(place / f"{name}.jsonl", rows)
 
     def train_rows(self) -> list[dict[str, Any]]:
@@ -191,7 +194,7 @@ class Quality:
         """
         drawn = [f"run.seed={seed}"] if row.run == "random" and seed else []
         run = self.place / (f"{row.run}-{seed}" if drawn else row.run)
-        own = [self._with_models(override) for override in self.runs[row.run]]
+        own = [self._with_paths(override) for override in self.runs[row.run]]
         common = [f"run.dir={run}", f"mask.name={row.slug}", *own, *row.mask, *drawn]
         with FileLock(f"{run}.lock"):
             if not (run / "masks" / row.slug / "summary.json").exists():
@@ -200,11 +203,11 @@ class Quality:
                 subprocess.run([*command, *common], check=True)
         return run
 
-    def _with_models(self, override: str) -> str:
-        models = {"model": self.model}
+    def _with_paths(self, override: str) -> str:
+        paths = {"model": self.model, "place": self.place}
         if "{fine_tuned}" in override:  # minutes, where it has not been made
-            models["fine_tuned"] = self.fine_tuned()
-        return override.format(**models)
+            paths["fine_tuned"] = self.fine_tuned()
+        return override.format(**paths)
 
     def fine_tuned(self) -> Path:
         """The model after the fine-tune on every response token."""

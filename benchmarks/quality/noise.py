@@ -31,11 +31,15 @@ from pipeline.maths.batch import IGNORED
 SHARE = 0.2
 NORM = "valuation.gradient_norm=true"
 KFAC = "anchor.precondition=kfac"
+MORE_VALIDATION = "data.validation={place}/more_validation.jsonl"  # 119 rows for 32
 PER_NORM = "mask.divide_by_gradient_norm=true"
 RUNS: dict[str, tuple[str, ...]] = {
     "default": (),
     "paper": (PAPER, *UNTOUCHED, NORM),
     "kfac": (PAPER, *UNTOUCHED, KFAC, NORM),
+    "kfac-validation": (PAPER, *UNTOUCHED, KFAC, MORE_VALIDATION),
+    "kfac-layers-1": (PAPER, *UNTOUCHED, KFAC, "valuation.layers=1"),
+    "kfac-layers-6": (PAPER, *UNTOUCHED, KFAC, "valuation.layers=6"),
     "exact": (*UNTOUCHED, "valuation.estimator=exact"),
     "random": ("valuation.method=random",),
     "loss": ("valuation.method=loss",),
@@ -45,6 +49,9 @@ VALUED = {
     "default": "information",
     "paper": "alignment",
     "kfac": "alignment, K-FAC",
+    "kfac-validation": "alignment, K-FAC, 119 validation rows",
+    "kfac-layers-1": "alignment, K-FAC, K=1",
+    "kfac-layers-6": "alignment, K-FAC, K=6",
     "exact": "alignment, exact estimator",
 }
 AND_LOSS = ("mask.normalize=rms", "mask.loss_weight=1.0")
@@ -55,6 +62,9 @@ ROWS = [
     Row("default and loss 0.7", "default", _at(0.7, *AND_LOSS)),
     Row("paper 0.7", "paper", _at(0.7)),
     Row("kfac 0.7", "kfac", _at(0.7)),
+    Row("kfac, 119 validation rows 0.7", "kfac-validation", _at(0.7)),
+    Row("kfac K=1 0.7", "kfac-layers-1", _at(0.7)),
+    Row("kfac K=6 0.7", "kfac-layers-6", _at(0.7)),
     Row("loss 0.7", "loss", _at(0.7)),
     Row("paper per norm 0.7", "paper", _at(0.7, PER_NORM)),
     Row("kfac per norm 0.7", "kfac", _at(0.7, PER_NORM)),
@@ -150,9 +160,9 @@ def area_under_curve(scores: Floats, planted: npt.NDArray[np.bool_]) -> float:
     return float(wins / (clean * planted.sum()))
 
 
-def separate(quality: NoisyQuality, file: Path) -> None:
+def separate(quality: NoisyQuality, file: Path, runs: Iterable[str]) -> None:
     """Append the area under the curve of every column to ``file``, run by run, unless it is there."""
-    for run in VALUED:
+    for run in runs:
         key = {"kind": quality.kind, "rows": quality.count - FISHER, "seed": quality.seed, "run": run}
         if any(key.items() <= line.items() for line in results_in(file)):
             continue
@@ -184,7 +194,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=TRAIN)
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     parser.add_argument("--finetune", action="store_true")
-    parser.add_argument("--only", nargs="*", help="names of fine-tunes")
+    parser.add_argument("--only", nargs="*", help="names of fine-tunes, or without --finetune of RUNS")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0], help="of the fine-tunes")
     parser.add_argument("--print", action="store_true", dest="only_print")
     options = parser.parse_args()
@@ -199,7 +209,7 @@ def main() -> None:
                 quality.run(chosen, options.seeds)
             print(f"{kind}\n\n{table(quality.results())}\n")
         elif not options.only_print:
-            separate(NoisyQuality(place, kind, options.rows, options.seed), file)
+            separate(NoisyQuality(place, kind, options.rows, options.seed), file, options.only or VALUED)
     if not options.finetune:
         print(areas(line for line in results_in(file) if line["rows"] == options.rows))
 

@@ -34,6 +34,7 @@ class Rows:
 
     train: list[dict[str, Any]]
     validation: list[dict[str, Any]]
+    spare: list[dict[str, Any]]  # code rows that nothing else uses
     held_out: dict[str, list[dict[str, Any]]]  # choose, choose_general, report, humaneval, general, english
 
 
@@ -48,6 +49,7 @@ def load_rows(train: int, validation: int, held_out: int) -> Rows:
     return Rows(
         code[cuts[0] : cuts[1]],
         code[: cuts[0]],
+        code[cuts[3] :],
         {
             "choose": code[cuts[1] : cuts[2]],
             "choose_general": general[held_out : 2 * held_out],

@@ -66,6 +66,9 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
+    # Only now is it known whether the data is of pairs, as in run_anchor.
+    if settings.valuation.needs_directions and (wrong := settings.anchor_problems(bool(sample.pairs))):
+        raise SettingsWrong(wrong)
     settings = settings.for_data(bool(sample.pairs))
     drift = planned_drift(settings, checkpoints, reference)
     budget = settings.valuation.tokens_per_batch

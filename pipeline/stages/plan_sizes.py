@@ -105,8 +105,9 @@ def _zeros(settings: Settings, drift: str) -> set[str]:
     """The columns of values that are 0.0 throughout and take hardly any room."""
     own = settings.valuation
     if not own.needs_directions:
-        written = {"adaptation_direct"} if own.method in NO_LOSS else {"adaptation_direct", "loss"}
-        return {*COMPONENTS, "loss"} - written
+        losses = set() if own.method in NO_LOSS else {"loss"}
+        scores = set() if own.method == "full" else {"adaptation_direct"}
+        return {*COMPONENTS, "loss"} - losses - scores
     without_paths = own.window == 0 or own.estimator != "ghost"
     causal = {name for name in COMPONENTS if name.endswith("causal") and without_paths}
     return causal | {name for name in COMPONENTS if name.startswith("stability") and drift == "none"}
@@ -134,10 +135,11 @@ def _drawn(example: Example, random: np.random.Generator, signed: bool) -> list[
 def _mask(examples: Sequence[Example], settings: Settings, names: Sequence[str]) -> dict[str, list[list[int]]]:
     """A mask that keeps mask.rho of the response tokens, drawn: real ones are hardly more regular."""
     random = np.random.default_rng(settings.run.seed)
+    share = 1.0 if settings.valuation.method == "full" else settings.mask.rho
     columns: dict[str, list[list[int]]] = {name: [] for name in names}
     for example in examples:
         labels = np.array(example.labels)
-        kept = (labels != IGNORED) & (random.random(len(labels)) < settings.mask.rho)
+        kept = (labels != IGNORED) & (random.random(len(labels)) < share)
         flat = {
             "input_ids": np.array(example.input_ids),
             "attention_mask": np.ones(len(labels), int),

@@ -31,15 +31,12 @@ def test_no_drift_with_a_stability_weight_names_the_remedies(alphatoken, tmp_pat
     assert len(err.strip().splitlines()) == 1
 
 
-def test_no_drift_of_pairs_is_refused_as_soon_as_they_are_known_to_be_pairs(alphatoken, tmp_path, policy, pairs_file):
-    command = (
-        "run",
-        f"run.dir={tmp_path}/r",
-        f"model.policy={policy}",
-        f"data.train={pairs_file}",
-        "data.validation=5",
-    )
-    status, _, err = alphatoken(*command, *SMALL, "valuation.estimator=auto", "anchor.drift=none")
+@pytest.mark.parametrize("command", ["plan", "run"])
+def test_no_drift_of_pairs_is_refused_as_soon_as_they_are_known_to_be_pairs(
+    alphatoken, tmp_path, policy, pairs_file, command
+):
+    data = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={pairs_file}", "data.validation=5"]
+    status, _, err = alphatoken(command, *data, *SMALL, "valuation.estimator=auto", "anchor.drift=none")
     assert status == 2 and "mask.stability_weight=1.5" in err.splitlines()[-1]
     assert not (tmp_path / "r/anchors").exists()
 

@@ -97,7 +97,7 @@ def test_pairs_add_a_pass_of_the_reference_and_after_a_warm_up_one_of_the_policy
 
 def test_other_methods_cost_the_passes_of_the_models_that_they_run(alphatoken, policy, reference, train_file):
     plans = {}
-    for method, models in (("random", 0), ("loss", 1), ("excess_loss", 2)):
+    for method, models in (("random", 0), ("full", 0), ("loss", 1), ("excess_loss", 2)):
         command = [f"model.policy={policy}", f"model.reference={reference}", f"data.train={train_file}", *SMALL]
         status, out, err = alphatoken("plan", *command, f"valuation.method={method}", "--json")
         assert status == 0, err
@@ -106,6 +106,8 @@ def test_other_methods_cost_the_passes_of_the_models_that_they_run(alphatoken, p
         assert plan["flops"]["anchor"]["flops"] == plan["storage"]["anchors"] == 0
         assert plan["flops"]["total"] == value["flops"] == pytest.approx(models * value["forward"], rel=0.3)
     assert plans["excess_loss"]["flops"]["total"] == 2 * plans["loss"]["flops"]["total"] > 0
+    everything, half = plans["full"]["storage"], plans["random"]["storage"]
+    assert everything["values"] < half["values"] and everything["masks, each"] > half["masks, each"]
 
 
 def test_sizes_of_a_run_over_pairs(alphatoken, preference_run):
