@@ -31,16 +31,17 @@ from pipeline.maths.batch import IGNORED
 SHARE = 0.2
 NORM = "valuation.gradient_norm=true"
 KFAC = "anchor.precondition=kfac"
+FASTER = "model.dtype=bfloat16"  # a quarter of the time
 MORE_VALIDATION = "data.validation={place}/more_validation.jsonl"  # 119 rows for 32
 PER_NORM = "mask.divide_by_gradient_norm=true"
 RUNS: dict[str, tuple[str, ...]] = {
-    "default": (),
-    "paper": (PAPER, *UNTOUCHED, NORM),
-    "kfac": (PAPER, *UNTOUCHED, KFAC, NORM),
-    "kfac-validation": (PAPER, *UNTOUCHED, KFAC, MORE_VALIDATION),
-    "kfac-layers-1": (PAPER, *UNTOUCHED, KFAC, "valuation.layers=1"),
-    "kfac-layers-6": (PAPER, *UNTOUCHED, KFAC, "valuation.layers=6"),
-    "exact": (*UNTOUCHED, "valuation.estimator=exact"),
+    "default": (FASTER,),
+    "paper": (PAPER, *UNTOUCHED, FASTER, NORM),
+    "kfac": (PAPER, *UNTOUCHED, FASTER, KFAC, NORM),
+    "kfac-validation": (PAPER, *UNTOUCHED, FASTER, KFAC, NORM, MORE_VALIDATION),
+    "kfac-layers-1": (PAPER, *UNTOUCHED, FASTER, KFAC, NORM, "valuation.layers=1"),
+    "kfac-layers-6": (PAPER, *UNTOUCHED, FASTER, KFAC, NORM, "valuation.layers=6"),
+    "exact": (*UNTOUCHED, FASTER, "valuation.estimator=exact"),
     "random": ("valuation.method=random",),
     "loss": ("valuation.method=loss",),
     "full": ("valuation.method=full",),
