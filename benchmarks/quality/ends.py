@@ -22,7 +22,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.quality.grid import FISHER, PAPER, UNTOUCHED, Quality, write_rows
+from benchmarks.quality.grid import FISHER, PAPER, UNTOUCHED, Quality, one_worker, write_rows
 from benchmarks.quality.noise import ranks
 from pipeline.maths.batch import IGNORED
 
@@ -46,7 +46,7 @@ def value(quality: Quality, name: str, model: Path, end: str) -> Path:
         files = f"data.train=[{quality.place / 'train.jsonl'},{held_out}]"
         command = [sys.executable, "-m", "jobs", "run", f"run.dir={run}", f"model.policy={model}", files]
         command += [f"data.validation={quality.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
-        subprocess.run([*command, "model.dtype=bfloat16", *VALUES[name]], check=True)
+        subprocess.run([*command, "model.dtype=bfloat16", *one_worker(), *VALUES[name]], check=True)
     return run
 
 

@@ -156,6 +156,11 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
+def one_worker() -> list[str]:
+    """Overrides for one worker on this process's threads: grids side by side on more would wait for each other."""
+    return ["cluster.workers=1", f"cluster.cpus_per_worker={torch.get_num_threads()}"]
+
+
 class Quality:
     """A directory with data, runs and results."""
 
@@ -195,7 +200,7 @@ class Quality:
         drawn = [f"run.seed={seed}"] if row.run == "random" and seed else []
         run = self.place / (f"{row.run}-{seed}" if drawn else row.run)
         own = [self._with_paths(override) for override in self.runs[row.run]]
-        common = [f"run.dir={run}", f"mask.name={row.slug}", *own, *row.mask, *drawn]
+        common = [f"run.dir={run}", f"mask.name={row.slug}", *one_worker(), *own, *row.mask, *drawn]
         with FileLock(f"{run}.lock"):
             if not (run / "masks" / row.slug / "summary.json").exists():
                 command = [sys.executable, "-m", "jobs", "run", f"data.train={self.place / 'train.jsonl'}"]
