@@ -1,11 +1,12 @@
 """Do values hold while the model learns? In minutes, what a fine-tune from each mask says in hours.
 
-    python -m benchmarks.quality.ends [--place runs/quality]
+    python -m benchmarks.quality.ends [--place runs/quality] [--constant]
 
-The grid's fine-tune on every response token is made once and kept. Then each kind of value is taken at both of its ends,
-the untouched and the fine-tuned model, of the rows that it was trained on and of held-out rows of the same kind.
-Rank correlations over response tokens: between the values of the two ends; and of the first with how much the token's
-loss has fallen from end to end, on either rows. For what leaving a token out does, see benchmarks.fidelity.
+The grid's fine-tune on every response token is made once and kept; with --constant, the same without a warm-up and a
+decay of the learning rate. Then each kind of value is taken at both of its ends, the untouched and the fine-tuned model,
+of the rows that it was trained on and of held-out rows of the same kind. Rank correlations over response tokens: between
+the values of the two ends; and of the first with how much the token's loss has fallen from end to end, on either rows.
+For what leaving a token out does, see benchmarks.fidelity.
 """
 
 from __future__ import annotations
@@ -86,10 +87,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--place", type=Path, default=Path("runs/quality"))
     parser.add_argument("--only", nargs="*", choices=list(VALUES), default=list(VALUES))
+    parser.add_argument("--constant", action="store_true", help="fine-tune at one learning rate from end to end")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     quality = Quality(options.place.resolve())
-    models = {"start": quality.model, "end": quality.fine_tuned()}
+    end = "end-constant" if options.constant else "end"
+    models = {"start": quality.model, end: quality.fine_tuned(decay=not options.constant)}
     head = (
         "| values at the untouched model | with those at the fine-tuned one | with the fall of the loss, trained rows"
     )

@@ -24,6 +24,7 @@ class Recipe:
     batch_size: int = 8
     learning_rate: float = 5e-5
     seed: int = 0
+    decay: bool = True  # a warm-up and a cosine; False: the same learning rate at every step
 
 
 def losses_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
@@ -79,7 +80,7 @@ def finetune(
             (losses.sum() / scale).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.learning_rate * schedule(step, recipe.steps)
+            group["lr"] = recipe.learning_rate * (schedule(step, recipe.steps) if recipe.decay else 1.0)
         optimizer.step()
     model.eval()
     return trained

@@ -214,14 +214,14 @@ class Quality:
             paths["fine_tuned"] = self.fine_tuned()
         return override.format(**paths)
 
-    def fine_tuned(self) -> Path:
-        """The model after the fine-tune on every response token."""
-        place = self.place / "fine-tuned"
+    def fine_tuned(self, decay: bool = True) -> Path:
+        """The model after the fine-tune on every response token; ``decay``: see Recipe."""
+        place = self.place / ("fine-tuned" if decay else "fine-tuned-constant")
         with FileLock(f"{place}.lock"):
             if not place.exists():
                 model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
-                finetune(model, self.masked(Row("full", "full"))[0], Recipe())
-                partial = place.with_name("fine-tuned.partial")
+                finetune(model, self.masked(Row("full", "full"))[0], Recipe(decay=decay))
+                partial = place.with_name(f"{place.name}.partial")
                 self.tokenizer.save_pretrained(partial)
                 model.save_pretrained(partial)
                 partial.rename(place)
