@@ -13,8 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.quality.grid import FISHER, PAPER, UNTOUCHED, Quality, one_worker, write_rows
+from benchmarks.quality.grid import PAPER, UNTOUCHED, Quality, write_rows
 from benchmarks.quality.noise import ranks
 from pipeline.maths.batch import IGNORED
 
@@ -44,10 +42,8 @@ def value(quality: Quality, name: str, model: Path, end: str) -> Path:
     run = quality.place / "ends" / f"{name.replace(', ', '-').lower()}-{end}"
     if not (run / "masks" / "default" / "summary.json").exists():
         held_out = write_rows(quality.place / "ends" / "held_out.jsonl", quality.rows.held_out[HELD_OUT])
-        files = f"data.train=[{quality.place / 'train.jsonl'},{held_out}]"
-        command = [sys.executable, "-m", "jobs", "run", f"run.dir={run}", f"model.policy={model}", files]
-        command += [f"data.validation={quality.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
-        subprocess.run([*command, "model.dtype=bfloat16", *one_worker(), *VALUES[name]], check=True)
+        train = f"[{quality.place / 'train.jsonl'},{held_out}]"
+        quality.alphatoken(run, train, f"model.policy={model}", "model.dtype=bfloat16", *VALUES[name])
     return run
 
 

@@ -156,11 +156,6 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     return file
 
 
-def one_worker() -> list[str]:
-    """Overrides for one worker on this process's threads: grids side by side on more would wait for each other."""
-    return ["cluster.workers=1", f"cluster.cpus_per_worker={torch.get_num_threads()}"]
-
-
 class Quality:
     """A directory with data, runs and results."""
 
@@ -200,13 +195,21 @@ class Quality:
         drawn = [f"run.seed={seed}"] if row.run == "random" and seed else []
         run = self.place / (f"{row.run}-{seed}" if drawn else row.run)
         own = [self._with_paths(override) for override in self.runs[row.run]]
-        common = [f"run.dir={run}", f"mask.name={row.slug}", *one_worker(), *own, *row.mask, *drawn]
         with FileLock(f"{run}.lock"):
             if not (run / "masks" / row.slug / "summary.json").exists():
-                command = [sys.executable, "-m", "jobs", "run", f"data.train={self.place / 'train.jsonl'}"]
-                command += [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
-                subprocess.run([*command, *common], check=True)
+                train = str(self.place / "train.jsonl")
+                self.alphatoken(run, train, f"mask.name={row.slug}", *own, *row.mask, *drawn)
         return run
+
+    def alphatoken(self, run: Path, train: str, *overrides: str) -> None:
+        """``alphatoken run`` over the file(s) ``train`` into ``run``.
+
+        One worker on this process's threads: where several grids run at once, more would wait for each other.
+        """
+        command = [sys.executable, "-m", "jobs", "run", f"run.dir={run}", f"data.train={train}"]
+        command += [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
+        command += ["cluster.workers=1", f"cluster.cpus_per_worker={torch.get_num_threads()}"]
+        subprocess.run([*command, *overrides], check=True)
 
     def _with_paths(self, override: str) -> str:
         paths = {"model": self.model, "place": self.place}

@@ -84,7 +84,7 @@ class BatchedWorker:
 
     def _values(self, batch: Any, ids: list[str]) -> dict[str, np.ndarray]:
         """Column name -> (batch, length) float32 on the host, for a batch on the device and the names of its rows."""
-        raise NotImplementedError
+        raise NotImplementedError  # each kind of worker has its own
 
 
 def token_budget(setting: int | str, device: torch.device) -> int:

@@ -240,7 +240,7 @@ class WorkerPool:
             "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
         }  # fmt: skip
-        host = _Host.options(  # type: ignore[attr-defined]
+        host = _Host.options(  # type: ignore[attr-defined]  # ray.remote makes it; mypy sees the plain class
             num_cpus=self.resources.cpus, num_gpus=self.resources.gpus, max_concurrency=SHARDS_IN_FLIGHT + 1,
             max_restarts=0, runtime_env={"env_vars": environment},
         ).remote(self.make, self.arguments)  # fmt: skip
@@ -448,7 +448,7 @@ class _Loop:
         if host in self.pool.hosts:
             self.pool.hosts.remove(host)
         for known in (self.seen, self.alive_at, self.node_of, self.asked):
-            known.pop(host, None)  # type: ignore[attr-defined]
+            known.pop(host, None)  # type: ignore[attr-defined]  # dicts of different values, to mypy no dicts
         _kill(host)
 
     def _poll(self) -> None:
