@@ -1,18 +1,21 @@
 """Do values hold while the model learns? In minutes, what a fine-tune from each mask says in hours.
 
-    python -m benchmarks.quality.ends [--place runs/quality] [--constant]
+    python -m benchmarks.quality.ends [--place runs/quality] [--constant] [--cut 190]
 
 The grid's fine-tune on every response token is made once and kept; with --constant, the same without a warm-up and a
-decay of the learning rate. Then each kind of value is taken at both of its ends, the untouched and the fine-tuned model,
-of the rows that it was trained on and of held-out rows of the same kind. Rank correlations over response tokens: between
-the values of the two ends; and of the first with how much the token's loss has fallen from end to end, on either rows.
+decay of the learning rate; with --cut, on rows of code of any length, each response cut after so many tokens. Then each
+kind of value is taken at both of its ends, the untouched and the fine-tuned model, of the rows that it was trained on
+and of held-out rows of the same kind. Rank correlations over response tokens: between the values of the two ends; and of
+the first with how much the token's loss has fallen from end to end, on either rows.
 For what leaving a token out does, see benchmarks.fidelity.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +24,10 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.quality.grid import PAPER, UNTOUCHED, Quality, write_rows
+from benchmarks.quality.finetune import Tokens
+from benchmarks.quality.grid import FISHER, HELD_OUT, PAPER, TRAIN, UNTOUCHED, VALIDATION, Quality, write_rows
 from benchmarks.quality.noise import ranks
+from benchmarks.quality.rows import Rows, load_rows
 from pipeline.maths.batch import IGNORED
 
 VALUES: dict[str, tuple[str, ...]] = {
@@ -33,15 +38,40 @@ VALUES: dict[str, tuple[str, ...]] = {
     "entropy": ("valuation.method=entropy", "mask.stability_weight=0"),
     "loss": ("valuation.method=loss", "mask.stability_weight=0"),
 }
-HELD_OUT = "choose"  # the held-out rows that settings are chosen by
+CHOOSE = "choose"  # the held-out rows that settings are chosen by
 Floats = npt.NDArray[np.float64]
+
+
+class CutQuality(Quality):
+    """As Quality, on rows of code of any length, each response cut after ``cut`` tokens."""
+
+    def __init__(self, place: Path, cut: int) -> None:
+        self.cut = cut
+        super().__init__(place)
+
+    def load(self) -> Rows:
+        """Rows of code pre-tokenized, since a cut is made between tokens."""
+        rows = load_rows(TRAIN + FISHER, VALIDATION, HELD_OUT, longest_code=math.inf)
+        train, validation, spare, choose = map(
+            self._cut, (rows.train, rows.validation, rows.spare, rows.held_out[CHOOSE])
+        )
+        return replace(rows, train=train, validation=validation, spare=spare, held_out={CHOOSE: choose})
+
+    def _cut(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        return [{"input_ids": ids, "labels": labels} for ids, labels in cut_responses(self.tokens(rows), self.cut)]
+
+
+def cut_responses(rows: Tokens, cut: int) -> Tokens:
+    """Every row up to the ``cut``-th token from its first label on."""
+    ends = [next(i for i, label in enumerate(labels) if label != IGNORED) + cut for _, labels in rows]
+    return [(ids[:end], labels[:end]) for (ids, labels), end in zip(rows, ends, strict=True)]
 
 
 def value(quality: Quality, name: str, model: Path, end: str) -> Path:
     """The run directory with the values ``name`` of both kinds of rows at ``model``."""
     run = quality.place / "ends" / f"{name.replace(', ', '-').lower()}-{end}"
     if not (run / "masks" / "default" / "summary.json").exists():
-        held_out = write_rows(quality.place / "ends" / "held_out.jsonl", quality.rows.held_out[HELD_OUT])
+        held_out = write_rows(quality.place / "ends" / "held_out.jsonl", quality.rows.held_out[CHOOSE])
         train = f"[{quality.place / 'train.jsonl'},{held_out}]"
         quality.alphatoken(run, train, f"model.policy={model}", "model.dtype=bfloat16", *VALUES[name])
     return run
@@ -84,9 +114,11 @@ def main() -> None:
     parser.add_argument("--place", type=Path, default=Path("runs/quality"))
     parser.add_argument("--only", nargs="*", choices=list(VALUES), default=list(VALUES))
     parser.add_argument("--constant", action="store_true", help="fine-tune at one learning rate from end to end")
+    parser.add_argument("--cut", type=int, help="rows of code of any length, each response cut after so many tokens")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    quality = Quality(options.place.resolve())
+    place = options.place.resolve()
+    quality = CutQuality(place / f"cut-{options.cut}", options.cut) if options.cut else Quality(place)
     end = "end-constant" if options.constant else "end"
     models = {"start": quality.model, end: quality.fine_tuned(decay=not options.constant)}
     head = (

@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.quality.finetune import Recipe, Tokens, finetune, mean_loss
 from benchmarks.quality.loop import closed_loop
-from benchmarks.quality.rows import load_rows
+from benchmarks.quality.rows import Rows, load_rows
 from pipeline.stages.example import example_model
 from pipeline.stages.tokenize import ExampleMaker
 
@@ -140,6 +140,7 @@ ROWS = [
     Row("default 0.7", "default", _at(0.7)),
     Row("default 0.9", "default", _at(0.9)),
     # As many trained tokens as 27 steps on all of them.
+    Row("full, 54 steps", "full", (), 54),
     Row("random 0.5, 54 steps", "random", _at(0.5), 54),
     Row("default 0.5, 54 steps", "default", _at(0.5), 54),
     Row("kfac 0.7", "kfac", _at(0.7)),
@@ -165,10 +166,14 @@ class Quality:
     def __init__(self, place: Path) -> None:
         self.place, self.model = place, example_model()
         self.tokenizer = AutoTokenizer.from_pretrained(self.model)
-        self.rows = load_rows(TRAIN + FISHER, VALIDATION, HELD_OUT)
+        self.rows = self.load()
         validation = {"validation": self.rows.validation, "more_validation": self.rows.validation + self.rows.spare}
         for name, rows in {"train": self.train_rows(), **validation}.items():
             write_rows(place / f"{name}.jsonl", rows)
+
+    def load(self) -> Rows:
+        """All rows, by use."""
+        return load_rows(TRAIN + FISHER, VALIDATION, HELD_OUT)
 
     def train_rows(self) -> list[dict[str, Any]]:
         """What is valued and trained on."""

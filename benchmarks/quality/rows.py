@@ -38,9 +38,9 @@ class Rows:
     held_out: dict[str, list[dict[str, Any]]]  # choose, choose_general, report, humaneval, general, english
 
 
-def load_rows(train: int, validation: int, held_out: int) -> Rows:
-    """Draw the rows; the same numbers give the same rows."""
-    code = _code()
+def load_rows(train: int, validation: int, held_out: int, longest_code: float = LONGEST_CODE) -> Rows:
+    """Draw the rows; the same numbers give the same rows. ``longest_code``: characters of a row of code."""
+    code = _code(longest_code)
     random.Random(0).shuffle(code)
     cuts = [validation, validation + train, validation + train + held_out, validation + train + 2 * held_out]
     if len(code) < cuts[-1]:
@@ -65,12 +65,12 @@ def _chat(prompt: str, answer: str) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]}
 
 
-def _code() -> list[dict[str, Any]]:
+def _code(longest: float) -> list[dict[str, Any]]:
     rows, seen = [], set()
     for line in gzip.decompress(_member("reasoning-gym==0.1.25", "reasoning_gym/data/codeio.jsonl.gz")).splitlines():
         row = json.loads(line)
         prompt, code = f"{row['task_description']}\n\n{row['input_output_spec']}", row["code_sample"]
-        short = isinstance(code, str) and len(prompt) <= LONGEST_PROMPT and 100 <= len(code) <= LONGEST_CODE
+        short = isinstance(code, str) and len(prompt) <= LONGEST_PROMPT and 100 <= len(code) <= longest
         if short and row["task_description"] not in seen:
             seen.add(row["task_description"])
             rows.append(_chat(prompt, code))
