@@ -126,7 +126,7 @@ class Session:
         if self._cluster is None:
             from pipeline.stages.shard_loop import Cluster
 
-            self._cluster = Cluster(self.settings.cluster)
+            self._cluster = Cluster(self.settings.cluster, self.settings.debug)
         return self._cluster
 
     @property

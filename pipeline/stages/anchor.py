@@ -207,10 +207,7 @@ class _Anchor:
         own = self.settings.model
         source = ModelSource(model, own.revision, own.dtype, own.trust_remote_code)
         arguments = {"storage": self.storage, "source": source, "settings": self.settings, "eos": self.eos}
-        timeout = self.settings.cluster.shard_timeout
-        return WorkerPool(
-            logged("anchor", AnchorWorker), arguments, self.cluster.model_resources(), timeout, self.settings.debug
-        )
+        return self.cluster.pool(logged("anchor", AnchorWorker), arguments, self.cluster.model_resources())
 
     def _reference_phase(self, reference: str) -> dict[str, Any]:
         """Write the Fisher, the reference's scored weights and, for anchor.precondition=kfac, the Kronecker factors."""

@@ -26,7 +26,7 @@ from pipeline.stages.failure import RunFailed, SettingsWrong
 from pipeline.stages.fingerprint import digest
 from pipeline.stages.progress import Progress
 from pipeline.stages.remote import here
-from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
+from pipeline.stages.shard_loop import Cluster, Shard
 from pipeline.stages.storage import Storage
 from pipeline.stages.value import ValueJob, ValueTask
 from pipeline.stages.worker_log import logged
@@ -153,7 +153,6 @@ def value_checkpoints(
 
     ``job``: as for the first checkpoint. A part at a checkpoint that is there already is not made again.
     """
-    timeout, debug = settings.cluster.shard_timeout, settings.debug
     for index, checkpoint in enumerate(checkpoints):
         place, own = checkpoint_place(index), checkpoint_fingerprint(fingerprint, index)
         missing = [part for part in tokens if storage.rows_of(f"{place}/{part}", own) != rows[part]]
@@ -166,15 +165,13 @@ def value_checkpoints(
         arguments = {**job.arguments, "source": source, "snapshots": [index]}
         shards = [Shard(part, tokens[part]) for part in missing]
         with (
-            WorkerPool(logged("value", job.worker), arguments, job.resources(), timeout, debug) as pool,
+            cluster.pool(logged("value", job.worker), arguments, job.resources()) as pool,
             progress.task(title, sum(shard.units for shard in shards), "tokens") as task,
         ):
             pool.run(shards, _payload(own, place), lambda s, r: None, task)
     counts: list[dict[str, Any]] = []
     with (
-        WorkerPool(
-            logged("mean", MeanWorker), {"storage": storage}, cluster.tokenizer_resources(), timeout, debug
-        ) as pool,
+        cluster.pool(logged("mean", MeanWorker), {"storage": storage}, cluster.tokenizer_resources()) as pool,
         progress.task("value: mean over checkpoints", sum(tokens.values()), "tokens") as task,
     ):
         pool.run(

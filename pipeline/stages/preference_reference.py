@@ -17,7 +17,7 @@ from pipeline.settings import Settings
 from pipeline.stages.batched_worker import BatchedWorker, as_lists
 from pipeline.stages.progress import Progress
 from pipeline.stages.remote import here
-from pipeline.stages.shard_loop import Cluster, Shard, WorkerPool
+from pipeline.stages.shard_loop import Cluster, Shard
 from pipeline.stages.storage import Storage
 from pipeline.stages.worker_log import logged
 
@@ -101,16 +101,13 @@ def run_reference(
     own = settings.model
     source = ModelSource(reference, own.revision, own.dtype, own.trust_remote_code)
     arguments = {"storage": storage, "source": source, "settings": settings}
-    timeout = settings.cluster.shard_timeout
 
     def done(shard: Shard, result: dict[str, int]) -> None:
         for key in counts:
             counts[key] += result[key]
 
     with (
-        WorkerPool(
-            logged("reference", ReferenceWorker), arguments, cluster.model_resources(), timeout, settings.debug
-        ) as pool,
+        cluster.pool(logged("reference", ReferenceWorker), arguments, cluster.model_resources()) as pool,
         progress.task("value: reference", sum(tokens.values()), "tokens") as task,
     ):
         pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), done, task)

@@ -148,13 +148,7 @@ def run_prepare(
     arguments = {"storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings}
     arguments["preference"] = preference
     total = train.starts[-1]
-    with WorkerPool(
-        logged("prepare", PrepareWorker),
-        arguments,
-        _resources(cluster, total),
-        settings.cluster.shard_timeout,
-        settings.debug,
-    ) as pool:
+    with cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(cluster, total)) as pool:
         stage = _Prepare(storage, settings, fingerprint, pool, progress)
         drawn, counts = stage.hold_out(train, validation)
         rows = training_rows(total, drawn, settings)

@@ -84,9 +84,7 @@ def run_rehearsal(
     resources = cluster.model_resources()
     data = RehearsedRows(storage, list(rows), settings.run.seed, settings.valuation.rehearsal.batch_size)
     with (
-        WorkerPool(
-            logged("value", RehearsalWorker), arguments, resources, settings.cluster.shard_timeout, settings.debug
-        ) as pool,
+        cluster.pool(logged("value", RehearsalWorker), arguments, resources) as pool,
         progress.task("value: rehearsal", data.tokens, "tokens") as task,
         _one_thread(),
     ):

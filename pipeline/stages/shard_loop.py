@@ -3,14 +3,17 @@
 A shard is the unit of work, of retry and of resume. A future that dies with its actor puts its shard back into the
 queue and a new actor in its place; so does a worker that hangs or reports that a disk, a store or the memory refused.
 A shard that failed three times is set aside and named with its reason at the end, when all others are finished. A
-node that goes away is not held against the shards on it.
+node that goes away is not held against the shards on it. A process that has served one pool serves the next of the
+same shape, since importing torch and transformers takes it seconds.
 """
 
 from __future__ import annotations
 
 import errno
+import gc
 import logging
 import os
+import sys
 import threading
 import time
 import traceback
@@ -33,6 +36,7 @@ SET_ASIDE_IN_A_ROW = 3  # with no success between them it is not the shards: a d
 RETRY_SECONDS = 2.0  # before a shard is tried again; doubled each time
 POLL_SECONDS = 1.0
 DOUBT_SECONDS = 60.0  # for Ray to find out that a node has died
+RELEASE_SECONDS = 30.0  # for a process to let go of its worker
 SHARDS_IN_FLIGHT = 2  # per worker: one computes while the other is read or written
 
 # A worker is called with (payload, advance); it calls advance(units) as it goes and returns a picklable result.
@@ -55,6 +59,11 @@ class Resources:
     cpus: int
     gpus: float
 
+    @property
+    def shape(self) -> tuple[int, float]:
+        """What one worker takes: CPUs, GPUs."""
+        return self.cpus, self.gpus
+
 
 class Cluster:
     """The Ray cluster of a run: joined at ``cluster.address``, or a local one that ends with the ``with`` block.
@@ -63,16 +72,33 @@ class Cluster:
     cluster that was running before is left running.
     """
 
-    def __init__(self, settings: ClusterSettings) -> None:
-        self.settings = settings
+    def __init__(self, settings: ClusterSettings, debug: bool) -> None:
+        self.settings, self.debug = settings, debug
         self.started = False
+        self.idle: list[Any] = []  # hosts without a worker
+        self.idle_shape: tuple[int, float] | None = None
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._end_idle()
         if self.started:
             ray.shutdown()
+
+    def pool(self, make: Callable[..., Worker], arguments: dict[str, Any], resources: Resources) -> WorkerPool:
+        """A pool of workers made by ``make(**arguments)``, on hosts that an earlier pool has left where they fit.
+
+        One pool at a time: hosts that do not fit end here, since they hold CPUs and GPUs.
+        """
+        if resources.shape != self.idle_shape:
+            self._end_idle()
+        self.idle_shape = resources.shape
+        return WorkerPool(make, arguments, resources, self.settings.shard_timeout, self.debug, self.idle)
+
+    def _end_idle(self) -> None:
+        while self.idle:
+            _kill(self.idle.pop())
 
     def start(self) -> None:
         """Start or join Ray, unless this process has already."""
@@ -150,19 +176,18 @@ def _local_cpus(settings: ClusterSettings) -> int:
 
 @ray.remote
 class _Host:
-    """The actor: makes a worker once, runs shards on it, and tells how far each one is."""
+    """The actor: holds one worker at a time, runs shards on it, and tells how far each one is."""
 
-    def __init__(self, make: Callable[..., Worker], arguments: dict[str, Any]) -> None:
-        self.make, self.arguments = make, arguments
+    def __init__(self) -> None:
         self.worker: Worker | None = None
         self.units: dict[str, int] = {}
         self.lock = threading.Lock()
 
-    def start(self) -> tuple[str, Any]:
-        """Make the worker; errors come back as values, so that they are told apart from a lost actor."""
+    def start(self, make: Callable[..., Worker], arguments: dict[str, Any]) -> tuple[str, Any]:
+        """Make a worker; errors come back as values, so that they are told apart from a lost actor."""
 
         def start() -> str:
-            self.worker = self.make(**self.arguments)
+            self.worker = make(**arguments)
             return ray.get_runtime_context().get_node_id()
 
         return _caught(start)
@@ -184,6 +209,14 @@ class _Host:
             with self.lock:
                 del self.units[name]
 
+    def release(self) -> None:
+        """Let go of the worker and of the memory that it holds."""
+        self.worker = None
+        gc.collect()
+        torch = sys.modules.get("torch")  # not imported for this, where workers do without
+        if torch is not None and torch.cuda.is_initialized():
+            torch.cuda.empty_cache()
+
     def progress(self) -> dict[str, int]:
         """Units done of the shards in work."""
         with self.lock:
@@ -203,13 +236,18 @@ _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class WorkerPool:
-    """Actors that each hold one worker made by ``make(**arguments)``; they end with the ``with`` block."""
+    """Hosts that each hold one worker made by ``make(**arguments)``, until the end of the ``with`` block.
+
+    ``idle``: hosts of the same shape to begin with, to which it leaves its own when it ends well; None: they end.
+    """
 
     def __init__(
-        self, make: Callable[..., Worker], arguments: dict[str, Any], resources: Resources, timeout: float, debug: bool
-    ) -> None:
+        self, make: Callable[..., Worker], arguments: dict[str, Any], resources: Resources, timeout: float, debug: bool,
+        idle: list[Any] | None = None,
+    ) -> None:  # fmt: skip
         self.make, self.arguments, self.resources = make, arguments, resources
-        self.timeout, self.debug = timeout, debug
+        self.timeout, self.debug, self.idle = timeout, debug, idle
+        self.reused: set[Any] = set()
         self.hosts: list[Any] = []
         self.nodes: dict[Any, str] = {}  # host that is ready -> its node
         self.starting: dict[Any, Any] = {}  # future -> host that is not ready yet
@@ -217,9 +255,14 @@ class WorkerPool:
     def __enter__(self) -> WorkerPool:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        keep = self.idle if kind is None else None
+        released = set() if keep is None else _released(self.nodes)
         for host in self.hosts:
-            _kill(host)
+            if keep is not None and host in released:
+                keep.append(host)
+            else:
+                _kill(host)
         self.hosts, self.nodes, self.starting = [], {}, {}
 
     def run(
@@ -234,7 +277,12 @@ class WorkerPool:
         _Loop(self, shards, payload, done, task).run()
 
     def spawn(self) -> Any:
-        """Start one more actor."""
+        """One more host: an idle one or a new one."""
+        if self.idle:
+            host = self.idle.pop()
+            self.reused.add(host)
+            self.hosts.append(host)
+            return host
         threads = str(self.resources.cpus)
         environment = {
             "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false",
@@ -243,7 +291,7 @@ class WorkerPool:
         host = _Host.options(  # type: ignore[attr-defined]  # ray.remote makes it; mypy sees the plain class
             num_cpus=self.resources.cpus, num_gpus=self.resources.gpus, max_concurrency=SHARDS_IN_FLIGHT + 1,
             max_restarts=0, runtime_env={"env_vars": environment},
-        ).remote(self.make, self.arguments)  # fmt: skip
+        ).remote()  # fmt: skip
         self.hosts.append(host)
         return host
 
@@ -331,13 +379,16 @@ class _Loop:
     def _start(self) -> None:
         host = self.pool.spawn()
         self.alive_at[host] = time.monotonic()
-        self.starting[host.start.remote()] = host
+        self.starting[host.start.remote(self.pool.make, self.pool.arguments)] = host
 
     def _started(self, future: Any) -> None:
         host = self.starting.pop(future)
         try:
             status, result = ray.get(future)
         except RayError as error:
+            if host in self.pool.reused:  # it has died since its last pool
+                self._retire(host)
+                return
             self._no_start(host, f"workers die while they start: {_first_line(error)}; is there enough memory?")
             return
         if status == "error":
@@ -504,6 +555,18 @@ class _Loop:
 def _kill(host: Any) -> None:
     with suppress(RayError, ValueError):  # it may be gone already, or Ray with it
         ray.kill(host)
+
+
+def _released(hosts: Iterable[Any]) -> set[Any]:
+    """The hosts that have let go of their worker in time."""
+    asked = {host.release.remote(): host for host in hosts}
+    answered = ray.wait(list(asked), num_returns=len(asked), timeout=RELEASE_SECONDS)[0] if asked else []
+    found = set()
+    for future in answered:
+        with suppress(RayError):
+            ray.get(future)
+            found.add(asked[future])
+    return found
 
 
 def _took_node(error: RayError) -> bool:

@@ -32,7 +32,7 @@ from pipeline.stages.manifest import Manifest
 from pipeline.stages.preference_reference import tokens_of
 from pipeline.stages.progress import Progress
 from pipeline.stages.remote import here
-from pipeline.stages.shard_loop import Cluster, Resources, Shard, WorkerPool
+from pipeline.stages.shard_loop import Cluster, Resources, Shard
 from pipeline.stages.storage import Storage
 from pipeline.stages.tensors import read_tensors
 from pipeline.stages.worker_log import logged
@@ -198,9 +198,7 @@ def run_value(
             add(found)
     else:
         with (
-            WorkerPool(
-                logged("value", job.worker), job.arguments, resources, settings.cluster.shard_timeout, settings.debug
-            ) as pool,
+            cluster.pool(logged("value", job.worker), job.arguments, resources) as pool,
             progress.task("value", sum(tokens.values()), "tokens") as task,
         ):
             task.note(f"{finished}/{len(rows)} shards")

@@ -67,6 +67,10 @@ class _LoggedWorker:
         return result
 
 
+class _LogFile(logging.FileHandler):
+    """A FileHandler that can be told from those of others."""
+
+
 class _WorkerLog:
     """The log file of this process; an object store gets it anew with every ``upload``."""
 
@@ -78,12 +82,15 @@ class _WorkerLog:
         else:
             path = Path(os.environ.get("TMPDIR", "/tmp")) / f"alphatoken-{name.rpartition('/')[2]}"
         self.path, self.ready_at = path, 0.0
-        handler = logging.FileHandler(path, encoding="utf-8")
+        handler = _LogFile(path, encoding="utf-8")
         handler.setFormatter(logging.Formatter(FORMAT))
         self.logger = logging.getLogger("alphatoken")
         self.logger.setLevel(logging.INFO)
         logging.captureWarnings(True)
         for logger in (self.logger, logging.getLogger("py.warnings"), logging.getLogger("transformers")):
+            for former in [h for h in logger.handlers if isinstance(h, _LogFile)]:
+                logger.removeHandler(former)  # of the worker that this process held before
+                former.close()
             logger.addHandler(handler)
 
     def upload(self) -> None:

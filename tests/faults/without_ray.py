@@ -27,14 +27,11 @@ LONGEST_DELAY = 0.12  # seconds from the claim to a kill from outside
 LATEST_STEP = 30  # of writing, where a driver kills itself
 
 
-class InProcess:
-    """Stands in for the worker pool and the cluster."""
+class Alone:
+    """Stands in for the cluster."""
 
-    def __init__(self, make: Any = None, arguments: Any = None, *_: object) -> None:
-        self.make, self.arguments, self.worker = make, arguments, None
-
-    def __enter__(self) -> InProcess:
-        return self
+    def __init__(self, *_: object) -> None:
+        pass
 
     def __exit__(self, *_: object) -> None:
         pass
@@ -43,6 +40,22 @@ class InProcess:
         return Resources(1, 1, 0.0)
 
     tokenizer_resources = model_resources
+
+    def pool(self, make: Any, arguments: Any, resources: Resources) -> InProcess:
+        return InProcess(make, arguments)
+
+
+class InProcess:
+    """Stands in for the worker pool."""
+
+    def __init__(self, make: Any, arguments: Any) -> None:
+        self.make, self.arguments, self.worker = make, arguments, None
+
+    def __enter__(self) -> InProcess:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
 
     def run(self, shards, payload, done, task) -> None:
         for shard in shards:
@@ -66,13 +79,11 @@ def driver(arguments: list[str], claimed: int, die_at_step: int | None) -> int:
 
     from jobs import session
     from jobs.cli import main
-    from pipeline.stages import anchor, prepare, rehearsal, shard_loop, storage, value
+    from pipeline.stages import rehearsal, shard_loop, storage
 
     torch.set_num_threads(1)
-    for module in (prepare, anchor, value, rehearsal):
-        module.WorkerPool = InProcess  # type: ignore[attr-defined]
     rehearsal.Shared = InMemory  # type: ignore[misc, assignment]
-    shard_loop.Cluster = InProcess  # type: ignore[misc, assignment]
+    shard_loop.Cluster = Alone  # type: ignore[misc, assignment]
     steps = 0
 
     def step() -> None:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from data_schemas import COMPONENTS, REHEARSED_VALUES
-from pipeline.stages import rehearsal
+from pipeline.stages import shard_loop
 from pipeline.stages.draw import draw_order
 from pipeline.stages.shard_loop import WorkerPool
 from tests.conftest import SMALL, chat_row, write_rows
@@ -157,13 +157,13 @@ class AllReady(WorkerPool):
     def run(self, shards, payload, done, task):
         while len(self.hosts) < self.resources.workers:
             host = self.spawn()
-            self.nodes[host] = ray.get(host.start.remote())[1]
+            self.nodes[host] = ray.get(host.start.remote(self.make, self.arguments))[1]
         super().run(shards, payload, done, task)
 
 
 @pytest.mark.parametrize("estimator", ["ghost", "exact"])
 def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, train_file, estimator, monkeypatch):
-    monkeypatch.setattr(rehearsal, "WorkerPool", AllReady)
+    monkeypatch.setattr(shard_loop, "WorkerPool", AllReady)
     found = []
     for workers in (1, 2):
         run = tmp_path / "run"  # the same place, since ids name the source files

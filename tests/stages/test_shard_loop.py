@@ -1,15 +1,19 @@
 """The shard loop against workers that die, hang and fail, as real processes."""
 
+import gc
 import os
+import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 from rich.console import Console
 
+from pipeline.settings import ClusterSettings
 from pipeline.stages.failure import RunFailed
 from pipeline.stages.progress import Progress
-from pipeline.stages.shard_loop import Resources, Shard, WorkerPool
+from pipeline.stages.shard_loop import ATTEMPTS, Cluster, Resources, Shard, WorkerPool
 
 
 class Square:
@@ -72,3 +76,69 @@ def test_a_hung_worker_is_replaced(ray_cluster, tmp_path):
 def test_an_error_names_the_shard_and_stops(ray_cluster, tmp_path):
     with pytest.raises(RunFailed, match="shard 4: this number is odd"):
         run(tmp_path, {4: "fail"})
+
+
+class Whose:
+    """Tells its process, and how many workers of its kind live there; fails where it is asked to."""
+
+    def __call__(self, payload, advance):
+        if payload == "fail":
+            raise RunFailed("as asked")
+        time.sleep(0.2)  # so that a second worker gets its share
+        return os.getpid(), sum(isinstance(each, Whose) for each in gc.get_objects())
+
+
+def processes(cluster: Cluster, resources: Resources, shards: int = 8, payload: str = "") -> set[int]:
+    found = []
+    with (
+        Progress(Console(file=open(os.devnull, "w"))) as progress,
+        cluster.pool(Whose, {}, resources) as pool,
+        progress.task("processes", shards, "numbers") as task,
+    ):
+        pool.run([Shard(str(n), 1) for n in range(shards)], lambda s: payload, lambda s, r: found.append(r), task)
+    assert len(found) == shards and {alive for _, alive in found} == {1}
+    return {process for process, _ in found}
+
+
+@pytest.fixture
+def cluster(ray_cluster):
+    with Cluster(ClusterSettings(shard_timeout=60.0), False) as cluster:
+        yield cluster
+
+
+def test_the_next_pool_of_the_same_shape_works_in_the_same_processes_and_no_worker_is_left_in_them(cluster):
+    first = processes(cluster, Resources(1, 1, 0.0))
+    assert len(first) == 1 and processes(cluster, Resources(1, 1, 0.0)) == first
+    both = processes(cluster, Resources(2, 1, 0.0), shards=40)
+    assert both > first
+    other = processes(cluster, Resources(1, 2, 0.0))
+    assert len(other) == 1 and not other & both and not any(map(lives, both))
+    cluster.__exit__()
+    assert not any(map(lives, other))
+
+
+def test_no_process_outlives_a_pool_that_failed(cluster):
+    one = Resources(1, 1, 0.0)
+    before = processes(cluster, one)
+    with pytest.raises(RunFailed, match="as asked"):
+        processes(cluster, one, payload="fail")
+    assert not any(map(lives, before)) and not processes(cluster, one) & before
+
+
+def test_processes_that_died_between_two_pools_cost_no_attempt(cluster):
+    """More of them than starts may fail in a row, as with a node: the run goes on in new ones."""
+    many = Resources(ATTEMPTS + 1, 0, 0.0)
+    before = processes(cluster, many, shards=80)
+    assert len(before) >= ATTEMPTS
+    for process in before:
+        os.kill(process, signal.SIGKILL)
+    assert not processes(cluster, many) & before
+
+
+def lives(process: int) -> bool:
+    """Whether a process is there within some seconds of being killed."""
+    for _ in range(50):
+        if not psutil.pid_exists(process) or psutil.Process(process).status() == psutil.STATUS_ZOMBIE:
+            return False
+        time.sleep(0.1)
+    return True
