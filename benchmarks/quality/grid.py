@@ -140,7 +140,7 @@ ROWS = [
     Row("default 0.7", "default", _at(0.7)),
     Row("default 0.9", "default", _at(0.9)),
     # As many trained tokens as 27 steps on all of them.
-    Row("full, 54 steps", "full", (), 54),
+    Row("full, 54 steps", "full", (), 54),  # as many steps, twice the tokens
     Row("random 0.5, 54 steps", "random", _at(0.5), 54),
     Row("default 0.5, 54 steps", "default", _at(0.5), 54),
     Row("kfac 0.7", "kfac", _at(0.7)),
