@@ -19,6 +19,7 @@ def execute(session: Session) -> None:
             session.progress.say(f"anchor: skipped, since valuation.method={valuation.method} needs no directions")
         else:
             stage.execute(session)
+    session.end_workers()  # what is left is the driver's
     summary = mask.make(session)
     report.execute(session)
     mask.tell(session, summary)

@@ -129,6 +129,11 @@ class Session:
             self._cluster = Cluster(self.settings.cluster, self.settings.debug)
         return self._cluster
 
+    def end_workers(self) -> None:
+        """End worker processes that wait for another stage of this session, so that others get their CPUs."""
+        if self._cluster is not None:
+            self._cluster.end_idle()
+
     @property
     def models(self) -> Models:
         """The models' places; fetches the embedded one on first use. Raises SettingsWrong for one that is not there."""

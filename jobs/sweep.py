@@ -135,6 +135,9 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
                     raise
                 failures.append(PointFailure(point.name, _reason(error)))
                 progress.say(f"{number}/{len(points)} {point.name} failed: {failures[-1].reason}")
+            finally:
+                for session in sessions.values():
+                    session.end_workers()
     return failures
 
 

@@ -3,8 +3,8 @@
 A shard is the unit of work, of retry and of resume. A future that dies with its actor puts its shard back into the
 queue and a new actor in its place; so does a worker that hangs or reports that a disk, a store or the memory refused.
 A shard that failed three times is set aside and named with its reason at the end, when all others are finished. A
-node that goes away is not held against the shards on it. A process that has served one pool serves the next of the
-same shape, since importing torch and transformers takes it seconds.
+node that goes away is not held against the shards on it. A process without a GPU that has served one pool serves the next
+with as many CPUs per worker, since importing torch and transformers takes seconds.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import errno
 import gc
 import logging
 import os
-import sys
 import threading
 import time
 import traceback
@@ -59,11 +58,6 @@ class Resources:
     cpus: int
     gpus: float
 
-    @property
-    def shape(self) -> tuple[int, float]:
-        """What one worker takes: CPUs, GPUs."""
-        return self.cpus, self.gpus
-
 
 class Cluster:
     """The Ray cluster of a run: joined at ``cluster.address``, or a local one that ends with the ``with`` block.
@@ -76,27 +70,30 @@ class Cluster:
         self.settings, self.debug = settings, debug
         self.started = False
         self.idle: list[Any] = []  # hosts without a worker
-        self.idle_shape: tuple[int, float] | None = None
+        self.idle_cpus = 0  # of each of them
 
     def __enter__(self) -> Cluster:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._end_idle()
+        self.end_idle()
         if self.started:
             ray.shutdown()
 
     def pool(self, make: Callable[..., Worker], arguments: dict[str, Any], resources: Resources) -> WorkerPool:
-        """A pool of workers made by ``make(**arguments)``, on hosts that an earlier pool has left where they fit.
+        """A pool of workers made by ``make(**arguments)``, on hosts that the one before has left, where they fit.
 
-        One pool at a time: hosts that do not fit end here, since they hold CPUs and GPUs.
+        That one has to have ended. Hosts that do not fit end here, since they hold CPUs; those with a GPU are not kept,
+        since nothing but the end of a process gives all of a GPU's memory back.
         """
-        if resources.shape != self.idle_shape:
-            self._end_idle()
-        self.idle_shape = resources.shape
-        return WorkerPool(make, arguments, resources, self.settings.shard_timeout, self.debug, self.idle)
+        if resources.gpus or resources.cpus != self.idle_cpus:
+            self.end_idle()
+        self.idle_cpus = resources.cpus
+        idle = None if resources.gpus else self.idle
+        return WorkerPool(make, arguments, resources, self.settings.shard_timeout, self.debug, idle)
 
-    def _end_idle(self) -> None:
+    def end_idle(self) -> None:
+        """End the hosts that no pool uses: others may be waiting for their CPUs."""
         while self.idle:
             _kill(self.idle.pop())
 
@@ -213,9 +210,6 @@ class _Host:
         """Let go of the worker and of the memory that it holds."""
         self.worker = None
         gc.collect()
-        torch = sys.modules.get("torch")  # not imported for this, where workers do without
-        if torch is not None and torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
 
     def progress(self) -> dict[str, int]:
         """Units done of the shards in work."""
@@ -238,7 +232,7 @@ _NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 class WorkerPool:
     """Hosts that each hold one worker made by ``make(**arguments)``, until the end of the ``with`` block.
 
-    ``idle``: hosts of the same shape to begin with, to which it leaves its own when it ends well; None: they end.
+    ``idle``: hosts with as many CPUs to begin with, to which it leaves its own when it ends well; None: they end.
     """
 
     def __init__(
@@ -257,13 +251,17 @@ class WorkerPool:
 
     def __exit__(self, kind: object = None, *_: object) -> None:
         keep = self.idle if kind is None else None
-        released = set() if keep is None else _released(self.nodes)
-        for host in self.hosts:
-            if keep is not None and host in released:
-                keep.append(host)
-            else:
-                _kill(host)
-        self.hosts, self.nodes, self.starting = [], {}, {}
+        released: set[Any] = set()
+        try:
+            if keep is not None:
+                released = _released(self.nodes)
+        finally:
+            for host in self.hosts:
+                if keep is not None and host in released:
+                    keep.append(host)
+                else:
+                    _kill(host)
+            self.hosts, self.nodes, self.starting = [], {}, {}
 
     def run(
         self, shards: Sequence[Shard], payload: Callable[[Shard], Any], done: Callable[[Shard, Any], None], task: Task
@@ -553,7 +551,9 @@ class _Loop:
 
 
 def _kill(host: Any) -> None:
-    with suppress(RayError, ValueError):  # it may be gone already, or Ray with it
+    if not ray.is_initialized():
+        return  # gone with Ray, which `ray.kill` would start anew
+    with suppress(RayError, ValueError):  # it may be gone already
         ray.kill(host)
 
 

@@ -41,6 +41,9 @@ class Alone:
 
     tokenizer_resources = model_resources
 
+    def end_idle(self) -> None:
+        pass
+
     def pool(self, make: Any, arguments: Any, resources: Resources) -> InProcess:
         return InProcess(make, arguments)
 

@@ -117,6 +117,15 @@ def test_the_next_pool_of_the_same_shape_works_in_the_same_processes_and_no_work
     assert not any(map(lives, other))
 
 
+def test_another_run_of_the_same_process_gets_the_cpus_of_idle_hosts(cluster):
+    """As in a sweep over run directories: each has a Cluster, and all are open until the last point."""
+    all_cpus = Resources(1, 2, 0.0)
+    before = processes(cluster, all_cpus)
+    cluster.end_idle()
+    with Cluster(ClusterSettings(shard_timeout=30.0), False) as other:
+        assert not processes(other, all_cpus) & before
+
+
 def test_no_process_outlives_a_pool_that_failed(cluster):
     one = Resources(1, 1, 0.0)
     before = processes(cluster, one)
