@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.example_batches import load_example
+from benchmarks.quality.finetune import cut_responses
 from pipeline.maths.batch import IGNORED, Batch, collate
 from pipeline.maths.capture import swapped
 from pipeline.maths.decoder import ScoredLayers, scored_layers
@@ -46,9 +47,8 @@ Weights = dict[str, torch.Tensor]
 
 def batch_of(examples: list[Example], response: int) -> Batch:
     """Whole prompts, each with the first ``response`` tokens of its response."""
-    ends = [next(i for i, label in enumerate(e.labels) if label != IGNORED) + response for e in examples]
-    pairs = list(zip(examples, ends, strict=True))
-    return collate([e.input_ids[:end] for e, end in pairs], [e.labels[:end] for e, end in pairs])
+    rows = cut_responses([(e.input_ids, e.labels) for e in examples], response)
+    return collate([ids for ids, _ in rows], [labels for _, labels in rows])
 
 
 def only(batch: Batch, position: int) -> Batch:

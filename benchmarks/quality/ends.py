@@ -24,7 +24,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
 
-from benchmarks.quality.finetune import Tokens
+from benchmarks.quality.finetune import cut_responses
 from benchmarks.quality.grid import FISHER, HELD_OUT, PAPER, TRAIN, UNTOUCHED, VALIDATION, Quality, write_rows
 from benchmarks.quality.noise import ranks
 from benchmarks.quality.rows import Rows, load_rows
@@ -59,12 +59,6 @@ class CutQuality(Quality):
 
     def _cut(self, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{"input_ids": ids, "labels": labels} for ids, labels in cut_responses(self.tokens(rows), self.cut)]
-
-
-def cut_responses(rows: Tokens, cut: int) -> Tokens:
-    """Every row up to the ``cut``-th token from its first label on."""
-    ends = [next(i for i, label in enumerate(labels) if label != IGNORED) + cut for _, labels in rows]
-    return [(ids[:end], labels[:end]) for (ids, labels), end in zip(rows, ends, strict=True)]
 
 
 def value(quality: Quality, name: str, model: Path, end: str) -> Path:

@@ -9,11 +9,17 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 
-from pipeline.maths.batch import Batch, by_token_budget, collate
+from pipeline.maths.batch import Batch, by_token_budget, collate, response_start
 from pipeline.maths.warmup import schedule
 
 ROWS_AT_ONCE = 2  # of a step's rows, of like lengths: half the memory, and hardly any padding
 Tokens = Sequence[tuple[list[int], list[int]]]  # (input_ids, labels) per row
+
+
+def cut_responses(rows: Tokens, cut: int) -> Tokens:
+    """Every row up to the ``cut``-th token from its first label on."""
+    ends = [response_start(labels) + cut for _, labels in rows]
+    return [(ids[:end], labels[:end]) for (ids, labels), end in zip(rows, ends, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)

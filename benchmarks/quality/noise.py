@@ -26,7 +26,7 @@ import torch
 
 from benchmarks.quality.finetune import Tokens
 from benchmarks.quality.grid import FISHER, PAPER, TRAIN, UNTOUCHED, Quality, Row, _at, results_in, table
-from pipeline.maths.batch import IGNORED
+from pipeline.maths.batch import IGNORED, response_start
 
 SHARE = 0.2
 NORM = "valuation.gradient_norm=true"
@@ -95,7 +95,7 @@ def swap_rows(rows: Tokens, share: float, seed: int) -> Planted:
     """Hand the responses of ``share`` of the rows round between them; a response goes from its first label on."""
     generator = random.Random(seed)
     chosen = generator.sample(range(len(rows)), round(share * len(rows)))
-    cuts = [next(i for i, label in enumerate(labels) if label != IGNORED) for _, labels in rows]
+    cuts = [response_start(labels) for _, labels in rows]
     noisy = [(list(ids), list(labels)) for ids, labels in rows]
     planted = [[False] * len(ids) for ids, _ in rows]
     for own, other in zip(chosen, [*chosen[1:], *chosen[:1]], strict=True):

@@ -10,6 +10,11 @@ import torch
 IGNORED = -100
 
 
+def response_start(labels: Sequence[int]) -> int:
+    """The index of the first response token. Raises StopIteration where there is none."""
+    return next(i for i, label in enumerate(labels) if label != IGNORED)
+
+
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Right-padded sequences. With causal attention no real position sees padding on its right, so none is masked.

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from pipeline.maths.batch import IGNORED, Batch, by_token_budget, collate
+from pipeline.maths.batch import Batch, by_token_budget, collate, response_start
 from pipeline.maths.capture import Captured, swapped
 from pipeline.maths.decoder import UnsupportedModel
 from pipeline.maths.directions import Directions, fisher_drift
@@ -283,5 +283,4 @@ def _same_shapes(policy: dict[str, torch.Tensor], reference: dict[str, torch.Ten
 
 def _prompt(input_ids: list[int], labels: list[int]) -> list[int]:
     """The tokens before the first response token."""
-    first = next(i for i, label in enumerate(labels) if label != IGNORED)
-    return input_ids[:first]
+    return input_ids[: response_start(labels)]

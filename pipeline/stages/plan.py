@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from pipeline.maths.batch import response_start
 from pipeline.maths.costs import (
     DIRECTIONS,
     ModelCosts,
@@ -188,7 +189,7 @@ def fisher_flops(m: ModelCosts, prompts: Sequence[Example], new: int) -> int:
     total, parts = 0, min(SUMS, max(1, -(-len(prompts) // 8)))
     for part in range(parts):
         own = prompts[part * len(prompts) // parts : (part + 1) * len(prompts) // parts]
-        lengths = sorted((_first_response(example) for example in own), reverse=True)
+        lengths = sorted((response_start(example.labels) for example in own), reverse=True)
         for start in range(0, len(lengths), PROMPTS_PER_BATCH):
             batch = lengths[start : start + PROMPTS_PER_BATCH]
             total += sampling_flops(m, len(batch), batch[0], new)
@@ -215,10 +216,6 @@ def _tokens(examples: Sequence[Example]) -> int:
 
 def _response(examples: Sequence[Example]) -> int:
     return sum(label != IGNORED for example in examples for label in example.labels)
-
-
-def _first_response(example: Example) -> int:
-    return next(i for i, label in enumerate(example.labels) if label != IGNORED)
 
 
 def _dtype(settings: Settings, config: Any) -> torch.dtype:

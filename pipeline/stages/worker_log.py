@@ -1,7 +1,8 @@
 """Worker logs where the driver can read them: logs/<stage>-<node>-<process>.log in the run directory.
 
-Each worker process writes its own file: what it is, every shard with its seconds, warnings of the libraries, and the
-traceback of whatever fails. Ray's own logs stay where Ray keeps them.
+Each worker writes its own file: what it is, every shard with its seconds, warnings of the libraries (those that come once
+per process in the file of the stage that the process served first), and the traceback of whatever fails. Ray's own logs
+stay where Ray keeps them.
 """
 
 from __future__ import annotations

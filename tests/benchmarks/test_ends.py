@@ -1,6 +1,6 @@
 """The correlation between the ends of a fine-tune: what rows it is taken over."""
 
-from benchmarks.quality.ends import cut_responses
+from benchmarks.quality.finetune import cut_responses
 from pipeline.maths.batch import IGNORED
 
 
