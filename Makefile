@@ -22,6 +22,9 @@ soak: $(VENV)/.installed
 	$(BIN)/python -m tests.faults.soak 200
 
 lint: $(VENV)/.installed
+	mkdir -p $(VENV)/typed/alphatoken
+	ln -sfn $(CURDIR)/alphatoken/__init__.py $(VENV)/typed/alphatoken/__init__.py
+	for part in pipeline jobs data_schemas; do ln -sfn $(CURDIR)/$$part $(VENV)/typed/alphatoken/$$part; done
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

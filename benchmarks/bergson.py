@@ -25,16 +25,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.prepare.example import example_model
+from alphatoken.pipeline.prepare.tokenize import Example
 from datasets import Dataset
 
+from alphatoken import Directions, TokenValuer
 from benchmarks.example_batches import BUDGET, THREADS, batches_of, load_example
 from benchmarks.speed import LAYERS, WINDOW, Cost, machine
-from pipeline import Directions, TokenValuer
-from pipeline.maths.decoder import scored_layers
-from pipeline.maths.ghost import ghost_pass
-from pipeline.maths.outer_sums import OuterSum
-from pipeline.stages.example import example_model
-from pipeline.stages.tokenize import Example
 
 ENVIRONMENT = Path("build/bergson")
 REQUIREMENTS = (

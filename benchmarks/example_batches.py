@@ -6,11 +6,10 @@ import json
 from pathlib import Path
 
 import torch
+from alphatoken.pipeline.maths.batch import Batch, by_token_budget, collate
+from alphatoken.pipeline.prepare.example import example_data, example_model
+from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-
-from pipeline.maths.batch import Batch, by_token_budget, collate
-from pipeline.stages.example import example_data, example_model
-from pipeline.stages.tokenize import Example, ExampleMaker
 
 THREADS = 2
 BUDGET = 2048

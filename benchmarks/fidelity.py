@@ -20,23 +20,23 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
+from alphatoken.pipeline.maths.capture import swapped
+from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers
+from alphatoken.pipeline.maths.directions import Directions
+from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.head import head_of
+from alphatoken.pipeline.maths.kronecker import KroneckerFactors, kfac
+from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.selectors.forward import losses_and_entropies
+from alphatoken.pipeline.maths.valuer import TokenValuer
+from alphatoken.pipeline.prepare.tokenize import Example
+from alphatoken.pipeline.settings import AnchorSettings
 from torch import nn
 
 from benchmarks.example_batches import load_example
 from benchmarks.quality.finetune import cut_responses
-from pipeline.maths.batch import IGNORED, Batch, collate
-from pipeline.maths.capture import swapped
-from pipeline.maths.decoder import ScoredLayers, scored_layers
-from pipeline.maths.directions import Directions
-from pipeline.maths.ghost import ghost_pass
-from pipeline.maths.head import head_of
-from pipeline.maths.kronecker import KroneckerFactors, kfac
-from pipeline.maths.lower import lower_layers_once
-from pipeline.maths.outer_sums import OuterSum
-from pipeline.maths.selectors.forward import losses_and_entropies
-from pipeline.maths.valuer import TokenValuer
-from pipeline.settings import AnchorSettings
-from pipeline.stages.tokenize import Example
 
 LAYERS, WINDOW = 3, 32
 DAMPING = AnchorSettings().damping

@@ -9,10 +9,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from alphatoken.pipeline.prepare.tokenize import Example
 from torch import nn
 from transformers import PreTrainedModel
-
-from pipeline.stages.tokenize import Example
 
 Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 

@@ -20,13 +20,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.lower import lower_layers_once
 
+from alphatoken import Directions, TokenValuer
 from benchmarks.example_batches import THREADS, batches_of, load_example
 from benchmarks.pairwise_way import PairwiseWay
-from pipeline import Directions, TokenValuer
-from pipeline.maths.batch import Batch
-from pipeline.maths.decoder import scored_layers
-from pipeline.maths.lower import lower_layers_once
 
 LAYERS, WINDOW = 3, 32
 PARTS = ("speed", "snapshots", "exact", "pairwise", "memory")

@@ -4,8 +4,8 @@ Imports pyarrow alone, so that a consumer can check a file without torch or Ray.
 version in the metadata key ``alphatoken.schema``; a reader refuses a version that it does not know.
 """
 
-from data_schemas.masks import LOSS_WEIGHT, MASK_EXTRA_COLUMNS, masks_schema
-from data_schemas.preference import (
+from alphatoken.data_schemas.masks import LOSS_WEIGHT, MASK_EXTRA_COLUMNS, masks_schema
+from alphatoken.data_schemas.preference import (
     BRANCHES,
     PREFERENCE_PREPARED,
     PREFERENCE_REFERENCE,
@@ -13,10 +13,10 @@ from data_schemas.preference import (
     preference_masks_schema,
     preference_values_schema,
 )
-from data_schemas.prepared import PREPARED
-from data_schemas.quarantine import QUARANTINE
-from data_schemas.values import COMPONENTS, GRADIENT_NORM, KEPT, REHEARSED_VALUES, VALUES, values_schema
-from data_schemas.version import SCHEMA_KEY, SchemaMismatch, check
+from alphatoken.data_schemas.prepared import PREPARED
+from alphatoken.data_schemas.quarantine import QUARANTINE
+from alphatoken.data_schemas.values import COMPONENTS, GRADIENT_NORM, KEPT, REHEARSED_VALUES, VALUES, values_schema
+from alphatoken.data_schemas.version import SCHEMA_KEY, SchemaMismatch, check
 
 __all__ = [
     "BRANCHES",

@@ -3,8 +3,7 @@
 from collections.abc import Sequence
 
 import pyarrow as pa
-
-from data_schemas.version import versioned
+from alphatoken.data_schemas.version import versioned
 
 MASK_EXTRA_COLUMNS = ("loss_mask", "assistant_masks")
 LOSS_WEIGHT = "loss_weight"

@@ -6,10 +6,9 @@ Each branch is prompt and response as one sequence, unpadded and token-aligned l
 from collections.abc import Sequence
 
 import pyarrow as pa
-
-from data_schemas.masks import masks_schema
-from data_schemas.values import COMPONENTS, GRADIENT_NORM
-from data_schemas.version import versioned
+from alphatoken.data_schemas.masks import masks_schema
+from alphatoken.data_schemas.values import COMPONENTS, GRADIENT_NORM
+from alphatoken.data_schemas.version import versioned
 
 BRANCHES = ("chosen", "rejected")
 _TEXTS = [pa.field(name, pa.string(), nullable=False) for name in ("prompt", *BRANCHES)]

@@ -1,8 +1,7 @@
 """`prepared/`: tokenized examples. Lists are unpadded and token-aligned."""
 
 import pyarrow as pa
-
-from data_schemas.version import versioned
+from alphatoken.data_schemas.version import versioned
 
 PREPARED = versioned(
     "prepared-sft",

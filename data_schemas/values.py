@@ -1,8 +1,7 @@
 """`values/`: the sidecar of token values. Same parts and same row order as `prepared/`."""
 
 import pyarrow as pa
-
-from data_schemas.version import versioned
+from alphatoken.data_schemas.version import versioned
 
 # Higher is better in every component: a positive value means that training on the token lowers the validation loss
 # (adaptation) or moves the weights back toward the reference where its Fisher says it matters (stability). Of the

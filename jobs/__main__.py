@@ -2,6 +2,6 @@
 
 import sys
 
-from jobs.cli import main
+from alphatoken.jobs.cli import main
 
 sys.exit(main())

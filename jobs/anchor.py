@@ -2,12 +2,12 @@
 
 import sys
 
-from jobs.session import Session
+from alphatoken.jobs.session import Session
 
 
 def execute(session: Session) -> None:
     """Run the stage."""
-    from pipeline.stages.anchor import run_anchor
+    from alphatoken.pipeline.anchor.stage import run_anchor
 
     models = session.models
     run_anchor(
@@ -22,6 +22,6 @@ def execute(session: Session) -> None:
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     sys.exit(main(["anchor", *sys.argv[1:]]))

@@ -12,11 +12,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from jobs.config import load
-from jobs.key_help import command_help, usage
-from pipeline.settings import Settings
-from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.redaction import redacted
+from alphatoken.jobs.config import load
+from alphatoken.jobs.key_help import command_help, usage
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.redaction import redacted
+from alphatoken.pipeline.settings import Settings
 
 SWEEP = {
     "-m": "sweep: run every combination of `key=a,b` overrides",
@@ -80,7 +80,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "debug=true" in [argument.lower() for argument in rest]
     try:
         if command.kind == "tool":
-            return importlib.import_module(f"jobs.{name}").execute(rest)
+            return importlib.import_module(f"{__package__}.{name}").execute(rest)
         parsed = parse(name, rest, command.options)
         if "--multirun" in parsed.flags:
             return _sweep(name, parsed)
@@ -114,7 +114,7 @@ def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Ar
         if option == "--from" and "--from FILE" in options:
             if not equals and not waiting:
                 raise SettingsWrong([f"alphatoken {name} --from: give the run.json to start from"])
-            from jobs.replay import recorded_configuration
+            from alphatoken.jobs.replay import recorded_configuration
 
             recorded = recorded_configuration(value if equals else waiting.pop(0))
         elif argument in ("-m", "--multirun") and "-m" in options:
@@ -137,8 +137,8 @@ def _quiet() -> None:
 
 def _run(name: str, settings: Settings) -> None:
     _quiet()
-    from jobs.session import Session
-    from pipeline.stages.progress import Progress
+    from alphatoken.jobs.session import Session
+    from alphatoken.pipeline.run.progress import Progress
 
     with Progress() as progress, Session(settings, progress) as session:
         session.claim()
@@ -147,7 +147,7 @@ def _run(name: str, settings: Settings) -> None:
         try:
             if settings.run.share and name not in ("mask", "report"):
                 session.share()
-            importlib.import_module(f"jobs.{name}").execute(session)
+            importlib.import_module(f"{__package__}.{name}").execute(session)
         except Exception:
             if session.storage.exists("logs"):
                 progress.say(f"worker logs: {session.storage.path('logs')}")
@@ -156,13 +156,13 @@ def _run(name: str, settings: Settings) -> None:
 
 def _sweep(name: str, parsed: Arguments) -> int:
     """Run all points; 1 where any failed."""
-    from jobs.sweep import print_comparison, print_failures, run_sweep, sweep_points
+    from alphatoken.jobs.sweep import print_comparison, print_failures, run_sweep, sweep_points
 
     if name == "report":
         raise SettingsWrong(["alphatoken report -m: a report is about one run; give its run.dir"])
     points, failures = sweep_points(parsed.overrides, parsed.recorded)
     _quiet()
-    from pipeline.stages.progress import Progress
+    from alphatoken.pipeline.run.progress import Progress
 
     with Progress() as progress:
         failures += run_sweep(name, points, progress)

@@ -8,15 +8,14 @@ from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from typing import Any
 
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.settings import Settings
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-
-from pipeline.settings import Settings
-from pipeline.stages.failure import SettingsWrong
 
 
 def load(overrides: Sequence[str], recorded: Mapping[str, Any] | None = None) -> Settings:
@@ -62,7 +61,7 @@ def _compose(overrides: Sequence[str], recorded: Mapping[str, Any] | None) -> Se
         store.store(name=root, node={"defaults": ["settings", "recorded_values", "_self_"]})
     GlobalHydra.instance().clear()
     try:
-        with initialize_config_module("conf", version_base="1.3"):
+        with initialize_config_module("alphatoken.conf", version_base="1.3"):
             config = compose(root, overrides=list(overrides))
         missing = OmegaConf.missing_keys(config)
         if missing:
@@ -85,7 +84,7 @@ def _asked_for(overrides: Sequence[str]) -> set[str]:
     Merging does not tell: ??? leaves the default of an earlier group as it is, here the embedded example.
     """
     given = dict(override.lstrip("+~").split("=", 1) for override in overrides if "=" in override)
-    file = files("conf").joinpath(f"experiment/{given.get('experiment')}.yaml")
+    file = files("alphatoken.conf").joinpath(f"experiment/{given.get('experiment')}.yaml")
     if not file.is_file():
         return set()
     return OmegaConf.missing_keys(OmegaConf.create(file.read_text(encoding="utf-8"))) - given.keys()
@@ -124,7 +123,7 @@ def _leaves(node: Any, prefix: str = "") -> list[str]:
 def groups() -> dict[str, list[str]]:
     """Configuration group -> its choices, from the packaged YAML files."""
     found = {}
-    for directory in sorted(files("conf").iterdir(), key=lambda entry: entry.name):
+    for directory in sorted(files("alphatoken.conf").iterdir(), key=lambda entry: entry.name):
         if directory.is_dir() and not directory.name.startswith("_"):
             names = [entry.name for entry in directory.iterdir() if entry.name.endswith(".yaml")]
             found[directory.name] = sorted(name.removesuffix(".yaml") for name in names)

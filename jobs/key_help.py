@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from jobs.config import groups, keys
-from pipeline.settings import Settings
-from pipeline.settings.units import UNITS
+from alphatoken.jobs.config import groups, keys
+from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.units import UNITS
 
 
 def usage(commands: Mapping[str, str]) -> str:

@@ -5,8 +5,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from jobs.session import Session
-from pipeline.settings import MaskSettings
+from alphatoken.jobs.session import Session
+from alphatoken.pipeline.settings import MaskSettings
 
 
 def execute(session: Session) -> None:
@@ -16,7 +16,7 @@ def execute(session: Session) -> None:
 
 def make(session: Session) -> dict[str, Any]:
     """Run the stage; returns the mask's summary."""
-    from pipeline.stages.mask import run_mask
+    from alphatoken.pipeline.mask.stage import run_mask
 
     settings = session.settings
     return run_mask(session.storage, session.manifest, settings.mask, settings.run.seed, session.progress)
@@ -24,7 +24,7 @@ def make(session: Session) -> dict[str, Any]:
 
 def tell(session: Session, summary: dict[str, Any]) -> None:
     """Three lines on stdout: where the masks are, what was kept, and what to type next."""
-    from pipeline.stages.redaction import redacted
+    from alphatoken.pipeline.run.redaction import redacted
 
     settings = session.settings
     place = session.storage.path(f"masks/{settings.mask.name}")
@@ -52,6 +52,6 @@ def _overrides(settings: MaskSettings) -> list[str]:
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     sys.exit(main(["mask", *sys.argv[1:]]))

@@ -8,11 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from alphatoken.jobs.cli import COMMANDS, parse
+from alphatoken.jobs.config import load
 from rich.console import Console
 from rich.table import Table
-
-from jobs.cli import COMMANDS, parse
-from jobs.config import load
 
 STATES = {"new": "to do", "done": "done, would be skipped", "overwritten": "would be done anew"}
 
@@ -22,10 +21,10 @@ def execute(arguments: Sequence[str]) -> int:
     parsed = parse("plan", arguments, COMMANDS["plan"].options)
     settings = load(parsed.overrides, parsed.recorded)
     settings = replace(settings, run=replace(settings.run, tracker="none"))
-    from jobs.session import Session
-    from pipeline.stages.plan import make_plan
-    from pipeline.stages.progress import Progress
-    from pipeline.stages.resume import resume_state
+    from alphatoken.jobs.session import Session
+    from alphatoken.pipeline.plan.plan import make_plan
+    from alphatoken.pipeline.plan.resume import resume_state
+    from alphatoken.pipeline.run.progress import Progress
 
     with Progress() as progress, Session(settings, progress) as session:
         models, full = session.models, session.with_data()
@@ -142,6 +141,6 @@ def _hours(hours: float) -> str:
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     sys.exit(main(["plan", *sys.argv[1:]]))

@@ -11,13 +11,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from alphatoken.pipeline.run.failure import SettingsWrong
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-
-from pipeline.stages.failure import SettingsWrong
 
 LONGEST_NAME = 100
 
@@ -49,7 +48,7 @@ def expand(overrides: Sequence[str]) -> list[Point]:
     choices: dict[str, list[str]] = {}
     swept: list[str] = []
     try:
-        with initialize_config_module("conf", version_base="1.3"):
+        with initialize_config_module("alphatoken.conf", version_base="1.3"):
             parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
             for override in parser.parse_overrides(list(overrides)):
                 key = override.get_key_element()

@@ -2,18 +2,18 @@
 
 import sys
 
-from jobs.session import Session
+from alphatoken.jobs.session import Session
 
 
 def execute(session: Session) -> None:
     """Run the stage."""
-    from pipeline.stages.prepare import run_prepare
+    from alphatoken.pipeline.prepare.stage import run_prepare
 
     settings, models = session.with_data(), session.models
     run_prepare(session.storage, session.manifest, settings, models.policy, session.cluster, session.progress)
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     sys.exit(main(["prepare", *sys.argv[1:]]))

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pipeline.stages.failure import SettingsWrong
-from pipeline.stages.storage import Storage
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.storage import Storage
 
 PLACES = (("data", "train"), ("data", "validation"), ("model", "policy"), ("model", "reference"))
 

@@ -2,17 +2,17 @@
 
 import sys
 
-from jobs.session import Session
+from alphatoken.jobs.session import Session
 
 
 def execute(session: Session) -> None:
     """Write the page; where it is, is said with the progress."""
-    from pipeline.stages.report import run_report
+    from alphatoken.pipeline.report.stage import run_report
 
     run_report(session.storage, session.manifest, session.settings, session.progress)
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     sys.exit(main(["report", *sys.argv[1:]]))

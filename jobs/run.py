@@ -2,14 +2,14 @@
 
 import sys
 
-from jobs import anchor, mask, prepare, report, value
-from jobs.session import Session
+from alphatoken.jobs import anchor, mask, prepare, report, value
+from alphatoken.jobs.session import Session
 
 
 def execute(session: Session) -> None:
     """Run all stages."""
-    from pipeline.stages.mask import check_norms
-    from pipeline.stages.selection import check_models
+    from alphatoken.pipeline.mask.stage import check_norms
+    from alphatoken.pipeline.value.selection import check_models
 
     check_norms(session.settings.mask, session.settings.valuation.gradient_norm)
     valuation, models = session.settings.valuation, session.models
@@ -26,6 +26,6 @@ def execute(session: Session) -> None:
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     sys.exit(main(["run", *sys.argv[1:]]))

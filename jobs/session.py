@@ -8,17 +8,17 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from pipeline.settings import Settings
-from pipeline.stages.failure import SettingsWrong
-from pipeline.stages.lock import RunLock
-from pipeline.stages.manifest import NAME, Manifest
-from pipeline.stages.progress import Progress
-from pipeline.stages.run_log import RunLog
-from pipeline.stages.storage import Storage
-from pipeline.stages.tracker import open_tracker
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.lock import RunLock
+from alphatoken.pipeline.run.manifest import NAME, Manifest
+from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.run.run_log import RunLog
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.run.tracker import open_tracker
+from alphatoken.pipeline.settings import Settings
 
 if TYPE_CHECKING:
-    from pipeline.stages.shard_loop import Cluster
+    from alphatoken.pipeline.cluster.shard_loop import Cluster
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +81,7 @@ class Session:
         donors = [storage for storage in (*own, *finished) if storage.root != self.storage.root]
         if not donors:
             return
-        from pipeline.stages.share import share_upstream, stage_inputs
+        from alphatoken.pipeline.plan.share import share_upstream, stage_inputs
 
         inputs = stage_inputs(self.with_data(), self.models.checkpoints, self.models.reference)
         for taken in share_upstream(self.storage, self.manifest, inputs, donors):
@@ -124,7 +124,7 @@ class Session:
     def cluster(self) -> Cluster:
         """The cluster of cluster.address; Ray is imported on first use, so that masks do without."""
         if self._cluster is None:
-            from pipeline.stages.shard_loop import Cluster
+            from alphatoken.pipeline.cluster.shard_loop import Cluster
 
             self._cluster = Cluster(self.settings.cluster, self.settings.debug)
         return self._cluster
@@ -138,8 +138,8 @@ class Session:
     def models(self) -> Models:
         """The models' places; fetches the embedded one on first use. Raises SettingsWrong for one that is not there."""
         if self._models is None:
-            from pipeline.maths.models import ModelSource, adapter_base
-            from pipeline.stages.remote import here
+            from alphatoken.pipeline.maths.models import ModelSource, adapter_base
+            from alphatoken.pipeline.run.remote import here
 
             places = tuple(self._place("model.policy", one) for one in self.settings.model.checkpoints)
             reference = self.settings.model.reference
@@ -148,16 +148,16 @@ class Session:
             else:
                 place = adapter_base(here(ModelSource(places[0]), weights=False).path) or places[0]
             if len(places) > 1:
-                from pipeline.stages.checkpoint_values import check_checkpoints
+                from alphatoken.pipeline.value.checkpoints import check_checkpoints
 
                 check_checkpoints(self.settings, places, place)
             self._models = Models(places, place)
         return self._models
 
     def _place(self, key: str, name: str) -> str:
-        from pipeline.maths.models import ModelSource, UnreadableModel, load_config
-        from pipeline.stages.example import example_model
-        from pipeline.stages.remote import Unreachable, here
+        from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config
+        from alphatoken.pipeline.prepare.example import example_model
+        from alphatoken.pipeline.run.remote import Unreachable, here
 
         if name == "embedded":
             return str(example_model(self.progress.say))
@@ -175,7 +175,7 @@ class Session:
 
     def with_data(self) -> Settings:
         """The settings with the embedded data's place filled in."""
-        from pipeline.stages.example import example_data, example_pairs
+        from alphatoken.pipeline.prepare.example import example_data, example_pairs
 
         data = self.settings.data
         embedded = {"embedded": example_data, "embedded-preference": example_pairs}

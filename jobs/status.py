@@ -7,10 +7,10 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from jobs.cli import COMMANDS, parse
-from jobs.config import load
-from jobs.submit import connect, first_line
-from pipeline.stages.failure import RunFailed, SettingsWrong
+from alphatoken.jobs.cli import COMMANDS, parse
+from alphatoken.jobs.config import load
+from alphatoken.jobs.submit import connect, first_line
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 
 
 def execute(arguments: Sequence[str]) -> int:
@@ -50,6 +50,6 @@ def _since(info: Any) -> str:
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     sys.exit(main(["status", *sys.argv[1:]]))

@@ -6,8 +6,8 @@ import sys
 import time
 from collections.abc import Sequence
 
-from jobs.status import found, job_of
-from pipeline.stages.failure import RunFailed
+from alphatoken.jobs.status import found, job_of
+from alphatoken.pipeline.run.failure import RunFailed
 
 STOP_SECONDS = 60.0
 
@@ -29,6 +29,6 @@ def execute(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     sys.exit(main(["stop", *sys.argv[1:]]))

@@ -1,6 +1,6 @@
 """alphatoken submit: run a stage as a job on a Ray cluster, through Ray's job API.
 
-The working directory is packed without what its .gitignore files name, and AlphaToken's own packages go along, so that
+The working directory is packed without what its .gitignore files name, and AlphaToken's own package goes along, so that
 the cluster needs the dependencies alone. To resume a job, submit it again.
 """
 
@@ -10,19 +10,22 @@ import asyncio
 import logging
 import os
 import shlex
+import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from jobs.cli import COMMANDS, Arguments, parse
-from jobs.config import load
-from pipeline.settings import Settings
-from pipeline.stages.failure import RunFailed, SettingsWrong
+from alphatoken.jobs.cli import COMMANDS, Arguments, parse
+from alphatoken.jobs.config import load
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.settings import Settings
 
-PACKAGES = ("jobs", "pipeline", "conf", "data_schemas")
+PARTS = ("jobs", "pipeline", "conf", "data_schemas")
 NOT_PACKED = [".git", ".venv", "__pycache__"]  # never in a .gitignore, or not needed where it runs
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "ALPHATOKEN_CACHE", "MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_PROJECT")
 NOT_READY, READY_SECONDS = "No available agent", 90.0  # what a cluster answers that has just been started
@@ -39,7 +42,7 @@ def execute(arguments: Sequence[str]) -> int:
         )
     parsed = parse("submit", rest, COMMANDS["submit"].options)
     settings = _checked(stage, parsed)
-    entrypoint = shlex.join(["python", "-m", "jobs", stage, *_job_arguments(rest, parsed, settings)])
+    entrypoint = shlex.join(["python", "-m", "alphatoken.jobs", stage, *_job_arguments(rest, parsed, settings)])
     client = connect(settings.cluster.dashboard)
     job = _submit(client, entrypoint)
     print(f"job {job}: {entrypoint}", file=sys.stderr)
@@ -84,7 +87,7 @@ def _checked(stage: str, parsed: Arguments) -> Settings:
     """Settings are checked here, so that a typing mistake costs no upload."""
     if "--multirun" not in parsed.flags:
         return load(parsed.overrides, parsed.recorded)
-    from jobs.sweep import sweep_points
+    from alphatoken.jobs.sweep import sweep_points
 
     points, _ = sweep_points(parsed.overrides, parsed.recorded)
     base = [o for o in parsed.overrides if o.partition("=")[0] in ("run.dir", "cluster.dashboard")]
@@ -115,32 +118,33 @@ def _quoted(text: str) -> str:
 
 
 def _submit(client: Any, entrypoint: str) -> str:
-    roots = [str(Path(sys.modules[name].__file__ or "").parent) for name in _imported()]
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
-    runtime = {
-        "working_dir": os.getcwd(),
-        "excludes": NOT_PACKED,
-        "py_modules": roots,
-        "env_vars": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1", **environment},
-    }
-    asked = time.monotonic()
-    while True:
-        try:
-            return client.submit_job(entrypoint=entrypoint, runtime_env=runtime)
-        except Exception as error:
-            starting = NOT_READY in str(error) and time.monotonic() - asked < READY_SECONDS
-            if not starting:
-                raise RunFailed(f"the job could not be submitted: {first_line(error)}") from error
-            time.sleep(1.0)
+    with tempfile.TemporaryDirectory() as scratch:
+        runtime = {
+            "working_dir": os.getcwd(),
+            "excludes": NOT_PACKED,
+            "py_modules": [_own_package(Path(scratch))],
+            "env_vars": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1", **environment},
+        }
+        asked = time.monotonic()
+        while True:
+            try:
+                return client.submit_job(entrypoint=entrypoint, runtime_env=runtime)
+            except Exception as error:
+                starting = NOT_READY in str(error) and time.monotonic() - asked < READY_SECONDS
+                if not starting:
+                    raise RunFailed(f"the job could not be submitted: {first_line(error)}") from error
+                time.sleep(1.0)
 
 
-def _imported() -> tuple[str, ...]:
-    import conf
-    import data_schemas
-    import pipeline
-
-    assert conf and data_schemas and pipeline
-    return PACKAGES
+def _own_package(scratch: Path) -> str:
+    """This package as one folder below ``scratch``, as a wheel has it: of an editable install the parts lie apart."""
+    target, unwanted = scratch / "alphatoken", shutil.ignore_patterns("__pycache__")
+    target.mkdir()
+    shutil.copy(str(files("alphatoken") / "__init__.py"), target)
+    for part in PARTS:
+        shutil.copytree(str(files(f"alphatoken.{part}")), target / part, ignore=unwanted)
+    return str(target)
 
 
 def _follow(client: Any, job: str) -> int:
@@ -167,6 +171,6 @@ def _follow(client: Any, job: str) -> int:
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     sys.exit(main(["submit", *sys.argv[1:]]))

@@ -14,18 +14,17 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
+from alphatoken.data_schemas import COMPONENTS
+from alphatoken.jobs.config import load
+from alphatoken.jobs.points import Point, Swept, expand, point_name
+from alphatoken.jobs.session import Session
+from alphatoken.pipeline.mask.comparison import ComparedMask, MaskPlace, branches_of, compare
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import Settings
 from rich.console import Console
 from rich.table import Table
-
-from data_schemas import COMPONENTS
-from jobs.config import load
-from jobs.points import Point, Swept, expand, point_name
-from jobs.session import Session
-from pipeline.settings import Settings
-from pipeline.stages.failure import RunFailed, SettingsWrong
-from pipeline.stages.mask_comparison import ComparedMask, MaskPlace, branches_of, compare
-from pipeline.stages.progress import Progress
-from pipeline.stages.storage import Storage
 
 DEFAULT_MASK = "default"
 
@@ -125,7 +124,7 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
                 session = sessions[root]
                 session.change(settings)
                 with redirect_stdout(io.StringIO()):  # a stage's last words are for a single run; here is a table
-                    importlib.import_module(f"jobs.{command}").execute(session)
+                    importlib.import_module(f"{__package__}.{command}").execute(session)
                 session.tell()
                 finished.append(session.storage)
             except KeyboardInterrupt:

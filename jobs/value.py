@@ -2,12 +2,12 @@
 
 import sys
 
-from jobs.session import Session
+from alphatoken.jobs.session import Session
 
 
 def execute(session: Session) -> None:
     """Run the stage."""
-    from pipeline.stages.value import run_value
+    from alphatoken.pipeline.value.stage import run_value
 
     models = session.models
     run_value(
@@ -22,6 +22,6 @@ def execute(session: Session) -> None:
 
 
 if __name__ == "__main__":
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     sys.exit(main(["value", *sys.argv[1:]]))

@@ -1,11 +1,11 @@
 """Masked preference data for trainers: a collator for TRL's DPOTrainer and the layout that LLaMA-Factory reads.
 
-    from pipeline.dpo import MaskedPreferenceCollator
+    from alphatoken.pipeline.dpo import MaskedPreferenceCollator
     trainer = DPOTrainer(model, args=DPOConfig(..., max_length=None, remove_unused_columns=False),
                          train_dataset=load_dataset("RUN/masks/default", split="train"),
                          processing_class=tokenizer, data_collator=MaskedPreferenceCollator(tokenizer.pad_token_id))
 
-The collator needs torch and no trainer; the loss of Eq. 14 is `pipeline.maths.preference.masked_preference_loss`.
+The collator needs torch and no trainer; the loss of Eq. 14 is `alphatoken.pipeline.maths.preference.masked_preference_loss`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-
-from data_schemas import BRANCHES
+from alphatoken.data_schemas import BRANCHES
 
 IGNORED = -100
 SUMS = ("ref_chosen_logps", "ref_rejected_logps")

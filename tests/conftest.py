@@ -161,7 +161,7 @@ PREFERENCE = ["data.validation=5", "valuation.beta=0.3"]
 @pytest.fixture(scope="session")
 def preference_run(tmp_path_factory, ray_cluster, policy, reference, pairs_file) -> Path:
     """A whole run over preference pairs; policy and reference are two models, the validation set is held out."""
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     run = tmp_path_factory.mktemp("preference")
     arguments = [f"run.dir={run}", f"model.policy={policy}", f"model.reference={reference}", f"data.train={pairs_file}"]
@@ -172,7 +172,7 @@ def preference_run(tmp_path_factory, ray_cluster, policy, reference, pairs_file)
 @pytest.fixture
 def alphatoken(ray_cluster, capfd):
     """Run the command line in this process; returns (exit status, stdout, stderr)."""
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     def run(*arguments: object) -> tuple[int, str, str]:
         capfd.readouterr()

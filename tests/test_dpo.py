@@ -3,9 +3,8 @@
 import datasets
 import pytest
 import torch
+from alphatoken.pipeline.dpo import MaskedPreferenceCollator, save_for_llamafactory
 from transformers import AutoModelForCausalLM, AutoTokenizer
-
-from pipeline.dpo import MaskedPreferenceCollator, save_for_llamafactory
 
 BETA = 0.3
 

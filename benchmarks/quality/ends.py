@@ -23,12 +23,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
+from alphatoken.pipeline.maths.batch import IGNORED
 
 from benchmarks.quality.finetune import cut_responses
 from benchmarks.quality.grid import FISHER, HELD_OUT, PAPER, TRAIN, UNTOUCHED, VALIDATION, Quality, write_rows
 from benchmarks.quality.noise import ranks
 from benchmarks.quality.rows import Rows, load_rows
-from pipeline.maths.batch import IGNORED
 
 VALUES: dict[str, tuple[str, ...]] = {
     "paper": (PAPER, *UNTOUCHED),

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-
-from pipeline.maths.batch import Batch, by_token_budget, collate, response_start
-from pipeline.maths.warmup import schedule
+from alphatoken.pipeline.maths.batch import Batch, by_token_budget, collate, response_start
+from alphatoken.pipeline.maths.warmup import schedule
 
 ROWS_AT_ONCE = 2  # of a step's rows, of like lengths: half the memory, and hardly any padding
 Tokens = Sequence[tuple[list[int], list[int]]]  # (input_ids, labels) per row

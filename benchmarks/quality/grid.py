@@ -18,14 +18,14 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
+from alphatoken.pipeline.prepare.example import example_model
+from alphatoken.pipeline.prepare.tokenize import ExampleMaker
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from benchmarks.quality.finetune import Recipe, Tokens, finetune, mean_loss
 from benchmarks.quality.loop import closed_loop
 from benchmarks.quality.rows import Rows, load_rows
-from pipeline.stages.example import example_model
-from pipeline.stages.tokenize import ExampleMaker
 
 TRAIN, VALIDATION, FISHER, HELD_OUT = 216, 32, 32, 40
 CHOSEN_BY = ("choose", "choose_general")  # settings are chosen on these rows, and reported on the others
@@ -211,7 +211,7 @@ class Quality:
 
         One worker on this process's threads: where several grids run at once, more would wait for each other.
         """
-        command = [sys.executable, "-m", "jobs", "run", f"run.dir={run}", f"data.train={train}"]
+        command = [sys.executable, "-m", "alphatoken.jobs", "run", f"run.dir={run}", f"data.train={train}"]
         command += [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
         command += ["cluster.workers=1", f"cluster.cpus_per_worker={torch.get_num_threads()}"]
         subprocess.run([*command, *overrides], check=True)

@@ -6,14 +6,14 @@ import random
 from collections.abc import Callable
 
 import torch
+from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
+from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.masking import threshold_of
+from alphatoken.pipeline.maths.outer_sums import OuterSum
 
+from alphatoken import Directions, TokenValuer
 from benchmarks.quality.finetune import Tokens
-from pipeline import Directions, TokenValuer
-from pipeline.maths.batch import IGNORED, Batch, collate
-from pipeline.maths.decoder import scored_layers
-from pipeline.maths.ghost import ghost_pass
-from pipeline.maths.masking import threshold_of
-from pipeline.maths.outer_sums import OuterSum
 
 VALIDATION_ROWS = 8  # drawn anew at every step
 

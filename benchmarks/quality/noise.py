@@ -23,10 +23,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
+from alphatoken.pipeline.maths.batch import IGNORED, response_start
 
 from benchmarks.quality.finetune import Tokens
 from benchmarks.quality.grid import FISHER, PAPER, TRAIN, UNTOUCHED, Quality, Row, _at, results_in, table
-from pipeline.maths.batch import IGNORED, response_start
 
 SHARE = 0.2
 NORM = "valuation.gradient_norm=true"

@@ -18,19 +18,19 @@ from typing import Any
 
 import numpy as np
 import torch
+from alphatoken.pipeline.maths.adamw import ScoredAdamW
+from alphatoken.pipeline.maths.batch import by_token_budget, collate
+from alphatoken.pipeline.maths.capture import swapped
+from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.rehearsal import RehearsedModel
+from alphatoken.pipeline.maths.warmup import schedule
 
 from benchmarks.quality.finetune import Recipe, Tokens, batches, losses_of
 from benchmarks.quality.grid import CHOSEN_BY, COLUMNS, ROWS, Quality, Row, results_in, table
 from benchmarks.quality.noise import ranks
-from pipeline.maths.adamw import ScoredAdamW
-from pipeline.maths.batch import by_token_budget, collate
-from pipeline.maths.capture import swapped
-from pipeline.maths.decoder import scored_layers
-from pipeline.maths.lower import lower_layers_once
-from pipeline.maths.models import ModelSource, load_model
-from pipeline.maths.outer_sums import OuterSum
-from pipeline.maths.rehearsal import RehearsedModel
-from pipeline.maths.warmup import schedule
 
 Weights = dict[str, torch.Tensor]
 LEARNING_RATE = 2 * Recipe().learning_rate

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.stages.example import cache_directory
+from alphatoken.pipeline.prepare.example import cache_directory
 
 LONGEST_PROMPT, LONGEST_CODE = 800, 700  # characters
 SOURCES = {

@@ -12,11 +12,10 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from alphatoken.pipeline.maths.attention import BandBlock, intercepted
+from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
+from alphatoken.pipeline.maths.experts import tapped_experts
 from torch import nn
-
-from pipeline.maths.attention import BandBlock, intercepted
-from pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
-from pipeline.maths.experts import tapped_experts
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-
-from pipeline.maths.attention import apply_band
-from pipeline.maths.capture import Captured
-from pipeline.maths.decoder import LinearMap, ScoredLayers
-from pipeline.maths.value_projection import ValueProjection
+from alphatoken.pipeline.maths.attention import apply_band
+from alphatoken.pipeline.maths.capture import Captured
+from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers
+from alphatoken.pipeline.maths.value_projection import ValueProjection
 
 WORKSPACE_ELEMENTS = 1 << 24
 

@@ -12,12 +12,11 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from alphatoken.pipeline.maths.attention import BLOCK
+from alphatoken.pipeline.maths.batch import by_token_budget
+from alphatoken.pipeline.maths.decoder import ScoredLayers, is_stacked_experts, scored_layers
+from alphatoken.pipeline.maths.head import CHUNK_BYTES
 from torch import nn
-
-from pipeline.maths.attention import BLOCK
-from pipeline.maths.batch import by_token_budget
-from pipeline.maths.decoder import ScoredLayers, is_stacked_experts, scored_layers
-from pipeline.maths.head import CHUNK_BYTES
 
 DIRECTIONS = 2  # adaptation and stability
 

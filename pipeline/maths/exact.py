@@ -23,14 +23,13 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.autograd.forward_ad as forward_ad
-
-from pipeline.maths.attention import intercepted
-from pipeline.maths.batch import IGNORED, Batch
-from pipeline.maths.capture import frozen
-from pipeline.maths.decoder import ScoredLayers, UnsupportedModel
-from pipeline.maths.experts import tapped_experts
-from pipeline.maths.head import chunk_rows, head_of
-from pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.attention import intercepted
+from alphatoken.pipeline.maths.batch import IGNORED, Batch
+from alphatoken.pipeline.maths.capture import frozen
+from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
+from alphatoken.pipeline.maths.experts import tapped_experts
+from alphatoken.pipeline.maths.head import chunk_rows, head_of
+from alphatoken.pipeline.maths.lower import lower_layers_once
 
 
 def exact_values(

@@ -13,10 +13,9 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from alphatoken.pipeline.maths.decoder import is_stacked_experts
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-from pipeline.maths.decoder import is_stacked_experts
 
 NAME = "alphatoken"
 

@@ -7,11 +7,10 @@ gradient sums d h^T, the Fisher sums d^2 (h^2)^T.
 from __future__ import annotations
 
 import torch
-
-from pipeline.maths.batch import Batch
-from pipeline.maths.capture import Visitor, captured
-from pipeline.maths.decoder import ScoredLayers
-from pipeline.maths.head import token_losses
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.capture import Visitor, captured
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.head import token_losses
 
 
 def ghost_pass(

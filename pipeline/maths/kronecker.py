@@ -15,9 +15,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
-
-from pipeline.maths.capture import Captured
-from pipeline.maths.decoder import LinearMap, ScoredLayers
+from alphatoken.pipeline.maths.capture import Captured
+from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers
 
 
 class KroneckerFactors:

@@ -5,12 +5,11 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.capture import Captured, frozen
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.ghost import ghost_pass
 from torch import nn
-
-from pipeline.maths.batch import Batch
-from pipeline.maths.capture import Captured, frozen
-from pipeline.maths.decoder import ScoredLayers
-from pipeline.maths.ghost import ghost_pass
 
 
 class NonFinite(ArithmeticError):

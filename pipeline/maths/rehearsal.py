@@ -14,17 +14,16 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-
-from pipeline.maths.batch import IGNORED, Batch, by_token_budget
-from pipeline.maths.capture import swapped
-from pipeline.maths.decoder import ScoredLayers
-from pipeline.maths.directions import Directions
-from pipeline.maths.ghost import ghost_pass
-from pipeline.maths.lower import lower_layers_once
-from pipeline.maths.masking import Bools, Floats, threshold_of, token_values
-from pipeline.maths.nonfinite import locate
-from pipeline.maths.outer_sums import OuterSum
-from pipeline.maths.valuer import TokenValuer
+from alphatoken.pipeline.maths.batch import IGNORED, Batch, by_token_budget
+from alphatoken.pipeline.maths.capture import swapped
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.directions import Directions
+from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.masking import Bools, Floats, threshold_of, token_values
+from alphatoken.pipeline.maths.nonfinite import locate
+from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.valuer import TokenValuer
 
 LANES = 8  # and so at most as many workers have something to do at once
 

@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
 from transformers import GenerationConfig
-
-from pipeline.maths.batch import IGNORED, Batch, collate
 
 
 @torch.no_grad()

@@ -12,11 +12,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from alphatoken.pipeline.maths.attention import intercepted
+from alphatoken.pipeline.maths.capture import frozen
+from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
 from torch import nn
-
-from pipeline.maths.attention import intercepted
-from pipeline.maths.capture import frozen
-from pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
 
 
 @dataclass(frozen=True, slots=True)

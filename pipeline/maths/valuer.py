@@ -10,17 +10,16 @@ d_p^T M h_p and e_p^T M_v h_p for both directions.
 from __future__ import annotations
 
 import torch
+from alphatoken.pipeline.maths.batch import IGNORED, Batch
+from alphatoken.pipeline.maths.capture import swapped
+from alphatoken.pipeline.maths.contraction import Contraction, StackedDirections
+from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers
+from alphatoken.pipeline.maths.directions import Directions
+from alphatoken.pipeline.maths.exact import check_forward_mode, exact_values
+from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.nonfinite import locate
+from alphatoken.pipeline.maths.value_projection import ValueProjection, value_projections
 from torch import nn
-
-from pipeline.maths.batch import IGNORED, Batch
-from pipeline.maths.capture import swapped
-from pipeline.maths.contraction import Contraction, StackedDirections
-from pipeline.maths.decoder import ScoredLayers, scored_layers
-from pipeline.maths.directions import Directions
-from pipeline.maths.exact import check_forward_mode, exact_values
-from pipeline.maths.ghost import ghost_pass
-from pipeline.maths.nonfinite import locate
-from pipeline.maths.value_projection import ValueProjection, value_projections
 
 ESTIMATORS = ("ghost", "exact", "information")
 

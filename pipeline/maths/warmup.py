@@ -10,13 +10,12 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-
-from pipeline.maths.adamw import ScoredAdamW
-from pipeline.maths.batch import Batch
-from pipeline.maths.decoder import ScoredLayers
-from pipeline.maths.ghost import ghost_pass
-from pipeline.maths.nonfinite import locate
-from pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.adamw import ScoredAdamW
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.nonfinite import locate
+from alphatoken.pipeline.maths.outer_sums import OuterSum
 
 
 def warm_up(

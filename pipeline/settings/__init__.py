@@ -1,13 +1,13 @@
 """Typed, frozen settings: one small dataclass per configuration group, with the help text of every key."""
 
-from pipeline.settings.anchor import AnchorSettings, FisherSettings, WarmupSettings
-from pipeline.settings.cluster import ClusterSettings
-from pipeline.settings.data import ColumnSettings, DataSettings
-from pipeline.settings.mask import MaskSettings
-from pipeline.settings.model import ModelSettings
-from pipeline.settings.rehearsal import RehearsalSettings
-from pipeline.settings.run import STAGES, RunSettings, Settings
-from pipeline.settings.valuation import ValuationSettings
+from alphatoken.pipeline.settings.anchor import AnchorSettings, FisherSettings, WarmupSettings
+from alphatoken.pipeline.settings.cluster import ClusterSettings
+from alphatoken.pipeline.settings.data import ColumnSettings, DataSettings
+from alphatoken.pipeline.settings.mask import MaskSettings
+from alphatoken.pipeline.settings.model import ModelSettings
+from alphatoken.pipeline.settings.rehearsal import RehearsalSettings
+from alphatoken.pipeline.settings.run import STAGES, RunSettings, Settings
+from alphatoken.pipeline.settings.valuation import ValuationSettings
 
 __all__ = [
     "STAGES",

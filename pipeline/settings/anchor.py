@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, field
 
-from pipeline.settings.option import at_least, auto_or_at_least, one_of, option
+from alphatoken.pipeline.settings.option import at_least, auto_or_at_least, one_of, option
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from pipeline.settings.option import auto_or_at_least, option
+from alphatoken.pipeline.settings.option import auto_or_at_least, option
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from pipeline.settings.option import at_least, one_of, option
+from alphatoken.pipeline.settings.option import at_least, one_of, option
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,8 +4,8 @@ import re
 from dataclasses import dataclass, replace
 from typing import Any
 
-from data_schemas import MASK_EXTRA_COLUMNS
-from pipeline.settings.option import at_least, one_of, option
+from alphatoken.data_schemas import MASK_EXTRA_COLUMNS
+from alphatoken.pipeline.settings.option import at_least, one_of, option
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.settings.option import one_of, option
+from alphatoken.pipeline.settings.option import one_of, option
 
 
 @dataclass(frozen=True, slots=True)

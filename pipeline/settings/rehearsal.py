@@ -4,8 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.settings.mask import MaskSettings
-from pipeline.settings.option import at_least, option
+from alphatoken.pipeline.settings.mask import MaskSettings
+from alphatoken.pipeline.settings.option import at_least, option
 
 
 @dataclass(frozen=True, slots=True)

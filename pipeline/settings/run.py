@@ -2,14 +2,14 @@
 
 from dataclasses import dataclass, field, replace
 
-from pipeline.settings.anchor import AnchorSettings
-from pipeline.settings.cluster import ClusterSettings
-from pipeline.settings.data import DataSettings
-from pipeline.settings.mask import MaskSettings
-from pipeline.settings.model import ModelSettings
-from pipeline.settings.option import one_of, option
-from pipeline.settings.rehearsal import contradictions
-from pipeline.settings.valuation import NO_LOSS, ValuationSettings
+from alphatoken.pipeline.settings.anchor import AnchorSettings
+from alphatoken.pipeline.settings.cluster import ClusterSettings
+from alphatoken.pipeline.settings.data import DataSettings
+from alphatoken.pipeline.settings.mask import MaskSettings
+from alphatoken.pipeline.settings.model import ModelSettings
+from alphatoken.pipeline.settings.option import one_of, option
+from alphatoken.pipeline.settings.rehearsal import contradictions
+from alphatoken.pipeline.settings.valuation import NO_LOSS, ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"

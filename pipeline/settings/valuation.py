@@ -2,8 +2,8 @@
 
 from dataclasses import dataclass, field
 
-from pipeline.settings.option import at_least, auto_or_at_least, one_of, option
-from pipeline.settings.rehearsal import RehearsalSettings
+from alphatoken.pipeline.settings.option import at_least, auto_or_at_least, one_of, option
+from alphatoken.pipeline.settings.rehearsal import RehearsalSettings
 
 ESTIMATORS = ("auto", "ghost", "exact", "information")
 METHODS = ("alphatoken", "excess_loss", "loss", "entropy", "random", "full")

@@ -1,7 +1,8 @@
 """The correlation between the ends of a fine-tune: what rows it is taken over."""
 
+from alphatoken.pipeline.maths.batch import IGNORED
+
 from benchmarks.quality.finetune import cut_responses
-from pipeline.maths.batch import IGNORED
 
 
 def test_a_response_is_cut_after_so_many_tokens_and_a_shorter_one_is_left_whole():

@@ -4,9 +4,9 @@ import random
 
 import numpy as np
 import pytest
+from alphatoken.pipeline.maths.batch import IGNORED
 
 from benchmarks.quality.noise import area_under_curve, areas, plant_tokens, swap_rows
-from pipeline.maths.batch import IGNORED
 
 
 def rows(count: int = 40):

@@ -3,8 +3,8 @@
 import sys
 import time
 
-from pipeline.stages.lock import RunLock
-from pipeline.stages.storage import Storage
+from alphatoken.pipeline.run.lock import RunLock
+from alphatoken.pipeline.run.storage import Storage
 
 with RunLock(Storage(sys.argv[1])):
     time.sleep(600)

@@ -6,14 +6,14 @@ import threading
 import time
 
 import pytest
+from alphatoken.jobs.cli import main
+from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.lock import DIRECTORY, RunLock
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.storage import Storage
 
-from jobs.cli import main
-from pipeline.stages.failure import RunFailed
-from pipeline.stages.lock import DIRECTORY, RunLock
-from pipeline.stages.manifest import Manifest
-from pipeline.stages.storage import Storage
 from tests.faults.interrupted_run import python, until
-from tests.stages.synthetic_run import write_run
+from tests.mask.synthetic_run import write_run
 
 
 @pytest.fixture(params=["disk", "object store"])

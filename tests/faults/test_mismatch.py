@@ -16,7 +16,7 @@ def results(run: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, ray_cluster, policy, reference):
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     place = tmp_path_factory.mktemp("mismatch")
     train = write_rows(place / "train.jsonl", [chat_row(i) for i in range(30)])
@@ -96,7 +96,7 @@ def test_a_part_that_is_gone_or_cut_off_is_done_again_though_its_stage_was_done(
 
 def test_a_start_anew_that_is_interrupted_is_finished_by_the_next_command(alphatoken, run, monkeypatch):
     directory, same, _ = run
-    from pipeline.stages.storage import Storage
+    from alphatoken.pipeline.run.storage import Storage
 
     before = results(directory)
 

@@ -2,20 +2,20 @@
 
 import pytest
 import torch
+from alphatoken.pipeline.anchor import worker as anchor_worker
+from alphatoken.pipeline.anchor.tensors import counts_of, read_tensors, write_tensors
+from alphatoken.pipeline.anchor.worker import WARMUP_STATE, AnchorTask, AnchorWorker, Sequences
+from alphatoken.pipeline.maths.batch import collate
+from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.nonfinite import NonFinite
+from alphatoken.pipeline.maths.warmup import warm_up
+from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import AnchorSettings, Settings, ValuationSettings
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import Directions, TokenValuer
-from pipeline.maths.batch import collate
-from pipeline.maths.decoder import scored_layers
-from pipeline.maths.models import ModelSource
-from pipeline.maths.nonfinite import NonFinite
-from pipeline.maths.warmup import warm_up
-from pipeline.settings import AnchorSettings, Settings, ValuationSettings
-from pipeline.stages import anchor_worker
-from pipeline.stages.anchor_worker import WARMUP_STATE, AnchorTask, AnchorWorker, Sequences
-from pipeline.stages.failure import RunFailed
-from pipeline.stages.storage import Storage
-from pipeline.stages.tensors import counts_of, read_tensors, write_tensors
+from alphatoken import Directions, TokenValuer
 
 
 def tiny(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

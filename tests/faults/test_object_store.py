@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from alphatoken.pipeline.run.storage import Storage
 
-from pipeline.stages.storage import Storage
 from tests.conftest import chat_row, save_model
 from tests.faults.interrupted_run import MANY_PIECES, contents, python, without_ray
 from tests.faults.object_store import SECRET, USER, every, slowly
@@ -90,7 +90,7 @@ def test_errors_that_pass_are_sat_out(object_store, storage, status):
 
 
 def test_errors_that_do_not_pass_end_in_one_that_names_the_store(object_store, storage, monkeypatch):
-    monkeypatch.setattr("pipeline.stages.attempts.PAUSES", ())
+    monkeypatch.setattr("alphatoken.pipeline.run.attempts.PAUSES", ())
     object_store.fault = lambda method, path, query: 503 if method == "PUT" else None
     with pytest.raises(OSError, match=r"part\.parquet.*"):
         storage.write_table("values/part.parquet", TABLE, "f")
@@ -120,7 +120,7 @@ def test_a_slow_store_is_waited_for(object_store, storage):
 
 
 def test_data_that_changes_has_another_fingerprint_and_is_fetched_again(object_store, tmp_path, monkeypatch):
-    from pipeline.stages.sources import open_sources
+    from alphatoken.pipeline.prepare.sources import open_sources
 
     monkeypatch.setenv("ALPHATOKEN_CACHE", str(tmp_path / "cache"))
     found = []
@@ -138,7 +138,7 @@ def test_data_that_changes_has_another_fingerprint_and_is_fetched_again(object_s
 def test_a_store_that_does_not_answer_is_named_without_its_secret(
     alphatoken, tmp_path, policy, train_file, key, monkeypatch
 ):
-    monkeypatch.setattr("pipeline.stages.attempts.PAUSES", ())
+    monkeypatch.setattr("alphatoken.pipeline.run.attempts.PAUSES", ())
     gone = f"s3://{USER}:{SECRET}@bucket/x.jsonl?endpoint_override=127.0.0.1:9&scheme=http&region=us-east-1"
     given = {"run.dir": tmp_path / "r", "model.policy": policy, "data.train": train_file, key: f"'{gone}'"}
     status, out, err = alphatoken("prepare", *[f"{name}={value}" for name, value in given.items()])

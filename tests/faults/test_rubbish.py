@@ -9,17 +9,17 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from alphatoken.data_schemas import PREPARED, QUARANTINE
+from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.prepare import sources as reading
+from alphatoken.pipeline.prepare.sources import open_sources
+from alphatoken.pipeline.prepare.stage import PrepareWorker, _Task
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import Settings
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_schemas import PREPARED, QUARANTINE
-from pipeline.maths.models import ModelSource
-from pipeline.settings import Settings
-from pipeline.stages import sources as reading
-from pipeline.stages.failure import SettingsWrong
-from pipeline.stages.prepare import PrepareWorker, _Task
-from pipeline.stages.sources import open_sources
-from pipeline.stages.storage import Storage
 from tests.conftest import chat_row
 
 VOCABULARY = 320

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from alphatoken.pipeline.cluster import shard_loop
+from alphatoken.pipeline.cluster.shard_loop import Resources, Shard, WorkerPool
+from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.run.storage import Storage
 from rich.console import Console
 
-from pipeline.stages import shard_loop
-from pipeline.stages.failure import RunFailed
-from pipeline.stages.progress import Progress
-from pipeline.stages.shard_loop import Resources, Shard, WorkerPool
-from pipeline.stages.storage import Storage
 from tests.faults.interrupted_run import python
 
 TABLE = pa.table({"x": list(range(20_000))})
@@ -122,7 +122,7 @@ def test_a_full_disk_leaves_nothing_under_the_final_name_and_says_so(tmp_path, m
     class Known:
         hex = "known"
 
-    monkeypatch.setattr("pipeline.stages.storage.uuid.uuid4", lambda: Known)
+    monkeypatch.setattr("alphatoken.pipeline.run.storage.uuid.uuid4", lambda: Known)
     (tmp_path / "values" / ".part.known.tmp").symlink_to("/dev/full")
     with pytest.raises(OSError, match="No space left on device"):
         storage.write_bytes("values/part", b"x" * 100_000)

@@ -21,7 +21,7 @@ import sys
 import time
 from typing import Any
 
-from pipeline.stages.shard_loop import Resources
+from alphatoken.pipeline.cluster.shard_loop import Resources
 
 LONGEST_DELAY = 0.12  # seconds from the claim to a kill from outside
 LATEST_STEP = 30  # of writing, where a driver kills itself
@@ -79,10 +79,11 @@ class InMemory:
 def driver(arguments: list[str], claimed: int, die_at_step: int | None) -> int:
     """One driver; writes a byte to ``claimed`` when the run directory is its own. Returns the exit status."""
     import torch
-
-    from jobs import session
-    from jobs.cli import main
-    from pipeline.stages import rehearsal, shard_loop, storage
+    from alphatoken.jobs import session
+    from alphatoken.jobs.cli import main
+    from alphatoken.pipeline.cluster import shard_loop
+    from alphatoken.pipeline.run import storage
+    from alphatoken.pipeline.value import rehearsal
 
     torch.set_num_threads(1)
     rehearsal.Shared = InMemory  # type: ignore[misc, assignment]
@@ -173,7 +174,7 @@ def finished(run: str) -> bool:
     """Whether the last stage of a run is done; found out in a process of its own, since clients do not survive a fork."""
     process = os.fork()
     if process == 0:
-        from pipeline.stages.storage import Storage
+        from alphatoken.pipeline.run.storage import Storage
 
         storage = Storage(run)
         stages = storage.read_json("run.json")["stages"] if storage.exists("run.json") else {}
@@ -182,13 +183,12 @@ def finished(run: str) -> bool:
 
 
 if __name__ == "__main__":
+    import alphatoken.jobs.run
+    import alphatoken.pipeline.anchor.stage
+    import alphatoken.pipeline.mask.stage
+    import alphatoken.pipeline.prepare.stage
+    import alphatoken.pipeline.value.rehearsal
+    import alphatoken.pipeline.value.stage  # noqa: F401
     import transformers  # noqa: F401 - once, for all the drivers to come
-
-    import jobs.run  # noqa: F401
-    import pipeline.stages.anchor
-    import pipeline.stages.mask
-    import pipeline.stages.prepare
-    import pipeline.stages.rehearsal
-    import pipeline.stages.value  # noqa: F401
 
     print(json.dumps(interrupt(sys.argv[3:], int(sys.argv[1]), int(sys.argv[2]))))

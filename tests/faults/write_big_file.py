@@ -2,6 +2,6 @@
 
 import sys
 
-from pipeline.stages.storage import Storage
+from alphatoken.pipeline.run.storage import Storage
 
 Storage(sys.argv[1]).write_bytes(sys.argv[2], bytes(24 << 20))

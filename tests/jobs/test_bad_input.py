@@ -160,7 +160,7 @@ def test_nan_stops_the_run_and_names_example_and_module(alphatoken, tmp_path, po
         model.model.layers[1].mlp.down_proj.weight[3, 4] = float("nan")
     model.save_pretrained(broken)
     manifest = json.loads((tmp_path / "r/run.json").read_text())
-    from pipeline.stages.fingerprint import of_model
+    from alphatoken.pipeline.run.fingerprint import of_model
 
     manifest["stages"]["anchor"]["inputs"]["policy"] = of_model(str(broken))  # as if the file had rotted since
     (tmp_path / "r/run.json").write_text(json.dumps(manifest))

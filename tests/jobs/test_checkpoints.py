@@ -7,9 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from alphatoken.data_schemas import COMPONENTS, VALUES
+from alphatoken.pipeline.anchor import stage as anchor
+from alphatoken.pipeline.value import checkpoints as checkpoint_values
 
-from data_schemas import COMPONENTS, VALUES
-from pipeline.stages import anchor, checkpoint_values
 from tests.conftest import PREFERENCE, SMALL, save_model
 from tests.jobs.test_run import hashes
 
@@ -26,7 +27,7 @@ def later(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, ray_cluster, later, policy, reference, train_file):
     """A whole run with these checkpoints, once for each list and number of workers."""
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     runs: dict[tuple, Path] = {}
 

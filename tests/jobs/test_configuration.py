@@ -9,12 +9,11 @@ import jsonschema
 import pytest
 import ray
 import yaml
-
-from jobs.cli import COMMANDS
-from jobs.config import groups, keys, load
-from pipeline.settings import Settings
-from pipeline.settings.units import UNITS
-from pipeline.stages.failure import SettingsWrong
+from alphatoken.jobs.cli import COMMANDS
+from alphatoken.jobs.config import groups, keys, load
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.units import UNITS
 
 JOBS = Path(__file__).parents[2] / "jobs"
 GIVEN = {
@@ -44,7 +43,7 @@ def test_every_numeric_key_has_a_unit_and_no_other_key_is_named():
 @pytest.mark.parametrize("recipe", groups()["experiment"])
 def test_recipes_compose_and_say_what_they_fit(recipe):
     load([f"experiment={recipe}", *GIVEN.get(recipe, [])])
-    text = files("conf").joinpath(f"experiment/{recipe}.yaml").read_text()
+    text = files("alphatoken.conf").joinpath(f"experiment/{recipe}.yaml").read_text()
     assert "GB" in text.split("\n\n")[0]
 
 

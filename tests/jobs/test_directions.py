@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from alphatoken.data_schemas import COMPONENTS
+from alphatoken.pipeline.maths.batch import collate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from data_schemas import COMPONENTS
-from pipeline import Directions, TokenValuer
-from pipeline.maths.batch import collate
+from alphatoken import Directions, TokenValuer
 from tests.conftest import SMALL
 
 SNAPSHOTS = ("anchor.snapshots=3", "anchor.warmup.learning_rate=0.01")
@@ -21,7 +21,7 @@ SNAPSHOTS = ("anchor.snapshots=3", "anchor.warmup.learning_rate=0.01")
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, ray_cluster, policy, train_file, validation_file):
     """Run the stages up to value with overrides, once per set of them."""
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     runs: dict[tuple[str, ...], Path] = {}
 

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from alphatoken.data_schemas import COMPONENTS, preference_values_schema, values_schema
+from alphatoken.pipeline.maths.batch import collate
+from alphatoken.pipeline.maths.masking import rank_of
 from transformers import AutoModelForCausalLM
 
-from data_schemas import COMPONENTS, preference_values_schema, values_schema
-from pipeline import Directions, TokenValuer
-from pipeline.maths.batch import collate
-from pipeline.maths.masking import rank_of
+from alphatoken import Directions, TokenValuer
 from tests.conftest import SMALL
 
 ASKED = ("valuation.gradient_norm=true", "data.validation=6")
@@ -23,7 +23,7 @@ def table(run: Path, kind: str) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, ray_cluster, policy, train_file) -> tuple[Path, list[str]]:
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     place = tmp_path_factory.mktemp("norms")
     same = [f"run.dir={place}", f"model.policy={policy}", f"data.train={train_file}", *SMALL, *ASKED]

@@ -5,11 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-from benchmarks.example_batches import batches_of, load_example
-from pipeline import Directions, TokenValuer
-from pipeline.maths.costs import (
+from alphatoken.pipeline.maths.costs import (
     ghost_flops,
     meta_model,
     model_costs,
@@ -19,13 +15,17 @@ from pipeline.maths.costs import (
     shapes_of,
     value_flops,
 )
-from pipeline.maths.decoder import scored_layers
-from pipeline.maths.ghost import ghost_pass
-from pipeline.maths.lower import lower_layers_once
-from pipeline.maths.outer_sums import OuterSum
-from pipeline.maths.sampling import sample_completions
-from pipeline.maths.selectors.forward import losses_and_entropies
-from pipeline.stages.example import example_data
+from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.sampling import sample_completions
+from alphatoken.pipeline.maths.selectors.forward import losses_and_entropies
+from alphatoken.pipeline.prepare.example import example_data
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from alphatoken import Directions, TokenValuer
+from benchmarks.example_batches import batches_of, load_example
 from tests.conftest import SMALL
 
 _ATEN = torch.ops.aten

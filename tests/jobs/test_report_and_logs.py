@@ -37,7 +37,7 @@ class Page(HTMLParser):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, ray_cluster, policy):
     """A run on rows that try to break the page, with one row for the quarantine."""
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     place = tmp_path_factory.mktemp("run")
     rows = [{**chat_row(i), "id": f"<script>alert({i})</script>"} for i in range(20)]

@@ -7,11 +7,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from alphatoken.jobs.replay import recorded_configuration
+from alphatoken.pipeline.maths.batch import collate
+from alphatoken.pipeline.prepare.draw import part_of
 from transformers import AutoModelForCausalLM
 
-from jobs.replay import recorded_configuration
-from pipeline.maths.batch import collate
-from pipeline.stages.draw import part_of
 from tests.conftest import PREFERENCE, SMALL
 from tests.jobs.test_run import hashes
 

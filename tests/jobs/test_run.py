@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from alphatoken.data_schemas import PREPARED, VALUES
+from alphatoken.pipeline.maths.batch import collate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from data_schemas import PREPARED, VALUES
-from pipeline import Directions, TokenValuer
-from pipeline.maths.batch import collate
+from alphatoken import Directions, TokenValuer
 from tests.conftest import SMALL, chat_row, write_rows
 
 AUTO = "valuation.estimator=auto"
@@ -34,7 +34,7 @@ def hashes(run: Path) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def done_run(tmp_path_factory, ray_cluster, policy, train_file, validation_file) -> Path:
     """A run with the default estimator, warm-up drift and a validation file."""
-    from jobs.cli import main
+    from alphatoken.jobs.cli import main
 
     run = tmp_path_factory.mktemp("run")
     status = main(arguments(run, policy, train_file, f"data.validation={validation_file}", "valuation.estimator=auto"))

@@ -74,7 +74,7 @@ def elsewhere(tmp_path) -> Path:
 
 
 def command_line(directory: Path, *arguments: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "jobs", *map(str, arguments)]
+    command = [sys.executable, "-m", "alphatoken.jobs", *map(str, arguments)]
     return subprocess.run(command, cwd=directory, env=environment(), capture_output=True, text=True, timeout=SECONDS)
 
 

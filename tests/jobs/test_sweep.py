@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from alphatoken.data_schemas import BRANCHES
+from alphatoken.jobs.points import expand, point_name
+from alphatoken.pipeline.mask.comparison import MaskPlace, compare
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.storage import Storage
 
-from data_schemas import BRANCHES
-from jobs.points import expand, point_name
-from pipeline.stages.failure import SettingsWrong
-from pipeline.stages.mask_comparison import MaskPlace, compare
-from pipeline.stages.storage import Storage
 from tests.conftest import SMALL
-from tests.stages.synthetic_run import masks, write_run
+from tests.mask.synthetic_run import masks, write_run
 
 NINE = ["mask.rho=0.3,0.5,0.7", "mask.stability_weight=0,0.5,1.5"]
 

@@ -1,6 +1,6 @@
 """The slow oracle: token values by the paper's own definition, every train token paired with every validation token.
 
-Nothing here comes from `pipeline.maths`. One sequence at a time and unpadded, float64, the whole attention matrix, a
+Nothing here comes from `alphatoken.pipeline.maths`. One sequence at a time and unpadded, float64, the whole attention matrix, a
 backward pass through the whole model with every parameter requiring a gradient, plain hooks, experts one after the
 other. What a linear map is, where the value projection's rows are and how experts gate is written down by hand in a
 `Layout` per architecture.

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from alphatoken.pipeline.maths import contraction
+from alphatoken.pipeline.maths.directions import Directions
+from alphatoken.pipeline.maths.masking import objective, token_values
+from alphatoken.pipeline.maths.valuer import TokenValuer
 from torch import nn
 
-from pipeline.maths import contraction
-from pipeline.maths.directions import Directions
-from pipeline.maths.masking import objective, token_values
-from pipeline.maths.valuer import TokenValuer
 from tests.maths import pairwise
 from tests.maths.comparison import Sequences, sequences
 from tests.maths.tiny_models import FAMILIES, LLAMA, model_of
@@ -23,7 +23,7 @@ TRAIN = sequences([15, 6, 11, 4], 3)
 
 
 def valuer(model: nn.Module, dtype: torch.dtype = torch.float64) -> TokenValuer:
-    from pipeline.maths.decoder import scored_layers
+    from alphatoken.pipeline.maths.decoder import scored_layers
 
     some = {name: torch.ones_like(weight) for name, weight in scored_layers(model, LAYERS).weights().items()}
     return TokenValuer(model, Directions({"adaptation": some}), LAYERS, WINDOW, gradient_norm=True)

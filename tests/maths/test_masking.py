@@ -7,11 +7,7 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
-
-from pipeline.maths.masking import (
+from alphatoken.pipeline.maths.masking import (
     RankSelect,
     keep,
     keep_flat,
@@ -20,6 +16,9 @@ from pipeline.maths.masking import (
     thresholds_in_groups,
     token_values,
 )
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 
 ANY_FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=True, allow_subnormal=True)
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 0.5, math.inf, -math.inf])
@@ -169,5 +168,5 @@ def test_groups_take_consecutive_examples_and_leave_out_groups_without_tokens():
 
 
 def test_needs_no_torch():
-    code = "import pipeline.maths.masking, sys; assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
+    code = "import alphatoken.pipeline.maths.masking, sys; assert not {'torch', 'ray', 'pyarrow'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

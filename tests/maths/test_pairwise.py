@@ -12,22 +12,22 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from alphatoken.pipeline.maths import attention, contraction, head
+from alphatoken.pipeline.maths.batch import IGNORED, Batch, by_token_budget, collate
+from alphatoken.pipeline.maths.capture import Captured, swapped
+from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.directions import Directions, fisher_drift
+from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.nonfinite import NonFinite
+from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.sampling import sample_completions
+from alphatoken.pipeline.maths.valuer import TokenValuer
+from alphatoken.pipeline.maths.warmup import schedule, warm_up
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from pipeline.maths import attention, contraction, head
-from pipeline.maths.batch import IGNORED, Batch, by_token_budget, collate
-from pipeline.maths.capture import Captured, swapped
-from pipeline.maths.decoder import scored_layers
-from pipeline.maths.directions import Directions, fisher_drift
-from pipeline.maths.ghost import ghost_pass
-from pipeline.maths.nonfinite import NonFinite
-from pipeline.maths.outer_sums import OuterSum
-from pipeline.maths.sampling import sample_completions
-from pipeline.maths.valuer import TokenValuer
-from pipeline.maths.warmup import schedule, warm_up
 from tests.maths import pairwise
 from tests.maths.comparison import (
     COLUMNS,

@@ -4,8 +4,7 @@ import math
 
 import pytest
 import torch
-
-from pipeline.maths.preference import margin, masked_preference_loss, pair_weight
+from alphatoken.pipeline.maths.preference import margin, masked_preference_loss, pair_weight
 
 BETA = 0.1
 

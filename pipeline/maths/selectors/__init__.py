@@ -10,13 +10,12 @@ from collections.abc import Sequence
 from typing import Any, ClassVar, Protocol
 
 import torch
-
-from pipeline.maths.batch import Batch
-from pipeline.maths.selectors.entropy import HighEntropy
-from pipeline.maths.selectors.excess_loss import ExcessLoss
-from pipeline.maths.selectors.full import KeepEverything
-from pipeline.maths.selectors.loss import LowLoss
-from pipeline.maths.selectors.uniform import Uniform
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.selectors.entropy import HighEntropy
+from alphatoken.pipeline.maths.selectors.excess_loss import ExcessLoss
+from alphatoken.pipeline.maths.selectors.full import KeepEverything
+from alphatoken.pipeline.maths.selectors.loss import LowLoss
+from alphatoken.pipeline.maths.selectors.uniform import Uniform
 
 
 class Selector(Protocol):

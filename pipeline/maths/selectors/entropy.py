@@ -12,9 +12,8 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-
-from pipeline.maths.batch import Batch
-from pipeline.maths.selectors.forward import losses_and_entropies
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.selectors.forward import losses_and_entropies
 
 
 class HighEntropy:

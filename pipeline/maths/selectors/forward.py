@@ -6,13 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from alphatoken.pipeline.maths.attention import intercepted
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.decoder import decoder_of
+from alphatoken.pipeline.maths.head import chunk_rows, head_of
+from alphatoken.pipeline.maths.nonfinite import NonFinite, locate_forward
 from torch import nn
-
-from pipeline.maths.attention import intercepted
-from pipeline.maths.batch import Batch
-from pipeline.maths.decoder import decoder_of
-from pipeline.maths.head import chunk_rows, head_of
-from pipeline.maths.nonfinite import NonFinite, locate_forward
 
 
 @dataclass(frozen=True, slots=True)

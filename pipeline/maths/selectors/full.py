@@ -9,8 +9,7 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-
-from pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.batch import Batch
 
 
 class KeepEverything:

@@ -13,8 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
-
-from pipeline.maths.batch import IGNORED, Batch
+from alphatoken.pipeline.maths.batch import IGNORED, Batch
 
 
 class Uniform:

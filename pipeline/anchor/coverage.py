@@ -1,0 +1,44 @@
+"""How much of the scored layers is scored, checked where a model has been loaded and said where a run reports."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alphatoken.pipeline.maths.decoder import Coverage, ScoredLayers, UnsupportedModel, scored_layers
+from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.settings import Settings
+
+
+def checked_layers(model: Any, settings: Settings) -> ScoredLayers:
+    """The scored layers; raises RunFailed for a model that cannot be scored or is covered too little."""
+    try:
+        scored = scored_layers(model, settings.valuation.layers)
+    except UnsupportedModel as error:
+        raise RunFailed(f"model.policy: {error}") from error
+    coverage, least = scored.coverage, settings.valuation.min_coverage
+    if coverage.fraction < least or not coverage.scored:
+        raise RunFailed(
+            f"only {coverage.fraction:.1%} of the matrix parameters of the scored layers can be scored, less than "
+            f"valuation.min_coverage={least}; left out: {', '.join(coverage.left_out[:5])}"
+        )
+    return scored
+
+
+def as_json(coverage: Coverage) -> dict[str, Any]:
+    """The coverage as the manifest records it."""
+    return {
+        "fraction": coverage.fraction,
+        "scored": coverage.scored,
+        "total": coverage.total,
+        "left_out": list(coverage.left_out),
+    }
+
+
+def warning(coverage: Coverage) -> str | None:
+    """What to say when something was left out; None at full coverage."""
+    if not coverage.left_out:
+        return None
+    return (
+        f"warning: {coverage.fraction:.2%} of the scored layers' matrix parameters are scored; left out: "
+        f"{', '.join(coverage.left_out)}"
+    )

@@ -1,0 +1,371 @@
+"""anchor: the reference's Fisher, the drift, the validation gradient, and from them the two directions per snapshot.
+
+Sums are taken over a fixed partition of the examples that does not depend on the number of workers, each part is
+written as one file, and the driver adds the files in order: the same bytes however many workers there were.
+"""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
+from alphatoken.pipeline.anchor import coverage as coverage_report
+from alphatoken.pipeline.anchor.tensors import (
+    carried,
+    counts_of,
+    fingerprint_of,
+    read_metadata,
+    read_tensors,
+    write_tensors,
+)
+from alphatoken.pipeline.anchor.worker import (
+    FACTORS,
+    FISHER,
+    GRADIENT,
+    PARTIAL,
+    REFERENCE,
+    AnchorTask,
+    AnchorWorker,
+    Sequences,
+)
+from alphatoken.pipeline.cluster.shard_loop import Cluster, Shard, WorkerPool
+from alphatoken.pipeline.cluster.worker_log import logged
+from alphatoken.pipeline.maths.decoder import Coverage
+from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.prepare.stage import held_out_digest
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.fingerprint import digest, of_model, of_policy
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import Settings
+
+NO_ROWS = Sequences([], [], [])
+SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
+
+
+def drift_of(settings: Settings, checkpoints: Sequence[str], reference: str) -> str:
+    """checkpoint | warmup | rehearsal | none, with ``auto`` resolved. Raises SettingsWrong where there can be no drift.
+
+    rehearsal: from nothing on, it grows while the value stage rehearses; none only where it is not weighed there.
+    """
+    drift = settings.anchor.drift
+    if len(checkpoints) > 1:  # the reference may be among them, as the start of the trajectory
+        return "none" if drift == "none" else "checkpoint"
+    policy = checkpoints[0]
+    if settings.valuation.rehearsed and drift in ("auto", "none"):
+        if not settings.valuation.rehearsal.stability_weight:
+            return "none"
+        return "rehearsal" if of_model(policy) == of_model(reference) else "checkpoint"
+    if drift == "auto":
+        return "warmup" if of_model(policy) == of_model(reference) else "checkpoint"
+    if drift == "checkpoint" and of_model(policy) == of_model(reference):
+        raise SettingsWrong(
+            [
+                "anchor.drift=checkpoint, but model.policy and model.reference are the same: give two checkpoints, "
+                "or set anchor.drift=warmup"
+            ]
+        )
+    return drift
+
+
+def run_anchor(
+    storage: Storage,
+    manifest: Manifest,
+    settings: Settings,
+    checkpoints: Sequence[str],
+    reference: str,
+    cluster: Cluster,
+    progress: Progress,
+) -> None:
+    """Write anchors/, unless done already.
+
+    ``checkpoints`` of model.policy, ``reference``: resolved paths or hub ids. Raises SettingsWrong and RunFailed.
+    """
+    started = time.monotonic()
+    prepared = manifest.require("prepare", "anchor")
+    if wrong := settings.anchor_problems(manifest.pairs):  # only now is it known whether the data is of pairs
+        raise SettingsWrong(wrong)
+    settings = settings.for_data(manifest.pairs)
+    drift = drift_of(settings, checkpoints, reference)
+    inputs = anchor_inputs(settings, prepared["inputs"], checkpoints, reference, drift)
+    configuration = {"model": settings.model, "anchor": settings.anchor}
+    fingerprint = manifest.begin("anchor", inputs, configuration)
+    if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), drift):
+        storage.remove(PARTIAL)  # where the run was killed before it came to that
+        progress.say("anchor: done already")
+        return
+    stage = _Anchor(storage, manifest, settings, fingerprint, cluster, progress)
+    counts = stage.run(checkpoints, reference, drift)
+    manifest.finish("anchor", time.monotonic() - started, drift=drift, **counts)
+    storage.remove(PARTIAL)
+
+
+def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
+    """Whether a file of the finished stage is gone or damaged."""
+    expected = {}
+    if "fisher" in record["counts"]:
+        expected[FISHER] = digest(fisher_inputs(record["inputs"]))
+    for index in range(record["counts"]["snapshots"]):
+        for kind in ("adaptation", "stability", *(["policy"] if drift == "warmup" else [])):
+            expected[f"anchors/snapshot-{index:02d}/{kind}.safetensors"] = record["fingerprint"]
+    return any(fingerprint_of(storage, name) != fingerprint for name, fingerprint in expected.items())
+
+
+def anchor_inputs(
+    settings: Settings, prepare: Mapping[str, Any], checkpoints: Sequence[str], reference: str, drift: str
+) -> dict[str, Any]:
+    """Everything that anchors/ depends on; ``prepare``: what that stage depends on."""
+    anchor = settings.anchor
+    inputs: dict[str, Any] = {
+        "prepare": digest(prepare),
+        "policy": of_policy(checkpoints),
+        "reference": of_model(reference),
+        "model.revision": settings.model.revision,
+        "model.dtype": settings.model.dtype,
+        "valuation.layers": settings.valuation.layers,
+        "anchor.drift": drift,
+        "run.seed": settings.run.seed,
+    }
+    if held_out := held_out_digest(prepare):
+        inputs["held_out"] = held_out
+    inputs["anchor.precondition"] = anchor.precondition
+    if anchor.precondition != "none":
+        inputs["anchor.damping"] = anchor.damping
+    inputs["anchor.snapshot_scale"] = anchor.snapshot_scale
+    if anchor.snapshot_scale != "none":  # made from values of a sample
+        inputs["valuation.window"] = settings.valuation.window
+        inputs["valuation.estimator"] = settings.valuation.estimator
+        inputs["anchor.warmup.examples"] = anchor.warmup.examples
+    if drift != "none" or anchor.precondition != "none":
+        inputs["anchor.fisher.max_new_tokens"] = anchor.fisher.max_new_tokens
+        inputs["anchor.fisher.temperature"] = anchor.fisher.temperature
+    if drift == "warmup":
+        inputs["anchor.snapshots"] = anchor.snapshots
+        for name in ("steps", "learning_rate", "examples", "batch_size"):
+            inputs[f"anchor.warmup.{name}"] = getattr(anchor.warmup, name)
+    return inputs
+
+
+def fisher_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Those of ``anchor_inputs`` that the Fisher depends on: runs that differ in the others can share it."""
+    other = (
+        "policy", "anchor.drift", "anchor.snapshot", "anchor.warmup.", "anchor.precondition", "anchor.damping",
+        "valuation.window", "valuation.estimator",
+    )  # fmt: skip
+    found = {key: value for key, value in inputs.items() if not key.startswith(other)}
+    if "held_out" in found:  # its prompts are the same for every part of the data
+        found["prepare"] = found.pop("held_out")
+    return found
+
+
+class _Anchor:
+    """One run of the stage."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        manifest: Manifest,
+        settings: Settings,
+        fingerprint: str,
+        cluster: Cluster,
+        progress: Progress,
+    ) -> None:
+        self.storage, self.manifest, self.settings = storage, manifest, settings
+        self.fingerprint, self.cluster, self.progress = fingerprint, cluster, progress
+        self.eos = manifest.stage("prepare")["counts"]["eos_token_ids"]
+        self.coverage: Coverage | None = None
+
+    def run(self, checkpoints: Sequence[str], reference: str, drift: str) -> dict[str, Any]:
+        """Fisher at the reference, then warm-up and gradients at the policy; returns the counts.
+
+        Several checkpoints are snapshots that differ in all weights: each has a pool of workers of its own, in turn.
+        """
+        counts: dict[str, Any] = {}
+        if drift != "none" or self.settings.anchor.precondition != "none":
+            counts["fisher"] = self._reference_phase(reference)
+        if len(checkpoints) > 1:
+            counts["snapshots"] = len(checkpoints)
+            for index, checkpoint in enumerate(checkpoints):
+                self.progress.say(f"anchor: checkpoint {index + 1} of {len(checkpoints)}, {checkpoint}")
+                weights = f"{PARTIAL}/policy-{index:02d}.safetensors"
+                with self._pool(checkpoint) as pool:
+                    self._one(pool, AnchorTask("weights", weights, NO_ROWS), "policy weights")
+                    counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights, drift)
+        else:
+            with self._pool(checkpoints[0]) as pool:
+                snapshots = self._snapshots(pool, drift)
+                counts["snapshots"] = len(snapshots)
+                for index, weights in enumerate(snapshots):
+                    counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights, drift)
+        assert self.coverage is not None
+        counts["coverage"] = coverage_report.as_json(self.coverage)
+        if left_out := coverage_report.warning(self.coverage):
+            self.progress.say(f"anchor: {left_out}")
+        return counts
+
+    def _pool(self, model: str) -> WorkerPool:
+        own = self.settings.model
+        source = ModelSource(model, own.revision, own.dtype, own.trust_remote_code)
+        arguments = {"storage": self.storage, "source": source, "settings": self.settings, "eos": self.eos}
+        return self.cluster.pool(logged("anchor", AnchorWorker), arguments, self.cluster.model_resources())
+
+    def _reference_phase(self, reference: str) -> dict[str, Any]:
+        """Write the Fisher, the reference's scored weights and, for anchor.precondition=kfac, the Kronecker factors."""
+        prompts = self._read("prepared/fisher.parquet")
+        fingerprint = digest(fisher_inputs(self.manifest.stage("anchor")["inputs"]))
+        with self._pool(reference) as pool:
+            self._one(pool, AnchorTask("weights", REFERENCE, NO_ROWS), "reference weights")
+            if self._has_fisher(fingerprint):
+                self.progress.say("anchor: the Fisher is there already")
+                found = read_metadata(self.storage, FISHER)
+                return {"prompts": int(found["prompts"]), "tokens": int(found["completion_tokens"])}
+            counts, totals = self._sum(pool, "fisher", prompts, None, "anchor: Fisher", "prompts")
+        prompt_count = counts["prompts"]
+        factors = {key: totals.pop(key) for key in sorted(totals) if "/" in key}
+        if factors:
+            write_tensors(self.storage, FACTORS, factors, carried(fingerprint, counts))
+        fisher = {name: total / prompt_count for name, total in totals.items()}
+        metadata = {
+            **self._metadata(), "fingerprint": fingerprint, "prompts": str(prompt_count),
+            "completion_tokens": str(counts["tokens"]),
+        }  # fmt: skip
+        write_tensors(self.storage, FISHER, fisher, metadata)
+        self.progress.say(f"anchor: Fisher from {prompt_count:,} prompts, {counts['tokens']:,} sampled tokens")
+        return counts
+
+    def _has_fisher(self, fingerprint: str) -> bool:
+        """Whether the Fisher, and the factors where they are wanted, are there from another run or an earlier try."""
+        if self.settings.anchor.precondition == "kfac" and counts_of(self.storage, FACTORS, fingerprint) is None:
+            return False
+        return fingerprint_of(self.storage, FISHER) == fingerprint
+
+    def _snapshots(self, pool: WorkerPool, drift: str) -> list[str]:
+        """Files with the scored weights of every snapshot, in the order of the trajectory."""
+        first = f"{PARTIAL}/policy.safetensors"
+        self._one(pool, AnchorTask("weights", first, NO_ROWS), "policy weights")
+        if drift != "warmup":
+            return [first]
+        warmup, seed = self.settings.anchor.warmup, self.settings.run.seed
+        examples = self._draw(warmup.examples)
+        name = "anchors/snapshot-{index:02d}/policy.safetensors"
+        names = [name.format(index=index) for index in range(self.settings.anchor.snapshots)]
+        if all(counts_of(self.storage, each, self.fingerprint) is not None for each in names):
+            return names
+        with self.progress.task("anchor: warm-up", warmup.steps, "steps") as task:
+            shard = Shard("warm-up", warmup.steps)
+            work = AnchorTask("warmup", name, examples, seed, fingerprint=self.fingerprint)
+            pool.run([shard], lambda s: work, lambda s, r: None, task)
+        return names
+
+    def _snapshot(self, pool: WorkerPool, index: int, weights: str, drift: str) -> dict[str, Any]:
+        """Write both directions of one snapshot."""
+        own = weights if drift == "warmup" else None
+        validation = self._read("prepared/validation.parquet")
+        counts, totals = self._sum(
+            pool, f"gradient-{index:02d}", validation, own, "anchor: validation gradient", "examples"
+        )
+        if not counts["positions"]:
+            raise RunFailed("the validation set has no response token: give other rows with data.validation")
+        gradient = {name: total / counts["positions"] for name, total in totals.items()}
+        write_tensors(self.storage, GRADIENT.format(index=index), gradient, {})
+        anchor = self.settings.anchor
+        sample = self._draw(anchor.warmup.examples) if anchor.snapshot_scale == "rms" else NO_ROWS
+        metadata = {**self._metadata(), "validation_positions": str(counts["positions"]), "drift": drift}
+        place = f"anchors/snapshot-{index:02d}"
+        work = AnchorTask(
+            "directions",
+            f"{place}/stability.safetensors",
+            sample,
+            weights=weights,
+            index=index,
+            drift=drift,
+            metadata=metadata,
+        )
+        made = self._one(pool, work, "directions")  # adaptation.safetensors is written first
+        loss = counts["loss"] / counts["positions"]
+        self.progress.say(
+            f"anchor: snapshot {index}, validation loss {loss:.4f} nats over {counts['positions']:,} tokens, drift {drift}"
+        )
+        return {"validation_positions": counts["positions"], "validation_loss": loss, **made}
+
+    def _sum(
+        self, pool: WorkerPool, what: str, sequences: Sequences, weights: str | None, title: str, unit: str
+    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+        """Sum counts and tensors over the fixed partition of ``sequences``, tensors in float32 and in order."""
+        parts = min(SUMS, max(1, -(-len(sequences.ids) // 8)))
+        names = [f"{PARTIAL}/{what}-{index:05d}-of-{parts:05d}.safetensors" for index in range(parts)]
+        kind, seed = what.split("-")[0], self.settings.run.seed
+        tasks = {
+            f"{what} part {i}": AnchorTask(
+                kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights, fingerprint=self.fingerprint
+            )
+            for i in range(parts)
+        }
+        results: dict[str, dict[str, Any]] = {}
+        shards = [Shard(name, len(task.sequences.ids)) for name, task in tasks.items()]
+        for shard, name in zip(shards, names, strict=True):
+            if (found := counts_of(self.storage, name, self.fingerprint)) is not None:
+                results[shard.name] = found
+        missing = [shard for shard in shards if shard.name not in results]
+        if len(missing) < len(shards):
+            self.progress.say(f"{title}: {len(shards) - len(missing)} of {len(shards)} parts are complete already")
+        with self.progress.task(title, sum(shard.units for shard in missing), unit) as task:
+            pool.run(missing, lambda s: tasks[s.name], lambda s, r: results.__setitem__(s.name, r), task)
+        counts: dict[str, Any] = {}
+        totals: dict[str, torch.Tensor] = {}
+        for shard, name in zip(shards, names, strict=True):
+            for key, value in results[shard.name].items():
+                counts[key] = counts.get(key, 0) + value
+            for key, tensor in read_tensors(self.storage, name).items():
+                totals[key] = totals[key].add_(tensor) if key in totals else tensor
+        return counts, totals
+
+    def _one(self, pool: WorkerPool, work: AnchorTask, title: str) -> dict[str, Any]:
+        """Run a single task, unless its output is there already; returns its counts."""
+        results = [counts_of(self.storage, work.output, self.fingerprint)]
+        if results[0] is None:
+            work = replace(work, fingerprint=self.fingerprint)
+            with self.progress.task(f"anchor: {title}", 1, "models") as task:
+                pool.run([Shard(title, 1)], lambda s: work, lambda s, r: results.append(r), task)
+        counts = results[-1]
+        assert counts is not None
+        if found := counts.pop("coverage", None):
+            self.coverage = Coverage(**{**found, "left_out": tuple(found["left_out"])})
+        return counts
+
+    def _read(self, name: str) -> Sequences:
+        table = self.storage.read_table(name, PREPARED)
+        return Sequences(*(table.column(c).to_pylist() for c in ("id", "input_ids", "labels")))
+
+    def _draw(self, count: int) -> Sequences:
+        """``count`` training examples drawn with the seed over all parts, in file order; of pairs the chosen branch."""
+        parts = self.manifest.stage("prepare")["counts"]["parts"]
+        schema, branch = (PREFERENCE_PREPARED, "chosen_") if self.manifest.pairs else (PREPARED, "")
+        sizes = [
+            self.storage.rows_of(f"prepared/{p}", self.manifest.stage("prepare")["fingerprint"]) or 0 for p in parts
+        ]
+        total = sum(sizes)
+        chosen = sorted(random.Random(self.settings.run.seed).sample(range(total), min(count, total)))
+        found, start = Sequences([], [], []), 0
+        for part, size in zip(parts, sizes, strict=True):
+            rows = [row - start for row in chosen if start <= row < start + size]
+            start += size
+            if rows:
+                table = self.storage.read_table(f"prepared/{part}", schema).take(rows)
+                for column, values in zip(
+                    ("id", f"{branch}input_ids", f"{branch}labels"),
+                    (found.ids, found.input_ids, found.labels),
+                    strict=True,
+                ):
+                    values += table.column(column).to_pylist()
+        return found
+
+    def _metadata(self) -> dict[str, str]:
+        assert self.coverage is not None
+        return {"fingerprint": self.fingerprint, "coverage": f"{self.coverage.fraction:.6f}", "format": "pt"}

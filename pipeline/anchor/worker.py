@@ -1,0 +1,285 @@
+"""The anchor's worker: holds one model, the reference or the policy, and makes sums over examples with it."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from alphatoken.pipeline.anchor.coverage import checked_layers
+from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
+from alphatoken.pipeline.maths.batch import Batch, by_token_budget, collate, response_start
+from alphatoken.pipeline.maths.capture import Captured, swapped
+from alphatoken.pipeline.maths.decoder import UnsupportedModel
+from alphatoken.pipeline.maths.directions import Directions, fisher_drift
+from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.kronecker import KroneckerFactors, adam, kfac
+from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
+from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.sampling import sample_completions
+from alphatoken.pipeline.maths.valuer import TokenValuer, check_estimator
+from alphatoken.pipeline.maths.warmup import snapshot_steps, warm_up
+from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import Settings
+
+PARTIAL = "anchors/partial"  # what is needed until the stage is done
+FISHER = "anchors/fisher.safetensors"
+FACTORS = f"{PARTIAL}/factors.safetensors"
+REFERENCE = f"{PARTIAL}/reference.safetensors"
+GRADIENT = PARTIAL + "/gradient-{index:02d}.safetensors"
+TOKENS_PER_PASS = 4096
+PROMPTS_PER_BATCH = 16
+WARMUP_STATE = f"{PARTIAL}/warm-up.safetensors"
+
+
+@dataclass(frozen=True, slots=True)
+class Sequences:
+    """Examples of one worker call, unpadded, with their identifiers for messages."""
+
+    ids: list[str]
+    input_ids: list[list[int]]
+    labels: list[list[int]]
+
+    def part(self, index: int, parts: int) -> Sequences:
+        """The index-th of ``parts`` contiguous parts."""
+        n = len(self.ids)
+        cut = slice(index * n // parts, (index + 1) * n // parts)
+        return Sequences(self.ids[cut], self.input_ids[cut], self.labels[cut])
+
+
+@dataclass(frozen=True, slots=True)
+class AnchorTask:
+    """``what``: weights | fisher | warmup | gradient | directions; ``output``: the file to write."""
+
+    what: str
+    output: str  # for a warm-up, with {index} in the place of the snapshot's number
+    sequences: Sequences
+    seed: int = 0  # of this task alone
+    weights: str | None = None  # a file with the scored weights to use instead of the model's own
+    fingerprint: str = ""  # what the output carries
+    index: int = 0  # of the snapshot
+    drift: str = "none"
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+class AnchorWorker:
+    """Holds one model, the reference or the policy, and makes sums over examples with it."""
+
+    def __init__(self, storage: Storage, source: ModelSource, settings: Settings, eos: Sequence[int]) -> None:
+        self.storage, self.settings, self.eos = storage, settings, eos
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.scored = checked_layers(load_model(here(source), self.device), settings)
+        self.kernel = settings.model.attention
+        try:  # before the Fisher, and not when there are directions for a TokenValuer
+            check_estimator(self.scored, settings.valuation.estimator, settings.valuation.window, self.kernel)
+        except UnsupportedModel as error:
+            raise RunFailed(f"model.policy: {error}") from error
+        self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
+
+    def __call__(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Run one task; returns counts, which the output carries as well."""
+        work = {
+            "weights": self._weights, "fisher": self._fisher, "warmup": self._warmup, "gradient": self._gradient,
+            "directions": self._directions,
+        }  # fmt: skip
+        with self.device_lock:
+            return work[task.what](task, advance)
+
+    def _weights(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        counts = {"coverage": asdict(self.scored.coverage)}
+        self._save(task, task.output, self.scored.weights(), counts)
+        return counts
+
+    def _fisher(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Sums over sampled completions, float32: (d^2)^T (h^2), and Kronecker factors where they are wanted."""
+        fisher = self.settings.anchor.fisher
+        torch.manual_seed(task.seed)
+        total, tokens = OuterSum(self.scored, squared=True), 0
+        factors = KroneckerFactors(self.scored) if self.settings.anchor.precondition == "kfac" else None
+
+        def visit(captured: Captured) -> None:
+            total(captured)
+            if factors is not None:
+                factors(captured)
+
+        prompts = [
+            _prompt(ids, labels) for ids, labels in zip(task.sequences.input_ids, task.sequences.labels, strict=True)
+        ]
+        order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
+        for start in range(0, len(order), PROMPTS_PER_BATCH):
+            rows = order[start : start + PROMPTS_PER_BATCH]
+            sampled = sample_completions(
+                self.scored.model, [prompts[i] for i in rows], fisher.max_new_tokens, fisher.temperature, self.eos
+            )
+            for group in by_token_budget(sampled.lengths.tolist(), TOKENS_PER_PASS):
+                batch = sampled.rows(torch.tensor(group))
+                if factors is not None:
+                    factors.positions = batch.predicting()
+                losses = ghost_pass(self.scored, batch, visit, self.kernel)
+                self._finite(losses, batch, [task.sequences.ids[rows[i]] for i in group])
+                tokens += len(losses)
+            advance(len(rows))
+        counts = {"prompts": len(prompts), "tokens": tokens}
+        self._save(task, task.output, {**total.total, **(factors.total if factors is not None else {})}, counts)
+        return counts
+
+    def _warmup(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        warmup = self.settings.anchor.warmup
+        order: list[int] = []
+        generator = random.Random(task.seed)
+        while len(order) < warmup.steps * warmup.batch_size:  # epochs, each in its own order
+            epoch = list(range(len(task.sequences.ids)))
+            generator.shuffle(epoch)
+            order += epoch
+        batches = []
+        for step in range(warmup.steps):
+            rows = order[step * warmup.batch_size : (step + 1) * warmup.batch_size]
+            ids, labels = ([column[i] for i in rows] for column in (task.sequences.input_ids, task.sequences.labels))
+            batches.append(collate(ids, labels).to(self.device))
+        snapshots = {step: i for i, step in enumerate(snapshot_steps(warmup.steps, self.settings.anchor.snapshots))}
+
+        def keep(steps: int, masters: dict[str, torch.Tensor]) -> None:
+            if steps in snapshots:
+                self._save(task, task.output.format(index=snapshots[steps]), masters)
+
+        saving = Saving(self, task)
+        # In copies of the weights: the model itself stays what the checkpoint says, should this be done again here.
+        copies = {name: weight.clone() for name, weight in self.scored.weights().items()}
+        try:
+            with swapped(self.scored, copies):
+                warm_up(
+                    self.scored, batches, warmup.learning_rate, self.kernel, advance, keep, saving, saving.last_state()
+                )
+        except NonFinite as error:
+            raise RunFailed(f"warm-up: {error}; try a smaller anchor.warmup.learning_rate") from error
+        return {"steps": warmup.steps, "examples": len(task.sequences.ids)}
+
+    def _gradient(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Sum of d h^T over the positions that predict a response token, float32; divided by their number later."""
+        weights = read_tensors(self.storage, task.weights) if task.weights else None
+        total, positions, loss = OuterSum(self.scored), 0, 0.0
+        lengths = [len(ids) for ids in task.sequences.input_ids]
+        with swapped(self.scored, weights):
+            for group in by_token_budget(lengths, TOKENS_PER_PASS):
+                ids, labels = (
+                    [column[i] for i in group] for column in (task.sequences.input_ids, task.sequences.labels)
+                )
+                batch = collate(ids, labels).to(self.device)
+                total.positions = batch.predicting()
+                losses = ghost_pass(self.scored, batch, total, self.kernel)
+                self._finite(losses, batch, [task.sequences.ids[i] for i in group])
+                positions, loss = positions + len(losses), loss + float(losses.double().sum())
+                advance(len(group))
+        counts = {"positions": positions, "loss": loss}
+        self._save(task, task.output, total.total, counts)
+        return counts
+
+    def _directions(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Write both directions of one snapshot, preconditioned and scaled as asked; returns norms and scales."""
+        anchor = self.settings.anchor
+        assert task.weights is not None
+        there = read_tensors(self.storage, task.weights)
+        named = {"adaptation": read_tensors(self.storage, GRADIENT.format(index=task.index))}
+        needs_fisher = task.drift != "none" or anchor.precondition == "adam"
+        fisher = read_tensors(self.storage, FISHER) if needs_fisher else {}
+        if task.drift == "none":
+            named["stability"] = {name: torch.zeros_like(weight) for name, weight in there.items()}
+        else:
+            before = read_tensors(self.storage, REFERENCE)
+            _same_shapes(there, before)
+            named["stability"] = {name: fisher_drift(fisher[name], there[name], before[name]) for name in there}
+        norms = {f"{name}_norm": _norm(tensors) for name, tensors in named.items()}
+        if anchor.precondition == "adam":
+            for tensors in named.values():
+                tensors.update({name: adam(t, fisher[name], anchor.damping) for name, t in tensors.items()})
+        elif anchor.precondition == "kfac":
+            factors = read_tensors(self.storage, FACTORS)
+            for linear in self.scored.maps:
+                for tensors in named.values():
+                    moved = kfac(tensors[linear.name].to(self.device), factors, linear, anchor.damping)
+                    tensors[linear.name] = moved.cpu()
+        scales = dict.fromkeys(named, 1.0)
+        if anchor.snapshot_scale == "rms":
+            own = there if task.drift == "warmup" else None
+            scales = self._root_mean_squares(Directions(named, own), task.sequences)
+            for name, tensors in named.items():
+                # Values are linear in the direction, information is quadratic.
+                informed = self.settings.valuation.estimator == "information" and name == "adaptation"
+                power = 0.5 if informed else 1.0
+                tensors.update({key: tensor / scales[name] ** power for key, tensor in tensors.items()})
+        counts = {**norms, **{f"{name}_scale": scale for name, scale in scales.items()}}
+        for name, tensors in named.items():
+            more = {"precondition": anchor.precondition, "scale": repr(scales[name]), **task.metadata}
+            place = f"anchors/snapshot-{task.index:02d}/{name}.safetensors"
+            write_tensors(self.storage, place, tensors, {**more, **carried(task.fingerprint, counts)})
+        return counts
+
+    def _root_mean_squares(self, directions: Directions, sample: Sequences) -> dict[str, float]:
+        """Per direction, the root mean square of direct + causal over the sample's response tokens; 1 where it is 0."""
+        own = self.settings.valuation
+        valuer = TokenValuer(self.scored.model, directions, own.layers, own.window, self.kernel, own.estimator)
+        squares, tokens = dict.fromkeys(directions.named, 0.0), 0
+        for group in by_token_budget([len(ids) for ids in sample.input_ids], TOKENS_PER_PASS):
+            batch = collate([sample.input_ids[i] for i in group], [sample.labels[i] for i in group]).to(self.device)
+            found = valuer.value(batch)
+            tokens += len(batch.predicting())
+            for name in squares:
+                squares[name] += float((found[f"{name}_direct"] + found[f"{name}_causal"]).double().square().sum())
+        return {name: (total / tokens) ** 0.5 if total else 1.0 for name, total in squares.items()}
+
+    def _finite(self, losses: torch.Tensor, batch: Batch, ids: list[str]) -> None:
+        if not bool(torch.isfinite(losses).all()):
+            error = locate(self.scored, batch, self.kernel)
+            raise RunFailed(f"NaN or infinity in {error.where}, example {ids[error.row]}: check the model or its dtype")
+
+    def _save(
+        self, task: AnchorTask, name: str, tensors: dict[str, torch.Tensor], counts: dict[str, Any] | None = None
+    ) -> None:
+        write_tensors(self.storage, name, tensors, carried(task.fingerprint, counts or {}))
+
+
+class Saving:
+    """Keeps the state of a warm-up in one file, as often as a tenth of its time allows."""
+
+    def __init__(self, worker: AnchorWorker, task: AnchorTask) -> None:
+        self.storage, self.name, self.fingerprint = worker.storage, WARMUP_STATE, task.fingerprint
+        self.ready_at = 0.0
+
+    def last_state(self) -> tuple[int, dict[str, torch.Tensor]] | None:
+        """Steps done and state of the interrupted warm-up; None to start from the beginning."""
+        counts = counts_of(self.storage, self.name, self.fingerprint)
+        return (counts["steps"], read_tensors(self.storage, self.name)) if counts else None
+
+    def __call__(self, steps: int, state: dict[str, torch.Tensor]) -> None:
+        """Save, unless the last time is too short ago for what a save costs."""
+        started = time.monotonic()
+        if started >= self.ready_at:
+            write_tensors(self.storage, self.name, state, carried(self.fingerprint, {"steps": steps}))
+            now = time.monotonic()
+            self.ready_at = now + 9 * (now - started)
+
+
+def _norm(tensors: dict[str, torch.Tensor]) -> float:
+    return math.fsum(float(t.double().square().sum()) for t in tensors.values()) ** 0.5  # in whatever order they came
+
+
+def _same_shapes(policy: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
+    names = sorted(policy.keys() | reference.keys())
+    wrong = [n for n in names if n not in policy or n not in reference or policy[n].shape != reference[n].shape]
+    if wrong:
+        raise RunFailed(
+            f"model.policy and model.reference differ in shape at {wrong[0]}: they must be the same architecture"
+        )
+
+
+def _prompt(input_ids: list[int], labels: list[int]) -> list[int]:
+    """The tokens before the first response token."""
+    return input_ids[: response_start(labels)]

@@ -1,0 +1,107 @@
+"""Masks of one data set beside each other: how much each keeps, how far they agree, and what decides in each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow.parquet as pq
+from alphatoken.data_schemas import BRANCHES, COMPONENTS
+from alphatoken.pipeline.mask.paired_rows import IGNORED
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.storage import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class MaskPlace:
+    """A finished mask; of preference pairs one branch of it, which reads as if it were supervised data."""
+
+    storage: Storage
+    name: str
+    branch: str = ""
+
+    @property
+    def label(self) -> str:
+        """For tables."""
+        return f"{self.name}, {self.branch}" if self.branch else self.name
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """summary.json; of pairs what it says of the branch, beside what holds for both."""
+        whole: dict[str, Any] = self.storage.read_json(f"masks/{self.name}/summary.json")
+        return {**whole, **whole["branches"][self.branch]} if self.branch else whole
+
+
+def branches_of(storage: Storage) -> tuple[str, ...]:
+    """The branches of a run's data: one without a name for supervised data."""
+    return BRANCHES if Manifest(storage).pairs else ("",)
+
+
+@dataclass(frozen=True, slots=True)
+class ComparedMask:
+    """``agreement``: Jaccard index with the baseline, None where the tokens are not the same.
+
+    ``contributions``: of ``contributions``.
+    """
+
+    place: MaskPlace
+    kept_fraction: float
+    agreement: float | None
+    contributions: dict[str, float] | None
+
+
+def compare(baseline: MaskPlace, masks: Sequence[MaskPlace]) -> list[ComparedMask]:
+    """Every mask against the baseline, streamed part by part; of pairs, against the same branch."""
+    found = []
+    for mask in masks:
+        summary, other = mask.summary, replace(baseline, branch=mask.branch)
+        agreement = _jaccard(other, mask) if _tokens_of(other) == _tokens_of(mask) else None
+        found.append(ComparedMask(mask, summary["kept_fraction"], agreement, contributions(summary)))
+    return found
+
+
+def contributions(summary: dict[str, Any]) -> dict[str, float] | None:
+    """The share of each component in what kept tokens have over masked ones; the shares sum to 1.
+
+    The mean value of kept tokens less that of masked ones is the sum over components of weight * (mean over kept -
+    mean over masked), with weight 1 / scale for adaptation and lambda / scale for stability (Eq. 12). A negative share:
+    the component speaks against what was kept. None where nothing was masked or there is no difference, and where
+    values are no sum of the components (mask.divide_by_gradient_norm).
+    """
+    if summary["settings"].get("divide_by_gradient_norm"):
+        return None
+    weights = {"adaptation": 1.0, "stability": float(summary["settings"]["stability_weight"])}
+    gaps = {}
+    for name in COMPONENTS:
+        kind, column = name.partition("_")[0], summary["columns"][name]
+        if column["mean_kept"] is None or column["mean_masked"] is None:
+            return None
+        gaps[name] = weights[kind] / summary["scales"][kind] * (column["mean_kept"] - column["mean_masked"])
+    total = sum(gaps.values())
+    return {name: gap / total for name, gap in gaps.items()} if total else None
+
+
+def _tokens_of(mask: MaskPlace) -> str:
+    """What tells whether two masks speak of the same tokens."""
+    return Manifest(mask.storage).stage("prepare")["fingerprint"]
+
+
+def _jaccard(one: MaskPlace, other: MaskPlace) -> float:
+    """|kept by both| / |kept by either|; 1 where neither keeps anything."""
+    both = either = 0
+    for a, b in zip(_kept(one), _kept(other), strict=True):
+        both, either = both + int((a & b).sum()), either + int((a | b).sum())
+    return both / either if either else 1.0
+
+
+def _kept(mask: MaskPlace) -> Iterator[npt.NDArray[np.bool_]]:
+    """Kept tokens of some rows at a time, ``(tokens,)``; all masks of a data set are cut alike."""
+    labels = f"{mask.branch}_labels" if mask.branch else "labels"
+    for part in Manifest(mask.storage).stage("prepare")["counts"]["parts"]:
+        name = f"masks/{mask.name}/{part.replace('part-', 'train-', 1)}"
+        with pq.ParquetFile(mask.storage.path(name), filesystem=mask.storage.fs) as file:
+            for batch in file.iter_batches(batch_size=1024, columns=[labels]):
+                yield batch.column(0).flatten().to_numpy() != IGNORED

@@ -1,0 +1,124 @@
+"""What a mask did, in numbers: counted while it is written, in one order, so that the summary has the same bytes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+from alphatoken.data_schemas import COMPONENTS
+from alphatoken.pipeline.maths.masking import Bools, Floats, Ints, RankSelect, sums_by_row
+
+
+@dataclass(slots=True)
+class _Moments:
+    """Sums over response tokens of one column, in float64."""
+
+    count: int = 0
+    total: float = 0.0
+    squares: float = 0.0
+    least: float = np.inf
+    most: float = -np.inf
+    negative: int = 0
+    kept: int = 0
+    kept_total: float = 0.0
+
+    def add(self, values: Floats, kept: Bools) -> None:
+        if not len(values):
+            return
+        # np.sum adds in one fixed order; a dot product's order depends on the library behind it.
+        exact = values.astype(np.float64)
+        self.count += len(values)
+        self.total += float(exact.sum())
+        self.squares += float(np.square(exact).sum())
+        self.least, self.most = min(self.least, float(values.min())), max(self.most, float(values.max()))
+        self.negative += int((values < 0).sum())
+        self.kept += int(kept.sum())
+        self.kept_total += float(exact[kept].sum())
+
+    def as_json(self) -> dict[str, Any]:
+        masked = self.count - self.kept
+        return {
+            "mean": self.total / self.count,
+            "rms": float(np.sqrt(self.squares / self.count)),
+            "min": self.least,
+            "max": self.most,
+            "negative_fraction": self.negative / self.count,
+            "mean_kept": self.kept_total / self.kept if self.kept else None,
+            "mean_masked": (self.total - self.kept_total) / masked if masked else None,
+        }
+
+
+@dataclass(slots=True)
+class _Thresholds:
+    """Thresholds of example or batch groups: extremes exact, the median to about 8 bits, in bounded memory."""
+
+    least: float = np.inf
+    most: float = -np.inf
+    ranks: RankSelect = field(default_factory=RankSelect)
+
+    def add(self, thresholds: Floats) -> None:
+        if len(thresholds):
+            self.least, self.most = min(self.least, float(thresholds.min())), max(self.most, float(thresholds.max()))
+            self.ranks.count(thresholds)
+
+    def as_json(self) -> dict[str, Any]:
+        groups = self.ranks.total
+        median = float(self.ranks.choose((groups + 1) // 2))
+        # The bin's lower border may lie just outside of what was seen.
+        return {
+            "groups": groups,
+            "min": self.least,
+            "median": min(max(median, self.least), self.most),
+            "max": self.most,
+        }
+
+
+class MaskCounts:
+    """Counts and statistics over all response tokens."""
+
+    def __init__(self) -> None:
+        self.columns: dict[str, _Moments] = {name: _Moments() for name in (*COMPONENTS, "value")}
+        self.thresholds = _Thresholds()
+        self.rows = self.rows_with_nothing_kept = self.only_always = self.only_minimum = self.changed = 0
+
+    def add(
+        self,
+        offsets: Ints,
+        columns: dict[str, Floats],
+        kept: Bools,
+        passed: Bools,
+        always: Bools,
+        without_stability: Bools,
+    ) -> None:
+        """Count some examples; arrays are over their response tokens, ``offsets`` ``(examples + 1,)``.
+
+        ``columns``: the components, ``value`` and others that went into it. ``passed``: the tokens that pass the
+        threshold. ``without_stability``: those that would if stability had no say.
+        """
+        for name, column in columns.items():
+            self.columns.setdefault(name, _Moments()).add(column, kept)
+        self.rows += len(offsets) - 1
+        self.rows_with_nothing_kept += int((sums_by_row(kept, offsets) == 0).sum())
+        self.only_always += int((~passed & always).sum())
+        self.only_minimum += int((kept & ~passed & ~always).sum())
+        self.changed += int((passed != without_stability).sum())
+
+    @property
+    def response_tokens(self) -> int:
+        return self.columns["value"].count
+
+    def as_json(self) -> dict[str, Any]:
+        """Needs at least one response token."""
+        tokens, kept = self.response_tokens, self.columns["value"].kept
+        return {
+            "rows": self.rows,
+            "rows_with_nothing_kept": self.rows_with_nothing_kept,
+            "response_tokens": tokens,
+            "kept_tokens": kept,
+            "kept_fraction": kept / tokens,
+            "kept_only_by_always_keep": self.only_always,
+            "kept_only_by_min_kept": self.only_minimum,
+            "decisions_changed_by_stability": self.changed / tokens,
+            "columns": {name: moments.as_json() for name, moments in self.columns.items()},
+        }

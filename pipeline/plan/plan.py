@@ -1,0 +1,227 @@
+"""plan: what a run would do and cost, from the data and the model's configuration alone.
+
+No weights are loaded and no worker starts: scored modules and their sizes are read off a model on the meta device,
+lengths off a tokenized sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from alphatoken.pipeline.anchor.coverage import as_json, warning
+from alphatoken.pipeline.anchor.stage import SUMS
+from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH, TOKENS_PER_PASS
+from alphatoken.pipeline.cluster.batched_worker import CPU_TOKENS
+from alphatoken.pipeline.maths.batch import response_start
+from alphatoken.pipeline.maths.costs import (
+    DIRECTIONS,
+    ModelCosts,
+    Shapes,
+    budget_shapes,
+    forward_flops,
+    ghost_flops,
+    loss_flops,
+    meta_model,
+    model_costs,
+    outer_flops,
+    pair_flops,
+    rehearsal_flops,
+    sampling_flops,
+    shapes_of,
+    value_floor,
+    value_flops,
+    value_memory,
+)
+from alphatoken.pipeline.maths.decoder import UnsupportedModel
+from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.selectors import SELECTORS
+from alphatoken.pipeline.plan.sample import Sample, sample_data
+from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
+from alphatoken.pipeline.prepare.pairs import Pair
+from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.settings import Settings
+
+UTILISATION = 0.35
+# Dense bfloat16 with float32 accumulation, in operations per second, as their makers state it.
+ACCELERATORS = {
+    "NVIDIA H100 SXM": 989e12, "NVIDIA A100": 312e12, "NVIDIA L40S": 362e12, "NVIDIA RTX 4090": 165e12,
+    "AMD MI300X": 1307e12,
+}  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) -> dict[str, Any]:
+    """The plan as nested JSON values; ``checkpoints`` of model.policy and ``reference``: resolved.
+
+    Raises SettingsWrong and RunFailed for data or a model that the run would refuse as well.
+    """
+    own, policy, several = settings.model, checkpoints[0], len(checkpoints)
+    config = load_config(ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code))
+    dtype = _dtype(settings, config)
+    try:
+        costs, scored = model_costs(meta_model(config, dtype), settings.valuation.layers)
+    except UnsupportedModel as error:
+        raise SettingsWrong([f"model.policy: {error}"]) from error
+    sample = sample_data(settings, policy)
+    # Only now is it known whether the data is of pairs, as in run_anchor.
+    if settings.valuation.needs_directions and (wrong := settings.anchor_problems(bool(sample.pairs))):
+        raise SettingsWrong(wrong)
+    settings = settings.for_data(bool(sample.pairs))
+    drift = planned_drift(settings, checkpoints, reference)
+    budget = settings.valuation.tokens_per_batch
+    budget = budget if isinstance(budget, int) else CPU_TOKENS
+    shapes = train_shapes(sample, budget)
+    snapshots = settings.anchor.snapshots if drift == "warmup" else 1
+    tokens, response = _tokens(sample.train), _response(sample.train)
+    scale = sample.scale
+    longest = max(len(example.input_ids) for example in sample.train)
+    if settings.valuation.needs_directions:
+        anchor = anchor_flops(costs, sample, settings, drift, several)
+        value = several * planned_values(costs, sample, shapes, settings, snapshots, drift)
+        floor = value_floor(costs, round(tokens * scale), round(response * scale))
+    else:
+        anchor = {"flops": 0}
+        value = floor = len(SELECTORS[settings.valuation.method].models) * loss_flops(costs, shapes)
+    if sample.pairs:
+        value += pair_flops(costs, shapes, drift, list(checkpoints) != [reference])
+    stages = {
+        "prepare": {"flops": 0},
+        "anchor": anchor,
+        "value": {
+            "flops": value,
+            "floor": floor,
+            "forward": forward_flops(costs, shapes) + 2 * costs.head * shapes.tokens,
+        },
+        "mask": {"flops": 0},
+    }
+    rows: Sequence[Example | Pair] = sample.pairs or sample.train
+    total = sum(stage["flops"] for stage in stages.values())
+    rows_file = file_sizes(sample, settings, scored, drift, several)
+    coverage = as_json(scored.coverage)
+    return {
+        "data": {
+            "format": "preference" if sample.pairs else "sft", "rows": sample.rows,
+            "sampled": len(rows) + len(sample.fisher) + len(sample.validation),
+            "complete_sample": sample.complete, "unusable_fraction": sample.unusable,
+            "train_examples": sample.train_rows, "validation_examples": sample.validation_rows,
+            "fisher_prompts": len(sample.fisher), "tokens": round(tokens * scale),
+            "response_tokens": round(response * scale), "padded_tokens": shapes.tokens, "longest": longest,
+            "truncated_fraction": sum(row.truncated for row in rows) / len(rows),
+            "shards": max(1, -(-sample.train_rows // settings.data.shard_examples)),
+        },
+        "model": {
+            "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
+            "layers": costs.layers, "scored_layers": costs.scored_layers, "drift": drift, "snapshots": snapshots,
+            "checkpoints": several,
+            "values": settings.valuation.estimator if settings.valuation.needs_directions else settings.valuation.method,
+            "scored_modules": [linear.name for linear in scored.maps], "coverage": coverage,
+            "coverage_warning": warning(scored.coverage),
+        },
+        "flops": {**stages, "total": total},
+        "memory_per_worker": value_memory(
+            costs, max(budget, longest), longest, dtype.itemsize, snapshots, drift == "warmup"
+        ),
+        "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
+        "device_hours": {
+            "utilisation": UTILISATION,
+            **{name: total / (peak * UTILISATION) / 3600 for name, peak in ACCELERATORS.items()},
+        },
+    }  # fmt: skip
+
+
+def planned_drift(settings: Settings, checkpoints: Sequence[str], reference: str) -> str:
+    """anchor.drift with ``auto`` resolved by place; the run itself compares contents."""
+    drift = settings.anchor.drift
+    start = list(checkpoints) == [reference]
+    if settings.valuation.rehearsed and drift in ("auto", "none"):
+        if not settings.valuation.rehearsal.stability_weight:
+            return "none"
+        return "rehearsal" if start else "checkpoint"
+    return drift if drift != "auto" else "warmup" if start else "checkpoint"
+
+
+def planned_values(
+    m: ModelCosts, sample: Sample, shapes: Shapes, settings: Settings, snapshots: int, drift: str
+) -> int:
+    """Operations of the value stage; of a rehearsal with its padding taken for that of the static schedule."""
+    own = settings.valuation
+    moving = 1 if drift == "none" else DIRECTIONS
+    values = value_flops(m, shapes, own.window, snapshots, own.estimator, moving)
+    if not own.rehearsed:
+        return values
+    steps = -(-sample.train_rows // own.rehearsal.batch_size)
+    refreshes = -(-steps // own.rehearsal.refresh)
+    return rehearsal_flops(m, shapes, validation_shapes(sample), refreshes, own.rehearsal.rho, values)
+
+
+def validation_shapes(sample: Sample) -> Shapes:
+    """The batches of one validation gradient."""
+    lengths = [len(e.input_ids) for e in sample.validation]
+    shapes = budget_shapes(lengths, _response(sample.validation), TOKENS_PER_PASS)
+    return shapes.times(sample.validation_rows / len(sample.validation))
+
+
+def train_shapes(sample: Sample, budget: int) -> Shapes:
+    """The value stage's batches over all training examples."""
+    shapes = budget_shapes([len(e.input_ids) for e in sample.train], _response(sample.train), budget)
+    return shapes.times(sample.scale)
+
+
+def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, checkpoints: int = 1) -> dict[str, int]:
+    """Operations of the anchor by what they are for; ``fisher`` is at most, as completions may end early."""
+    snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
+    validation = validation_shapes(sample)
+    has_fisher = drift != "none" or settings.anchor.precondition != "none"
+    found = {
+        "fisher": fisher_flops(m, sample.fisher, settings.anchor.fisher.max_new_tokens) if has_fisher else 0,
+        "warmup": warmup_flops(m, sample.train, settings) if drift == "warmup" else 0,
+        "validation_gradient": snapshots * (ghost_flops(m, validation) + outer_flops(m, validation.predicting)),
+    }
+    return {"flops": sum(found.values()), **found}
+
+
+def fisher_flops(m: ModelCosts, prompts: Sequence[Example], new: int) -> int:
+    """Sampling ``new`` tokens per prompt and one ghost pass over prompt and completion, batched as the worker does."""
+    total, parts = 0, min(SUMS, max(1, -(-len(prompts) // 8)))
+    for part in range(parts):
+        own = prompts[part * len(prompts) // parts : (part + 1) * len(prompts) // parts]
+        lengths = sorted((response_start(example.labels) for example in own), reverse=True)
+        for start in range(0, len(lengths), PROMPTS_PER_BATCH):
+            batch = lengths[start : start + PROMPTS_PER_BATCH]
+            total += sampling_flops(m, len(batch), batch[0], new)
+            shapes = budget_shapes([length + new for length in batch], len(batch) * new, TOKENS_PER_PASS)
+            total += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
+    return total
+
+
+def warmup_flops(m: ModelCosts, examples: Sequence[Example], settings: Settings) -> int:
+    """Steps on batches of sampled examples: a ghost pass and the sum of its outer products each."""
+    warmup = settings.anchor.warmup
+    total = 0
+    for step in range(warmup.steps):
+        batch = [examples[(step * warmup.batch_size + i) % len(examples)] for i in range(warmup.batch_size)]
+        longest = max(len(example.input_ids) for example in batch)
+        shapes = shapes_of([(len(batch), longest)], _response(batch))
+        total += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
+    return total
+
+
+def _tokens(examples: Sequence[Example]) -> int:
+    return sum(len(example.input_ids) for example in examples)
+
+
+def _response(examples: Sequence[Example]) -> int:
+    return sum(label != IGNORED for example in examples for label in example.labels)
+
+
+def _dtype(settings: Settings, config: Any) -> torch.dtype:
+    """The dtype that the workers would load: on a CPU float32, else the checkpoint's."""
+    if settings.model.dtype in DTYPES:
+        return DTYPES[settings.model.dtype]
+    if not settings.cluster.address and not torch.cuda.is_available():
+        return torch.float32
+    stored = getattr(config, "dtype", None)
+    return stored if isinstance(stored, torch.dtype) else torch.bfloat16

@@ -1,0 +1,57 @@
+"""What a run would skip, go on with or refuse in a run directory that is there already; writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from alphatoken.pipeline.plan.share import UPSTREAM, stage_inputs
+from alphatoken.pipeline.run.fingerprint import differences, digest
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import STAGES, Settings
+
+
+def resume_state(
+    storage: Storage, manifest: Manifest, settings: Settings, checkpoints: Sequence[str], reference: str
+) -> dict[str, dict[str, Any]]:
+    """Stage -> ``state``: new | done | continues | refused | overwritten, with the facts that belong to it."""
+    if not manifest.content["stages"]:
+        return {stage: {"state": "new"} for stage in STAGES}
+    inputs = stage_inputs(settings, checkpoints, reference)
+    first = settings.run.overwrite
+    anew = STAGES[STAGES.index(first) :] if first else ()
+    found: dict[str, dict[str, Any]] = {}
+    for stage in UPSTREAM:
+        record = manifest.stage(stage)
+        if stage in anew:
+            found[stage] = {"state": "overwritten"}
+        elif not record:
+            found[stage] = {"state": "new"}
+        elif record["fingerprint"] != digest(inputs[stage]):
+            changed = [key for key, _, _ in differences(record["inputs"], inputs[stage])]
+            found[stage] = {
+                "state": "refused",
+                "changed": changed,
+                "remedy": f"another run.dir, or run.overwrite={stage}",
+            }
+        elif manifest.done(stage):
+            found[stage] = {"state": "done"}
+        else:
+            found[stage] = {"state": "continues", **_progress(storage, manifest, stage)}
+    mask = f"mask/{settings.mask.name}"
+    done = manifest.done(mask) and storage.exists(f"masks/{settings.mask.name}/summary.json")
+    state = "overwritten" if "mask" in anew else "done" if done else "new"
+    found["mask"] = {"state": state, "name": settings.mask.name}
+    return found
+
+
+def _progress(storage: Storage, manifest: Manifest, stage: str) -> dict[str, Any]:
+    """Parts that are complete already."""
+    parts = manifest.stage("prepare")["counts"].get("parts", [])
+    if stage == "anchor" or not parts:
+        return {}
+    directory = "prepared" if stage == "prepare" else "values"
+    fingerprint = manifest.stage(stage)["fingerprint"]
+    complete = sum(storage.rows_of(f"{directory}/{part}", fingerprint) is not None for part in parts)
+    return {"complete_shards": complete, "shards": len(parts)}

@@ -1,0 +1,119 @@
+"""A sample of the data, tokenized as `prepare` would: lengths, held-out examples and what cannot be used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
+from alphatoken.pipeline.prepare.draw import draw_order
+from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
+from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
+from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
+from alphatoken.pipeline.prepare.stage import MOST_FISHER_PROMPTS, is_preference
+from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.settings import Settings
+
+SAMPLE = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """Tokenized rows in the order in which `prepare` draws them.
+
+    ``rows``: of data.train; ``train_rows``: about how many of them are trained on; ``train``: a sample of those, of
+    pairs both branches one after the other; ``pairs``: the same as pairs, empty for supervised data;
+    ``validation``, ``fisher``: the held-out examples themselves (of a validation file: a sample, and how many it has).
+    ``unusable``: the share of rows that goes to the quarantine. ``complete``: every row was read.
+    """
+
+    rows: int
+    train_rows: int
+    train: tuple[Example, ...]
+    pairs: tuple[Pair, ...]
+    validation: tuple[Example, ...]
+    validation_rows: int
+    fisher: tuple[Example, ...]
+    unusable: float
+    complete: bool
+
+    @property
+    def scale(self) -> float:
+        """Sequences that are trained on, per sequence in ``train``."""
+        return self.train_rows * (2 if self.pairs else 1) / len(self.train)
+
+
+def sample_data(settings: Settings, policy: str) -> Sample:
+    """Read and tokenize at most the held-out rows and SAMPLE more.
+
+    ``policy``: the resolved model.policy. Raises SettingsWrong and RunFailed for data that cannot be used.
+    """
+    source = ModelSource(policy, settings.model.revision, trust_remote_code=settings.model.trust_remote_code)
+    try:
+        tokenizer, config = load_tokenizer(source), load_config(source)
+    except UnreadableModel as error:
+        raise SettingsWrong([f"model.policy: {error}"]) from error
+    data = settings.data
+    vocabulary = config.get_text_config().vocab_size
+    columns = data.columns.given()
+    arguments = tokenizer, data.max_length, data.chat_template, columns, vocabulary
+    train = open_sources("data.train", data.train)
+    preference = is_preference(settings, train)
+    make, pair = ExampleMaker(*arguments), PairMaker(*arguments)
+    total = train.starts[-1]
+    if not total:
+        raise SettingsWrong([f"data.train={data.train}: there is no row in it"])
+    held_out = isinstance(data.validation, int)
+    asked = settings.anchor.fisher.prompts
+    prompts = min(MOST_FISHER_PROMPTS, max(1, total // 10)) if isinstance(asked, str) else asked
+    wanted = prompts + (int(data.validation) if held_out else 0)
+    if wanted >= total:
+        raise SettingsWrong([f"data.train has {total} rows, of which {wanted} are to be held out: none would be left"])
+    drawn = [row for row, _ in zip(draw_order(total, settings.run.seed), range(wanted + SAMPLE), strict=False)]
+    examples = _examples(pair if preference else make, train, drawn)
+    usable = [example for example in examples if example is not None]
+    if len(usable) <= wanted:
+        raise RunFailed(
+            f"data.train: of {len(drawn)} sampled rows only {len(usable)} can be used, {wanted} are held out"
+        )
+    unusable = 1 - len(usable) / len(examples)
+    split = int(data.validation) if held_out else 0
+    held = [made.chosen if isinstance(made, Pair) else made for made in usable[:wanted]]
+    validation, validation_rows = held[:split], split
+    if not held_out:
+        other = open_sources("data.validation", data.validation)
+        validation_rows = other.starts[-1]
+
+        def either(row: Any, source: str) -> Example:
+            return pair(row, source).chosen if preference and is_pair(row, columns) else make(row, source)
+
+        some = _examples(either, other, range(min(validation_rows, SAMPLE)))
+        validation = [example for example in some if example is not None]
+        if not validation:
+            raise RunFailed(f"data.validation={data.validation}: none of its first {len(some)} rows can be used")
+        validation_rows = round(validation_rows * len(validation) / len(some))
+    trained = usable[wanted:]
+    sequences = [s for made in trained for s in ((made.chosen, made.rejected) if isinstance(made, Pair) else (made,))]
+    of_all, parts = round(total * (1 - unusable)) - wanted, data.cut[1] if data.cut else 1
+    return Sample(
+        total, max(1, of_all // parts), tuple(sequences), tuple(trained) if preference else (),
+        tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1,
+    )  # fmt: skip
+
+
+def _examples(make: Callable[[Any, str], Any], sources: Sources, rows: Sequence[int]) -> list[Any]:
+    """What ``make`` makes of ``rows``, in their order; None: not usable."""
+    ordered = sorted(rows)
+    found: list[Any] = []
+    for name, numbers, table in sources.pieces(ordered):
+        for number, (row, reason) in zip(numbers, decode(table), strict=True):
+            try:
+                found.append(None if reason is not None else make(row, f"{name}:{number}"))
+            except TemplateRequired as error:
+                raise SettingsWrong([f"{name}, row {number}: {error}"]) from error
+            except Unusable:
+                found.append(None)
+    by_row = dict(zip(ordered, found, strict=True))
+    return [by_row[row] for row in rows]

@@ -1,0 +1,106 @@
+"""Runs that are equal upstream share it: finished stages of one run directory appear in another, by fingerprint.
+
+Files are hard links where both runs lie on one disk, else copies. Links are safe: no file of a run is ever changed in
+place, a new one takes its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.fs as pafs
+from alphatoken.pipeline.anchor.stage import FISHER, anchor_inputs, drift_of, fisher_inputs
+from alphatoken.pipeline.anchor.tensors import read_metadata
+from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.prepare.sources import open_sources
+from alphatoken.pipeline.prepare.stage import is_preference, prepare_inputs, vocabulary_of
+from alphatoken.pipeline.run.fingerprint import digest
+from alphatoken.pipeline.run.manifest import OUTPUTS, Manifest
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.value.pairs import pair_inputs
+from alphatoken.pipeline.value.selection import selection_inputs
+from alphatoken.pipeline.value.stage import value_inputs
+
+UPSTREAM = ("prepare", "anchor", "value")
+
+
+def stage_inputs(settings: Settings, checkpoints: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
+    """What prepare, anchor and value would depend on with these settings; opens the data, loads no model.
+
+    ``checkpoints`` of model.policy and ``reference``: resolved. Raises SettingsWrong for data or a drift that cannot be used.
+    """
+    train = open_sources("data.train", settings.data.train)
+    held_out = isinstance(settings.data.validation, int)
+    validation = None if held_out else open_sources("data.validation", settings.data.validation)
+    model = settings.model
+    policy = checkpoints[0]
+    source = ModelSource(policy, model.revision, trust_remote_code=model.trust_remote_code)
+    preference = is_preference(settings, train)
+    prepare = prepare_inputs(settings, policy, vocabulary_of(source), train, validation, preference)
+    settings = settings.for_data(preference)
+    drift = drift_of(settings, checkpoints, reference)
+    anchor = anchor_inputs(settings, prepare, checkpoints, reference, drift)
+    selected = not settings.valuation.needs_directions
+    value = (
+        selection_inputs(settings, digest(prepare), policy, reference)
+        if selected
+        else value_inputs(settings, digest(anchor))
+    )
+    if preference:
+        value = pair_inputs(value, settings, (policy, reference) if selected else None)
+    return {"prepare": prepare, "anchor": anchor, "value": value}
+
+
+def share_upstream(
+    storage: Storage, manifest: Manifest, inputs: dict[str, dict[str, Any]], donors: Sequence[Storage]
+) -> list[str]:
+    """Take over every upstream stage that a donor has finished with equal inputs, and else its Fisher if that is equal.
+
+    ``inputs``: of ``stage_inputs``. A stage that was begun here already is left alone. Returns what was taken, as
+    ``"prepare from <place>"``.
+    """
+    taken: list[str] = []
+    for donor in donors:
+        other = Manifest(donor)
+        for stage in UPSTREAM:
+            if own := manifest.stage(stage):
+                if own["fingerprint"] != digest(inputs[stage]):
+                    return taken  # this command is going to be refused there, or to start anew from there
+                continue
+            if other.done(stage) and other.stage(stage)["fingerprint"] == digest(inputs[stage]):
+                for directory in OUTPUTS[stage]:
+                    _share(donor, storage, directory)
+                manifest.adopt(stage, other.stage(stage))
+                taken.append(f"{stage} from {donor.root}")
+        fisher = digest(fisher_inputs(inputs["anchor"]))
+        missing = not manifest.stage("anchor") and not storage.exists(FISHER)
+        if missing and read_metadata(donor, FISHER).get("fingerprint") == fisher:
+            _share(donor, storage, FISHER)
+            taken.append(f"the Fisher from {donor.root}")
+    return taken
+
+
+def _share(source: Storage, target: Storage, name: str) -> None:
+    """Make a file, or all files below a directory, of ``source`` appear in ``target``; hidden files are left out."""
+    info = source.fs.get_file_info(source.path(name))
+    if info.type == pafs.FileType.NotFound:
+        return
+    if info.type == pafs.FileType.Directory:
+        for entry in source.fs.get_file_info(pafs.FileSelector(info.path)):
+            if not entry.base_name.startswith("."):
+                _share(source, target, f"{name}/{entry.base_name}")
+        return
+    if source.local and target.local:
+        place = Path(target.path(name))
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.unlink(missing_ok=True)
+        try:
+            os.link(source.path(name), place)
+            return
+        except OSError:  # another disk, or one without links
+            pass
+    target.write_bytes(name, source.read_bytes(name))

@@ -1,0 +1,279 @@
+"""Raw rows: files, globs, directories and hub ids become `datasets.Dataset`s of known length, one per file.
+
+Text formats become data sets with one column `json` that holds a row as text, decoded where it is tokenized: a broken
+line then is one row for the quarantine and not the end of a file. Parquet and Arrow keep their typed columns.
+"""
+
+from __future__ import annotations
+
+import csv
+import fnmatch
+import glob
+import gzip
+import io
+import itertools
+import json
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePath, PurePosixPath
+from typing import IO, Any, cast
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.fingerprint import of_file
+from alphatoken.pipeline.run.redaction import redacted
+from alphatoken.pipeline.run.remote import RemoteFile, Unreachable, is_remote, list_files
+
+FORMATS = {
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".parquet": "parquet",
+    ".arrow": "arrow",
+}
+TEXT = "__row_as_text__"  # the column of text formats
+TOO_MANY_FIELDS = "__too_many_fields__"
+TOO_LONG = "__too_long__"
+READER = 2  # counts up when the rows of a file are read differently, since they are cached
+LONGEST_LINE = 64 << 20  # bytes; what has no line break for longer is no row, and must not fill the memory
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file (or one hub data set): its name in reports, its rows, and a fingerprint of its content."""
+
+    name: str
+    rows: datasets.Dataset
+    fingerprint: str
+
+    def table(self, rows: Sequence[int]) -> pa.Table:
+        """Some rows as an Arrow table."""
+        return self.rows.with_format("arrow")[list(rows)]
+
+
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """All rows of a data set, numbered from 0 over its files in order."""
+
+    files: tuple[Source, ...]
+
+    @property
+    def starts(self) -> list[int]:
+        """The first global row number of every file, and the total at the end."""
+        starts = [0]
+        for file in self.files:
+            starts.append(starts[-1] + len(file.rows))
+        return starts
+
+    def named(self, names: Sequence[str]) -> Sources:
+        """The same files under other names in reports and identifiers."""
+        return Sources(tuple(replace(file, name=name) for file, name in zip(self.files, names, strict=True)))
+
+    def pieces(self, rows: Sequence[int]) -> list[tuple[str, list[int], pa.Table]]:
+        """(file name, row numbers within the file, raw rows) for ascending global row numbers."""
+        starts, found = self.starts, []
+        by_file: dict[int, list[int]] = {}
+        for row in rows:
+            index = bisect_right(starts, row) - 1
+            by_file.setdefault(index, []).append(row - starts[index])
+        for index, numbers in by_file.items():
+            found.append((self.files[index].name, numbers, self.files[index].table(numbers)))
+        return found
+
+
+def decode(table: pa.Table) -> Iterator[tuple[Any, str | None]]:
+    """Rows of a raw table as (row, None), or (raw text, reason) for a row that cannot be read."""
+    if table.column_names != [TEXT] or not pa.types.is_large_string(table.schema.field(0).type):
+        yield from _typed(table)
+        return
+    for text in table.column(TEXT).to_pylist():
+        try:
+            content = (text or "").encode("latin-1")
+            row = json.loads(content)
+        except UnicodeEncodeError as error:  # a Parquet file with a column of this very name
+            yield text, f"bad_unicode: {error}"
+            continue
+        except (ValueError, RecursionError) as error:
+            yield content.decode("utf-8", "backslashreplace"), f"broken_json: {error}"
+            continue
+        if not isinstance(row, dict):
+            yield row, f"wrong_type: a row must be an object, not {type(row).__name__}"
+        elif TOO_LONG in row:
+            yield row, f"too_long: a line of {row[TOO_LONG]} bytes, more than {LONGEST_LINE}"
+        elif TOO_MANY_FIELDS in row:
+            yield row, "broken_csv: more fields than the header has columns"
+        else:
+            yield row, None
+
+
+def _typed(table: pa.Table) -> Iterator[tuple[Any, str | None]]:
+    try:
+        rows = table.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException):  # some value of some row has no Python counterpart
+        for index in range(table.num_rows):
+            one = table.slice(index, 1)
+            try:
+                row = one.to_pylist()[0]
+            except (ValueError, OverflowError, pa.ArrowException) as error:
+                yield str(one.to_string(preview_cols=100)), f"unreadable: {type(error).__name__}: {error}"
+            else:
+                yield row, None
+        return
+    for row in rows:
+        yield row, None
+
+
+def open_sources(key: str, value: Any) -> Sources:
+    """Open what ``key`` (data.train or data.validation) names. Raises SettingsWrong naming the file and the remedy."""
+    names = list(value) if isinstance(value, list | tuple) else [value]
+    files = [file for name in names for file in _expand(key, str(name))]
+    return Sources(tuple(files))
+
+
+def _expand(key: str, name: str) -> list[Source]:
+    if is_remote(name):
+        return _remote(key, name)
+    path = Path(name.removeprefix("file://")).expanduser()
+    if path.is_file():
+        return [_file(key, path)]
+    if path.is_dir():
+        found = [p for p in sorted(path.rglob("*")) if p.is_file() and _wanted(p)]
+        if not found:
+            raise SettingsWrong([f"{key}={name}: the directory holds no file of {', '.join(sorted(set(FORMATS)))}"])
+        return [_file(key, p) for p in _inside(key, path, found)]
+    if any(c in name for c in "*?["):
+        matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
+        if not matches:
+            raise SettingsWrong([f"{key}={name}: the pattern matches no file"])
+        fixed = [part for part in itertools.takewhile(lambda part: not any(c in part for c in "*?["), path.parts)]
+        return [_file(key, p) for p in _inside(key, Path(*fixed), matches)]
+    if _format(path) or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
+        raise SettingsWrong([f"{key}={name}: no such file; give a file, a glob, a directory, a URI or a hub id"])
+    return [_hub(key, name)]
+
+
+def _inside(key: str, directory: Path, files: Sequence[Path]) -> Sequence[Path]:
+    """The files themselves; raises SettingsWrong for links that lead out of the directory, whose maker may be another."""
+    root = directory.resolve()
+    outside = [str(p) for p in files if not p.resolve().is_relative_to(root)]
+    if outside:
+        raise SettingsWrong([f"{key}={directory}: {outside[0]} leads out of the directory: name the file itself"])
+    return files
+
+
+def _remote(key: str, uri: str) -> list[Source]:
+    """Files of an object store; a pattern may stand in the name of the file, as in s3://bucket/data/*.jsonl."""
+    place, pattern = uri, "*"
+    address, mark, options = uri.partition("?")
+    if any(c in address for c in "*["):
+        place, _, pattern = address.rpartition("/")
+        place += mark + options
+    try:
+        files = list_files(place)
+        files = [f for f in files if fnmatch.fnmatchcase(f.path.rpartition("/")[2], pattern)]
+        wanted = [f for f in files if _wanted(PurePosixPath(f.path))]
+        if not wanted:
+            known = ", ".join(sorted(set(FORMATS)))
+            raise SettingsWrong([f"{key}={redacted(uri)}: there is no such file, and none of {known} below it"])
+        return [_file(key, file.fetched(), file) for file in wanted]
+    except Unreachable as error:
+        raise SettingsWrong([f"{key}: {error}"]) from error
+
+
+def _wanted(path: PurePath) -> bool:
+    return bool(_format(path)) and not path.name.startswith(".")
+
+
+def _format(path: PurePath) -> str | None:
+    return FORMATS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
+
+
+def _file(key: str, path: Path, remote: RemoteFile | None = None) -> Source:
+    """``remote``: what ``path`` is a copy of."""
+    kind, name = _format(path), remote.uri if remote else str(path)
+    if kind is None:
+        raise SettingsWrong(
+            [f"{key}={name}: unknown format; known: {', '.join(sorted(FORMATS))} (also .gz of the text ones)"]
+        )
+    fingerprint = remote.version if remote else of_file(path)
+    given = {"path": str(path), "content": fingerprint, "version": READER}
+    try:
+        if path.stat().st_size == 0 or _has_no_row(kind, given):
+            rows = datasets.Dataset.from_dict({TEXT: []})
+        elif kind in ("parquet", "arrow"):
+            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+        else:
+            rows = datasets.Dataset.from_generator(
+                _TEXT_ROWS[kind], gen_kwargs=given,
+                features=datasets.Features({TEXT: datasets.Value("large_string")}),
+            )  # fmt: skip
+    except (OSError, ValueError, pa.ArrowException, csv.Error, datasets.exceptions.DatasetGenerationError) as error:
+        cause = error.__cause__ or error
+        reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
+        raise SettingsWrong([f"{key}={name}: cannot be read as {kind}: {reason}"]) from error
+    return Source(name, rows, fingerprint)
+
+
+def _has_no_row(kind: str, given: dict[str, Any]) -> bool:
+    """Whether a file is one of rows and has none, which `datasets` takes for an error."""
+    if kind == "parquet":
+        return pq.read_metadata(given["path"]).num_rows == 0
+    return kind in _TEXT_ROWS and next(iter(_TEXT_ROWS[kind](**given)), None) is None
+
+
+def _hub(key: str, name: str) -> Source:
+    try:
+        rows = datasets.load_dataset(name, split="train")
+    except Exception as error:  # the hub client raises many unrelated types
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise SettingsWrong(
+            [f"{key}={name}: no such file, and not a data set that can be read from the hub: {reason}"]
+        ) from error
+    return Source(name, rows, f"hub:{name}:{rows._fingerprint}")
+
+
+def _open(path: str) -> IO[bytes]:
+    return cast("IO[bytes]", gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
+
+
+# Bytes are carried as latin-1 text, which keeps every byte, so that broken UTF-8 is seen by `decode` and not lost here.
+def _jsonl_rows(path: str, content: str, version: int) -> Iterator[dict[str, str]]:
+    with _open(path) as file:
+        while line := file.readline(LONGEST_LINE):
+            length = len(line)
+            if length == LONGEST_LINE and not line.endswith(b"\n"):
+                while more := file.readline(LONGEST_LINE):
+                    length += len(more)
+                    if more.endswith(b"\n"):
+                        break
+                line = json.dumps({TOO_LONG: length, "begins": line[:1000].decode("latin-1")}).encode()
+            if line.strip():
+                yield {TEXT: line.rstrip(b"\r\n").decode("latin-1")}
+
+
+def _json_rows(path: str, content: str, version: int) -> Iterator[dict[str, str]]:
+    with _open(path) as file:
+        start = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
+    if start != b"[":  # one object per line under the other name
+        yield from _jsonl_rows(path, content, version)
+        return
+    with _open(path) as file:
+        rows = json.loads(file.read().removeprefix(b"\xef\xbb\xbf"))
+    for row in rows:
+        yield {TEXT: json.dumps(row)}
+
+
+def _csv_rows(path: str, content: str, version: int) -> Iterator[dict[str, str]]:
+    csv.field_size_limit(1 << 30)
+    with _open(path) as file:
+        # Bytes that are not UTF-8 become lone surrogates, which the quarantine names.
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        for row in csv.DictReader(text, restkey=TOO_MANY_FIELDS):
+            yield {TEXT: json.dumps({name: value for name, value in row.items() if name is not None})}
+
+
+_TEXT_ROWS = {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}

@@ -1,1 +1,0 @@
-"""The stages of a run: Ray, storage and the run directory around the maths."""

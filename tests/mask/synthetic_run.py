@@ -1,0 +1,76 @@
+"""Run directories as prepare and value leave them, with values that no model made, for tests of the mask stage."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from alphatoken.data_schemas import COMPONENTS, PREPARED, VALUES
+from alphatoken.pipeline.mask.stage import run_mask
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import MaskSettings
+
+EOS = 2
+
+
+def part_names(count: int) -> list[str]:
+    return [f"part-{i:05d}-of-{count:05d}.parquet" for i in range(count)]
+
+
+def examples(rows: int, rng: np.random.Generator, longest: int = 14, first: int = 0, stability: float = 1.0):
+    """Prepared and value rows: prompts and responses of every length, some without any response token."""
+    prepared, values = [], []
+    for row in range(first, first + rows):
+        prompt, response = int(rng.integers(1, longest)), int(rng.integers(0, longest))
+        ids = rng.integers(3, 60, prompt + response).tolist()
+        if response:
+            ids[-1] = EOS
+        inside = [False] * prompt + [True] * response
+        labels = [t if r else -100 for t, r in zip(ids, inside, strict=True)]
+        prepared.append({"id": f"row-{row}", "input_ids": ids, "labels": labels, "source": f"f:{row}"})
+        columns = {}
+        for name in (*COMPONENTS, "loss"):
+            spread = stability if name.startswith("stability") else 1.0
+            drawn = (np.round(rng.standard_normal(len(ids)), 1) * spread).astype(np.float32)  # rounded: with ties
+            columns[name] = (drawn * np.array(inside)).tolist()
+        values.append({"id": f"row-{row}", **columns})
+    return prepared, values
+
+
+def write_run(
+    directory: Path, sizes=(40, 0, 33), seed: int = 0, stability: float = 1.0, method="alphatoken", estimator="ghost",
+    drift="warmup", **counts,
+):  # fmt: skip
+    """A run directory as prepare and value leave it; returns storage, prepared rows and value rows."""
+    storage, rng = Storage(str(directory)), np.random.default_rng(seed)
+    manifest, parts = Manifest(storage), part_names(len(sizes))
+    first = manifest.begin("prepare", {"seed": seed}, {})
+    manifest.begin("anchor", {"anchor.drift": drift}, {})
+    second = manifest.begin(
+        "value", {"prepare": first, "valuation.method": method, "valuation.estimator": estimator}, {}
+    )
+    rows: tuple[list, list] = ([], [])
+    for part, size in zip(parts, sizes, strict=True):
+        prepared, values = examples(size, rng, first=len(rows[0]), stability=stability)
+        storage.write_table(f"prepared/{part}", pa.Table.from_pylist(prepared, PREPARED), first)
+        storage.write_table(f"values/{part}", pa.Table.from_pylist(values, VALUES), second)
+        rows[0].extend(prepared)
+        rows[1].extend(values)
+    manifest.finish("prepare", 0.0, **{"parts": parts, "eos_token_ids": [EOS], "vocabulary": 60, **counts})
+    manifest.finish("anchor", 0.0)
+    manifest.finish("value", 0.0)
+    return storage, *rows
+
+
+def mask(storage: Storage, **settings):
+    return run_mask(storage, Manifest(storage), MaskSettings(**settings), 0, None)
+
+
+def masks(storage: Storage, name: str = "default") -> list[dict]:
+    files = [file for file in storage.names(f"masks/{name}") if file.endswith(".parquet")]
+    return [row for file in files for row in pq.read_table(storage.path(file)).to_pylist()]
+
+
+def contents(storage: Storage, name: str = "default") -> dict[str, bytes]:
+    return {file: storage.read_bytes(file) for file in storage.names(f"masks/{name}")}

@@ -1,0 +1,115 @@
+"""What the mask stage refuses, and what it says."""
+
+import math
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from alphatoken.data_schemas import PREPARED, VALUES
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.storage import Storage
+
+from tests.conftest import save_tokenizer
+from tests.mask.synthetic_run import mask, write_run
+
+
+def test_tokens_that_do_not_exist_are_all_refused_before_anything_is_written(tmp_path):
+    save_tokenizer(tmp_path / "tokenizer")
+    storage, *_ = write_run(tmp_path / "run", tokenizer=str(tmp_path / "tokenizer"))
+    with pytest.raises(SettingsWrong) as error:
+        mask(storage, always_keep=["eos", "no such token", 60, -1])
+    assert len(error.value.problems) == 3
+    assert all(p.startswith("mask.always_keep=") for p in error.value.problems)
+    assert not storage.exists("masks") and not Manifest(storage).stage("mask/default")
+
+
+def test_a_tokenizer_that_is_gone_is_named(tmp_path):
+    storage, *_ = write_run(tmp_path / "run", tokenizer=str(tmp_path / "gone"))
+    with pytest.raises(SettingsWrong, match="mask.always_keep=fox.*gone"):
+        mask(storage, always_keep=["fox"])
+
+
+def rewrite(storage: Storage, kind: str, part: str, change) -> None:
+    schema, stage = (PREPARED, "prepare") if kind == "prepared" else (VALUES, "value")
+    rows = pq.read_table(storage.path(f"{kind}/{part}")).to_pylist()
+    change(rows)
+    fingerprint = Manifest(storage).stage(stage)["fingerprint"]
+    storage.write_table(f"{kind}/{part}", pa.Table.from_pylist(rows, schema), fingerprint)
+
+
+def set_first(row: dict, column: str, value: float | None) -> None:
+    row[column][0] = value
+
+
+@pytest.mark.parametrize("scope", ["dataset", "example"])
+def test_parts_that_do_not_belong_together_are_refused_with_file_and_row(tmp_path, scope):
+    part = "part-00002-of-00003.parquet"
+    found, whole = f"values/{part}", f"prepared/{part}"
+    changes = {
+        "id": ("values", lambda rows: rows[17].update(id="other"), f"{found}, row 17: the id"),
+        "length": ("values", lambda rows: rows[5]["stability_causal"].append(0.0), f"{found}, row 5: stability_causal"),
+        "nan": ("values", lambda rows: set_first(rows[4], "adaptation_direct", math.nan), f"{found}, row 4: NaN"),
+        "infinite": ("values", lambda rows: set_first(rows[6], "stability_direct", math.inf), "row 6: NaN or inf"),
+        "null": (
+            "values",
+            lambda rows: set_first(rows[6], "stability_direct", None),
+            f"{found} has empty list elements",
+        ),
+        "labels": ("prepared", lambda rows: rows[8]["input_ids"].append(1), f"{whole}, row 8: labels"),
+        "rows": ("values", lambda rows: rows.pop(), f"{found} has 32 rows, {whole} has 33"),
+    }
+    for name, (kind, change, message) in changes.items():
+        storage, *_ = write_run(tmp_path / name)
+        rewrite(storage, kind, part, change)
+        with pytest.raises(RunFailed, match=message) as error:
+            mask(storage, scope=scope)
+        assert "run.overwrite=" in str(error.value)
+        assert not storage.exists("masks/default/summary.json")
+
+
+def test_missing_damaged_and_foreign_parts_are_named(tmp_path):
+    storage, *_ = write_run(tmp_path / "a")
+    (tmp_path / "a/values/part-00000-of-00003.parquet").unlink()
+    with pytest.raises(RunFailed, match="values/part-00000-of-00003.parquet is missing"):
+        mask(storage)
+    storage, *_ = write_run(tmp_path / "b")
+    write_run(tmp_path / "c", seed=1)
+    name = "prepared/part-00000-of-00003.parquet"
+    shutil.copy(tmp_path / "c" / name, tmp_path / "b" / name)
+    with pytest.raises(RunFailed, match="of another run"):
+        mask(storage)
+    storage, *_ = write_run(tmp_path / "d", (2000,))
+    place = tmp_path / "d/values/part-00000-of-00001.parquet"
+    content = bytearray(place.read_bytes())
+    content[2000:6000] = bytes(4000)
+    place.write_bytes(content)
+    with pytest.raises(RunFailed, match=r"values/part-00000-of-00001.parquet cannot be read.*run.overwrite=value"):
+        mask(storage)
+
+
+NOTHING = [
+    {}, {"scope": "example"}, {"scope": "batch"}, {"scope": "token_id"}, {"normalize": "rms"}, {"rule": "positive"},
+    {"rule": "weight"}, {"rule": "weight", "scope": "batch"},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", NOTHING, ids=str)
+def test_nothing_to_mask_fails(tmp_path, settings):
+    storage, *_ = write_run(tmp_path, (20,))
+    part = "part-00000-of-00001.parquet"
+    rewrite(storage, "prepared", part, lambda rows: [r.update(labels=[-100] * len(r["labels"])) for r in rows])
+    with pytest.raises(RunFailed, match="no prepared example has a response token"):
+        mask(storage, **settings)
+
+
+def test_values_beyond_float32_are_refused(tmp_path):
+    storage, *_ = write_run(tmp_path)
+    with pytest.raises(RunFailed, match="mask.stability_weight=1e\\+39"):
+        mask(storage, stability_weight=1e39)
+
+
+def test_value_stage_has_to_be_done(tmp_path):
+    with pytest.raises(RunFailed, match="alphatoken value"):
+        mask(Storage(str(tmp_path)))

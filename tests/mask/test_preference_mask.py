@@ -1,0 +1,169 @@
+"""Masks of preference pairs: each branch against a definition in plain Python, and the loss that is made from them."""
+
+import json
+import math
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+from alphatoken.data_schemas import BRANCHES, COMPONENTS, preference_masks_schema
+from alphatoken.pipeline.maths.preference import margin, masked_preference_loss, pair_weight
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+COLUMNS = [
+    "prompt", "chosen", "rejected",
+    "chosen_input_ids", "chosen_attention_mask", "chosen_labels",
+    "rejected_input_ids", "rejected_attention_mask", "rejected_labels",
+    "ref_chosen_logps", "ref_rejected_logps", "ref_chosen_logps_all", "ref_rejected_logps_all",
+]  # fmt: skip
+
+
+def parts(run: Path, name: str) -> list[list[dict]]:
+    return [pq.read_table(file).to_pylist() for file in sorted((run / name).glob("*-of-*.parquet"))]
+
+
+def rows(run: Path, name: str) -> list[dict]:
+    return [row for part in parts(run, name) for row in part]
+
+
+def naive(run: Path, branch: str, groups: list[list[int]], rho: float, weight: float, eos: int) -> list[list[int]]:
+    """Labels of one branch: the best ``ceil(rho * n)`` tokens of each group of rows, ties, and EOS."""
+    prepared, values = rows(run, "prepared"), rows(run, "values")
+    labels = [list(row[f"{branch}_labels"]) for row in prepared]
+    for group in groups:
+        scored = {}
+        for row in group:
+            columns = [values[row][f"{branch}_{name}"] for name in COMPONENTS]
+            for t, (a, b, c, d) in enumerate(zip(*columns, strict=True)):
+                if labels[row][t] != -100:
+                    scored[row, t] = np.float32((a + b) + weight * (c + d))
+        border = sorted(scored.values(), reverse=True)[math.ceil(rho * len(scored)) - 1]
+        for (row, t), value in scored.items():
+            if value < border and labels[row][t] != eos:
+                labels[row][t] = -100
+    return labels
+
+
+@pytest.mark.parametrize("scope", ["dataset", "example", "batch"])
+def test_each_branch_has_its_own_threshold(alphatoken, preference_run, policy, scope):
+    name = f"by-{scope}"
+    more = [f"mask.scope={scope}", "mask.batch_size=4", "mask.rho=0.25", "mask.min_kept=0", f"mask.name={name}"]
+    status, out, err = alphatoken("mask", f"run.dir={preference_run}", *more)
+    assert status == 0, err
+    sizes = [len(part) for part in parts(preference_run, "prepared")]
+    starts = [sum(sizes[:i]) for i in range(len(sizes))]
+    step = {"dataset": None, "example": 1, "batch": 4}[scope]
+    groups = [list(range(sum(sizes)))]
+    if step:
+        groups = [
+            list(range(start + i, start + min(i + step, size)))
+            for start, size in zip(starts, sizes, strict=True)
+            for i in range(0, size, step)
+        ]
+    eos = AutoTokenizer.from_pretrained(policy).eos_token_id
+    masks = rows(preference_run, f"masks/{name}")
+    summary = json.loads((preference_run / f"masks/{name}/summary.json").read_text())
+    kept = 0
+    for branch in BRANCHES:
+        expected = naive(preference_run, branch, groups, 0.25, 1.5, eos)
+        assert [row[f"{branch}_labels"] for row in masks] == expected
+        count = sum(label != -100 for labels in expected for label in labels)
+        assert summary["branches"][branch]["kept_tokens"] == count
+        kept += count
+    assert summary["kept_tokens"] == kept and f"{summary['kept_fraction']:.1%}" in out
+    assert 0.25 < summary["kept_fraction"] < 0.6
+
+
+def test_masks_carry_the_columns_of_the_contract_and_load(preference_run, tmp_path):
+    data = datasets.load_dataset(str(preference_run / "masks/default"), split="train", cache_dir=str(tmp_path))
+    assert data.column_names == COLUMNS
+    (first, *_) = sorted((preference_run / "masks/default").glob("*.parquet"))
+    assert pq.read_schema(first).equals(preference_masks_schema())
+    prepared = rows(preference_run, "prepared")
+    assert len(prepared) == len(data)
+    for mask, pair in zip(data, prepared, strict=True):
+        assert [mask[name] for name in ("prompt", *BRANCHES)] == [pair[name] for name in ("prompt", *BRANCHES)]
+        assert mask["chosen"].endswith("<|im_end|>") and mask["prompt"].endswith("<|im_start|>assistant\n")
+        for branch in BRANCHES:
+            ids, labels = mask[f"{branch}_input_ids"], mask[f"{branch}_labels"]
+            assert ids == pair[f"{branch}_input_ids"] and mask[f"{branch}_attention_mask"] == [1] * len(ids)
+            for kept, whole in zip(labels, pair[f"{branch}_labels"], strict=True):
+                assert kept in (-100, whole)
+
+
+def test_reference_sums_are_over_kept_tokens_and_over_all(preference_run):
+    masks, stored = rows(preference_run, "masks/default"), rows(preference_run, "reference")
+    assert any(mask["ref_chosen_logps"] > mask["ref_chosen_logps_all"] for mask in masks)
+    for mask, reference in zip(masks, stored, strict=True):
+        for branch in BRANCHES:
+            logps = reference[f"{branch}_logps"]
+            kept = [p for p, label in zip(logps, mask[f"{branch}_labels"], strict=True) if label != -100]
+            assert mask[f"ref_{branch}_logps"] == pytest.approx(sum(kept), rel=1e-5)
+            assert mask[f"ref_{branch}_logps_all"] == pytest.approx(sum(logps), rel=1e-5)
+
+
+def test_extra_columns_and_soft_weights_come_once_per_branch(alphatoken, preference_run):
+    more = ["mask.extra_columns=[loss_mask]", "mask.rule=weight", "mask.name=soft"]
+    status, _, err = alphatoken("mask", f"run.dir={preference_run}", *more)
+    assert status == 0, err
+    for mask, pair in zip(rows(preference_run, "masks/soft"), rows(preference_run, "prepared"), strict=True):
+        assert mask["ref_chosen_logps"] == mask["ref_chosen_logps_all"]
+        for branch in BRANCHES:
+            response = [label != -100 for label in pair[f"{branch}_labels"]]
+            assert mask[f"{branch}_loss_mask"] == [int(r) for r in response]
+            assert all(w == 0 for w, r in zip(mask[f"{branch}_loss_weight"], response, strict=True) if not r)
+    weights = [w for mask in rows(preference_run, "masks/soft") for w in mask["rejected_loss_weight"]]
+    assert len({round(w, 3) for w in weights}) > 3 and max(weights) == 1
+    card = (preference_run / "masks/soft/README.md").read_text()
+    assert "rejected_loss_weight" in card and "DPOTrainer" not in card
+
+
+def test_the_card_and_the_same_command_again(alphatoken, preference_run):
+    card = (preference_run / "masks/default/README.md").read_text()
+    assert "MaskedPreferenceCollator" in card and "chosen_loss_mask" not in card and "{{" not in card
+    before = {file: file.read_bytes() for file in (preference_run / "masks/default").iterdir()}
+    status, _, err = alphatoken("mask", f"run.dir={preference_run}")
+    assert status == 0 and "done already" in err
+    assert {file: file.read_bytes() for file in (preference_run / "masks/default").iterdir()} == before
+
+
+def test_a_damaged_reference_part_is_named(alphatoken, preference_run):
+    file = sorted((preference_run / "reference").glob("*.parquet"))[0]
+    content = file.read_bytes()
+    file.write_bytes(content[:50])
+    status, _, err = alphatoken("mask", f"run.dir={preference_run}", "mask.name=damaged")
+    file.write_bytes(content)
+    assert status == 1 and f"reference/{file.name} is missing, damaged" in err and "run.overwrite=value" in err
+
+
+def test_the_masked_loss_of_a_real_model_has_no_gradient_at_masked_tokens(preference_run, policy):
+    """Eq. 14 from a mask's Parquet, and its gradient with respect to every logit."""
+    model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float64)
+    masks, values, prepared = (rows(preference_run, name) for name in ("masks/default", "values", "prepared"))
+    masked_tokens = 0
+    for mask, value, pair in list(zip(masks, values, prepared, strict=True))[:4]:
+        logps, kept, whole, logits = {}, {}, {}, {}
+        for branch in BRANCHES:
+            ids, labels = torch.tensor([mask[f"{branch}_input_ids"]]), torch.tensor([mask[f"{branch}_labels"]])
+            logits[branch] = model(ids).logits.detach()[:, :-1].requires_grad_(True)
+            logps[branch] = logits[branch].log_softmax(-1).gather(2, ids[:, 1:, None]).squeeze(2)
+            kept[branch] = labels[:, 1:] != -100
+            response = torch.tensor([pair[f"{branch}_labels"]])[:, 1:] != -100
+            whole[branch] = (logps[branch] * response).sum(dim=1).detach()
+            masked_tokens += int((response & ~kept[branch]).sum())
+        theirs = [torch.tensor([mask[f"ref_{branch}_logps_all"]], dtype=torch.float64) for branch in BRANCHES]
+        omega = pair_weight(margin(whole["chosen"], whole["rejected"], *theirs, beta=0.3), 0.3)
+        assert omega.item() == pytest.approx(value["omega"], rel=1e-4)
+        loss = masked_preference_loss(logps["chosen"], kept["chosen"], logps["rejected"], kept["rejected"], omega)
+        loss.sum().backward()
+        for branch, sign in (("chosen", 1), ("rejected", -1)):
+            gradient, count = logits[branch].grad[0], int(kept[branch].sum())
+            assert not gradient[~kept[branch][0]].any()
+            for t in kept[branch][0].nonzero().flatten().tolist():
+                expected = logits[branch][0, t].softmax(-1).detach()
+                expected[mask[f"{branch}_input_ids"][t + 1]] -= 1
+                torch.testing.assert_close(gradient[t], sign * omega.item() / count * expected)
+    assert masked_tokens > 0
