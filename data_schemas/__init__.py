@@ -9,34 +9,46 @@ from alphatoken.data_schemas.preference import (
     BRANCHES,
     PREFERENCE_PREPARED,
     PREFERENCE_REFERENCE,
-    PREFERENCE_VALUES,
     preference_masks_schema,
     preference_values_schema,
 )
 from alphatoken.data_schemas.prepared import PREPARED
 from alphatoken.data_schemas.quarantine import QUARANTINE
-from alphatoken.data_schemas.values import COMPONENTS, GRADIENT_NORM, KEPT, REHEARSED_VALUES, VALUES, values_schema
-from alphatoken.data_schemas.version import SCHEMA_KEY, SchemaMismatch, check
+from alphatoken.data_schemas.reference import REFERENCE
+from alphatoken.data_schemas.values import (
+    COMPONENTS,
+    EXACT,
+    KEPT,
+    REFERENCE_LOSS,
+    SCORES,
+    SIGNED,
+    value_columns,
+    values_schema,
+)
+from alphatoken.data_schemas.version import SCHEMA_KEY, SchemaMismatch, check, named
 
 __all__ = [
     "BRANCHES",
     "COMPONENTS",
-    "GRADIENT_NORM",
+    "EXACT",
     "KEPT",
     "LOSS_WEIGHT",
     "MASK_EXTRA_COLUMNS",
     "PREFERENCE_PREPARED",
     "PREFERENCE_REFERENCE",
-    "PREFERENCE_VALUES",
     "PREPARED",
     "QUARANTINE",
-    "REHEARSED_VALUES",
+    "REFERENCE",
+    "REFERENCE_LOSS",
     "SCHEMA_KEY",
-    "VALUES",
+    "SCORES",
+    "SIGNED",
     "SchemaMismatch",
     "check",
     "masks_schema",
+    "named",
     "preference_masks_schema",
     "preference_values_schema",
+    "value_columns",
     "values_schema",
 ]

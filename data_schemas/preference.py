@@ -7,7 +7,6 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 from alphatoken.data_schemas.masks import masks_schema
-from alphatoken.data_schemas.values import COMPONENTS, GRADIENT_NORM
 from alphatoken.data_schemas.version import versioned
 
 BRANCHES = ("chosen", "rejected")
@@ -30,24 +29,22 @@ PREFERENCE_PREPARED = versioned(
 )
 
 
-def preference_values_schema(gradient_norm: bool = False) -> pa.Schema:
-    """Schema of a part of values of pairs; ``gradient_norm``: with that optional column for each branch."""
+def preference_values_schema(columns: Sequence[str]) -> pa.Schema:
+    """Schema of a part of values of pairs with these columns (of ``value_columns``) for each branch."""
     return versioned(
         "values-preference",
-        1,
+        2,
         [
             pa.field("id", pa.string(), nullable=False),
             # beta * sigmoid(-s) at the policy, constant per pair (Eq. 14).
             pa.field("omega", pa.float32(), nullable=False),
-            # Components carry sign and scale: +omega for the chosen branch, -omega for the rejected one. Higher is
-            # better in both. `loss` is the token's plain cross-entropy under the policy, in nats. `gradient_norm` is
-            # that of the pair's step, omega times the plain one, so that omega leaves a quotient of both.
-            *_twice((*COMPONENTS, "loss", *[GRADIENT_NORM] * gradient_norm), pa.float32()),
+            # SIGNED columns carry sign and scale: +omega for the chosen branch, -omega for the rejected one, so that
+            # higher is better in both. `gradient_norm` is that of the pair's step, omega times the plain one, so that
+            # omega leaves a quotient of both. All others speak of the token alone, as in supervised data.
+            *_twice(columns, pa.float32()),
         ],
     )
 
-
-PREFERENCE_VALUES = preference_values_schema()
 
 # `reference/`: same parts and same row order as prepared/. Log-probabilities (nats, at most 0) of the response tokens
 # under the reference model; 0.0 outside the response.

@@ -1,42 +1,54 @@
-"""`values/`: the sidecar of token values. Same parts and same row order as `prepared/`."""
+"""`values/`: the sidecar of token values. Same parts and same row order as `prepared/`.
+
+A column means one thing, whatever the settings; one that was not asked for is absent. All lists are token-aligned: index
+i speaks of token input_ids[i] as a PREDICTED token; 0.0 outside the response. Of preference pairs see preference.py.
+"""
+
+from collections.abc import Sequence
 
 import pyarrow as pa
+
 from alphatoken.data_schemas.version import versioned
 
-# Higher is better in every component: a positive value means that training on the token lowers the validation loss
-# (adaptation) or moves the weights back toward the reference where its Fisher says it matters (stability). Of the
-# estimator `information`, adaptation is how much the token's prediction moves, never negative, and no causal path is known.
+# The Ghost Dot-Product along the directions. Higher is better: a positive value means that training on the token lowers
+# the validation loss (adaptation) or moves the weights back toward the reference where its Fisher says it matters.
 COMPONENTS = ("adaptation_direct", "adaptation_causal", "stability_direct", "stability_causal")
 
-GRADIENT_NORM = "gradient_norm"
+# valuation.scores -> its columns.
+SCORES: dict[str, tuple[str, ...]] = {
+    "paper": COMPONENTS,
+    # u'F_t u along the adaptation direction: how much a step moves the token's prediction. Never negative.
+    "information": ("information",),
+    # Cross-entropy of the token under the policy, and entropy of the prediction before it, in nats.
+    "loss": ("loss",),
+    "entropy": ("entropy",),
+    # sqrt(sum over scored maps of |d_p|^2 |h_p|^2) at the position p that predicts the token.
+    "gradient_norm": ("gradient_norm",),
+}
 
-
-def values_schema(gradient_norm: bool = False) -> pa.Schema:
-    """Schema of a supervised part of values; ``gradient_norm``: with the optional column of that name."""
-    return versioned(
-        "values-sft",
-        1,
-        [
-            pa.field("id", pa.string(), nullable=False),
-            # Index i speaks of token input_ids[i] as a PREDICTED token; 0.0 outside the response.
-            *[pa.field(name, pa.list_(pa.float32()), nullable=False) for name in COMPONENTS],
-            # Cross-entropy of the token under the policy, in nats.
-            pa.field("loss", pa.list_(pa.float32()), nullable=False),
-            # sqrt(sum over scored maps of |d_p|^2 |h_p|^2) at the position p that predicts the token: the Frobenius
-            # norm of what that position adds to the gradient, as in the direct components (without attention's e_p).
-            *[pa.field(GRADIENT_NORM, pa.list_(pa.float32()), nullable=False)] * gradient_norm,
-        ],
-    )
-
-
-VALUES = values_schema()
+EXACT = ("adaptation_exact", "stability_exact")  # valuation.exact: of the token's own loss, signed as the components
+REFERENCE_LOSS = "reference_loss"  # valuation.reference_loss: cross-entropy under the reference, in nats
+SIGNED = (*COMPONENTS, *EXACT)
 
 KEPT = "kept"
 
-# valuation.schedule=rehearsal: values as they were at the step when the token's batch had its turn, and the decision.
-REHEARSED_VALUES = versioned(
-    "values-sft-rehearsed",
-    1,
-    # True where the value reached the threshold of its batch; False outside the response.
-    [*VALUES, pa.field(KEPT, pa.list_(pa.bool_()), nullable=False)],
-)
+
+def value_columns(scores: Sequence[str], exact: bool = False, reference_loss: bool = False) -> tuple[str, ...]:
+    """The columns of values/ beside the id, in their order; raises KeyError for an unknown score."""
+    for score in scores:
+        SCORES[score]
+    found = [column for score, columns in SCORES.items() if score in scores for column in columns]
+    return (*found, *(EXACT if exact else ()), *([REFERENCE_LOSS] if reference_loss else []))
+
+
+def values_schema(columns: Sequence[str], rehearsed: bool = False) -> pa.Schema:
+    """Schema of a supervised part of values with these columns (of ``value_columns``).
+
+    ``rehearsed``: valuation.schedule=rehearsal, values as they were at the step when the token's batch had its turn, and
+    in `kept` the decision: true where the value reached the threshold of its batch, false outside the response.
+    """
+    fields = [pa.field("id", pa.string(), nullable=False)]
+    fields += [pa.field(name, pa.list_(pa.float32()), nullable=False) for name in columns]
+    if rehearsed:
+        fields.append(pa.field(KEPT, pa.list_(pa.bool_()), nullable=False))
+    return versioned("values-sft-rehearsed" if rehearsed else "values-sft", 2, fields)

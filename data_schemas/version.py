@@ -14,14 +14,17 @@ def versioned(name: str, version: int, fields: list[pa.Field]) -> pa.Schema:
     return pa.schema(fields, metadata={SCHEMA_KEY: f"{name}/{version}".encode()})
 
 
+def named(schema: pa.Schema) -> str:
+    """The ``name/version`` that a schema carries."""
+    return (schema.metadata or {}).get(SCHEMA_KEY, b"unnamed").decode()
+
+
 def check(schema: pa.Schema, expected: pa.Schema, where: str) -> None:
     """Raise SchemaMismatch unless ``schema`` has the columns, types and version of ``expected``.
 
     ``where`` names the file in the message.
     """
-    found = (schema.metadata or {}).get(SCHEMA_KEY)
-    wanted = (expected.metadata or {})[SCHEMA_KEY]
-    if found != wanted:
-        raise SchemaMismatch(f"{where}: schema is {(found or b'unnamed').decode()}, expected {wanted.decode()}")
+    if named(schema) != named(expected):
+        raise SchemaMismatch(f"{where}: schema is {named(schema)}, expected {named(expected)}")
     if not schema.equals(expected, check_metadata=False):
         raise SchemaMismatch(f"{where}: columns are {schema.names}, expected {expected.names}")

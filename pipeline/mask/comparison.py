@@ -69,17 +69,19 @@ def contributions(summary: dict[str, Any]) -> dict[str, float] | None:
     The mean value of kept tokens less that of masked ones is the sum over components of weight * (mean over kept -
     mean over masked), with weight 1 / scale for adaptation and lambda / scale for stability (Eq. 12). A negative share:
     the component speaks against what was kept. None where nothing was masked or there is no difference, and where
-    values are no sum of the components (mask.divide_by_gradient_norm).
+    values are no sum of the components (another mask.score, mask.divide_by_gradient_norm).
     """
-    if summary["settings"].get("divide_by_gradient_norm"):
+    settings, scales = summary["settings"], summary["scales"]
+    if settings["score"] != "paper" or settings["divide_by_gradient_norm"]:
         return None
-    weights = {"adaptation": 1.0, "stability": float(summary["settings"]["stability_weight"])}
+    weights = {"adaptation": 1.0 / scales["score"]}
+    weights["stability"] = settings["stability_weight"] / scales.get("stability", 1.0)
     gaps = {}
     for name in COMPONENTS:
-        kind, column = name.partition("_")[0], summary["columns"][name]
+        column = summary["columns"][name]
         if column["mean_kept"] is None or column["mean_masked"] is None:
             return None
-        gaps[name] = weights[kind] / summary["scales"][kind] * (column["mean_kept"] - column["mean_masked"])
+        gaps[name] = weights[name.partition("_")[0]] * (column["mean_kept"] - column["mean_masked"])
     total = sum(gaps.values())
     return {name: gap / total for name, gap in gaps.items()} if total else None
 

@@ -11,49 +11,6 @@ from alphatoken.pipeline.maths.masking import Bools, Floats, Ints, RankSelect, o
 from alphatoken.pipeline.settings import MaskSettings
 
 
-class LeftOut:
-    """Both rules, and how many tokens each has left out."""
-
-    def __init__(self, settings: MaskSettings) -> None:
-        self.skip_first, self.per_norm = settings.skip_first or 0, settings.divide_by_gradient_norm
-        self.least_stable = LeastStable(settings.least_stable) if settings.least_stable else None
-        self.first_tokens = self.least_stable_tokens = self.emptied = 0
-
-    def of(self, rows: PairedRows, count: bool = False) -> Bools:
-        """The tokens that are left out, ``(response tokens,)``; ``count`` once when they are decided on."""
-        first = self.first(rows)
-        unstable = np.zeros(len(first), np.bool_)
-        if self.least_stable is not None:
-            unstable = self.stability(rows) < self.least_stable.border
-        if count:
-            self.first_tokens += int(first.sum())
-            self.least_stable_tokens += int(unstable.sum())
-        return first | unstable
-
-    def first(self, rows: PairedRows) -> Bools:
-        """Those that mask.skip_first leaves out."""
-        return first_of_responses(rows, self.skip_first)
-
-    def count_emptied(self, offsets: Ints, left_out: Bools, always: Bools) -> None:
-        """Count the examples of whose response tokens none is left to choose from but those that are always kept."""
-        choice, lost = (sums_by_row(some & ~always, offsets) for some in (~left_out, left_out))
-        self.emptied += int(((choice == 0) & (lost > 0)).sum())
-
-    def stability(self, rows: PairedRows) -> Floats:
-        """What ``least_stable`` is fed with."""
-        return objective(rows.components, "stability", self.per_norm).astype(np.float32)
-
-    def as_json(self) -> dict[str, Any]:
-        """For summary.json; a token may be in both counts."""
-        border = None if self.least_stable is None else float(self.least_stable.border)
-        return {
-            "first": self.first_tokens,
-            "least_stable": self.least_stable_tokens,
-            "stability_below": border,
-            "examples_without_choice": self.emptied,
-        }
-
-
 class LeastStable:
     """mask.least_stable: the given fraction of all tokens with the lowest stability; fed with stability.
 

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from alphatoken.data_schemas import (
-    COMPONENTS,
     KEPT,
     PREFERENCE_PREPARED,
     PREPARED,
-    REHEARSED_VALUES,
     SchemaMismatch,
     preference_values_schema,
     values_schema,
 )
-from alphatoken.pipeline.maths.masking import Bools, Floats, Ints
+from alphatoken.pipeline.maths.masking import RANDOM, Bools, Floats, Ints
+from alphatoken.pipeline.maths.uniform import uniform
 from alphatoken.pipeline.run.failure import RunFailed
-from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.run.run import Run
 
 IGNORED = -100
 
@@ -33,7 +33,7 @@ class PairedRows:
     offsets: Ints  # (examples + 1,): where the response tokens of each example begin among all response tokens
     labels: pa.ListArray
     response: Bools  # (tokens,): whether the token belongs to a response
-    components: dict[str, Floats]  # name -> (response tokens,); with the further columns that were asked for
+    components: dict[str, Floats]  # column that was asked for -> (response tokens,)
     input_ids: pa.ListArray | None  # None where the pass does not need them
 
     def __len__(self) -> int:
@@ -50,54 +50,62 @@ class PairedRows:
 
 
 class PairedParts:
-    """The parts of a run, in their order; memory of ``rows`` rows at a time."""
+    """The parts of a run, in their order; memory of ``rows_at_once`` rows at a time. Of pairs, one branch of them.
 
-    def __init__(
-        self,
-        storage: Storage,
-        prepared: Mapping[str, Any],
-        values: Mapping[str, Any],
-        rows_at_once: int,
-        more: Sequence[str] = (),
-        branch: str = "",
-    ) -> None:
-        """``prepared``, ``values``: the stages' records. ``more``: columns of values to read beside the components.
-        ``branch``: the branch of preference pairs that is read as if it were supervised data.
+    ``there``: columns of values/; none where no values are looked at. ``seed``: of the column that mask.score=random
+    looks at, which is drawn here. Raises RunFailed for a part that is missing or damaged.
+    """
 
-        Raises RunFailed for a part that is missing or damaged.
-        """
-        self.storage, self.rows_at_once = storage, rows_at_once
-        self.columns = (*COMPONENTS, *more)
+    def __init__(self, run: Run, rows_at_once: int, there: Sequence[str], seed: int, branch: str = "") -> None:
+        self.storage, self.rows_at_once, self.there, self.seed = run.storage, rows_at_once, tuple(there), seed
         self.prefix, self.shown = (f"{branch}_", f" ({branch})") if branch else ("", "")
-        normed = bool(values["inputs"].get("valuation.gradient_norm"))
-        own = (preference_values_schema if branch else values_schema)(normed)
-        self.schemas = (PREFERENCE_PREPARED if branch else PREPARED, REHEARSED_VALUES if KEPT in more else own)
+        self.prepared = PREFERENCE_PREPARED if branch else PREPARED
+        rehearsed = KEPT in there
+        columns = [name for name in there if name != KEPT]
+        self.values = preference_values_schema(columns) if branch else values_schema(columns, rehearsed)
         self.rows: dict[str, int] = {}
+        prepared, values = run.manifest.stage("prepare"), run.manifest.stage("value")
         for part in prepared["counts"]["parts"]:
-            first = storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
-            second = storage.rows_of(f"values/{part}", values["fingerprint"])
+            first = run.storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
             if first is None:
                 raise _damaged("prepare", f"prepared/{part}", "is missing, damaged or of another run")
-            if second is None:
-                raise _damaged("value", f"values/{part}", "is missing, damaged or of another run")
-            if first != second:
-                raise _damaged("value", f"values/{part}", f"has {second} rows, prepared/{part} has {first}")
+            if there:
+                second = run.storage.rows_of(f"values/{part}", values["fingerprint"])
+                if second is None:
+                    raise _damaged("value", f"values/{part}", "is missing, damaged or of another run")
+                if first != second:
+                    raise _damaged("value", f"values/{part}", f"has {second} rows, prepared/{part} has {first}")
             self.rows[part] = first
 
-    def all(self) -> Iterator[PairedRows]:
-        """Every part, without input_ids."""
+    def all(self, columns: Sequence[str]) -> Iterator[PairedRows]:
+        """Every part with these columns, without input_ids."""
         for part in self.rows:
-            yield from self.part(part, with_input_ids=False)
+            yield from self.part(part, columns, with_input_ids=False)
 
-    def part(self, part: str, with_input_ids: bool) -> Iterator[PairedRows]:
+    def part(self, part: str, columns: Sequence[str], with_input_ids: bool) -> Iterator[PairedRows]:
         """One part, ``rows_at_once`` rows at a time; raises RunFailed that names the file and the row."""
-        columns = ["id", "labels", *(["input_ids"] if with_input_ids else [])]
-        prepared = self.tables(f"prepared/{part}", self.schemas[0], columns, "prepare")
-        values = self.tables(f"values/{part}", self.schemas[1], ["id", *self.columns], "value")
+        read = ["id", "labels", *(["input_ids"] if with_input_ids else [])]
+        prepared = self.tables(f"prepared/{part}", self.prepared, read, "prepare")
+        stored = [name for name in columns if name != RANDOM]
         names, row = (f"prepared/{part}{self.shown}", f"values/{part}{self.shown}"), 0
-        for left, right in zip(prepared, values, strict=True):
-            yield _paired(left, right, names, row, with_input_ids, self.columns)
+        if not stored:
+            values: Iterator[pa.Table | None] = repeat(None)
+        else:
+            values = self.tables(f"values/{part}", self.values, ["id", *stored], "value")
+        for left, right in zip(prepared, values, strict=False):
+            rows = _paired(left, right, names, row, with_input_ids, stored)
+            if RANDOM in columns:
+                rows.components[RANDOM] = self._drawn(left, rows)
+            yield rows
             row += left.num_rows
+
+    def _drawn(self, table: pa.Table, rows: PairedRows) -> Floats:
+        """mask.score=random, (response tokens,)."""
+        branch = self.prefix.rstrip("_")
+        names = [f"{name} ({branch})" if branch else name for name in table["id"].to_pylist()]
+        lengths = np.diff(rows.token_offsets()).tolist()
+        drawn = [uniform(self.seed, name, length) for name, length in zip(names, lengths, strict=True)]
+        return np.concatenate([np.zeros(0, np.float32), *drawn])[rows.response]
 
     def tables(self, name: str, schema: pa.Schema, columns: Sequence[str], stage: str) -> Iterator[pa.Table]:
         """Tables of exactly ``rows_at_once`` rows, but for the last: the reader's batches end where row groups do.
@@ -126,11 +134,9 @@ class PairedParts:
 
 
 def _paired(
-    left: pa.Table, right: pa.Table, names: tuple[str, str], row: int, with_input_ids: bool, columns: Sequence[str]
+    left: pa.Table, right: pa.Table | None, names: tuple[str, str], row: int, with_input_ids: bool, columns: Sequence[str]
 ) -> PairedRows:
     """``row``: the number of the first row within the part, for messages."""
-    ids = left["id"].to_numpy(), right["id"].to_numpy()
-    _refuse("value", names[1], row, ids[0] != ids[1], f"the id is not that of {names[0]}")
     labels = _column(left, "labels")
     lengths = _lengths(labels)
     input_ids = _column(left, "input_ids") if with_input_ids else None
@@ -139,7 +145,11 @@ def _paired(
     response = _flat(labels, names[0], "prepare", row) != IGNORED
     ends = np.concatenate([[0], np.cumsum(lengths)])
     offsets = np.concatenate([[0], np.cumsum(response)])[ends]
-    components = {}
+    components: dict[str, Floats] = {}
+    if right is None:
+        return PairedRows(offsets, labels, response, components, input_ids)
+    ids = left["id"].to_numpy(), right["id"].to_numpy()
+    _refuse("value", names[1], row, ids[0] != ids[1], f"the id is not that of {names[0]}")
     for name in columns:
         column = _column(right, name)
         _refuse("value", names[1], row, _lengths(column) != lengths, f"{name} is not as long as labels of {names[0]}")

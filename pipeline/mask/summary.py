@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from alphatoken.data_schemas import COMPONENTS
 from alphatoken.pipeline.maths.masking import Bools, Floats, Ints, RankSelect, sums_by_row
 
 
@@ -78,9 +77,10 @@ class MaskCounts:
     """Counts and statistics over all response tokens."""
 
     def __init__(self) -> None:
-        self.columns: dict[str, _Moments] = {name: _Moments() for name in (*COMPONENTS, "value")}
+        self.columns: dict[str, _Moments] = {}
         self.thresholds = _Thresholds()
-        self.rows = self.rows_with_nothing_kept = self.only_always = self.only_minimum = self.changed = 0
+        self.rows = self.rows_with_nothing_kept = self.rows_with_only_always = 0
+        self.only_always = self.only_minimum = self.changed = 0
 
     def add(
         self,
@@ -93,20 +93,23 @@ class MaskCounts:
     ) -> None:
         """Count some examples; arrays are over their response tokens, ``offsets`` ``(examples + 1,)``.
 
-        ``columns``: the components, ``value`` and others that went into it. ``passed``: the tokens that pass the
+        ``columns``: those that were read, and ``value``. ``passed``: the tokens that pass the
         threshold. ``without_stability``: those that would if stability had no say.
         """
         for name, column in columns.items():
             self.columns.setdefault(name, _Moments()).add(column, kept)
         self.rows += len(offsets) - 1
         self.rows_with_nothing_kept += int((sums_by_row(kept, offsets) == 0).sum())
+        nothing_else = sums_by_row(kept & ~always, offsets) == 0
+        self.rows_with_only_always += int((nothing_else & (sums_by_row(kept, offsets) > 0)).sum())
         self.only_always += int((~passed & always).sum())
         self.only_minimum += int((kept & ~passed & ~always).sum())
         self.changed += int((passed != without_stability).sum())
 
     @property
     def response_tokens(self) -> int:
-        return self.columns["value"].count
+        """Counted so far."""
+        return self.columns["value"].count if self.columns else 0
 
     def as_json(self) -> dict[str, Any]:
         """Needs at least one response token."""
@@ -114,6 +117,7 @@ class MaskCounts:
         return {
             "rows": self.rows,
             "rows_with_nothing_kept": self.rows_with_nothing_kept,
+            "rows_with_only_always_kept": self.rows_with_only_always,
             "response_tokens": tokens,
             "kept_tokens": kept,
             "kept_fraction": kept / tokens,
@@ -121,4 +125,30 @@ class MaskCounts:
             "kept_only_by_min_kept": self.only_minimum,
             "decisions_changed_by_stability": self.changed / tokens,
             "columns": {name: moments.as_json() for name, moments in self.columns.items()},
+        }
+
+
+@dataclass(slots=True)
+class LeftOutCounts:
+    """Tokens that mask.skip_first and mask.least_stable have left out; a token may be in both counts."""
+
+    first: int = 0
+    least_stable: int = 0
+    emptied: int = 0  # examples of whose response tokens none is left to choose from but those that are always kept
+
+    def add(self, offsets: Ints, first: Bools, unstable: Bools, always: Bools) -> None:
+        """Count some examples, as ``MaskCounts.add``."""
+        left_out = first | unstable
+        self.first += int(first.sum())
+        self.least_stable += int(unstable.sum())
+        choice, lost = (sums_by_row(some & ~always, offsets) for some in (~left_out, left_out))
+        self.emptied += int(((choice == 0) & (lost > 0)).sum())
+
+    def as_json(self, border: float | None) -> dict[str, Any]:
+        """``border``: of mask.least_stable."""
+        return {
+            "first": self.first,
+            "least_stable": self.least_stable,
+            "stability_below": border,
+            "examples_without_choice": self.emptied,
         }

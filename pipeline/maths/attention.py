@@ -3,7 +3,8 @@
 Registered with transformers' attention interface, so that it sees query, key and value of every architecture that
 uses it. The output comes from the fused kernel; the band is computed block by block from query and key, in memory
 linear in the sequence length (identity 4 of the method). Where the fused kernel refuses what a model needs
-(soft-capped logits, attention sinks) the same blocks give the output as well.
+(soft-capped logits, attention sinks) the same blocks give the output as well, and where query, key and value are dual
+numbers (tangents.py) they give its derivative, whatever the kernel.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from alphatoken.pipeline.maths.tangents import tangent_of, without_tangent
 
 NAME = "alphatoken"
 BLOCK = 128
@@ -79,25 +82,35 @@ def _attention(
     """The registered function; query (batch, heads, length, size), key and value with their own number of heads."""
     kernel, listener = _active.state
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    (query, key, value), moved = _taken_apart(query, key, value)
     scores = _Scores(query, key, attention_mask, scale, softcap, s_aux, sliding_window)
+    blocks = _Blocks(scores, value, moved)
     if listener is not None:
-        listener(module, value, lambda window: _band(scores, window))
-    differentiated = any(forward_ad.unpack_dual(t).tangent is not None for t in (query, key, value))
-    if kernel == "eager" or softcap is not None or s_aux is not None or differentiated:
-        return _blockwise(scores, value), None
-    function = ALL_ATTENTION_FUNCTIONS[kernel]
-    output, _ = function(
-        module,
-        query,
-        key,
-        value,
-        attention_mask,
-        dropout=dropout,
-        scaling=scaling,
-        sliding_window=sliding_window,
-        **kwargs,
-    )
-    return output, None
+        listener(module, value, blocks.band)
+    if kernel == "eager" or softcap is not None or s_aux is not None:
+        output = _blockwise(scores, value)
+    else:
+        output, _ = ALL_ATTENTION_FUNCTIONS[kernel](
+            module,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=dropout,
+            scaling=scaling,
+            sliding_window=sliding_window,
+            **kwargs,
+        )
+    return (output if moved is None else forward_ad.make_dual(output, blocks.derivative())), None
+
+
+def _taken_apart(*tensors: torch.Tensor) -> tuple[list[torch.Tensor], list[torch.Tensor] | None]:
+    """Values, with their graph, and derivatives of dual numbers; None where no tensor has one."""
+    values = [without_tangent(tensor) for tensor in tensors]
+    tangents = [tangent_of(tensor) for tensor in tensors]
+    if all(tangent is None for tangent in tangents):
+        return values, None
+    return values, [torch.zeros_like(v) if t is None else t for v, t in zip(values, tangents, strict=True)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,11 +136,8 @@ class _Scores:
         self, query: torch.Tensor, key: torch.Tensor, start: int, stop: int, first: int
     ) -> torch.Tensor:
         """Log attention probabilities (batch, heads, stop - start, stop - first) in at least float32."""
-        groups = query.shape[1] // key.shape[1]
-        batch, heads, rows, size = query.shape
-        grouped = query.reshape(batch, key.shape[1], groups * rows, size)
-        logits = (grouped @ key.transpose(2, 3)).reshape(batch, heads, rows, key.shape[2])
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32)) * self.scale
+        batch, _, rows, _ = query.shape
+        logits = self.products(query, key)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
         logits = logits + self._bias(logits, start, stop, first)
@@ -135,6 +145,13 @@ class _Scores:
             return logits - torch.logsumexp(logits, dim=-1, keepdim=True)
         sink = self.sinks.to(logits.dtype).reshape(1, -1, 1, 1).expand(batch, -1, rows, 1)
         return logits - torch.logsumexp(torch.cat([logits, sink], dim=-1), dim=-1, keepdim=True)
+
+    def products(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        """Scaled q . k (batch, heads, rows, keys) in at least float32; several query heads may share a key head."""
+        batch, heads, rows, _ = query.shape
+        products = _grouped(query, key.shape[1]) @ key.transpose(2, 3)
+        products = products.reshape(batch, heads, rows, key.shape[2])
+        return products.to(torch.promote_types(products.dtype, torch.float32)) * self.scale
 
     def _bias(self, logits: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
         floor = torch.finfo(logits.dtype).min
@@ -151,22 +168,75 @@ class _Scores:
         return torch.zeros_like(hidden, dtype=logits.dtype).masked_fill(hidden, floor)
 
 
-@torch.no_grad()
-def _band(scores: _Scores, window: int) -> list[BandBlock]:
-    """The blocks of the band of width ``window``, averaged over heads."""
-    found = []
-    query, key = scores.query.detach(), scores.key.detach()
-    for start, stop, low in scores.blocks():
-        log_probability = scores.log_probability(query[:, :, start:stop], key[:, :, low:stop], start, stop, low)
-        first = max(low, start - window)
-        probability = log_probability[..., first - low :].exp().mean(dim=1)
-        distance = (
-            torch.arange(start, stop, device=query.device)[:, None]
-            - torch.arange(first, stop, device=query.device)[None]
-        )
-        probability.masked_fill_((distance <= 0) | (distance > window), 0.0)
-        found.append(BandBlock(start, stop, first, probability))
-    return found
+class _Blocks:
+    """Block by block, each block's probabilities made once: the band, and the output's derivative where ``moved`` is
+    that of query, key and value."""
+
+    def __init__(self, scores: _Scores, value: torch.Tensor, moved: list[torch.Tensor] | None) -> None:
+        self.scores, self.value, self.moved = scores, value, moved
+        self._derivative: torch.Tensor | None = None
+
+    def derivative(self) -> torch.Tensor:
+        """(batch, length, heads, size), as the kernel's output."""
+        if self._derivative is None:
+            self.band(0)
+        assert self._derivative is not None
+        return self._derivative
+
+    @torch.no_grad()
+    def band(self, window: int) -> list[BandBlock]:
+        """The blocks of the band of width ``window``, averaged over heads."""
+        scores, found, derivatives = self.scores, [], []
+        query, key, value = scores.query.detach(), scores.key.detach(), self.value.detach()
+        for start, stop, low in scores.blocks():
+            part = query[:, :, start:stop], key[:, :, low:stop]
+            probability = scores.log_probability(*part, start, stop, low).exp_()
+            if window:
+                found.append(_band_block(probability, start, stop, low, window))
+            if self.moved is not None:
+                derivatives.append(self._moved(probability, *part, value[:, :, low:stop], start, stop, low))
+        if self.moved is not None:
+            self._derivative = torch.cat(derivatives, dim=2).transpose(1, 2)
+        return found
+
+    def _moved(
+        self,
+        probability: torch.Tensor,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        start: int,
+        stop: int,
+        low: int,
+    ) -> torch.Tensor:
+        """With s = q . k and o = sum of p v: o' = sum of p (s' - sum of p s') v + p v', (batch, heads, rows, size)."""
+        assert self.moved is not None
+        of_query, of_key, of_value = self.moved
+        scores = self.scores
+        slope = scores.products(of_query[:, :, start:stop], key)
+        slope += scores.products(query, of_key[:, :, low:stop])
+        if scores.softcap is not None:
+            slope *= 1 - torch.tanh(scores.products(query, key) / scores.softcap).square()
+        # A sink has no derivative of its own, and its share of the probability is missing in the sum: as it should be.
+        slope.mul_(probability)
+        slope.addcmul_(probability, slope.sum(dim=-1, keepdim=True), value=-1)
+        groups, shape = key.shape[1], (*query.shape[:3], -1)
+        moved = _grouped(slope.to(value.dtype), groups) @ value
+        moved += _grouped(probability.to(value.dtype), groups) @ of_value[:, :, low:stop]
+        return moved.reshape(shape)
+
+
+def _grouped(rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """(batch, heads, rows, n) -> (batch, groups, heads / groups * rows, n): query heads beside the key head they share."""
+    return rows.reshape(rows.shape[0], groups, -1, rows.shape[3])
+
+
+def _band_block(probability: torch.Tensor, start: int, stop: int, low: int, window: int) -> BandBlock:
+    first = max(low, start - window)
+    mean = probability[..., first - low :].mean(dim=1)
+    device = probability.device
+    distance = torch.arange(start, stop, device=device)[:, None] - torch.arange(first, stop, device=device)[None]
+    return BandBlock(start, stop, first, mean.masked_fill_((distance <= 0) | (distance > window), 0.0))
 
 
 def _blockwise(scores: _Scores, value: torch.Tensor) -> torch.Tensor:
@@ -176,9 +246,7 @@ def _blockwise(scores: _Scores, value: torch.Tensor) -> torch.Tensor:
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, stop: int, first: int
     ) -> torch.Tensor:
         probability = scores.log_probability(query, key, start, stop, first).exp().to(value.dtype)
-        batch, heads, rows, width = probability.shape
-        grouped = probability.reshape(batch, value.shape[1], -1, width) @ value
-        return grouped.reshape(batch, heads, rows, -1)
+        return (_grouped(probability, value.shape[1]) @ value).reshape(*query.shape[:3], -1)
 
     outputs = []
     needs_graph = torch.is_grad_enabled() and any(t.requires_grad for t in (scores.query, scores.key, value))

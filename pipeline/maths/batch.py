@@ -16,6 +16,36 @@ def response_start(labels: Sequence[int]) -> int:
 
 
 @dataclass(frozen=True, slots=True)
+class Sequences:
+    """Token sequences, unpadded, with identifiers for messages; labels -100 outside the response."""
+
+    ids: list[str]
+    input_ids: list[list[int]]
+    labels: list[list[int]]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def tokens(self) -> int:
+        """Of all sequences."""
+        return sum(len(row) for row in self.input_ids)
+
+    def take(self, rows: Sequence[int]) -> Sequences:
+        """Some of the sequences."""
+        return Sequences(*([column[i] for i in rows] for column in (self.ids, self.input_ids, self.labels)))
+
+    def part(self, index: int, parts: int) -> Sequences:
+        """The index-th of ``parts`` contiguous parts."""
+        n = len(self)
+        return self.take(range(index * n // parts, (index + 1) * n // parts))
+
+    def batch(self) -> Batch:
+        """All of them, padded on the right, on the host."""
+        return collate(self.input_ids, self.labels)
+
+
+@dataclass(frozen=True, slots=True)
 class Batch:
     """Right-padded sequences. With causal attention no real position sees padding on its right, so none is masked.
 

@@ -2,7 +2,8 @@
 
 The capture owns what its hooks collect; nothing is stored on modules, and leaving the `with` block takes the hooks
 away. No parameter requires a gradient: the graph starts at the outputs of the first scored linear maps, so the lower
-layers run without autograd and no weight gradient is ever formed (identity 2 of the method).
+layers run without autograd and no weight gradient is ever formed (identity 2 of the method). The same hooks carry the
+derivative along a direction through the scored layers (tangents.py), so that both come from one forward pass.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from alphatoken.pipeline.maths.attention import BandBlock, intercepted
 from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
 from alphatoken.pipeline.maths.experts import tapped_experts
+from alphatoken.pipeline.maths.tangents import Tangents, without_tangent
 from torch import nn
 
 
@@ -55,12 +57,19 @@ class _Tap(torch.autograd.Function):
 
 
 @contextmanager
-def captured(scored: ScoredLayers, visitor: Visitor, kernel: str = "sdpa", window: int = 0) -> Iterator[None]:
+def captured(
+    scored: ScoredLayers,
+    visitor: Visitor | None,
+    kernel: str = "sdpa",
+    window: int = 0,
+    along: Tangents | None = None,
+) -> Iterator[None]:
     """Show (h, d) of every scored linear map to ``visitor`` while the backward pass of the block runs.
 
-    ``window`` W > 0 also computes the attention band of the scored layers. The model is put into evaluation mode and
-    its parameters do not require gradients inside the block; both are as before when it is left. Raises
-    UnsupportedModel where the model calls a scored linear map for some positions only, or past its module.
+    ``visitor`` None: no graph is made and nothing is shown. ``window`` W > 0 also computes the attention band of the
+    scored layers. ``along``: what leaves the scored layers is a dual number; a dual level has to be entered. The model is
+    put into evaluation mode and its parameters do not require gradients inside the block; both are as before when it is
+    left. Raises UnsupportedModel where the model calls a scored linear map for some positions only, or past its module.
     """
     bands: dict[int, list[BandBlock]] = {}
     layer_of = scored.layer_of()
@@ -78,13 +87,16 @@ def captured(scored: ScoredLayers, visitor: Visitor, kernel: str = "sdpa", windo
         rows: torch.Tensor | None,
         shape: tuple,
     ) -> torch.Tensor:
-        entering = entering.detach().reshape(-1, entering.shape[-1])
+        value = without_tangent(output) if along else output
+        if visitor is not None:
+            held, see = entering.detach().reshape(-1, entering.shape[-1]), visitor
 
-        def visit(error: torch.Tensor) -> None:
-            flat = error.reshape(-1, error.shape[-1])
-            visitor(Captured(linear, entering, flat, rows, expert, shape, bands.get(linear.layer)))
+            def visit(error: torch.Tensor) -> None:
+                flat = error.reshape(-1, error.shape[-1])
+                see(Captured(linear, held, flat, rows, expert, shape, bands.get(linear.layer)))
 
-        return _Tap.apply(output, anchor, visit)
+            value = _Tap.apply(value, anchor, visit)
+        return along.moved(linear, expert, entering, output, value) if along else value
 
     hidden_shape: list[tuple[int, int]] = []
     seen: set[str] = set()
@@ -113,11 +125,13 @@ def captured(scored: ScoredLayers, visitor: Visitor, kernel: str = "sdpa", windo
 
     with ExitStack() as stack:
         stack.enter_context(frozen(scored.model))
+        if visitor is None:
+            stack.enter_context(torch.no_grad())
         stack.enter_context(intercepted(scored.model, kernel, listen))
         if stacked:
             stack.enter_context(tapped_experts(scored.model, {module for module, _ in stacked}, expert_tap))
-        first = scored.layers[0].register_forward_pre_hook(remember_shape, with_kwargs=True)
-        stack.callback(first.remove)
+        for layer in scored.layers[:1]:
+            stack.callback(layer.register_forward_pre_hook(remember_shape, with_kwargs=True).remove)
         for linear in scored.maps:
             if not linear.experts:
                 stack.callback(linear.module.register_forward_hook(hook(linear)).remove)

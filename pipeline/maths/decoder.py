@@ -141,6 +141,12 @@ def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
     return ScoredLayers(model, tuple(stack[first:]), tuple(stack[:first]), tuple(maps), coverage)
 
 
+def no_scored_layers(model: nn.Module) -> ScoredLayers:
+    """A model that is only run forward: for scores that look at no layer, of any model with a language-model head."""
+    decoder_of(model)
+    return ScoredLayers(model, (), (), (), Coverage(0, 0, (), 0))
+
+
 def _refuse_state_space(model: nn.Module, layers: Iterable[nn.Module]) -> None:
     """Mamba's and RWKV's decay parameters mark a recurrence, in which a position's error has no attention to follow."""
     for layer in layers:

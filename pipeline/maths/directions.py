@@ -1,13 +1,11 @@
 """Directions: one matrix per scored linear map, in the shape in which the model stores the weight.
 
-A token's value is linear in its direction (adaptation of the estimator `information` is quadratic), and everything
-downstream takes any number of named ones. Two matter: adaptation G (the validation gradient) and stability
+A token's value is linear in its direction (`information` is quadratic). Two matter: adaptation G (the validation gradient) and stability
 V = F * (W - W_ref) (the Fisher-drift proxy, Eq. 10).
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,20 +21,17 @@ class Directions:
     """Named directions at one point of a trajectory.
 
     ``named``: direction name -> parameter name -> tensor. ``weights``: the scored weights at that point where they are
-    not the model's own (a warm-up's end); None: the model's own. ``estimator``: the one that the run has valued with;
-    None: unknown.
+    not the model's own (a warm-up's end); None: the model's own.
     """
 
     named: Mapping[str, Mapping[str, torch.Tensor]]
     weights: Mapping[str, torch.Tensor] | None = None
-    estimator: str | None = None
 
     @classmethod
     def load(cls, directory: str | Path) -> Directions:
         """Read ``adaptation.safetensors``, ``stability.safetensors`` and, where present, ``policy.safetensors``.
 
-        ``directory``: a local one, such as RUN/anchors/snapshot-00; RUN/run.json, once `value` has begun, names
-        the estimator. Raises FileNotFoundError naming what is missing.
+        ``directory``: a local one, such as RUN/anchors/snapshot-00. Raises FileNotFoundError naming what is missing.
         """
         place = Path(directory)
         missing = [name for name in NAMES if not (place / f"{name}.safetensors").is_file()]
@@ -45,7 +40,7 @@ class Directions:
         named = {name: safetensors.torch.load_file(place / f"{name}.safetensors") for name in NAMES}
         policy = place / "policy.safetensors"
         weights = safetensors.torch.load_file(policy) if policy.is_file() else None
-        return cls(named, weights, _estimator_of(place.resolve().parent.parent / "run.json"))
+        return cls(named, weights)
 
     def check(self, weights: Mapping[str, torch.Tensor]) -> None:
         """Raise ValueError unless every direction, and the policy's own weights, have the parameters and shapes of ``weights``."""
@@ -62,13 +57,6 @@ class Directions:
                     raise ValueError(
                         f"direction {direction}: {name} has shape {tuple(tensor.shape)}, the weight {tuple(weights[name].shape)}"
                     )
-
-
-def _estimator_of(manifest: Path) -> str | None:
-    try:
-        return json.loads(manifest.read_text(encoding="utf-8"))["stages"]["value"]["inputs"]["valuation.estimator"]
-    except (OSError, ValueError, LookupError, TypeError):  # no manifest, or one of another program or of no values yet
-        return None
 
 
 def fisher_drift(fisher: torch.Tensor, policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:

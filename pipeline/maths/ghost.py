@@ -1,16 +1,24 @@
 """One ghost pass: forward, losses at the response, backward through the scored layers; a visitor sees every (h, d).
 
 All quantities of the method are visitors of this pass: token values contract (h, d) with a direction, the validation
-gradient sums d h^T, the Fisher sums d^2 (h^2)^T.
+gradient sums d h^T, the Fisher sums d^2 (h^2)^T. What is read off the softmax comes with it, and, along a direction, the
+derivative of the logits (forward over the same pass; see tangents.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
 import torch
+import torch.autograd.forward_ad as forward_ad
+
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.capture import Visitor, captured
-from alphatoken.pipeline.maths.decoder import ScoredLayers
-from alphatoken.pipeline.maths.head import token_losses
+from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
+from alphatoken.pipeline.maths.head import HeadMemory, Predictions, Reading, read_head
+from alphatoken.pipeline.maths.tangents import Tangents, tangent_of, without_tangent
 
 
 def ghost_pass(
@@ -21,13 +29,58 @@ def ghost_pass(
     Errors are those of L = the SUM of the response tokens' cross-entropies. Returns the loss of every predicting
     position (n,), in the order of ``batch.predicting()``, in nats.
     """
+    return read_pass(scored, batch, [Predictions.losses], visitor, {}, kernel, window)[0]
+
+
+def read_pass(
+    scored: ScoredLayers,
+    batch: Batch,
+    readings: Sequence[Reading],
+    visitor: Visitor | None,
+    along: Mapping[str, Tangents],
+    kernel: str,
+    window: int = 0,
+    memory: HeadMemory | None = None,
+) -> torch.Tensor:
+    """A ghost pass that reads more than losses off the softmax: (readings, n), in the order of ``batch.predicting()``.
+
+    ``visitor`` None: forward alone. ``along``: direction name -> direction; the readings find the logits' derivative
+    along each. The first shares the forward pass, each further one takes a forward pass of its own: let
+    ``lower_layers_once`` hand the lower layers on. ``memory``: kept from one batch to the next.
+    """
     positions = batch.predicting()
     if not len(positions):
-        return torch.zeros(0, device=batch.input_ids.device)
-    with captured(scored, visitor, kernel, window):
+        return torch.zeros(len(readings), 0, device=batch.input_ids.device)
+    targets = batch.labels.flatten()[positions + 1]
+    (name, first), *further = along.items() if along else [("", None)]
+    moved = {other: _moved(scored, batch, positions, kernel, direction) for other, direction in further if direction}
+    with ExitStack() as stack:
+        # Left before the backward pass: its formulas would be derived as well.
+        level = stack.enter_context(ExitStack())
+        if first is not None:
+            level.enter_context(forward_ad.dual_level())
+        stack.enter_context(captured(scored, visitor, kernel, window, first))
         outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
-        hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
-        targets = batch.labels.flatten()[positions + 1]
-        losses, gradient = token_losses(scored, outputs, hidden, targets)
-        hidden.backward(gradient)
-    return losses
+        hidden = without_tangent(outputs.last_hidden_state).flatten(0, 1)[positions]
+        if first is not None:
+            moved[name] = _derivative(outputs, positions)
+        level.close()
+        found, gradient = read_head(scored, outputs, hidden, targets, readings, moved, visitor is not None, memory)
+        if gradient is not None:
+            hidden.backward(gradient)
+    return found
+
+
+def _moved(
+    scored: ScoredLayers, batch: Batch, positions: torch.Tensor, kernel: str, direction: Tangents
+) -> torch.Tensor:
+    """The derivative (n, d) of the last hidden states at ``positions``, by a forward pass of its own."""
+    with forward_ad.dual_level(), captured(scored, None, kernel, 0, direction):
+        return _derivative(scored.decoder(input_ids=batch.input_ids, use_cache=False), positions)
+
+
+def _derivative(outputs: Any, positions: torch.Tensor) -> torch.Tensor:
+    tangent = tangent_of(outputs.last_hidden_state)
+    if tangent is None:
+        raise UnsupportedModel("the derivative gets lost between the scored layers and the last hidden state")
+    return tangent.flatten(0, 1)[positions]

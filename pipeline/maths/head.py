@@ -1,4 +1,5 @@
-"""Losses and their errors at the positions that predict a response token, in chunks of the vocabulary's width.
+"""Losses, what else is read off the softmax, and errors at the positions that predict a response token, in chunks of the
+vocabulary's width.
 
 `tokens x vocabulary` is never held whole. The model's own treatment of the logits (soft caps, scales) is kept: each
 chunk of hidden states is sent through the model's forward with the decoder short-circuited, so that only what comes
@@ -9,14 +10,19 @@ uses the same memory; otherwise autograd goes back through whatever it is.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
+from alphatoken.pipeline.maths.tangents import tangent_of
+
 CHUNK_BYTES = 128 << 20
+PROBE_ROWS = 16  # positions that go through the model's own head
 CACHE_BYTES = 1 << 20  # of logits that are worked on at a time: half of a usual second-level cache
 
 
@@ -63,47 +69,147 @@ def chunk_rows(model: Any, hidden: torch.Tensor) -> int:
     return max(16, CHUNK_BYTES // (vocabulary * max(4, hidden.element_size())))
 
 
+@dataclass(frozen=True, slots=True)
+class Predictions:
+    """What the model predicts at n positions over the V tokens of the vocabulary, in at least float32.
+
+    ``targets`` (n,): the tokens that follow. ``shifted`` (n, V): logits less the row's largest. ``total`` (n, 1): the sum
+    of exp(shifted). ``probability`` (n, V). ``moved``: direction -> derivative (n, V) of the logits along it. ``scratch``
+    (n, V): to be written to, since fresh memory costs more than arithmetic here; all else may only be read.
+    """
+
+    targets: torch.Tensor
+    shifted: torch.Tensor
+    total: torch.Tensor
+    probability: torch.Tensor
+    moved: Mapping[str, torch.Tensor]
+    scratch: torch.Tensor
+
+    def expectation(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, V) -> (n,): the sum over the vocabulary of p times ``rows``."""
+        return torch.mul(self.probability, rows, out=self.scratch).sum(dim=1)
+
+    def at_target(self, rows: torch.Tensor) -> torch.Tensor:
+        """(n, V) -> (n,): the entry of the token that follows."""
+        return rows.gather(1, self.targets[:, None]).squeeze(1)
+
+    def losses(self) -> torch.Tensor:
+        """Cross-entropy (n,) in nats."""
+        return self.total.log().squeeze(1) - self.at_target(self.shifted)
+
+
+# Something that is read off the softmax, (n,) in the predictions' dtype.
+Reading = Callable[[Predictions], torch.Tensor]
+
+
 def token_losses(
     scored: HeadedModel, outputs: Any, hidden: torch.Tensor, targets: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy per token and the gradient of its sum with respect to the hidden states.
+    """Cross-entropy per token and the gradient of its sum with respect to the hidden states; see ``read_head``."""
+    found, gradient = read_head(scored, outputs, hidden, targets, [Predictions.losses])
+    assert gradient is not None
+    return found[0], gradient
 
-    ``hidden`` (n, d): last hidden states at the predicting positions; ``targets`` (n,). Returns losses (n,) in nats,
-    in at least float32, and the gradient (n, d) in the dtype of ``hidden``.
+
+class HeadMemory:
+    """Logits and their derivatives, and what is worked on in cache: memory that one batch leaves to the next.
+
+    Fresh memory of this size costs as much as the products that are written to it.
     """
-    losses, gradients = [], []
-    weight: torch.Tensor | None = None  # the head's, once the first chunk has shown that it is this matrix alone
-    buffer = hidden.new_empty(0)
+
+    def __init__(self) -> None:
+        self._held: dict[str, torch.Tensor] = {}
+
+    def take(self, name: str, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
+        """(rows, columns) of whatever was there, in dtype and device of ``like``; valid until ``name`` is taken again."""
+        held = self._held.get(name)
+        if held is None or held.numel() < rows * columns or held.dtype != like.dtype or held.device != like.device:
+            self._held[name] = held = like.new_empty(rows * columns)
+        return held[: rows * columns].view(rows, columns)
+
+
+def read_head(
+    scored: HeadedModel,
+    outputs: Any,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    readings: Sequence[Reading],
+    moved: Mapping[str, torch.Tensor] | None = None,
+    backward: bool = True,
+    memory: HeadMemory | None = None,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Every reading at every position, and the gradient of the summed loss with respect to the hidden states.
+
+    ``hidden`` (n, d): last hidden states at the predicting positions; ``targets`` (n,); ``moved``: direction ->
+    derivative (n, d) of ``hidden`` along it. Returns (readings, n) in at least float32 and, where ``backward``, the
+    gradient (n, d) in the dtype of ``hidden``. Logits are made once for all of it. The first few positions show whether
+    the head is one matrix.
+    """
+    found, gradients, moved, memory = [], [], moved or {}, memory or HeadMemory()
+    weight: torch.Tensor | None = None  # the head's, where it is this matrix alone
     rows = chunk_rows(scored.model, hidden)
+    starts = [0, *range(min(PROBE_ROWS, rows), len(hidden), rows), len(hidden)]
     with head_of(scored, outputs) as head, watched(scored.model) as plain_weight:
-        for index, (part, wanted) in enumerate(zip(hidden.detach().split(rows), targets.split(rows), strict=True)):
+        for start, stop in zip(starts[:-1], starts[1:], strict=True):
+            part, wanted = hidden.detach()[start:stop], targets[start:stop]
+            tangents = {name: tangent[start:stop] for name, tangent in moved.items()}
             if weight is None:
-                logits = head(part.requires_grad_(True))
-                weight = plain_weight(part, logits) if index == 0 else None
-                buffer = logits.detach()
-            else:  # into the same memory: fresh pages cost as much as arithmetic
-                buffer = torch.mm(part, weight.mT, out=buffer[: len(part)])
-            work = buffer.to(torch.promote_types(buffer.dtype, torch.float32), copy=weight is None)
-            losses.append(_to_errors(work, wanted))
-            errors = work.to(buffer.dtype)
-            gradients.append(torch.autograd.grad(logits, part, errors)[0] if weight is None else errors @ weight)
-    return torch.cat(losses), torch.cat(gradients)
+                with torch.set_grad_enabled(backward):
+                    logits = head(part.requires_grad_(backward))
+                own = logits.detach()
+                work = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+                derived = {name: _derived(head, part, tangent) for name, tangent in tangents.items()}
+            else:
+                own = _product(part, weight, memory, "logits")
+                work = own.to(torch.promote_types(own.dtype, torch.float32))
+                derived = {name: _product(tangent, weight, memory, name) for name, tangent in tangents.items()}
+            found.append(_read(work, wanted, readings, derived, memory))
+            if backward:
+                errors = work.to(own.dtype)
+                gradients.append(errors @ weight if weight is not None else torch.autograd.grad(logits, part, errors)[0])
+            if start == 0:
+                weight = plain_weight(part, logits)
+    return torch.cat(found, dim=1), torch.cat(gradients) if backward else None
 
 
-def _to_errors(logits: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """Losses (n,) of logits (n, vocabulary), which become their own errors, softmax - one-hot.
+def _product(rows: torch.Tensor, weight: torch.Tensor, memory: HeadMemory, name: str) -> torch.Tensor:
+    return torch.mm(rows, weight.mT, out=memory.take(name, len(rows), len(weight), rows))
+
+
+def _derived(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+    """The derivative (n, V) of a head that is more than a matrix."""
+    with torch.no_grad(), forward_ad.dual_level():
+        tangent = tangent_of(head(forward_ad.make_dual(hidden.detach(), moved)))
+        assert tangent is not None
+        return tangent.clone()
+
+
+def _read(
+    logits: torch.Tensor,
+    targets: torch.Tensor,
+    readings: Sequence[Reading],
+    moved: Mapping[str, torch.Tensor],
+    memory: HeadMemory,
+) -> torch.Tensor:
+    """Readings (readings, n) of logits (n, vocabulary), which become their own errors, softmax - one-hot.
 
     A few rows at a time, so that what one step leaves in the cache the next one finds there.
     """
-    losses = logits.new_empty(len(targets))
+    found = logits.new_empty(len(readings), len(targets))
     step = max(1, CACHE_BYTES // (logits.shape[1] * logits.element_size()))
-    for part, wanted, loss in zip(logits.split(step), targets.split(step), losses.split(step), strict=True):
-        part.sub_(part.amax(dim=1, keepdim=True))
-        at = part.gather(1, wanted[:, None])
-        total = part.exp_().sum(dim=1, keepdim=True)
-        part.div_(total).scatter_add_(1, wanted[:, None], -torch.ones_like(total))
-        loss.copy_((total.log() - at).squeeze(1))
-    return losses
+    for start in range(0, len(targets), step):
+        rows = slice(start, start + step)
+        shifted, wanted = logits[rows], targets[rows]
+        probability, scratch = (memory.take(name, len(wanted), logits.shape[1], logits) for name in ("p", "scratch"))
+        shifted.sub_(shifted.amax(dim=1, keepdim=True))
+        total = torch.exp(shifted, out=probability).sum(dim=1, keepdim=True)
+        probability.div_(total)
+        some = {name: derivative[rows].to(logits.dtype) for name, derivative in moved.items()}
+        predictions = Predictions(wanted, shifted, total, probability, some, scratch)
+        for index, reading in enumerate(readings):
+            found[index, rows] = reading(predictions)
+        shifted.copy_(probability).scatter_add_(1, wanted[:, None], -torch.ones_like(total))
+    return found
 
 
 @contextmanager

@@ -18,26 +18,53 @@ Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
 
-OBJECTIVES = ("adaptation", "stability")
+RANDOM = "random"  # a column that is drawn where it is read; see uniform.py
 _SIGN = np.uint32(1 << 31)
 _HALF = 1 << 16
 
 
-def objective(components: Mapping[str, Floats], name: str, per_norm: bool = False) -> npt.NDArray[np.float64]:
-    """Direct plus causal part of ``adaptation`` or ``stability``, ``(tokens,)`` float64.
+def score_of(columns: Mapping[str, Floats], score: str, per_norm: bool = False) -> npt.NDArray[np.float64]:
+    """What mask.score puts first, before stability and loss: ``(tokens,)`` float64, higher is better.
 
-    ``per_norm``: divided by the token's ``gradient_norm``, and 0 where that is 0: a token without a gradient teaches
-    nothing.
+    paper: adaptation, direct plus causal. exact: adaptation of the token's own loss. information, entropy, random: their
+    column. loss: minus the loss. excess_loss: the policy's loss less the reference's. full: 0. ``per_norm``: see
+    ``per_gradient_norm``.
     """
-    found = components[f"{name}_direct"].astype(np.float64) + components[f"{name}_causal"]
-    if not per_norm:
-        return found
-    norms = components["gradient_norm"].astype(np.float64)
+    if score == "paper":
+        found = columns["adaptation_direct"].astype(np.float64) + columns["adaptation_causal"]
+    elif score == "exact":
+        found = columns["adaptation_exact"].astype(np.float64)
+    elif score == "loss":
+        found = -columns["loss"].astype(np.float64)
+    elif score == "excess_loss":
+        found = columns["loss"].astype(np.float64) - columns["reference_loss"]
+    elif score == "full":
+        found = np.zeros(len(next(iter(columns.values()))), np.float64)
+    else:
+        found = columns[score].astype(np.float64)
+    return per_gradient_norm(found, columns) if per_norm else found
+
+
+def stability_of(columns: Mapping[str, Floats], score: str, per_norm: bool = False) -> npt.NDArray[np.float64]:
+    """Stability, ``(tokens,)`` float64: direct plus causal, of mask.score=exact that of the token's own loss."""
+    if score == "exact":
+        found = columns["stability_exact"].astype(np.float64)
+    else:
+        found = columns["stability_direct"].astype(np.float64) + columns["stability_causal"]
+    return per_gradient_norm(found, columns) if per_norm else found
+
+
+def per_gradient_norm(
+    found: npt.NDArray[np.float64], columns: Mapping[str, Floats]
+) -> npt.NDArray[np.float64]:
+    """Divided by the token's ``gradient_norm``, and 0 where that is 0: a token without a gradient teaches nothing."""
+    norms = columns["gradient_norm"].astype(np.float64)
     return np.divide(found, norms, out=np.zeros_like(found), where=norms > 0)
 
 
 def token_values(
-    components: Mapping[str, Floats],
+    columns: Mapping[str, Floats],
+    score: str,
     weight: float,
     scale: Mapping[str, float],
     loss_weight: float = 0.0,
@@ -45,21 +72,21 @@ def token_values(
 ) -> Floats:
     """The value of every token (Eq. 12), ``(tokens,)`` float32; higher is better.
 
-    ``value = adaptation / scale["adaptation"] + weight * stability / scale["stability"] - loss_weight * loss /
-    scale["loss"]``, each objective being the sum of its direct and causal component. The last term is not the paper's:
-    it takes the token's own loss as a second criterion, against tokens that are simply wrong. ``loss`` and its scale
-    are not needed where ``loss_weight`` is 0. ``per_norm``: the objectives (not the loss) are those per unit of the
-    token's gradient norm, see ``objective``. Computed in float64 and rounded once, so that the order of equal sums
-    does not depend on how they were added up. A result beyond float32 becomes infinite.
+    ``value = score / scale["score"] + weight * stability / scale["stability"] - loss_weight * loss / scale["loss"]``. With
+    ``score`` paper the first two terms are the paper's. The last one is not: it takes the token's own loss as a second
+    criterion, against tokens that are simply wrong. Columns and scales of terms whose weight is 0 are not needed.
+    ``per_norm``: score and stability (not the loss) are those per unit of the token's gradient norm. Computed in float64
+    and rounded once, so that the order of equal sums does not depend on how they were added up. A result beyond float32
+    becomes infinite.
     """
-    needed = (*OBJECTIVES, "loss") if loss_weight else OBJECTIVES
+    needed = ["score"] + ["stability"] * bool(weight) + ["loss"] * bool(loss_weight)
     if not all(0 < scale[name] < math.inf for name in needed):
         raise ValueError(f"scales must be positive and finite, not {dict(scale)}")
-    value = objective(components, "adaptation", per_norm) / scale["adaptation"]
+    value = score_of(columns, score, per_norm) / scale["score"]
     if weight:
-        value += weight * objective(components, "stability", per_norm) / scale["stability"]
+        value += weight * stability_of(columns, score, per_norm) / scale["stability"]
     if loss_weight:
-        value -= loss_weight * components["loss"].astype(np.float64) / scale["loss"]
+        value -= loss_weight * columns["loss"].astype(np.float64) / scale["loss"]
     with np.errstate(over="ignore"):
         return value.astype(np.float32)
 

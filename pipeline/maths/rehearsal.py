@@ -39,7 +39,7 @@ def lanes_of(lengths: Sequence[int], budget: int) -> list[list[list[int]]]:
 
 def kept_in_batch(components: Mapping[str, Floats], rho: float, stability_weight: float) -> Bools:
     """Which of a batch's response tokens are kept (Eq. 13), ``(tokens,)``; ``components`` over these tokens."""
-    values = token_values(components, stability_weight, {"adaptation": 1.0, "stability": 1.0})
+    values = token_values(components, "paper", stability_weight, {"score": 1.0, "stability": 1.0})
     return values >= threshold_of(values, rho) if len(values) else np.zeros(0, np.bool_)
 
 
@@ -50,14 +50,17 @@ class RehearsedModel:
     the list that an earlier call with the same batch has filled.
     """
 
-    def __init__(self, scored: ScoredLayers, window: int, attention: str, estimator: str) -> None:
-        self.scored, self.window, self.attention, self.estimator = scored, window, attention, estimator
+    def __init__(
+        self, scored: ScoredLayers, window: int, attention: str, scores: Sequence[str], exact: bool
+    ) -> None:
+        self.scored, self.window, self.attention = scored, window, attention
+        self.scores, self.exact = scores, exact
 
     def valuer(self, directions: Mapping[str, Weights]) -> TokenValuer:
         """For ``values``; worth keeping while the directions stay the same."""
         layers = len(self.scored.layers)
         return TokenValuer(
-            self.scored.model, Directions(directions), layers, self.window, self.attention, self.estimator
+            self.scored.model, Directions(directions), layers, self.window, self.attention, self.scores, self.exact
         )
 
     def values(

@@ -1,85 +1,95 @@
-"""The token valuer: a batch of sequences in, one number per component and response token out.
+"""The token valuer: a batch of sequences in, one number per column and response token out.
 
-This is the library's front door; it needs torch and transformers alone. A token's way from ``input_ids`` to its four
-numbers leads through three files: here its sequence becomes a row of a right-padded batch and the token t a network
-position p = t - 1 (``value``, ``_at_token``); in ghost.py the batch goes forward and backward, and every scored linear
-map shows its input h_p and output error d_p to a visitor; in contraction.py that visitor adds up
-d_p^T M h_p and e_p^T M_v h_p for both directions.
+This is the library's front door; it needs torch and transformers alone. A token's way from ``input_ids`` to its numbers
+leads through three places: here its sequence becomes a row of a right-padded batch and the token t a network position
+p = t - 1 (``value``, ``_at_token``); in ghost.py the batch goes forward and backward once, the softmax of every position
+is shown to readings and every scored linear map's input h_p and output error d_p to visitors; in scores/ each column says
+what it makes of them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import nullcontext
+
 import torch
-from alphatoken.pipeline.maths.batch import IGNORED, Batch
-from alphatoken.pipeline.maths.capture import swapped
-from alphatoken.pipeline.maths.contraction import Contraction, StackedDirections
-from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers
-from alphatoken.pipeline.maths.directions import Directions
-from alphatoken.pipeline.maths.exact import check_forward_mode, exact_values
-from alphatoken.pipeline.maths.ghost import ghost_pass
-from alphatoken.pipeline.maths.nonfinite import locate
-from alphatoken.pipeline.maths.value_projection import ValueProjection, value_projections
 from torch import nn
 
-ESTIMATORS = ("ghost", "exact", "information")
+from alphatoken.data_schemas import SCORES as COLUMNS_OF
+from alphatoken.pipeline.maths.batch import IGNORED, Batch
+from alphatoken.pipeline.maths.capture import Captured, swapped
+from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, no_scored_layers, scored_layers
+from alphatoken.pipeline.maths.directions import NAMES, Directions
+from alphatoken.pipeline.maths.ghost import read_pass
+from alphatoken.pipeline.maths.head import HeadMemory
+from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.nonfinite import locate
+from alphatoken.pipeline.maths.scores import SCORES, HeadScore, LayerScore
+from alphatoken.pipeline.maths.tangents import Tangents
+
+ALL = tuple(COLUMNS_OF)
 
 
-def check_estimator(scored: ScoredLayers, estimator: str, window: int, attention: str) -> dict[str, ValueProjection]:
-    """Raise UnsupportedModel where the estimator cannot value with this model; returns what its causal path needs.
+def needs_directions(scores: Sequence[str]) -> bool:
+    """Whether any of ``scores`` looks at the directions."""
+    return any(bool(s.along) if isinstance(s, HeadScore) else s.directed for s in map(SCORES.__getitem__, scores))
 
-    Runs a few tokens, so that a run ends before its Fisher and not after. See value_projections for what is returned.
-    """
-    if estimator != "ghost":
-        check_forward_mode(scored, attention)
-        return {}
-    return value_projections(scored, attention) if window > 0 else {}
+
+def looks_at_layers(scores: Sequence[str]) -> bool:
+    """Whether any of ``scores`` looks at the scored layers, and not at the softmax alone."""
+    return any(bool(s.along) if isinstance(s, HeadScore) else True for s in map(SCORES.__getitem__, scores))
 
 
 class TokenValuer:
-    """Values every response token along the given directions (Eqs. 8, 9 and 11).
+    """Values every response token along the given directions, all columns from one pass.
 
     ``model``: a causal language model of transformers, the policy. ``directions``: at the same point of the
-    trajectory; where they bring their own scored weights, those are used inside each call. ``layers`` K: the last K
-    decoder layers are scored. ``window`` W: reach of the causal path in tokens; 0 leaves it out. ``attention``: sdpa |
-    flash_attention_2 | eager. ``estimator``: ghost (the paper's, by position) | exact (the derivative of each token's
-    own loss) | information (adaptation: how much a step along the direction moves the token's prediction, whatever its
-    label, never negative; stability as exact); the last two know no paths: the causal columns are 0.
-    None: the one that the run of the directions has valued with, else ghost.
-    ``gradient_norm``: with a column of that name, the Frobenius norm over the scored maps of what the token's position
-    adds to the gradient, ``sqrt(sum of |d|^2 |h|^2)``; by position as the direct columns, so that it knows no causal
-    path and the ghost estimator alone has it. Raises ValueError when the directions are not for these layers,
+    trajectory; where they bring their own scored weights, those are used inside each call; None where no score looks at
+    them. ``layers`` K: the last K decoder layers are scored. ``window`` W: reach of the causal path in tokens; 0 leaves
+    it out. ``attention``: sdpa | flash_attention_2 | eager. ``scores``: of paper | information | loss | entropy |
+    gradient_norm; ``exact``: the columns adaptation_exact and stability_exact as well, one more pass of the scored layers
+    where there is a drift. Raises ValueError when the directions are not for these layers or a score is unknown,
     UnsupportedModel when the model cannot be scored.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        directions: Directions,
+        directions: Directions | None,
         layers: int = 3,
         window: int = 32,
         attention: str = "sdpa",
-        estimator: str | None = None,
-        gradient_norm: bool = False,
+        scores: Sequence[str] = ALL,
+        exact: bool = False,
     ) -> None:
-        estimator = estimator or directions.estimator or "ghost"
-        if estimator not in ESTIMATORS:
-            raise ValueError(f"estimator={estimator}: must be one of {', '.join(ESTIMATORS)}")
-        if gradient_norm and estimator != "ghost":
-            raise ValueError("gradient_norm: forward-mode differentiation forms no gradient; use estimator=ghost")
-        self.gradient_norm = gradient_norm
-        self.scored = scored_layers(model, layers)
-        self.estimator, self.named = estimator, directions.named
-        self.without_sign = [n for n in self.named if n != "stability"] if estimator == "information" else []
-        directions.check(self.scored.weights())
-        self.weights = dict(directions.weights) if directions.weights is not None else None
-        self.window, self.attention = window, attention
-        self.values = check_estimator(self.scored, estimator, window, attention)
-        if estimator != "ghost":  # a pass for each direction, but none for those without a drift
-            moving = {n: d for n, d in self.named.items() if any(bool(t.any()) for t in d.values())} or self.named
-            parameters = {m.name: m.parameter for m in self.scored.maps}
-            self.moving = {n: {k: t.to(parameters[k]) for k, t in d.items()} for n, d in moving.items()}
-            return
-        self.directions = StackedDirections(self.scored, directions.named, set(self.values))
+        if unknown := sorted(set(scores) - set(ALL)):
+            raise ValueError(f"scores={unknown[0]}: must be among {', '.join(ALL)}")
+        names = [name for name in SCORES if name in scores] + ["exact"] * exact
+        if directions is None and needs_directions(names):
+            raise ValueError(f"scores={', '.join(names)} need directions: Directions.load('RUN/anchors/snapshot-00')")
+        if looks_at_layers(names):
+            self.scored = scored_layers(model, layers)
+        else:
+            self.scored = no_scored_layers(model)
+        weight = next(model.parameters())
+        self.device, self.dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        self.weights: dict[str, torch.Tensor] | None = None
+        if directions is not None:
+            directions.check(self.scored.weights())
+            self.weights = dict(directions.weights) if directions.weights is not None else None
+        self.window, self.attention = window if "paper" in names else 0, attention
+        self.head: dict[str, HeadScore] = {}
+        self.memory = HeadMemory()
+        self.layers: list[LayerScore] = []
+        for name in names:
+            score = SCORES[name]
+            if isinstance(score, HeadScore):
+                self.head[name] = score
+            else:
+                self.layers.append(score(self.scored, directions, window, attention))
+        self.columns = tuple(column for name in names for column in _columns_of(name))
+        looked_at = {direction for score in self.head.values() for direction in score.along}
+        self.along = _moving(self.scored, directions, looked_at) if directions is not None else {}
 
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor
@@ -87,55 +97,88 @@ class TokenValuer:
         """Column name -> float32 tensor (batch, length); float64 for a float64 model.
 
         ``attention_mask`` (batch, length): 1 at tokens, 0 at padding on either side; None: no padding. ``labels``: -100
-        outside the response. Columns: ``<direction>_direct``, ``<direction>_causal``, ``loss`` (nats), and
-        ``gradient_norm`` where it was asked for. Index i speaks
-        of token i as a PREDICTED token; 0.0 outside the response. Positive: learning the token moves the weights
-        along the direction's descent (adaptation: lowers the validation loss; stability: back to the reference); with
-        ``information`` adaptation has no sign.
+        outside the response. Columns: as in `values/`, see data_schemas/values.py for meaning, unit and sign. Index i
+        speaks of token i as a PREDICTED token; 0.0 outside the response.
         """
-        device = self.scored.maps[0].parameter.device
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        batch, columns = _right_padded(input_ids.to(device), attention_mask.to(device), labels.to(device))
+        batch, columns = _right_padded(*(t.to(self.device) for t in (input_ids, attention_mask, labels)))
         found = self.value(batch)
         return {name: torch.zeros_like(v).scatter(1, columns, v) for name, v in found.items()}
 
     def value(self, batch: Batch, positions: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
         """As ``__call__`` for a right-padded batch.
 
-        ``positions``: flat network positions to contract instead of those that predict a response token; their values
-        stand at the following index.
+        ``positions``: flat network positions whose layer scores (paper, gradient_norm) are wanted instead of those that
+        predict a response token; their values stand at the following index.
         """
-        if self.estimator != "ghost":
-            return self._forward_mode(batch)
         predicting = batch.predicting()
         chosen = predicting if positions is None else positions
-        contraction = Contraction(self.directions, self.values, chosen, batch.shape, self.gradient_norm)
-        with swapped(self.scored, self.weights):
-            losses = ghost_pass(self.scored, batch, contraction, self.attention, self.window)
-            columns = {"loss": (predicting, losses)}
-            for row, name in enumerate(self.directions.names):
-                columns[f"{name}_direct"] = (chosen, contraction.direct[row])
-                columns[f"{name}_causal"] = (chosen, contraction.causal[row])
-            if contraction.squares is not None:
-                columns["gradient_norm"] = (chosen, contraction.squares.sqrt())
+        visitors = [score.visitor(chosen, batch.shape) for score in self.layers]
+
+        def visit(captured: Captured) -> None:
+            for visitor in visitors:
+                visitor(captured)
+
+        readings = {column: reading for score in self.head.values() for column, reading in score.readings.items()}
+        several = len(self.along) > 1
+        with swapped(self.scored, self.weights), lower_layers_once(self.scored) if several else nullcontext():
+            read = read_pass(
+                self.scored,
+                batch,
+                list(readings.values()),
+                visit if visitors else None,
+                self.along,
+                self.attention,
+                self.window,
+                self.memory,
+            )
+            columns = {name: (predicting, values) for name, values in zip(readings, read, strict=True)}
+            for score, visitor in zip(self.layers, visitors, strict=True):
+                columns |= {name: (chosen, v) for name, v in zip(score.columns, visitor.found(), strict=True)}
             finite = torch.stack([torch.isfinite(values).all() for _, values in columns.values()])
             if not finite.all():  # one answer for the host to wait for
                 raise locate(self.scored, batch, self.attention)
-        return {name: _at_token(where, values, batch, contraction.dtype) for name, (where, values) in columns.items()}
+        return {name: _at_token(*columns[name], batch, self.dtype) for name in self.columns}
 
-    def _forward_mode(self, batch: Batch) -> dict[str, torch.Tensor]:
-        predicting = batch.predicting()
-        with swapped(self.scored, self.weights):
-            losses, derivatives = exact_values(self.scored, batch, self.moving, self.attention, self.without_sign)
-            if not (torch.isfinite(losses).all() & torch.isfinite(derivatives).all()):  # one answer to wait for
-                raise locate(self.scored, batch, self.attention)
-        columns = {"loss": losses}
-        moved = dict(zip(self.moving, derivatives, strict=True))
-        for name in self.named:
-            columns[f"{name}_direct"] = moved.get(name, torch.zeros_like(losses))
-            columns[f"{name}_causal"] = torch.zeros_like(losses)
-        return {name: _at_token(predicting, values, batch, losses.dtype) for name, values in columns.items()}
+
+def check_model(scored: ScoredLayers, scores: Sequence[str], window: int, attention: str, exact: bool = False) -> None:
+    """Raise UnsupportedModel where these scores cannot be computed with this model.
+
+    Values a few tokens along directions of zeros, so that a run ends before its Fisher and not after.
+    """
+    still = {m.name: torch.zeros_like(m.parameter) for m in scored.maps}
+    valuer = TokenValuer(
+        scored.model, Directions(dict.fromkeys(NAMES, still)), len(scored.layers), window, attention, scores, exact
+    )
+    looked_at = {direction for score in valuer.head.values() for direction in score.along}
+    valuer.along = {name: Tangents(scored, still) for name in NAMES if name in looked_at}
+    ids = torch.arange(2, device=scored.maps[0].parameter.device)[None]
+    batch = Batch(ids, torch.where(ids > 0, ids, IGNORED), torch.full((1,), 2, device=ids.device))
+    try:
+        valuer.value(batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, IndexError) as error:  # whatever an operation says that has no forward-mode derivative
+        if not valuer.along:
+            raise
+        reason = str(error).partition("\n")[0]
+        without = ",".join(score for score in scores if score != "information")
+        raise UnsupportedModel(
+            f"its scored layers cannot be differentiated in forward mode ({type(error).__name__}: {reason}): set "
+            f"valuation.scores=[{without}]" + (" and valuation.exact=false" if exact else "")
+        ) from error
+
+
+def _columns_of(score: str) -> tuple[str, ...]:
+    kind = SCORES[score]
+    return tuple(kind.readings) if isinstance(kind, HeadScore) else kind.columns
+
+
+def _moving(scored: ScoredLayers, directions: Directions, names: set[str]) -> dict[str, Tangents]:
+    """The directions that are looked at, but for those that are zero everywhere: they would cost a pass for nothing."""
+    found = {name: Tangents(scored, directions.named[name]) for name in NAMES if name in names}
+    return {name: tangents for name, tangents in found.items() if not tangents.still}
 
 
 def _at_token(positions: torch.Tensor, values: torch.Tensor, batch: Batch, dtype: torch.dtype) -> torch.Tensor:

@@ -1,22 +1,41 @@
 """Which tokens are kept."""
 
 import re
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alphatoken.data_schemas import MASK_EXTRA_COLUMNS
+from alphatoken.data_schemas import COMPONENTS, EXACT, MASK_EXTRA_COLUMNS, REFERENCE_LOSS, SCORES
 from alphatoken.pipeline.settings.option import at_least, one_of, option
+
+# mask.score -> the columns of values/ that it is made of.
+MASK_SCORES: dict[str, tuple[str, ...]] = {
+    "paper": COMPONENTS[:2],
+    "information": ("information",),
+    "entropy": ("entropy",),
+    "loss": ("loss",),
+    "excess_loss": ("loss", REFERENCE_LOSS),
+    "exact": EXACT[:1],
+    "random": (),
+    "full": (),
+}
+WITHOUT_VALUES = ("random", "full")
 
 
 @dataclass(frozen=True, slots=True)
 class MaskSettings:
     """Configuration group ``mask``."""
 
+    score: str = option(
+        "auto",
+        "which tokens come first: paper (adaptation + lambda * stability, Eq. 12) | information | entropy (undecided first) | "
+        "loss (low loss first: against wrong tokens) | excess_loss (policy's minus reference's, Rho-1) | exact | random "
+        "| full (keep everything) | auto (information; paper for pairs and for a rehearsal)",
+    )
     rho: float = option(0.5, "fraction of the response tokens that is kept")
     stability_weight: float | None = option(
         None,
-        "lambda: value = adaptation + lambda * stability; null: 0 where values are of valuation.estimator=information or "
-        "made without a drift, else 1.5",
+        "lambda: value = score + lambda * stability; null: 1.5 for mask.score=paper and exact, where there is a drift, else 0",
     )
     loss_weight: float = option(0.0, "subtract this much of the token's loss from its value: against wrong tokens")
     least_stable: float = option(
@@ -25,8 +44,7 @@ class MaskSettings:
     )
     skip_first: int | None = option(
         None,
-        "first tokens of each response that are not kept whatever their value; null: 1 where values are of "
-        "valuation.estimator=information, else 0",
+        "first tokens of each response that are not kept whatever their value; null: 1 for mask.score=information, else 0",
     )
     scope: str = option("dataset", "dataset | example | batch | token_id: among which tokens the threshold is taken")
     rare_tokens: int = option(32, "mask.scope=token_id: ids that occur fewer times share one threshold")
@@ -37,10 +55,10 @@ class MaskSettings:
     )
     batch_size: int = option(64, "examples per batch, for mask.scope=batch")
     normalize: str = option(
-        "none", "none | rms: divide adaptation, stability and loss by their own root mean square first"
+        "none", "none | rms: divide score, stability and loss by their own root mean square first"
     )
     divide_by_gradient_norm: bool = option(
-        False, "divide adaptation and stability of each token by its gradient_norm first (0 where that is 0)"
+        False, "divide score and stability of each token by its gradient_norm first (0 where that is 0)"
     )
     always_keep: list[Any] = option(["eos"], "tokens that are always kept: eos, token strings or token ids")
     min_kept: int = option(1, "kept tokens per example at least")
@@ -49,7 +67,7 @@ class MaskSettings:
 
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
-        found = []
+        found = one_of("mask.score", self.score, ("auto", *MASK_SCORES))
         if not 0 < self.rho <= 1:
             found.append(f"mask.rho={self.rho}: must be above 0 and at most 1")
         found += at_least("mask.stability_weight", self.stability_weight or 0, 0)
@@ -62,6 +80,13 @@ class MaskSettings:
         found += at_least("mask.skip_first", self.skip_first or 0, 0)
         found += one_of("mask.scope", self.scope, ("dataset", "example", "batch", "token_id"))
         found += at_least("mask.loss_weight", self.loss_weight, 0)
+        for key, asked in (
+            ("loss_weight", self.loss_weight),
+            ("stability_weight", self.stability_weight),
+            ("divide_by_gradient_norm", self.divide_by_gradient_norm),
+        ):
+            if asked and self.score in WITHOUT_VALUES:
+                found.append(f"mask.{key}={asked}: mask.score={self.score} looks at no values")
         found += at_least("mask.rare_tokens", self.rare_tokens, 0)
         found += one_of("mask.rule", self.rule, ("top", "positive", "weight"))
         found += at_least("mask.batch_size", self.batch_size, 1)
@@ -76,17 +101,58 @@ class MaskSettings:
                 found.append(f"mask.always_keep={token}: must be eos, a token string or a token id")
         return found
 
-    def for_values(self, estimator: str | None, drift: str | None = None) -> "MaskSettings":
-        """These settings with what is left open until it is known of which ``estimator`` the values are.
+    def resolved(self, paired_or_rehearsed: bool, drift: str | None = None) -> "MaskSettings":
+        """These settings with what is left open until it is known what the values are of.
 
-        ``drift``: anchor.drift of the directions; without one there is no stability to weigh.
+        ``paired_or_rehearsed``: whether the data is of preference, or the schedule a rehearsal. ``drift``: anchor.drift of
+        the directions; without one there is no stability to weigh.
 
-        `information` says where there is most to learn: without stability, whose scale is another one, and without the
-        first token, where learning is forgetting. Everything else is as in the paper.
+        A mask that is made once has to hold for a whole training run: `information` says where there is most to learn,
+        without stability, whose scale is another one, and without the first token, where learning is forgetting. A
+        rehearsal is the paper's own loop, and of a pair only signed values say which branch a token speaks for.
         """
-        weight, first = (0.0, 1) if estimator == "information" else (0.0 if drift == "none" else 1.5, 0)
+        score = self.score if self.score != "auto" else "paper" if paired_or_rehearsed else "information"
+        weight = 1.5 if score in ("paper", "exact") and drift != "none" else 0.0
+        first = 1 if score == "information" else 0
         return replace(
             self,
+            score=score,
             stability_weight=weight if self.stability_weight is None else self.stability_weight,
             skip_first=first if self.skip_first is None else self.skip_first,
         )
+
+    def columns(self) -> dict[str, str]:
+        """Column of values/ that is read -> the key that asks for it; of resolved settings."""
+        found = dict.fromkeys(MASK_SCORES[self.score], f"mask.score={self.score}")
+        stability = EXACT[1:] if self.score == "exact" else COMPONENTS[2:]
+        for asked, columns in (
+            ("stability_weight", stability),
+            ("least_stable", stability),
+            ("loss_weight", ("loss",)),
+        ):
+            if getattr(self, asked):
+                found |= {c: found.get(c, f"mask.{asked}={getattr(self, asked)}") for c in columns}
+        if self.divide_by_gradient_norm:
+            found["gradient_norm"] = "mask.divide_by_gradient_norm=true"
+        return found
+
+    def missing(self, there: Collection[str], scores: Collection[str]) -> list[str]:
+        """Why these settings cannot be met by values with the columns ``there``, one sentence for each key to set.
+
+        ``scores``: of valuation.scores, which ``there`` come from.
+        """
+        remedies: dict[str, list[str]] = {}
+        for column, asked in self.columns().items():
+            if column not in there:
+                remedies.setdefault(f"{_asks_for(column, scores)}", []).append(f"{asked} needs the column {column}")
+        return [f"{reasons[0]}, which values/ does not have: set {remedy}" for remedy, reasons in remedies.items()]
+
+
+def _asks_for(column: str, scores: Collection[str]) -> str:
+    """The setting with which values/ has ``column``."""
+    if column in EXACT:
+        return "valuation.exact=true"
+    if column == REFERENCE_LOSS:
+        return "valuation.reference_loss=true"
+    wanted = [score for score, columns in SCORES.items() if score in scores or column in columns]
+    return f"valuation.scores=[{','.join(wanted)}]"

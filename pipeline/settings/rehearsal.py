@@ -43,6 +43,7 @@ def decided_by(own: Mapping[str, Any]) -> dict[str, Any]:
     """Key of mask -> what a rehearsal with these values of OWN decides with (Eq. 13)."""
     return {
         **own,
+        "score": "paper",
         "rule": "top",
         "scope": "batch",
         "normalize": "none",

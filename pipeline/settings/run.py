@@ -9,7 +9,7 @@ from alphatoken.pipeline.settings.mask import MaskSettings
 from alphatoken.pipeline.settings.model import ModelSettings
 from alphatoken.pipeline.settings.option import one_of, option
 from alphatoken.pipeline.settings.rehearsal import contradictions
-from alphatoken.pipeline.settings.valuation import NO_LOSS, ValuationSettings
+from alphatoken.pipeline.settings.valuation import ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
@@ -52,45 +52,46 @@ class Settings:
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     debug: bool = option(False, "show tracebacks")
 
-    def for_data(self, pairs: bool) -> "Settings":
-        """These settings with what is ``auto`` until the kind of data is known: valuation.estimator."""
-        return replace(self, valuation=replace(self.valuation, estimator=self.valuation.estimator_for(pairs)))
+    @property
+    def makes_fisher(self) -> bool:
+        """Whether the anchor stage samples completions for a Fisher, so that prompts have to be held out."""
+        if not self.valuation.needs_directions:
+            return False
+        if self.valuation.rehearsed and self.anchor.drift in ("auto", "none"):
+            return self.valuation.rehearsal.stability_weight > 0
+        return self.anchor.drift != "none" or self.anchor.precondition != "none"
 
     def problems(self) -> list[str]:
         """Every reason why the run cannot start, over all groups, one sentence each."""
         found = self.run.problems() + self.model.problems() + self.data.problems()
+        mask, valuation = self.mask.problems(), self.valuation.problems()
         if self.valuation.needs_directions:
             found += self.anchor_problems(pairs=self.data.format == "preference")
         elif len(self.model.checkpoints) > 1:
             found.append(
-                f"valuation.method={self.valuation.method} scores at one model: give one model.policy, no list"
+                f"valuation.scores=[{','.join(self.valuation.scores)}] score at one model: give one model.policy, no list"
             )
-        if self.mask.least_stable:
-            found += self._stability_problems()
+        if self.mask.least_stable and self.anchor.drift == "none":
+            found.append(
+                f"mask.least_stable={self.mask.least_stable}: anchor.drift=none leaves no stability values: set anchor.drift "
+                "to checkpoint or warmup"
+            )
         if self.valuation.rehearsed:
             found += self._rehearsal_problems()
-        if self.mask.loss_weight and self.valuation.method in NO_LOSS:
-            found.append(
-                f"mask.loss_weight={self.mask.loss_weight}: valuation.method={self.valuation.method} runs no model, so "
-                "there are no losses"
-            )
-        return found + self.valuation.problems() + self.mask.problems() + self.cluster.problems()
+        return found + valuation + mask + self.cluster.problems()
+
+    def mask_problems(self, pairs: bool) -> list[str]:
+        """Why the mask cannot be made from the values that these settings make; for commands that make both."""
+        if self.mask.problems() or self.valuation.problems():
+            return []  # said already
+        mask = self.mask.resolved(pairs or self.valuation.rehearsed, self.anchor.drift)
+        return mask.missing(self.valuation.columns, self.valuation.scores)
 
     def anchor_problems(self, pairs: bool) -> list[str]:
         """Why the anchors cannot be made; ``pairs``: whether the data is of preference."""
-        estimator = self.valuation.estimator_for(pairs)
         # A rehearsal makes its own drift, and weighs it by its own key.
-        weight = 0.0 if self.valuation.rehearsed else self.mask.for_values(estimator).stability_weight or 0.0
+        weight = 0.0 if self.valuation.rehearsed else self.mask.resolved(pairs).stability_weight or 0.0
         return self.anchor.problems(weight, len(self.model.checkpoints))
-
-    def _stability_problems(self) -> list[str]:
-        """Why there is no stability for mask.least_stable to look at."""
-        asked = f"mask.least_stable={self.mask.least_stable}"
-        if not self.valuation.needs_directions:
-            return [f"{asked}: valuation.method={self.valuation.method} has no stability values"]
-        if self.anchor.drift == "none":
-            return [f"{asked}: anchor.drift=none leaves no stability values: set anchor.drift to checkpoint or warmup"]
-        return []
 
     def _rehearsal_problems(self) -> list[str]:
         """What valuation.schedule=rehearsal does not go together with."""
@@ -103,7 +104,6 @@ class Settings:
             ("anchor.precondition", self.anchor.precondition, "none"),
             ("anchor.snapshots", self.anchor.snapshots, 1),
             ("anchor.snapshot_scale", self.anchor.snapshot_scale, "none"),
-            ("valuation.gradient_norm", self.valuation.gradient_norm, False),
             ("mask.divide_by_gradient_norm", self.mask.divide_by_gradient_norm, False),
         ):
             if value != only:

@@ -2,12 +2,11 @@
 
 from dataclasses import dataclass, field
 
+from alphatoken.data_schemas import SCORES, value_columns
 from alphatoken.pipeline.settings.option import at_least, auto_or_at_least, one_of, option
 from alphatoken.pipeline.settings.rehearsal import RehearsalSettings
 
-ESTIMATORS = ("auto", "ghost", "exact", "information")
-METHODS = ("alphatoken", "excess_loss", "loss", "entropy", "random", "full")
-NO_LOSS = ("random", "full")  # these methods leave the loss column at 0.0
+DIRECTED = ("paper", "information")  # scores that look at the directions
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,25 +15,22 @@ class ValuationSettings:
 
     layers: int = option(3, "K: the last K decoder layers are scored")
     window: int = option(
-        32, "W of estimator=ghost: how many later positions the causal path reaches; 0 leaves the causal path out"
+        32, "W of the paper's columns: how many later positions the causal path reaches; 0 leaves the causal path out"
     )
-    estimator: str = option(
-        "auto",
-        "ghost (the paper's, by position) | exact (derivative of each token's own loss) | information (how much a step "
-        "along the adaptation direction moves the token's prediction, whatever its label; stability as exact) | auto "
-        "(information; ghost for pairs, for a rehearsal and for gradient_norm)",
+    scores: list[str] = option(
+        list(SCORES),
+        "what values/ holds, all from one pass: paper (adaptation and stability, each direct and causal) | information (how "
+        "much a step along the adaptation direction moves the token's prediction, whatever its label) | loss | entropy | "
+        "gradient_norm; leave out what is not to be paid for; without paper, information and exact there is no anchor",
+    )
+    exact: bool = option(
+        False,
+        "the columns adaptation_exact and stability_exact as well: the derivative of each token's own loss along each direction",
+    )
+    reference_loss: bool = option(
+        False, "the column reference_loss as well, by a pass of model.reference; excess loss follows from it"
     )
     tokens_per_batch: int | str = option("auto", "padded tokens per batch; auto: from the device's memory")
-    method: str = option(
-        "alphatoken",
-        "alphatoken | excess_loss (policy's minus reference's loss, Rho-1) | loss (low loss first: against wrong "
-        "tokens) | entropy (undecided tokens first) | random | full (keep everything); all but the first need no anchor",
-    )
-    gradient_norm: bool = option(
-        False,
-        "write a column gradient_norm as well: the norm of what the token's position adds to the gradient; with "
-        "estimator=auto the values are those of ghost then",
-    )
     schedule: str = option(
         "static",
         "static: values at the anchors | rehearsal: the paper's loop of value, threshold, masked step over the data, on "
@@ -48,44 +44,33 @@ class ValuationSettings:
 
     @property
     def needs_directions(self) -> bool:
-        """Whether the method needs the anchor stage."""
-        return self.method == "alphatoken"
+        """Whether any score needs the anchor stage."""
+        return self.exact or any(score in DIRECTED for score in self.scores)
 
     @property
     def rehearsed(self) -> bool:
         """Whether values come from a rehearsal."""
         return self.schedule == "rehearsal"
 
-    def estimator_for(self, pairs: bool) -> str:
-        """ghost | exact | information, with ``auto`` resolved; ``pairs``: whether the data is of preference.
-
-        A mask that is made once has to hold for a whole training run: that is what `information` is for. A rehearsal
-        is the paper's own loop, and of a pair only signed values say which branch a token speaks for.
-        """
-        if self.estimator != "auto":
-            return self.estimator
-        return "ghost" if pairs or self.rehearsed or self.gradient_norm else "information"
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of values/ beside the id."""
+        return value_columns(self.scores, self.exact, self.reference_loss)
 
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = at_least("valuation.layers", self.layers, 1)
         found += at_least("valuation.window", self.window, 0)
-        found += one_of("valuation.estimator", self.estimator, ESTIMATORS)
+        for score in self.scores:
+            found += one_of("valuation.scores", score, tuple(SCORES))
         found += auto_or_at_least("valuation.tokens_per_batch", self.tokens_per_batch, 1)
-        found += one_of("valuation.method", self.method, METHODS)
         found += one_of("valuation.schedule", self.schedule, ("static", "rehearsal"))
         if self.rehearsed:
             found += self.rehearsal.problems()
-            if self.method != "alphatoken":
-                found.append(
-                    f"valuation.schedule=rehearsal takes values of valuation.method=alphatoken, not {self.method}"
-                )
-        if self.gradient_norm and not self.needs_directions:
-            found.append(f"valuation.gradient_norm=true: valuation.method={self.method} forms no gradient")
-        elif self.gradient_norm and self.estimator_for(pairs=False) != "ghost":
-            found.append(
-                f"valuation.gradient_norm=true: valuation.estimator={self.estimator} forms no gradient, set valuation.estimator=ghost"
-            )
+            if "paper" not in self.scores:
+                found.append("valuation.schedule=rehearsal decides by the paper's value: add paper to valuation.scores")
+            if self.reference_loss:
+                found.append("valuation.reference_loss=true: a rehearsal has none, set valuation.schedule=static")
         if not self.beta > 0:
             found.append(f"valuation.beta={self.beta}: must be above 0")
         if not 0 <= self.min_coverage <= 1:

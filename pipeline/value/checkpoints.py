@@ -17,18 +17,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from alphatoken.data_schemas import SCHEMA_KEY
-from alphatoken.pipeline.cluster.shard_loop import Cluster, Shard
+from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.costs import meta_model
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
 from alphatoken.pipeline.maths.models import ModelSource, load_config
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest
-from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
-from alphatoken.pipeline.value.stage import ValueJob, ValueTask
+from alphatoken.pipeline.value.worker import ValueTask, ValueWorker
 
 
 def check_checkpoints(settings: Settings, checkpoints: Sequence[str], reference: str) -> None:
@@ -138,40 +138,32 @@ def _mean(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def value_checkpoints(
-    storage: Storage,
-    job: ValueJob,
-    settings: Settings,
-    checkpoints: Sequence[str],
-    fingerprint: str,
-    tokens: Mapping[str, int],
-    rows: Mapping[str, int | None],
-    cluster: Cluster,
-    progress: Progress,
+    run: Run, arguments: dict[str, Any], fingerprint: str, tokens: Mapping[str, int], rows: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """Write the parts ``tokens`` (name -> its tokens) of values/; returns the counts of each. ``rows``: of every part.
 
-    ``job``: as for the first checkpoint. A part at a checkpoint that is there already is not made again.
+    ``arguments``: of the first checkpoint's workers. A part at a checkpoint that is there already is not made again.
     """
+    checkpoints, storage = run.models.checkpoints, run.storage
     for index, checkpoint in enumerate(checkpoints):
         place, own = checkpoint_place(index), checkpoint_fingerprint(fingerprint, index)
         missing = [part for part in tokens if storage.rows_of(f"{place}/{part}", own) != rows[part]]
         title = f"value: checkpoint {index + 1} of {len(checkpoints)}"
         if len(missing) < len(tokens):
-            progress.say(f"{title}: {len(tokens) - len(missing)} of {len(tokens)} shards are complete already")
+            run.progress.say(f"{title}: {len(tokens) - len(missing)} of {len(tokens)} shards are complete already")
         if not missing:
             continue
-        source = replace(job.arguments["source"], path=checkpoint)
-        arguments = {**job.arguments, "source": source, "snapshots": [index]}
+        theirs = {**arguments, "source": replace(arguments["source"], path=checkpoint), "snapshots": [index]}
         shards = [Shard(part, tokens[part]) for part in missing]
         with (
-            cluster.pool(logged("value", job.worker), arguments, job.resources()) as pool,
-            progress.task(title, sum(shard.units for shard in shards), "tokens") as task,
+            run.cluster.pool(logged("value", ValueWorker), theirs, run.cluster.model_resources()) as pool,
+            run.progress.task(title, sum(shard.units for shard in shards), "tokens") as task,
         ):
             pool.run(shards, _payload(own, place), lambda s, r: None, task)
     counts: list[dict[str, Any]] = []
     with (
-        cluster.pool(logged("mean", MeanWorker), {"storage": storage}, cluster.tokenizer_resources()) as pool,
-        progress.task("value: mean over checkpoints", sum(tokens.values()), "tokens") as task,
+        run.cluster.pool(logged("mean", MeanWorker), {"storage": storage}, run.cluster.tokenizer_resources()) as pool,
+        run.progress.task("value: mean over checkpoints", sum(tokens.values()), "tokens") as task,
     ):
         pool.run(
             [Shard(part, count) for part, count in tokens.items()],

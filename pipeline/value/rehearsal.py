@@ -19,8 +19,8 @@ import torch
 from alphatoken.data_schemas import COMPONENTS
 from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
 from alphatoken.pipeline.anchor.worker import FISHER
-from alphatoken.pipeline.cluster.batched_worker import CPU_TOKENS
-from alphatoken.pipeline.cluster.shard_loop import Cluster, Shard, Shared, WorkerPool
+from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
+from alphatoken.pipeline.cluster.shard_loop import Shard, Shared, WorkerPool
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.adamw import ScoredAdamW
 from alphatoken.pipeline.maths.directions import fisher_drift
@@ -29,74 +29,65 @@ from alphatoken.pipeline.maths.rehearsal import kept_in_batch, lanes_of, without
 from alphatoken.pipeline.maths.warmup import schedule
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_model
-from alphatoken.pipeline.run.manifest import Manifest
-from alphatoken.pipeline.run.progress import Progress, Task
+from alphatoken.pipeline.run.progress import Task
+from alphatoken.pipeline.prepare.reader import prepared_rows
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.value.inputs import checked_anchor, value_inputs
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.run import NO_PAIRS
 from alphatoken.pipeline.value.rehearsal_rows import RehearsedRows
 from alphatoken.pipeline.value.rehearsal_worker import Group, LaneResult, LaneTask, RehearsalWorker
-from alphatoken.pipeline.value.stage import checked_anchor, prepared_rows, value_inputs
 
 PLACE = "values/rehearsal"  # what is needed until values/ is complete
 STATE = f"{PLACE}/state.safetensors"
 
 
-def run_rehearsal(
-    storage: Storage,
-    manifest: Manifest,
-    settings: Settings,
-    policy: str,
-    reference: str,
-    cluster: Cluster,
-    progress: Progress,
-) -> None:
+def rehearse(run: Run) -> None:
     """Write values/ with the column ``kept``, unless done already. Raises SettingsWrong and RunFailed."""
-    started = time.monotonic()
-    anchor = checked_anchor(storage, manifest, settings, [policy])
-    if manifest.pairs:
+    started, storage, models, own = time.monotonic(), run.storage, run.models, run.settings.model
+    if run.manifest.pairs:
         raise SettingsWrong([NO_PAIRS])
-    if anchor["inputs"]["reference"] != of_model(reference):
-        raise SettingsWrong([f"model.reference={reference} is not the reference that the anchors were made with"])
-    weighed = settings.valuation.rehearsal.stability_weight > 0
+    anchor, valuation = checked_anchor(run), run.settings.valuation
+    weighed = valuation.rehearsal.stability_weight > 0
     if weighed and "fisher" not in anchor["counts"]:
         raise SettingsWrong(
             ["valuation.rehearsal.stability_weight needs a Fisher, which the anchors were made without: add "
              "run.overwrite=anchor, or set valuation.rehearsal.stability_weight=0"]
         )  # fmt: skip
-    inputs = value_inputs(settings, anchor["fingerprint"])
-    configuration = {"model": settings.model, "valuation": settings.valuation, "cluster": settings.cluster}
-    fingerprint = manifest.begin("value", inputs, configuration)
-    rows = prepared_rows(storage, manifest)
+    prepared = run.manifest.stage("prepare")["fingerprint"]
+    inputs = value_inputs(run.settings, models, prepared, anchor["fingerprint"], pairs=False)
+    configuration = {"model": own, "valuation": valuation, "cluster": run.settings.cluster}
+    fingerprint = run.manifest.begin("value", inputs, configuration)
+    rows = prepared_rows(run)
     whole = all(storage.rows_of(f"values/{part}", fingerprint) == count for part, count in rows.items())
-    if manifest.done("value") and whole:
+    if run.manifest.done("value") and whole:
         storage.remove(PLACE)  # where the run was killed before it came to that
-        progress.say("value: done already")
+        run.progress.say("value: done already")
         return
-    own = settings.model
-    source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
-    apart = weighed and of_model(policy) != of_model(reference)
+    source = ModelSource(models.policy, own.revision, own.dtype, own.trust_remote_code)
+    apart = weighed and of_model(models.policy) != of_model(models.reference)
     arguments = {
-        "storage": storage, "source": source, "settings": settings,
-        "reference": replace(source, path=reference) if apart else None,
+        "storage": storage, "source": source, "settings": run.settings,
+        "reference": replace(source, path=models.reference) if apart else None,
     }  # fmt: skip
-    resources = cluster.model_resources()
-    data = RehearsedRows(storage, list(rows), settings.run.seed, settings.valuation.rehearsal.batch_size)
+    resources = run.cluster.model_resources()
+    data = RehearsedRows(storage, list(rows), run.settings)
     with (
-        cluster.pool(logged("value", RehearsalWorker), arguments, resources) as pool,
-        progress.task("value: rehearsal", data.tokens, "tokens") as task,
+        run.cluster.pool(logged("value", RehearsalWorker), arguments, resources) as pool,
+        run.progress.task("value: rehearsal", data.tokens, "tokens") as task,
         _one_thread(),
     ):
-        counts = _Rehearsal(storage, settings, fingerprint, data, pool, task).run()
+        counts = _Rehearsal(storage, run.settings, fingerprint, data, pool, task).run()
     data.write(storage, fingerprint)
     seconds = time.monotonic() - started
-    manifest.finish(
+    run.manifest.finish(
         "value", seconds, rows=data.rows, tokens=data.tokens, workers=resources.workers,
         cpus_per_worker=resources.cpus, gpus_per_worker=resources.gpus, **counts,
     )  # fmt: skip
     storage.remove(PLACE)
     first, last = counts["rehearsal"]["validation_loss"]
-    progress.say(
+    run.progress.say(
         f"value: rehearsed {data.tokens:,} tokens in {data.steps:,} steps and {seconds:.0f} s; validation loss "
         f"{first:.4f} nats at the first refresh, {last:.4f} at the last"
     )

@@ -13,30 +13,32 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from alphatoken.data_schemas import KEPT, PREPARED, REHEARSED_VALUES
+from alphatoken.data_schemas import KEPT, PREPARED, values_schema
 from alphatoken.pipeline.maths.batch import IGNORED
 from alphatoken.pipeline.maths.masking import Bools, Floats
 from alphatoken.pipeline.maths.rehearsal import lanes_of
 from alphatoken.pipeline.prepare.draw import draw_order
 from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.rehearsal_worker import Group
-from alphatoken.pipeline.value.stage import COLUMNS
 
 Tokens = npt.NDArray[np.int32]
 
 
 class RehearsedRows:
-    """Rows are numbered over all parts, from 0. ``seed``: of the order; ``batch_size``: rows per step."""
+    """Rows are numbered over all parts, from 0. Their order is drawn with run.seed."""
 
-    def __init__(self, storage: Storage, parts: Sequence[str], seed: int, batch_size: int) -> None:
-        self.parts, self.batch_size = parts, batch_size
+    def __init__(self, storage: Storage, parts: Sequence[str], settings: Settings) -> None:
+        self.parts, self.batch_size = parts, settings.valuation.rehearsal.batch_size
+        self.columns = settings.valuation.columns
+        self.schema = values_schema(self.columns, rehearsed=True)
         tables = [storage.read_table(f"prepared/{part}", PREPARED) for part in parts]
         self.sizes = [table.num_rows for table in tables]
         self._read = _Sequences(pa.concat_tables(tables))
         self.rows, self.tokens = len(self._read.ids), int(self._read.offsets[-1])
         self.steps = -(-self.rows // batch_size)
-        self.order = list(draw_order(self.rows, seed))
-        self._values = np.zeros((len(COLUMNS), self.tokens), np.float32)
+        self.order = list(draw_order(self.rows, settings.run.seed))
+        self._values = np.zeros((len(self.columns), self.tokens), np.float32)
         self._kept = np.zeros(self.tokens, np.bool_)
         self._storage = storage
 
@@ -62,10 +64,10 @@ class RehearsedRows:
 
     def column(self, name: str, row: int) -> Floats:
         """(length,)."""
-        return self._values[COLUMNS.index(name), self._read.of(row)]
+        return self._values[self.columns.index(name), self._read.of(row)]
 
     def put(self, row: int, columns: Floats) -> None:
-        """``columns`` (len(COLUMNS), at least length): the row's values, with padding."""
+        """``columns`` (columns of values/, at least length): the row's values, with padding."""
         place = self._read.of(row)
         self._values[:, place] = columns[:, : place.stop - place.start]
 
@@ -100,8 +102,8 @@ class RehearsedRows:
             rows = self._rows_of(steps)
             if storage.rows_of(_name(place, steps), fingerprint) != len(rows):
                 return False
-            table = storage.read_table(_name(place, steps), REHEARSED_VALUES)
-            names = (*COLUMNS, KEPT)
+            table = storage.read_table(_name(place, steps), self.schema)
+            names = (*self.columns, KEPT)
             flat = [table[n].combine_chunks().flatten().to_numpy(zero_copy_only=False) for n in names]
             start = 0
             for row in rows:
@@ -121,7 +123,7 @@ class RehearsedRows:
         offsets = np.concatenate([[0], np.cumsum([p.stop - p.start for p in places])]).astype(np.int32)
         ids = pa.array([self._read.ids[row] for row in rows], pa.string())
         lists = [_lists(offsets, (column[p] for p in places), column.dtype) for column in (*self._values, self._kept)]
-        return pa.Table.from_arrays([ids, *lists], schema=REHEARSED_VALUES)
+        return pa.Table.from_arrays([ids, *lists], schema=self.schema)
 
 
 class _Sequences:

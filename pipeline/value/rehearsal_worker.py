@@ -23,7 +23,6 @@ from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
-from alphatoken.pipeline.value.stage import COLUMNS
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -73,7 +72,7 @@ class LaneTask:
 
 @dataclass(frozen=True, slots=True)
 class LaneResult:
-    """``columns``: of each group (len(COLUMNS), rows, length). ``total``: the summed gradient over the lane, ``tokens``
+    """``columns``: of each group (columns of values/, rows, length). ``total``: the summed gradient over the lane, ``tokens``
     and ``loss`` (nats) of its labelled tokens. ``hidden``: of each group, where it was not given."""
 
     columns: list[np.ndarray] = field(default_factory=list)
@@ -93,7 +92,10 @@ class RehearsalWorker:
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.scored = checked_layers(load_model(here(source), self.device), settings)
         valuation = settings.valuation
-        self.model = RehearsedModel(self.scored, valuation.window, settings.model.attention, valuation.estimator)
+        self.columns = valuation.columns
+        self.model = RehearsedModel(
+            self.scored, valuation.window, settings.model.attention, valuation.scores, valuation.exact
+        )
         self.weights: tuple[int, dict[str, torch.Tensor]] = (-1, {})
         self.valuer: tuple[int, TokenValuer | None] = (-1, None)
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
@@ -117,7 +119,7 @@ class RehearsalWorker:
         for group in task.groups:
             batch, hidden = self._batch(group)
             found = self._safely(group, partial(self.model.values, valuer, weights, batch, hidden))
-            result.columns.append(torch.stack([found[name] for name in COLUMNS]).float().cpu().numpy())
+            result.columns.append(torch.stack([found[name] for name in self.columns]).float().cpu().numpy())
             result.hidden.append(_new(group, hidden))
             advance(int(batch.lengths.sum()))
         return result

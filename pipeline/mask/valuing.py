@@ -1,0 +1,74 @@
+"""From columns to the values that thresholds compare, once scales and the border of mask.least_stable are known."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from alphatoken.pipeline.mask.left_out import first_of_responses, lowest_where
+from alphatoken.pipeline.mask.paired_rows import PairedRows
+from alphatoken.pipeline.maths.masking import Bools, Floats, score_of, stability_of, token_values
+from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.settings import MaskSettings
+
+
+@dataclass(frozen=True, slots=True)
+class Valuing:
+    """``settings``: resolved. All methods are over response tokens, ``(tokens,)``, higher is better.
+
+    ``scales``: of score, stability and loss. ``border``: tokens of lower stability are left out (mask.least_stable).
+    """
+
+    settings: MaskSettings
+    scales: Mapping[str, float]
+    border: np.float32 = np.float32(-np.inf)
+
+    def values(self, rows: PairedRows) -> Floats:
+        """Eq. 12 and what else was asked for."""
+        return self._weighed(rows, self.settings.stability_weight or 0.0)
+
+    def ranked(self, rows: PairedRows) -> Floats:
+        """The values, with the tokens that are left out below all others."""
+        return lowest_where(self.first(rows) | self.least_stable(rows), self.values(rows))
+
+    def alone(self, rows: PairedRows) -> Floats:
+        """What the ranked values were if stability had no say."""
+        return lowest_where(self.first(rows), self._weighed(rows, 0.0))
+
+    def first(self, rows: PairedRows) -> Bools:
+        """Those that mask.skip_first leaves out."""
+        return first_of_responses(rows, self.settings.skip_first or 0)
+
+    def least_stable(self, rows: PairedRows) -> Bools:
+        """Those that mask.least_stable leaves out."""
+        if not self.settings.least_stable:
+            return np.zeros(int(rows.offsets[-1]), np.bool_)
+        return self.stability(rows) < self.border
+
+    def stability(self, rows: PairedRows) -> Floats:
+        """What the border is looked for in."""
+        own = self.settings
+        return stability_of(rows.components, own.score, own.divide_by_gradient_norm).astype(np.float32)
+
+    def term(self, rows: PairedRows, name: str) -> np.ndarray:
+        """score | stability | loss before its scale, float64."""
+        own = self.settings
+        if name == "loss":
+            return rows.components["loss"].astype(np.float64)
+        if name == "stability":
+            return stability_of(rows.components, own.score, own.divide_by_gradient_norm)
+        return score_of(rows.components, own.score, own.divide_by_gradient_norm)
+
+    def _weighed(self, rows: PairedRows, weight: float) -> Floats:
+        own = self.settings
+        if own.score == "full":
+            return np.zeros(int(rows.offsets[-1]), np.float32)
+        values = token_values(
+            rows.components, own.score, weight, self.scales, own.loss_weight, own.divide_by_gradient_norm
+        )
+        if not np.isfinite(values).all():
+            key = f"mask.stability_weight={weight}" + (f", mask.loss_weight={own.loss_weight}" if own.loss_weight else "")
+            raise RunFailed(f"{key}: values do not fit into float32; choose a smaller one")
+        return values

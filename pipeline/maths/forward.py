@@ -1,0 +1,45 @@
+"""A forward pass without gradients: the loss of every response token, as the reference's pass and omega need it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from alphatoken.pipeline.maths.attention import intercepted
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.decoder import decoder_of
+from alphatoken.pipeline.maths.head import Predictions, read_head
+from alphatoken.pipeline.maths.nonfinite import NonFinite, locate_forward
+
+
+@dataclass(frozen=True, slots=True)
+class _Headed:
+    model: nn.Module
+
+    @property
+    def decoder(self) -> nn.Module:
+        return decoder_of(self.model)
+
+
+@torch.no_grad()
+def token_losses_of(model: Any, batch: Batch, attention: str) -> torch.Tensor:
+    """Cross-entropy of every response token in nats: (batch, length) float32, at the token's own index, else 0.0.
+
+    ``model``: on the batch's device and in evaluation mode; no layer is scored. `tokens x vocabulary` is never held
+    whole. Raises NonFinite.
+    """
+    positions = batch.predicting()
+    flat = torch.zeros(batch.shape[0] * batch.shape[1], device=batch.input_ids.device)
+    if len(positions):
+        targets, headed = batch.labels.flatten()[positions + 1], _Headed(model)
+        with intercepted(model, attention, None):
+            outputs = headed.decoder(input_ids=batch.input_ids, use_cache=False)
+            hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
+            found, _ = read_head(headed, outputs, hidden, targets, [Predictions.losses], backward=False)
+        flat[positions + 1] = found[0].float()
+        if not bool(torch.isfinite(flat).all()):
+            raise locate_forward(model, batch) or NonFinite(0, "the loss")
+    return flat.unflatten(0, batch.shape)

@@ -1,0 +1,29 @@
+"""The paper's four columns: the Ghost Dot-Product along the directions, by a direct and a causal path (Eqs. 8, 9, 11)."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+
+from alphatoken.pipeline.maths.contraction import Contraction, StackedDirections
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.directions import NAMES, Directions
+from alphatoken.pipeline.maths.positions import Positions
+from alphatoken.pipeline.maths.value_projection import value_projections
+
+
+class Paper:
+    """See LayerScore. ``window`` W = 0 leaves the causal path out: its columns are 0."""
+
+    columns: ClassVar[tuple[str, ...]] = tuple(f"{name}_{path}" for name in NAMES for path in ("direct", "causal"))
+    directed: ClassVar[bool] = True
+
+    def __init__(self, scored: ScoredLayers, directions: Directions | None, window: int, attention: str) -> None:
+        assert directions is not None
+        self.values = value_projections(scored, attention) if window > 0 else {}
+        self.directions = StackedDirections(scored, {name: directions.named[name] for name in NAMES}, set(self.values))
+
+    def visitor(self, positions: torch.Tensor, shape: tuple[int, int]) -> Contraction:
+        """See LayerScore."""
+        return Contraction(self.directions, self.values, Positions(positions, shape))

@@ -1,0 +1,57 @@
+"""Derivatives of a forward pass along a direction in the scored weights, carried beside the values (forward mode).
+
+    y = W h      =>      y' = W h' + M h        at every scored linear map, M the direction
+
+A hidden state and its derivative travel as a dual number of `torch.autograd.forward_ad`; norms, activations and residual
+sums derive themselves. The product M h is added here, so that weights stay what they are, and attention derives itself
+block by block (attention.py). What leaves the last layer is the derivative of the last hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+import torch.autograd.forward_ad as forward_ad
+
+from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers
+
+
+class Tangents:
+    """One direction M, in the model's device and dtype: parameter name -> tensor of the weight's shape."""
+
+    def __init__(self, scored: ScoredLayers, direction: Mapping[str, torch.Tensor]) -> None:
+        self.matrices = {m.name: direction[m.name].to(m.parameter.device, m.parameter.dtype) for m in scored.maps}
+
+    @property
+    def still(self) -> bool:
+        """Whether the direction is zero everywhere, as stability is without a drift: nothing moves along it."""
+        return not any(bool(matrix.any()) for matrix in self.matrices.values())
+
+    def moved(
+        self, linear: LinearMap, expert: int, entering: torch.Tensor, output: torch.Tensor, value: torch.Tensor
+    ) -> torch.Tensor:
+        """``value`` (..., d_out) of a scored map as a dual number with W h' + M h; call it inside a dual level.
+
+        ``entering`` h (..., d_in) may be a dual number, of which ``output`` brings W h' along; ``value``: what goes on
+        in its place. The derivative is no part of the graph for a backward pass.
+        """
+        matrix = self.matrices[linear.name]
+        matrix = matrix[expert] if linear.experts else matrix
+        with torch.no_grad():
+            moved = entering.detach() @ (matrix if linear.transposed else matrix.mT)
+            before = tangent_of(output)
+            if before is not None:
+                moved.add_(before)
+        return forward_ad.make_dual(value, moved)
+
+
+def without_tangent(tensor: torch.Tensor) -> torch.Tensor:
+    """The value of a dual number, with its graph."""
+    return forward_ad.unpack_dual(tensor).primal
+
+
+def tangent_of(tensor: torch.Tensor) -> torch.Tensor | None:
+    """The derivative of a dual number, without a graph; None where there is none."""
+    tangent = forward_ad.unpack_dual(tensor).tangent
+    return None if tangent is None else tangent.detach()
