@@ -16,10 +16,9 @@ def execute(session: Session) -> None:
 
 def make(session: Session) -> dict[str, Any]:
     """Run the stage; returns the mask's summary."""
-    from alphatoken.pipeline.mask.stage import run_mask
+    from alphatoken.pipeline.mask.stage import make_mask
 
-    settings = session.settings
-    return run_mask(session.storage, session.manifest, settings.mask, settings.run.seed, session.progress)
+    return make_mask(session.run)
 
 
 def tell(session: Session, summary: dict[str, Any]) -> None:

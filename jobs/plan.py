@@ -27,9 +27,8 @@ def execute(arguments: Sequence[str]) -> int:
     from alphatoken.pipeline.run.progress import Progress
 
     with Progress() as progress, Session(settings, progress) as session:
-        models, full = session.models, session.with_data()
-        plan = {"run": session.storage.root, **make_plan(full, models.checkpoints, models.reference)}
-        plan["resume"] = resume_state(session.storage, session.manifest, full, models.checkpoints, models.reference)
+        run = session.run_with_data()
+        plan = {"run": session.storage.root, **make_plan(run), "resume": resume_state(run)}
     if "--json" in parsed.flags:
         print(json.dumps(plan, indent=2))
         return 0

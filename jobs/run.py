@@ -12,8 +12,8 @@ def execute(session: Session) -> None:
     from alphatoken.pipeline.value.selection import check_models
 
     check_norms(session.settings.mask, session.settings.valuation.gradient_norm)
-    valuation, models = session.settings.valuation, session.models
-    check_models(session.settings, models.policy, models.reference)
+    valuation = session.settings.valuation
+    check_models(session.settings, session.run.models)
     for stage in (prepare, anchor, value):
         if stage is anchor and not valuation.needs_directions:
             session.progress.say(f"anchor: skipped, since valuation.method={valuation.method} needs no directions")

@@ -46,6 +46,7 @@ from alphatoken.pipeline.maths.group_select import TokenGroups
 from alphatoken.pipeline.maths.masking import OBJECTIVES, Floats, keep_flat, objective, rank_of, token_values
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import MaskSettings
 from alphatoken.pipeline.settings.valuation import NO_LOSS
@@ -96,17 +97,16 @@ def _is_plain_alignment(manifest: Manifest, method: str) -> bool:
     return method == "alphatoken" and inputs.get("anchor.precondition") == "none" and not several
 
 
-def run_mask(
-    storage: Storage, manifest: Manifest, settings: MaskSettings, seed: int, progress: Progress | None
-) -> dict[str, Any]:
-    """Write masks/<name>/ and return its summary, unless done already.
+def make_mask(run: Run) -> dict[str, Any]:
+    """Write masks/<name>/ and return its summary, unless done already; needs neither models nor a cluster.
 
     Parts first, then the card, then summary.json. Goes on where it stopped: a complete part is counted again but not
-    written again. ``seed`` is not used, since no rule here is random. Raises SettingsWrong for a token of
-    mask.always_keep that does not exist and for settings other than those that the name was begun with, and RunFailed
-    for parts that are missing, damaged or do not belong together, and where there is no response token.
+    written again. Raises SettingsWrong for a token of mask.always_keep that does not exist and for settings other than
+    those that the name was begun with, and RunFailed for parts that are missing, damaged or do not belong together, and
+    where there is no response token.
     """
     started = time.monotonic()
+    storage, manifest, settings, progress = run.storage, run.manifest, run.settings.mask, run.progress
     values = manifest.require("value", "mask")
     method = values["inputs"].get("valuation.method", "alphatoken")
     if settings.loss_weight and method in NO_LOSS:
@@ -144,8 +144,7 @@ def run_mask(
     parts_there = manifest.stage("prepare")["counts"]["parts"]
     whole = all(storage.rows_of(f"{place}/{_mask_part(part)}", fingerprint) is not None for part in parts_there)
     if manifest.done(stage) and whole and all(storage.exists(f"{place}/{n}") for n in ("README.md", "summary.json")):
-        if progress:
-            progress.say(f"mask: {settings.name} is done already")
+        progress.say(f"mask: {settings.name} is done already")
         return storage.read_json(f"{place}/summary.json")
     rows_at_once = ROWS_AT_ONCE
     if settings.scope == "batch":  # whole groups

@@ -42,6 +42,7 @@ from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
 from alphatoken.pipeline.prepare.pairs import Pair
 from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
 from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.settings import Settings
 
 UTILISATION = 0.35
@@ -53,12 +54,13 @@ ACCELERATORS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) -> dict[str, Any]:
-    """The plan as nested JSON values; ``checkpoints`` of model.policy and ``reference``: resolved.
+def make_plan(run: Run) -> dict[str, Any]:
+    """The plan as nested JSON values.
 
     Raises SettingsWrong and RunFailed for data or a model that the run would refuse as well.
     """
-    own, policy, several = settings.model, checkpoints[0], len(checkpoints)
+    settings, models = run.settings, run.models
+    own, policy, several = settings.model, models.policy, len(models.checkpoints)
     config = load_config(ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code))
     dtype = _dtype(settings, config)
     try:
@@ -66,11 +68,11 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
-    # Only now is it known whether the data is of pairs, as in run_anchor.
+    # Only now is it known whether the data is of pairs, as in make_anchors.
     if settings.valuation.needs_directions and (wrong := settings.anchor_problems(bool(sample.pairs))):
         raise SettingsWrong(wrong)
     settings = settings.for_data(bool(sample.pairs))
-    drift = planned_drift(settings, checkpoints, reference)
+    drift = planned_drift(settings, models)
     budget = settings.valuation.tokens_per_batch
     budget = budget if isinstance(budget, int) else CPU_TOKENS
     shapes = train_shapes(sample, budget)
@@ -86,7 +88,7 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
         anchor = {"flops": 0}
         value = floor = len(SELECTORS[settings.valuation.method].models) * loss_flops(costs, shapes)
     if sample.pairs:
-        value += pair_flops(costs, shapes, drift, list(checkpoints) != [reference])
+        value += pair_flops(costs, shapes, drift, list(models.checkpoints) != [models.reference])
     stages = {
         "prepare": {"flops": 0},
         "anchor": anchor,
@@ -132,10 +134,10 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     }  # fmt: skip
 
 
-def planned_drift(settings: Settings, checkpoints: Sequence[str], reference: str) -> str:
+def planned_drift(settings: Settings, models: Models) -> str:
     """anchor.drift with ``auto`` resolved by place; the run itself compares contents."""
     drift = settings.anchor.drift
-    start = list(checkpoints) == [reference]
+    start = list(models.checkpoints) == [models.reference]
     if settings.valuation.rehearsed and drift in ("auto", "none"):
         if not settings.valuation.rehearsal.stability_weight:
             return "none"

@@ -25,8 +25,7 @@ from alphatoken.pipeline.report.histogram import HEIGHT, WIDTH, Histogram
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.progress import Progress
-from alphatoken.pipeline.run.storage import Storage
-from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.run.run import Run
 
 PAGE = "report/index.html"
 TEMPLATE = "report.html.jinja"
@@ -35,19 +34,20 @@ LOSS_NATS = 12.0
 ROWS_AT_ONCE = 256
 
 
-def run_report(storage: Storage, manifest: Manifest, settings: Settings, progress: Progress) -> str:
+def make_report(run: Run) -> str:
     """Write report/index.html and return its path; the mask shown in detail is mask.name, else the first there is.
 
     Of preference pairs, each branch has its own histograms and examples. Raises RunFailed before there is a mask.
     """
+    storage, manifest = run.storage, run.manifest
     manifest.require("value", "report")
     done = [s.partition("/")[2] for s in manifest.content["stages"] if s.startswith("mask/") and manifest.done(s)]
     names = [name for name in done if storage.exists(f"masks/{name}/summary.json")]  # some may have been removed since
     if not names:
         raise RunFailed(f"report needs a mask, and there is none in {storage.root}: run `alphatoken mask` first")
-    shown = settings.mask.name if settings.mask.name in names else names[0]
-    storage.write_bytes(PAGE, _page(storage, manifest, names, shown, progress).encode())
-    progress.say(f"report: {storage.path(PAGE)}")
+    shown = run.settings.mask.name if run.settings.mask.name in names else names[0]
+    storage.write_bytes(PAGE, _page(run, names, shown).encode())
+    run.progress.say(f"report: {storage.path(PAGE)}")
     return storage.path(PAGE)
 
 
@@ -61,12 +61,13 @@ class _Picture:
     examples: list[HeatMap] = field(default_factory=list)
 
 
-def _page(storage: Storage, manifest: Manifest, names: list[str], shown: str, progress: Progress) -> str:
+def _page(run: Run, names: list[str], shown: str) -> str:
+    storage, manifest = run.storage, run.manifest
     summaries = {name: storage.read_json(f"masks/{name}/summary.json") for name in names}
     places = [MaskPlace(storage, name, branch) for name in names for branch in branches_of(storage)]
     compared = compare(MaskPlace(storage, shown), places)
     decode, trouble = _decoder(manifest)
-    pictures = [_look(place, decode, progress) for place in places if place.name == shown]
+    pictures = [_look(place, decode, run.progress) for place in places if place.name == shown]
     stages = manifest.content["stages"]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -17,34 +17,32 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from alphatoken.data_schemas import SCHEMA_KEY
-from alphatoken.pipeline.cluster.shard_loop import Cluster, Shard
+from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.costs import meta_model
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
 from alphatoken.pipeline.maths.models import ModelSource, load_config
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest
-from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.stage import ValueJob, ValueTask
 
 
-def check_checkpoints(settings: Settings, checkpoints: Sequence[str], reference: str) -> None:
+def check_checkpoints(settings: Settings, models: Models) -> None:
     """Raise SettingsWrong where a checkpoint, or the reference, is of another architecture or shape than the first.
 
     From the configurations alone: no weights are loaded.
     """
-    named = [*(("model.policy", path) for path in checkpoints), ("model.reference", reference)]
+    named = [*(("model.policy", path) for path in models.checkpoints), ("model.reference", models.reference)]
     shapes = [_shapes(settings, key, path) for key, path in named]
     for (key, path), other in zip(named, shapes, strict=True):
         if other != shapes[0]:
             wrong = next(n for n in sorted(shapes[0].keys() | other.keys()) if shapes[0].get(n) != other.get(n))
             raise SettingsWrong(
-                [
-                    f"{key}: {path} differs from {checkpoints[0]} at {wrong}: checkpoints of one run have one architecture"
-                ]
+                [f"{key}: {path} differs from {models.policy} at {wrong}: checkpoints of one run have one architecture"]
             )
 
 
@@ -138,20 +136,13 @@ def _mean(columns: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def value_checkpoints(
-    storage: Storage,
-    job: ValueJob,
-    settings: Settings,
-    checkpoints: Sequence[str],
-    fingerprint: str,
-    tokens: Mapping[str, int],
-    rows: Mapping[str, int | None],
-    cluster: Cluster,
-    progress: Progress,
+    run: Run, job: ValueJob, fingerprint: str, tokens: Mapping[str, int], rows: Mapping[str, int]
 ) -> list[dict[str, Any]]:
     """Write the parts ``tokens`` (name -> its tokens) of values/; returns the counts of each. ``rows``: of every part.
 
     ``job``: as for the first checkpoint. A part at a checkpoint that is there already is not made again.
     """
+    storage, cluster, progress, checkpoints = run.storage, run.cluster, run.progress, run.models.checkpoints
     for index, checkpoint in enumerate(checkpoints):
         place, own = checkpoint_place(index), checkpoint_fingerprint(fingerprint, index)
         missing = [part for part in tokens if storage.rows_of(f"{place}/{part}", own) != rows[part]]

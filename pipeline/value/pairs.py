@@ -26,15 +26,13 @@ from alphatoken.data_schemas import (
     preference_values_schema,
 )
 from alphatoken.pipeline.cluster.batched_worker import BatchedWorker, as_lists
-from alphatoken.pipeline.cluster.shard_loop import Cluster
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.models import ModelSource
 from alphatoken.pipeline.maths.preference import margin, pair_weight
 from alphatoken.pipeline.maths.selectors.forward import losses_and_entropies
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model, of_policy
-from alphatoken.pipeline.run.manifest import Manifest
-from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.reference import branches_as_sequences, halves, run_reference, write_reference
@@ -142,32 +140,33 @@ class PreferenceSelectionWorker(PairScoring, SelectionWorker):
         return found
 
 
-def pair_inputs(inputs: dict[str, Any], settings: Settings, models: tuple[str, str] | None = None) -> dict[str, Any]:
+def pair_inputs(inputs: dict[str, Any], settings: Settings, models: Models | None = None) -> dict[str, Any]:
     """What values/ of pairs depend on, from what those of supervised data depend on.
 
-    ``models``: policy and reference, where ``inputs`` do not cover both already, as those of the anchor do.
+    ``models``: given where ``inputs`` do not cover both already, as those of the anchor do.
     """
     schema = (PREFERENCE_VALUES.metadata or {})[b"alphatoken.schema"].decode()
     found = {**inputs, "valuation.beta": settings.valuation.beta, "schema": schema}
     if models:
-        found |= dict(zip(("policy", "reference"), map(of_model, models), strict=True))
+        found |= {"policy": of_model(models.policy), "reference": of_model(models.reference)}
         found |= {"model.revision": settings.model.revision, "model.dtype": settings.model.dtype}
     return found
 
 
-def pairs_job(
-    job: ValueJob, manifest: Manifest, settings: Settings, policy: str, reference: str, cluster: Cluster
-) -> ValueJob:
+def pairs_job(run: Run, job: ValueJob) -> ValueJob:
     """A job for supervised data as the one for pairs; the argument ``reference`` is added when it is known."""
+    settings, models = run.settings, run.models
     if job.worker is ValueWorker:
-        if manifest.stage("anchor")["inputs"]["reference"] != of_model(reference):
-            raise SettingsWrong([f"model.reference={reference} is not the reference that the anchors were made with"])
+        if run.manifest.stage("anchor")["inputs"]["reference"] != of_model(models.reference):
+            raise SettingsWrong(
+                [f"model.reference={models.reference} is not the reference that the anchors were made with"]
+            )
         inputs = pair_inputs(job.inputs, settings)
         return ValueJob(inputs, PreferenceValueWorker, dict(job.arguments), job.resources)
-    own, inputs = settings.model, pair_inputs(job.inputs, settings, (policy, reference))
-    source = ModelSource(policy, own.revision, own.dtype, own.trust_remote_code)
+    own, inputs = settings.model, pair_inputs(job.inputs, settings, models)
+    source = ModelSource(models.policy, own.revision, own.dtype, own.trust_remote_code)
     arguments = {**job.arguments, "sources": {"policy": source, **job.arguments["sources"]}}
-    return ValueJob(inputs, PreferenceSelectionWorker, arguments, cluster.model_resources)
+    return ValueJob(inputs, PreferenceSelectionWorker, arguments, run.cluster.model_resources)
 
 
 def omegas(
@@ -189,29 +188,21 @@ def _rows(table: pa.Table, name: str) -> list[np.ndarray]:
     return np.split(flat, ends[1:-1] - ends[0]) if len(column) else []
 
 
-def reference_of(
-    storage: Storage,
-    manifest: Manifest,
-    settings: Settings,
-    checkpoints: Sequence[str],
-    reference: str,
-    cluster: Cluster,
-    progress: Progress,
-) -> Reference:
+def reference_of(run: Run) -> Reference:
     """Where the reference's log-probabilities are; runs the reference's pass where it is another model.
 
     Of several checkpoints one may be the reference; its pass is run all the same.
     """
-    prepared, found = manifest.stage("prepare"), of_model(reference)
-    model = settings.model
+    prepared, found = run.manifest.stage("prepare"), of_model(run.models.reference)
+    model = run.settings.model
     inputs = {
         "prepare": prepared["fingerprint"], "reference": found, "model.revision": model.revision,
         "model.dtype": model.dtype, "schema": (PREFERENCE_REFERENCE.metadata or {})[b"alphatoken.schema"].decode(),
     }  # fmt: skip
-    place = Reference(digest(inputs), found == of_policy(checkpoints))
+    place = Reference(digest(inputs), found == of_policy(run.models.checkpoints))
     if not place.is_policy:
         started = time.monotonic()
-        counts = run_reference(storage, prepared, settings, reference, place.fingerprint, cluster, progress)
-        manifest.note("value", reference={"seconds": round(time.monotonic() - started, 3), **counts})
-    manifest.note("value", reference_fingerprint=place.fingerprint)
+        counts = run_reference(run, place.fingerprint)
+        run.manifest.note("value", reference={"seconds": round(time.monotonic() - started, 3), **counts})
+    run.manifest.note("value", reference_fingerprint=place.fingerprint)
     return place

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREFERENCE_REFERENCE
 from alphatoken.pipeline.cluster.batched_worker import BatchedWorker, as_lists
-from alphatoken.pipeline.cluster.shard_loop import Cluster, Shard
+from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.models import ModelSource, load_model
 from alphatoken.pipeline.maths.selectors.forward import losses_and_entropies
-from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 
@@ -78,28 +77,21 @@ def write_reference(
     storage.write_table(f"reference/{part}", pa.table(columns, schema=PREFERENCE_REFERENCE), fingerprint)
 
 
-def run_reference(
-    storage: Storage,
-    prepared: Mapping[str, Any],
-    settings: Settings,
-    reference: str,
-    fingerprint: str,
-    cluster: Cluster,
-    progress: Progress,
-) -> dict[str, int]:
+def run_reference(run: Run, fingerprint: str) -> dict[str, int]:
     """Write every part of reference/ that is not complete yet; returns what this call computed.
 
-    ``prepared``: the record of that stage. ``reference``: resolved path or hub id.
+    ``fingerprint``: what its files carry.
     """
+    storage, prepared = run.storage, run.manifest.stage("prepare")
     rows = {p: storage.rows_of(f"prepared/{p}", prepared["fingerprint"]) for p in prepared["counts"]["parts"]}
     missing = [part for part in rows if storage.rows_of(f"reference/{part}", fingerprint) != rows[part]]
     counts = {"rows": 0, "tokens": 0}
     if not missing:
         return counts
     tokens = {part: tokens_of(storage, part) for part in missing}
-    own = settings.model
-    source = ModelSource(reference, own.revision, own.dtype, own.trust_remote_code)
-    arguments = {"storage": storage, "source": source, "settings": settings}
+    own, cluster = run.settings.model, run.cluster
+    source = ModelSource(run.models.reference, own.revision, own.dtype, own.trust_remote_code)
+    arguments = {"storage": storage, "source": source, "settings": run.settings}
 
     def done(shard: Shard, result: dict[str, int]) -> None:
         for key in counts:
@@ -107,7 +99,7 @@ def run_reference(
 
     with (
         cluster.pool(logged("reference", ReferenceWorker), arguments, cluster.model_resources()) as pool,
-        progress.task("value: reference", sum(tokens.values()), "tokens") as task,
+        run.progress.task("value: reference", sum(tokens.values()), "tokens") as task,
     ):
         pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: _Task(s.name, fingerprint), done, task)
     return counts

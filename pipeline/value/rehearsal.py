@@ -20,7 +20,7 @@ from alphatoken.data_schemas import COMPONENTS
 from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
 from alphatoken.pipeline.anchor.worker import FISHER
 from alphatoken.pipeline.cluster.batched_worker import CPU_TOKENS
-from alphatoken.pipeline.cluster.shard_loop import Cluster, Shard, Shared, WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import Shard, Shared, WorkerPool
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.adamw import ScoredAdamW
 from alphatoken.pipeline.maths.directions import fisher_drift
@@ -29,8 +29,8 @@ from alphatoken.pipeline.maths.rehearsal import kept_in_batch, lanes_of, without
 from alphatoken.pipeline.maths.warmup import schedule
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_model
-from alphatoken.pipeline.run.manifest import Manifest
-from alphatoken.pipeline.run.progress import Progress, Task
+from alphatoken.pipeline.run.progress import Task
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.run import NO_PAIRS
@@ -42,18 +42,12 @@ PLACE = "values/rehearsal"  # what is needed until values/ is complete
 STATE = f"{PLACE}/state.safetensors"
 
 
-def run_rehearsal(
-    storage: Storage,
-    manifest: Manifest,
-    settings: Settings,
-    policy: str,
-    reference: str,
-    cluster: Cluster,
-    progress: Progress,
-) -> None:
+def run_rehearsal(run: Run) -> None:
     """Write values/ with the column ``kept``, unless done already. Raises SettingsWrong and RunFailed."""
     started = time.monotonic()
-    anchor = checked_anchor(storage, manifest, settings, [policy])
+    storage, manifest, settings, progress = run.storage, run.manifest, run.settings, run.progress
+    policy, reference = run.models.policy, run.models.reference
+    anchor = checked_anchor(run)
     if manifest.pairs:
         raise SettingsWrong([NO_PAIRS])
     if anchor["inputs"]["reference"] != of_model(reference):
@@ -67,7 +61,7 @@ def run_rehearsal(
     inputs = value_inputs(settings, anchor["fingerprint"])
     configuration = {"model": settings.model, "valuation": settings.valuation, "cluster": settings.cluster}
     fingerprint = manifest.begin("value", inputs, configuration)
-    rows = prepared_rows(storage, manifest)
+    rows = prepared_rows(run)
     whole = all(storage.rows_of(f"values/{part}", fingerprint) == count for part, count in rows.items())
     if manifest.done("value") and whole:
         storage.remove(PLACE)  # where the run was killed before it came to that
@@ -80,10 +74,10 @@ def run_rehearsal(
         "storage": storage, "source": source, "settings": settings,
         "reference": replace(source, path=reference) if apart else None,
     }  # fmt: skip
-    resources = cluster.model_resources()
+    resources = run.cluster.model_resources()
     data = RehearsedRows(storage, list(rows), settings.run.seed, settings.valuation.rehearsal.batch_size)
     with (
-        cluster.pool(logged("value", RehearsalWorker), arguments, resources) as pool,
+        run.cluster.pool(logged("value", RehearsalWorker), arguments, resources) as pool,
         progress.task("value: rehearsal", data.tokens, "tokens") as task,
         _one_thread(),
     ):

@@ -11,13 +11,12 @@ from typing import Any
 import numpy as np
 from alphatoken.data_schemas import VALUES
 from alphatoken.pipeline.cluster.batched_worker import BatchedWorker
-from alphatoken.pipeline.cluster.shard_loop import Cluster
 from alphatoken.pipeline.maths.models import ModelSource, load_model
 from alphatoken.pipeline.maths.selectors import SELECTORS
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_model
-from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.stage import COLUMNS, ValueJob, ValueWorker
@@ -48,9 +47,9 @@ class SelectionWorker(ValueWorker):
         return {**dict.fromkeys(COLUMNS, zeros), "adaptation_direct": found["score"], "loss": found["loss"]}
 
 
-def check_models(settings: Settings, policy: str, reference: str) -> None:
+def check_models(settings: Settings, models: Models) -> None:
     """Raise SettingsWrong where the method compares two models and there is one."""
-    method = settings.valuation.method
+    method, policy, reference = settings.valuation.method, models.policy, models.reference
     if method == "excess_loss" and (policy == reference or of_model(policy) == of_model(reference)):
         raise SettingsWrong(
             [
@@ -60,15 +59,15 @@ def check_models(settings: Settings, policy: str, reference: str) -> None:
         )
 
 
-def _used(settings: Settings, policy: str, reference: str) -> dict[str, str]:
+def _used(settings: Settings, models: Models) -> dict[str, str]:
     """The models that the method runs, by name."""
     names = SELECTORS[settings.valuation.method].models
-    return {name: path for name, path in (("policy", policy), ("reference", reference)) if name in names}
+    return {name: path for name, path in (("policy", models.policy), ("reference", models.reference)) if name in names}
 
 
-def selection_inputs(settings: Settings, upstream: str, policy: str, reference: str) -> dict[str, Any]:
+def selection_inputs(settings: Settings, models: Models, upstream: str) -> dict[str, Any]:
     """Everything that values/ of ``valuation.method`` depend on; ``upstream``: the fingerprint of prepare."""
-    own, used = settings.model, _used(settings, policy, reference)
+    own, used = settings.model, _used(settings, models)
     inputs: dict[str, Any] = {
         "prepare": upstream,
         "valuation.method": settings.valuation.method,
@@ -82,17 +81,16 @@ def selection_inputs(settings: Settings, upstream: str, policy: str, reference: 
     return inputs
 
 
-def selection_job(
-    storage: Storage, manifest: Manifest, settings: Settings, policy: str, reference: str, cluster: Cluster
-) -> ValueJob:
+def selection_job(run: Run) -> ValueJob:
     """The job of ``valuation.method``; needs prepare alone. Raises RunFailed and SettingsWrong."""
-    prepared = manifest.require("prepare", "value")
-    check_models(settings, policy, reference)
-    inputs = selection_inputs(settings, prepared["fingerprint"], policy, reference)
-    own, used = settings.model, _used(settings, policy, reference)
+    prepared = run.manifest.require("prepare", "value")
+    settings, models, cluster = run.settings, run.models, run.cluster
+    check_models(settings, models)
+    inputs = selection_inputs(settings, models, prepared["fingerprint"])
+    own, used = settings.model, _used(settings, models)
     sources = {name: ModelSource(p, own.revision, own.dtype, own.trust_remote_code) for name, p in used.items()}
     arguments = {
-        "storage": storage,
+        "storage": run.storage,
         "sources": sources,
         "settings": settings,
         "vocabulary": prepared["counts"].get("vocabulary"),

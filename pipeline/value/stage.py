@@ -20,7 +20,7 @@ from alphatoken.data_schemas import COMPONENTS, GRADIENT_NORM, PREPARED, REHEARS
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.tensors import read_tensors
 from alphatoken.pipeline.cluster.batched_worker import BatchedWorker, as_lists
-from alphatoken.pipeline.cluster.shard_loop import Cluster, Resources, Shard
+from alphatoken.pipeline.cluster.shard_loop import Resources, Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.directions import Directions
@@ -29,9 +29,8 @@ from alphatoken.pipeline.maths.models import ModelSource, load_model
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_policy
-from alphatoken.pipeline.run.manifest import Manifest
-from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.reference import tokens_of
@@ -119,44 +118,35 @@ def _directions(storage: Storage, snapshot: int) -> Directions:
     return Directions(named, read_tensors(storage, own) if storage.exists(own) else None)
 
 
-def run_value(
-    storage: Storage,
-    manifest: Manifest,
-    settings: Settings,
-    checkpoints: Sequence[str],
-    cluster: Cluster,
-    progress: Progress,
-    reference: str,
-) -> None:
-    """Write values/, unless done already; goes on with the parts that are missing.
+def make_values(run: Run) -> None:
+    """Write values/, unless done already; goes on with the parts that are missing. Raises SettingsWrong and RunFailed.
 
-    ``checkpoints`` of model.policy, ``reference``: resolved paths or hub ids. Other methods than AlphaToken's need
-    `prepare` alone. For preference data, reference/ is written as well.
+    Other methods than AlphaToken's need `prepare` alone. For preference data, reference/ is written as well.
     """
     started = time.monotonic()
-    policy = checkpoints[0]
-    reference = reference or policy
-    settings = settings.for_data(manifest.pairs)
+    models, storage, manifest, progress = run.models, run.storage, run.manifest, run.progress
+    run = run.for_data(manifest.pairs)
+    settings = run.settings
     if settings.valuation.rehearsed:
         # Here and not above, since it builds on this file.
         from alphatoken.pipeline.value.rehearsal import run_rehearsal
 
-        return run_rehearsal(storage, manifest, settings, policy, reference, cluster, progress)
+        return run_rehearsal(run)
     if settings.valuation.needs_directions:
-        job = _valuation_job(storage, manifest, settings, checkpoints, cluster)
+        job = _valuation_job(run)
     else:
         from alphatoken.pipeline.value.selection import selection_job
 
-        job = selection_job(storage, manifest, settings, policy, reference, cluster)
+        job = selection_job(run)
     preference = manifest.pairs
     if preference:
         # Here and not above, since it builds on this file.
         from alphatoken.pipeline.value.pairs import pairs_job, reference_of
 
-        job = pairs_job(job, manifest, settings, policy, reference, cluster)
+        job = pairs_job(run, job)
     configuration = {"model": settings.model, "valuation": settings.valuation, "cluster": settings.cluster}
     fingerprint = manifest.begin("value", job.inputs, configuration)
-    rows = prepared_rows(storage, manifest)
+    rows = prepared_rows(run)
     missing = [part for part in rows if storage.rows_of(f"values/{part}", fingerprint) != rows[part]]
     if manifest.done("value") and not missing:
         progress.say("value: done already")
@@ -165,7 +155,7 @@ def run_value(
         progress.say(f"value: {len(rows) - len(missing)} of {len(rows)} shards are complete already")
     resources = job.resources()
     if preference:
-        place = reference_of(storage, manifest, settings, checkpoints, reference, cluster, progress)
+        place = reference_of(run)
         job.arguments["reference"] = place
         there = {part: storage.rows_of(f"reference/{part}", place.fingerprint) for part in rows}
         missing = [part for part in rows if part in missing or there[part] != rows[part]]
@@ -187,17 +177,15 @@ def run_value(
     for part in rows.keys() - set(missing):
         add(storage.counts_of(f"values/{part}", fingerprint) or dict.fromkeys(counts, 0))
 
-    if len(checkpoints) > 1:
+    if len(models.checkpoints) > 1:
         # Here and not above, since it builds on this file.
         from alphatoken.pipeline.value.checkpoints import value_checkpoints
 
-        for found in value_checkpoints(
-            storage, job, settings, checkpoints, fingerprint, tokens, rows, cluster, progress
-        ):
+        for found in value_checkpoints(run, job, fingerprint, tokens, rows):
             add(found)
     else:
         with (
-            cluster.pool(logged("value", job.worker), job.arguments, resources) as pool,
+            run.cluster.pool(logged("value", job.worker), job.arguments, resources) as pool,
             progress.task("value", sum(tokens.values()), "tokens") as task,
         ):
             task.note(f"{finished}/{len(rows)} shards")
@@ -211,49 +199,42 @@ def run_value(
     progress.say(f"value: {counts['tokens']:,} tokens in {seconds:.0f} s, padding {padding:.1%}")
 
 
-def prepared_rows(storage: Storage, manifest: Manifest) -> dict[str, int]:
+def prepared_rows(run: Run) -> dict[str, int]:
     """Part -> rows, in the order of the parts; raises RunFailed for one that is missing or damaged."""
-    prepared, found = manifest.stage("prepare"), {}
+    prepared, found = run.manifest.stage("prepare"), {}
     for part in prepared["counts"]["parts"]:
-        count = storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
+        count = run.storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
         if count is None:
             raise RunFailed(f"prepared/{part} is missing or damaged: run `alphatoken prepare` again")
         found[part] = count
     return found
 
 
-def checked_anchor(
-    storage: Storage, manifest: Manifest, settings: Settings, checkpoints: Sequence[str]
-) -> dict[str, Any]:
+def checked_anchor(run: Run) -> dict[str, Any]:
     """The anchor's record; raises SettingsWrong where it was made for another policy or other layers."""
-    anchor, named = manifest.require("anchor", "value"), ", ".join(checkpoints)
+    checkpoints, layers = run.models.checkpoints, run.settings.valuation.layers
+    anchor, named = run.manifest.require("anchor", "value"), ", ".join(checkpoints)
     if anchor["inputs"]["policy"] != of_policy(checkpoints):
         raise SettingsWrong(
-            [f"model.policy={named} is not the policy that the anchors of {storage.root} were made with"]
+            [f"model.policy={named} is not the policy that the anchors of {run.storage.root} were made with"]
         )
-    if anchor["inputs"]["valuation.layers"] != settings.valuation.layers:
-        raise SettingsWrong(
-            [
-                f"valuation.layers={settings.valuation.layers}, but the anchors were made for {anchor['inputs']['valuation.layers']}"
-            ]
-        )
+    if (made_for := anchor["inputs"]["valuation.layers"]) != layers:
+        raise SettingsWrong([f"valuation.layers={layers}, but the anchors were made for {made_for}"])
     return anchor
 
 
-def _valuation_job(
-    storage: Storage, manifest: Manifest, settings: Settings, checkpoints: Sequence[str], cluster: Cluster
-) -> ValueJob:
-    anchor = checked_anchor(storage, manifest, settings, checkpoints)
+def _valuation_job(run: Run) -> ValueJob:
+    anchor, settings = checked_anchor(run), run.settings
     if anchor["inputs"]["anchor.drift"] == "rehearsal":
         raise SettingsWrong(
-            [f"the anchors of {storage.root} were made for valuation.schedule=rehearsal: add run.overwrite=anchor"]
+            [f"the anchors of {run.storage.root} were made for valuation.schedule=rehearsal: add run.overwrite=anchor"]
         )
     own = settings.model
-    source = ModelSource(checkpoints[0], own.revision, own.dtype, own.trust_remote_code)
+    source = ModelSource(run.models.policy, own.revision, own.dtype, own.trust_remote_code)
     snapshots = range(anchor["counts"]["snapshots"])
-    arguments = {"storage": storage, "source": source, "settings": settings, "snapshots": snapshots}
+    arguments = {"storage": run.storage, "source": source, "settings": settings, "snapshots": snapshots}
     inputs = value_inputs(settings, anchor["fingerprint"])
-    return ValueJob(inputs, ValueWorker, arguments, cluster.model_resources)
+    return ValueJob(inputs, ValueWorker, arguments, run.cluster.model_resources)
 
 
 def value_inputs(settings: Settings, upstream: str) -> dict[str, Any]:
