@@ -25,14 +25,14 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from datasets import Dataset
+
+from alphatoken import Directions, TokenValuer
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.prepare.example import example_model
 from alphatoken.pipeline.prepare.tokenize import Example
-from datasets import Dataset
-
-from alphatoken import Directions, TokenValuer
 from benchmarks.example_batches import BUDGET, THREADS, batches_of, load_example
 from benchmarks.speed import LAYERS, WINDOW, Cost, machine
 

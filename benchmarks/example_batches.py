@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
 from alphatoken.pipeline.maths.batch import Batch, by_token_budget, collate
 from alphatoken.pipeline.prepare.example import example_data, example_model
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 THREADS = 2
 BUDGET = 2048

@@ -20,6 +20,8 @@ from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers
@@ -33,8 +35,6 @@ from alphatoken.pipeline.maths.selectors.forward import losses_and_entropies
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from alphatoken.pipeline.prepare.tokenize import Example
 from alphatoken.pipeline.settings import AnchorSettings
-from torch import nn
-
 from benchmarks.example_batches import load_example
 from benchmarks.quality.finetune import cut_responses
 

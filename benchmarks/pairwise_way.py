@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from alphatoken.pipeline.prepare.tokenize import Example
 from torch import nn
 from transformers import PreTrainedModel
+
+from alphatoken.pipeline.prepare.tokenize import Example
 
 Captured = dict[str, tuple[torch.Tensor, torch.Tensor]]
 

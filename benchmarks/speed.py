@@ -20,11 +20,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+
+from alphatoken import Directions, TokenValuer
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.lower import lower_layers_once
-
-from alphatoken import Directions, TokenValuer
 from benchmarks.example_batches import THREADS, batches_of, load_example
 from benchmarks.pairwise_way import PairwiseWay
 

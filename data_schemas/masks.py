@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import pyarrow as pa
+
 from alphatoken.data_schemas.version import versioned
 
 MASK_EXTRA_COLUMNS = ("loss_mask", "assistant_masks")

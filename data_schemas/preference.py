@@ -6,6 +6,7 @@ Each branch is prompt and response as one sequence, unpadded and token-aligned l
 from collections.abc import Sequence
 
 import pyarrow as pa
+
 from alphatoken.data_schemas.masks import masks_schema
 from alphatoken.data_schemas.version import versioned
 

@@ -1,6 +1,7 @@
 """`prepared/`: tokenized examples. Lists are unpadded and token-aligned."""
 
 import pyarrow as pa
+
 from alphatoken.data_schemas.version import versioned
 
 PREPARED = versioned(

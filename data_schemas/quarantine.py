@@ -1,6 +1,7 @@
 """`quarantine/`: every input row that was not used, with the reason and the row itself."""
 
 import pyarrow as pa
+
 from alphatoken.data_schemas.version import versioned
 
 QUARANTINE = versioned(

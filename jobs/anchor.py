@@ -7,18 +7,9 @@ from alphatoken.jobs.session import Session
 
 def execute(session: Session) -> None:
     """Run the stage."""
-    from alphatoken.pipeline.anchor.stage import run_anchor
+    from alphatoken.pipeline.anchor.stage import make_anchors
 
-    models = session.models
-    run_anchor(
-        session.storage,
-        session.manifest,
-        session.settings,
-        models.checkpoints,
-        models.reference,
-        session.cluster,
-        session.progress,
-    )
+    make_anchors(session.run)
 
 
 if __name__ == "__main__":

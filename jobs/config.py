@@ -8,14 +8,15 @@ from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from typing import Any
 
-from alphatoken.pipeline.run.failure import SettingsWrong
-from alphatoken.pipeline.settings import Settings
 from hydra import compose, initialize_config_module
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.settings import Settings
 
 
 def load(overrides: Sequence[str], recorded: Mapping[str, Any] | None = None) -> Settings:

@@ -16,10 +16,9 @@ def execute(session: Session) -> None:
 
 def make(session: Session) -> dict[str, Any]:
     """Run the stage; returns the mask's summary."""
-    from alphatoken.pipeline.mask.stage import run_mask
+    from alphatoken.pipeline.mask.stage import make_mask
 
-    settings = session.settings
-    return run_mask(session.storage, session.manifest, settings.mask, settings.run.seed, session.progress)
+    return make_mask(session.run)
 
 
 def tell(session: Session, summary: dict[str, Any]) -> None:
@@ -35,9 +34,10 @@ def tell(session: Session, summary: dict[str, Any]) -> None:
     following = f"alphatoken mask run.dir={redacted(settings.run.dir)}{own} mask.rho=0.3 mask.name=rho-0.3"
     if summary.get("schedule") == "rehearsal":  # another rho is another rehearsal
         following = f"alphatoken report run.dir={redacted(settings.run.dir)}"
+    only = sum(one["rows_with_only_always_kept"] for one in summary.get("branches", {"": summary}).values())
     for line in (
         f"masks: {place}",
-        f"{told} of {summary['response_tokens']:,} response tokens",
+        f"{told} of {summary['response_tokens']:,} response tokens; {only:,} examples keep nothing but mask.always_keep",
         f"next:  {following}",
     ):
         print(line)

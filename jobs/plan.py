@@ -8,12 +8,18 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from alphatoken.jobs.cli import COMMANDS, parse
-from alphatoken.jobs.config import load
 from rich.console import Console
 from rich.table import Table
 
-STATES = {"new": "to do", "done": "done, would be skipped", "overwritten": "would be done anew"}
+from alphatoken.jobs.cli import COMMANDS, parse
+from alphatoken.jobs.config import load
+
+STATES = {
+    "skipped": "not needed",
+    "new": "to do",
+    "done": "done, would be skipped",
+    "overwritten": "would be done anew",
+}
 
 
 def execute(arguments: Sequence[str]) -> int:
@@ -27,9 +33,8 @@ def execute(arguments: Sequence[str]) -> int:
     from alphatoken.pipeline.run.progress import Progress
 
     with Progress() as progress, Session(settings, progress) as session:
-        models, full = session.models, session.with_data()
-        plan = {"run": session.storage.root, **make_plan(full, models.checkpoints, models.reference)}
-        plan["resume"] = resume_state(session.storage, session.manifest, full, models.checkpoints, models.reference)
+        run = session.run_with_data()
+        plan = {"run": session.storage.root, **make_plan(run), "resume": resume_state(run)}
     if "--json" in parsed.flags:
         print(json.dumps(plan, indent=2))
         return 0
@@ -68,7 +73,7 @@ def _what(plan: dict[str, Any]) -> Table:
         ("tokens", tokens),
         ("model", f"{model['parameters'] / 1e6:,.1f} M parameters in {model['dtype']}"),
         ("scored", f"{scored}, {coverage['scored'] / 1e6:,.2f} M parameters, coverage {coverage['fraction']:.1%}"),
-        ("values", model["values"]),
+        ("columns", ", ".join(model["columns"]) or "none"),
         ("drift", f"{model['drift']}, {model['snapshots']} snapshot(s), {model['checkpoints']} checkpoint(s)"),
     ):
         table.add_row(name, text)

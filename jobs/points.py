@@ -11,12 +11,13 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from alphatoken.pipeline.run.failure import SettingsWrong
 from hydra import initialize_config_module
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
+
+from alphatoken.pipeline.run.failure import SettingsWrong
 
 LONGEST_NAME = 100
 

@@ -7,10 +7,9 @@ from alphatoken.jobs.session import Session
 
 def execute(session: Session) -> None:
     """Run the stage."""
-    from alphatoken.pipeline.prepare.stage import run_prepare
+    from alphatoken.pipeline.prepare.stage import make_prepared
 
-    settings, models = session.with_data(), session.models
-    run_prepare(session.storage, session.manifest, settings, models.policy, session.cluster, session.progress)
+    make_prepared(session.run_with_data())
 
 
 if __name__ == "__main__":

@@ -7,9 +7,9 @@ from alphatoken.jobs.session import Session
 
 def execute(session: Session) -> None:
     """Write the page; where it is, is said with the progress."""
-    from alphatoken.pipeline.report.stage import run_report
+    from alphatoken.pipeline.report.stage import make_report
 
-    run_report(session.storage, session.manifest, session.settings, session.progress)
+    make_report(session.run)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,24 @@
-"""alphatoken run: every stage in order; skips what is already done, and anchor where the method needs none."""
+"""alphatoken run: every stage in order; skips what is already done, and anchor where no score looks at a direction."""
 
 import sys
 
 from alphatoken.jobs import anchor, mask, prepare, report, value
 from alphatoken.jobs.session import Session
+from alphatoken.pipeline.run.failure import SettingsWrong
 
 
 def execute(session: Session) -> None:
     """Run all stages."""
-    from alphatoken.pipeline.mask.stage import check_norms
-    from alphatoken.pipeline.value.selection import check_models
+    from alphatoken.pipeline.value.inputs import check_reference
 
-    check_norms(session.settings.mask, session.settings.valuation.gradient_norm)
-    valuation, models = session.settings.valuation, session.models
-    check_models(session.settings, models.policy, models.reference)
+    if wrong := session.settings.mask_problems(pairs=session.settings.data.format == "preference"):
+        raise SettingsWrong(wrong)
+    check_reference(session.settings, session.run.models)
+    valuation = session.settings.valuation
     for stage in (prepare, anchor, value):
         if stage is anchor and not valuation.needs_directions:
-            session.progress.say(f"anchor: skipped, since valuation.method={valuation.method} needs no directions")
+            scores = ",".join(valuation.scores)
+            session.progress.say(f"anchor: skipped, since valuation.scores=[{scores}] looks at no direction")
         else:
             stage.execute(session)
     session.end_workers()  # what is left is the driver's

@@ -1,9 +1,9 @@
-"""What every stage is started with: settings, the run directory, the models' places, a cluster and a display."""
+"""One command on one run directory: makes the `Run` that its stages are given, holds the lock, keeps log and tracker."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -12,6 +12,7 @@ from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.lock import RunLock
 from alphatoken.pipeline.run.manifest import NAME, Manifest
 from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.run.run_log import RunLog
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.run.tracker import open_tracker
@@ -19,22 +20,6 @@ from alphatoken.pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from alphatoken.pipeline.cluster.shard_loop import Cluster
-
-
-@dataclass(frozen=True, slots=True)
-class Models:
-    """Resolved model.policy and model.reference: a local directory or a hub id each.
-
-    ``policy``: the first checkpoint, whose tokenizer and configuration stand for all. ``checkpoints``: all of them.
-    """
-
-    checkpoints: tuple[str, ...]
-    reference: str
-
-    @property
-    def policy(self) -> str:
-        """The only checkpoint, or the first of several."""
-        return self.checkpoints[0]
 
 
 class Session:
@@ -81,10 +66,9 @@ class Session:
         donors = [storage for storage in (*own, *finished) if storage.root != self.storage.root]
         if not donors:
             return
-        from alphatoken.pipeline.plan.share import share_upstream, stage_inputs
+        from alphatoken.pipeline.plan.share import share_upstream
 
-        inputs = stage_inputs(self.with_data(), self.models.checkpoints, self.models.reference)
-        for taken in share_upstream(self.storage, self.manifest, inputs, donors):
+        for taken in share_upstream(self.run_with_data(), donors):
             self.progress.say(f"shared: {taken}")
 
     def _open(self, manifest: Manifest) -> None:
@@ -121,7 +105,21 @@ class Session:
         self.log.flush()
 
     @property
-    def cluster(self) -> Cluster:
+    def run(self) -> Run:
+        """What a stage is given, with the settings of now."""
+        return Run(self.storage, self.manifest, self.settings, self.progress, self._find_models, self._join_cluster)
+
+    def run_with_data(self) -> Run:
+        """The same with the place of the embedded data filled in, for what reads raw data; fetches it on first use."""
+        from alphatoken.pipeline.prepare.example import example_data, example_pairs
+
+        data = self.settings.data
+        embedded = {"embedded": example_data, "embedded-preference": example_pairs}
+        if isinstance(data.train, str) and data.train in embedded:
+            data = replace(data, train=str(embedded[data.train](self.progress.say)))
+        return replace(self.run, settings=replace(self.settings, data=data))
+
+    def _join_cluster(self) -> Cluster:
         """The cluster of cluster.address; Ray is imported on first use, so that masks do without."""
         if self._cluster is None:
             from alphatoken.pipeline.cluster.shard_loop import Cluster
@@ -134,8 +132,7 @@ class Session:
         if self._cluster is not None:
             self._cluster.end_idle()
 
-    @property
-    def models(self) -> Models:
+    def _find_models(self) -> Models:
         """The models' places; fetches the embedded one on first use. Raises SettingsWrong for one that is not there."""
         if self._models is None:
             from alphatoken.pipeline.maths.models import ModelSource, adapter_base
@@ -147,11 +144,12 @@ class Session:
                 place = self._place("model.reference", reference)
             else:
                 place = adapter_base(here(ModelSource(places[0]), weights=False).path) or places[0]
+            models = Models(places, place)
             if len(places) > 1:
                 from alphatoken.pipeline.value.checkpoints import check_checkpoints
 
-                check_checkpoints(self.settings, places, place)
-            self._models = Models(places, place)
+                check_checkpoints(self.settings, models)
+            self._models = models
         return self._models
 
     def _place(self, key: str, name: str) -> str:
@@ -172,16 +170,6 @@ class Session:
                 [f"{key}: {error}; give a directory with config.json and weights, or a hub id"]
             ) from error
         return path
-
-    def with_data(self) -> Settings:
-        """The settings with the embedded data's place filled in."""
-        from alphatoken.pipeline.prepare.example import example_data, example_pairs
-
-        data = self.settings.data
-        embedded = {"embedded": example_data, "embedded-preference": example_pairs}
-        if isinstance(data.train, str) and data.train in embedded:
-            data = replace(data, train=str(embedded[data.train](self.progress.say)))
-        return replace(self.settings, data=data)
 
 
 def leaves(tree: dict, prefix: str = "") -> dict[str, object]:

@@ -14,6 +14,9 @@ from contextlib import ExitStack, redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rich.console import Console
+from rich.table import Table
+
 from alphatoken.data_schemas import COMPONENTS
 from alphatoken.jobs.config import load
 from alphatoken.jobs.points import Point, Swept, expand, point_name
@@ -23,8 +26,6 @@ from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
-from rich.console import Console
-from rich.table import Table
 
 DEFAULT_MASK = "default"
 

@@ -7,18 +7,9 @@ from alphatoken.jobs.session import Session
 
 def execute(session: Session) -> None:
     """Run the stage."""
-    from alphatoken.pipeline.value.stage import run_value
+    from alphatoken.pipeline.value.stage import make_values
 
-    models = session.models
-    run_value(
-        session.storage,
-        session.manifest,
-        session.settings,
-        models.checkpoints,
-        session.cluster,
-        session.progress,
-        models.reference,
-    )
+    make_values(session.run)
 
 
 if __name__ == "__main__":

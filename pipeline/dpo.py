@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+
 from alphatoken.data_schemas import BRANCHES
 
 IGNORED = -100

@@ -3,8 +3,9 @@
 import datasets
 import pytest
 import torch
-from alphatoken.pipeline.dpo import MaskedPreferenceCollator, save_for_llamafactory
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from alphatoken.pipeline.dpo import MaskedPreferenceCollator, save_for_llamafactory
 
 BETA = 0.3
 

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
-from alphatoken.pipeline.maths.batch import IGNORED
 
+from alphatoken.pipeline.maths.batch import IGNORED
 from benchmarks.quality.finetune import cut_responses
 from benchmarks.quality.grid import FISHER, HELD_OUT, PAPER, TRAIN, UNTOUCHED, VALIDATION, Quality, write_rows
 from benchmarks.quality.noise import ranks

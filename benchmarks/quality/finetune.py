@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+
 from alphatoken.pipeline.maths.batch import Batch, by_token_budget, collate, response_start
 from alphatoken.pipeline.maths.warmup import schedule
 

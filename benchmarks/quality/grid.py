@@ -18,11 +18,11 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import torch
-from alphatoken.pipeline.prepare.example import example_model
-from alphatoken.pipeline.prepare.tokenize import ExampleMaker
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alphatoken.pipeline.prepare.example import example_model
+from alphatoken.pipeline.prepare.tokenize import ExampleMaker
 from benchmarks.quality.finetune import Recipe, Tokens, finetune, mean_loss
 from benchmarks.quality.loop import closed_loop
 from benchmarks.quality.rows import Rows, load_rows

@@ -6,13 +6,13 @@ import random
 from collections.abc import Callable
 
 import torch
+
+from alphatoken import Directions, TokenValuer
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.masking import threshold_of
 from alphatoken.pipeline.maths.outer_sums import OuterSum
-
-from alphatoken import Directions, TokenValuer
 from benchmarks.quality.finetune import Tokens
 
 VALIDATION_ROWS = 8  # drawn anew at every step

@@ -23,8 +23,8 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
 import torch
-from alphatoken.pipeline.maths.batch import IGNORED, response_start
 
+from alphatoken.pipeline.maths.batch import IGNORED, response_start
 from benchmarks.quality.finetune import Tokens
 from benchmarks.quality.grid import FISHER, PAPER, TRAIN, UNTOUCHED, Quality, Row, _at, results_in, table
 

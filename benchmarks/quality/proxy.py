@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from alphatoken.pipeline.maths.adamw import ScoredAdamW
 from alphatoken.pipeline.maths.batch import by_token_budget, collate
 from alphatoken.pipeline.maths.capture import swapped
@@ -27,7 +28,6 @@ from alphatoken.pipeline.maths.models import ModelSource, load_model
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.rehearsal import RehearsedModel
 from alphatoken.pipeline.maths.warmup import schedule
-
 from benchmarks.quality.finetune import Recipe, Tokens, batches, losses_of
 from benchmarks.quality.grid import CHOSEN_BY, COLUMNS, ROWS, Quality, Row, results_in, table
 from benchmarks.quality.noise import ranks

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
+
 from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
 from alphatoken.pipeline.anchor import coverage as coverage_report
 from alphatoken.pipeline.anchor.tensors import (
@@ -31,17 +32,17 @@ from alphatoken.pipeline.anchor.worker import (
     REFERENCE,
     AnchorTask,
     AnchorWorker,
-    Sequences,
 )
-from alphatoken.pipeline.cluster.shard_loop import Cluster, Shard, WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import Shard, WorkerPool
 from alphatoken.pipeline.cluster.worker_log import logged
+from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import Coverage
 from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.prepare.reader import sequences_of
 from alphatoken.pipeline.prepare.stage import held_out_digest
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model, of_policy
-from alphatoken.pipeline.run.manifest import Manifest
-from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 
@@ -49,15 +50,15 @@ NO_ROWS = Sequences([], [], [])
 SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
 
 
-def drift_of(settings: Settings, checkpoints: Sequence[str], reference: str) -> str:
+def drift_of(settings: Settings, models: Models) -> str:
     """checkpoint | warmup | rehearsal | none, with ``auto`` resolved. Raises SettingsWrong where there can be no drift.
 
     rehearsal: from nothing on, it grows while the value stage rehearses; none only where it is not weighed there.
     """
     drift = settings.anchor.drift
-    if len(checkpoints) > 1:  # the reference may be among them, as the start of the trajectory
+    if len(models.checkpoints) > 1:  # the reference may be among them, as the start of the trajectory
         return "none" if drift == "none" else "checkpoint"
-    policy = checkpoints[0]
+    policy, reference = models.policy, models.reference
     if settings.valuation.rehearsed and drift in ("auto", "none"):
         if not settings.valuation.rehearsal.stability_weight:
             return "none"
@@ -74,34 +75,23 @@ def drift_of(settings: Settings, checkpoints: Sequence[str], reference: str) -> 
     return drift
 
 
-def run_anchor(
-    storage: Storage,
-    manifest: Manifest,
-    settings: Settings,
-    checkpoints: Sequence[str],
-    reference: str,
-    cluster: Cluster,
-    progress: Progress,
-) -> None:
-    """Write anchors/, unless done already.
-
-    ``checkpoints`` of model.policy, ``reference``: resolved paths or hub ids. Raises SettingsWrong and RunFailed.
-    """
+def make_anchors(run: Run) -> None:
+    """Write anchors/, unless done already. Raises SettingsWrong and RunFailed."""
     started = time.monotonic()
+    models, storage, manifest = run.models, run.storage, run.manifest
     prepared = manifest.require("prepare", "anchor")
-    if wrong := settings.anchor_problems(manifest.pairs):  # only now is it known whether the data is of pairs
+    if wrong := run.settings.anchor_problems(manifest.pairs):  # only now is it known whether the data is of pairs
         raise SettingsWrong(wrong)
-    settings = settings.for_data(manifest.pairs)
-    drift = drift_of(settings, checkpoints, reference)
-    inputs = anchor_inputs(settings, prepared["inputs"], checkpoints, reference, drift)
+    settings = run.settings
+    drift = drift_of(settings, models)
+    inputs = anchor_inputs(settings, models, prepared["inputs"], drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}
     fingerprint = manifest.begin("anchor", inputs, configuration)
     if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), drift):
         storage.remove(PARTIAL)  # where the run was killed before it came to that
-        progress.say("anchor: done already")
+        run.progress.say("anchor: done already")
         return
-    stage = _Anchor(storage, manifest, settings, fingerprint, cluster, progress)
-    counts = stage.run(checkpoints, reference, drift)
+    counts = _Anchor(run, fingerprint, drift).make()
     manifest.finish("anchor", time.monotonic() - started, drift=drift, **counts)
     storage.remove(PARTIAL)
 
@@ -117,15 +107,13 @@ def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
     return any(fingerprint_of(storage, name) != fingerprint for name, fingerprint in expected.items())
 
 
-def anchor_inputs(
-    settings: Settings, prepare: Mapping[str, Any], checkpoints: Sequence[str], reference: str, drift: str
-) -> dict[str, Any]:
+def anchor_inputs(settings: Settings, models: Models, prepare: Mapping[str, Any], drift: str) -> dict[str, Any]:
     """Everything that anchors/ depends on; ``prepare``: what that stage depends on."""
     anchor = settings.anchor
     inputs: dict[str, Any] = {
         "prepare": digest(prepare),
-        "policy": of_policy(checkpoints),
-        "reference": of_model(reference),
+        "policy": of_policy(models.checkpoints),
+        "reference": of_model(models.reference),
         "model.revision": settings.model.revision,
         "model.dtype": settings.model.dtype,
         "valuation.layers": settings.valuation.layers,
@@ -140,7 +128,6 @@ def anchor_inputs(
     inputs["anchor.snapshot_scale"] = anchor.snapshot_scale
     if anchor.snapshot_scale != "none":  # made from values of a sample
         inputs["valuation.window"] = settings.valuation.window
-        inputs["valuation.estimator"] = settings.valuation.estimator
         inputs["anchor.warmup.examples"] = anchor.warmup.examples
     if drift != "none" or anchor.precondition != "none":
         inputs["anchor.fisher.max_new_tokens"] = anchor.fisher.max_new_tokens
@@ -156,7 +143,7 @@ def fisher_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """Those of ``anchor_inputs`` that the Fisher depends on: runs that differ in the others can share it."""
     other = (
         "policy", "anchor.drift", "anchor.snapshot", "anchor.warmup.", "anchor.precondition", "anchor.damping",
-        "valuation.window", "valuation.estimator",
+        "valuation.window",
     )  # fmt: skip
     found = {key: value for key, value in inputs.items() if not key.startswith(other)}
     if "held_out" in found:  # its prompts are the same for every part of the data
@@ -167,28 +154,20 @@ def fisher_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
 class _Anchor:
     """One run of the stage."""
 
-    def __init__(
-        self,
-        storage: Storage,
-        manifest: Manifest,
-        settings: Settings,
-        fingerprint: str,
-        cluster: Cluster,
-        progress: Progress,
-    ) -> None:
-        self.storage, self.manifest, self.settings = storage, manifest, settings
-        self.fingerprint, self.cluster, self.progress = fingerprint, cluster, progress
-        self.eos = manifest.stage("prepare")["counts"]["eos_token_ids"]
+    def __init__(self, run: Run, fingerprint: str, drift: str) -> None:
+        self.run, self.fingerprint, self.drift = run, fingerprint, drift
+        self.storage, self.settings, self.progress = run.storage, run.settings, run.progress
         self.coverage: Coverage | None = None
 
-    def run(self, checkpoints: Sequence[str], reference: str, drift: str) -> dict[str, Any]:
+    def make(self) -> dict[str, Any]:
         """Fisher at the reference, then warm-up and gradients at the policy; returns the counts.
 
         Several checkpoints are snapshots that differ in all weights: each has a pool of workers of its own, in turn.
         """
         counts: dict[str, Any] = {}
-        if drift != "none" or self.settings.anchor.precondition != "none":
-            counts["fisher"] = self._reference_phase(reference)
+        checkpoints = self.run.models.checkpoints
+        if self.drift != "none" or self.settings.anchor.precondition != "none":
+            counts["fisher"] = self._reference_phase()
         if len(checkpoints) > 1:
             counts["snapshots"] = len(checkpoints)
             for index, checkpoint in enumerate(checkpoints):
@@ -196,13 +175,13 @@ class _Anchor:
                 weights = f"{PARTIAL}/policy-{index:02d}.safetensors"
                 with self._pool(checkpoint) as pool:
                     self._one(pool, AnchorTask("weights", weights, NO_ROWS), "policy weights")
-                    counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights, drift)
+                    counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights)
         else:
             with self._pool(checkpoints[0]) as pool:
-                snapshots = self._snapshots(pool, drift)
+                snapshots = self._snapshots(pool)
                 counts["snapshots"] = len(snapshots)
                 for index, weights in enumerate(snapshots):
-                    counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights, drift)
+                    counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights)
         assert self.coverage is not None
         counts["coverage"] = coverage_report.as_json(self.coverage)
         if left_out := coverage_report.warning(self.coverage):
@@ -212,14 +191,16 @@ class _Anchor:
     def _pool(self, model: str) -> WorkerPool:
         own = self.settings.model
         source = ModelSource(model, own.revision, own.dtype, own.trust_remote_code)
-        arguments = {"storage": self.storage, "source": source, "settings": self.settings, "eos": self.eos}
-        return self.cluster.pool(logged("anchor", AnchorWorker), arguments, self.cluster.model_resources())
+        eos = self.run.manifest.stage("prepare")["counts"]["eos_token_ids"]
+        arguments = {"storage": self.storage, "source": source, "settings": self.settings, "eos": eos}
+        cluster = self.run.cluster
+        return cluster.pool(logged("anchor", AnchorWorker), arguments, cluster.model_resources())
 
-    def _reference_phase(self, reference: str) -> dict[str, Any]:
+    def _reference_phase(self) -> dict[str, Any]:
         """Write the Fisher, the reference's scored weights and, for anchor.precondition=kfac, the Kronecker factors."""
         prompts = self._read("prepared/fisher.parquet")
-        fingerprint = digest(fisher_inputs(self.manifest.stage("anchor")["inputs"]))
-        with self._pool(reference) as pool:
+        fingerprint = digest(fisher_inputs(self.run.manifest.stage("anchor")["inputs"]))
+        with self._pool(self.run.models.reference) as pool:
             self._one(pool, AnchorTask("weights", REFERENCE, NO_ROWS), "reference weights")
             if self._has_fisher(fingerprint):
                 self.progress.say("anchor: the Fisher is there already")
@@ -245,11 +226,11 @@ class _Anchor:
             return False
         return fingerprint_of(self.storage, FISHER) == fingerprint
 
-    def _snapshots(self, pool: WorkerPool, drift: str) -> list[str]:
+    def _snapshots(self, pool: WorkerPool) -> list[str]:
         """Files with the scored weights of every snapshot, in the order of the trajectory."""
         first = f"{PARTIAL}/policy.safetensors"
         self._one(pool, AnchorTask("weights", first, NO_ROWS), "policy weights")
-        if drift != "warmup":
+        if self.drift != "warmup":
             return [first]
         warmup, seed = self.settings.anchor.warmup, self.settings.run.seed
         examples = self._draw(warmup.examples)
@@ -263,8 +244,9 @@ class _Anchor:
             pool.run([shard], lambda s: work, lambda s, r: None, task)
         return names
 
-    def _snapshot(self, pool: WorkerPool, index: int, weights: str, drift: str) -> dict[str, Any]:
+    def _snapshot(self, pool: WorkerPool, index: int, weights: str) -> dict[str, Any]:
         """Write both directions of one snapshot."""
+        drift = self.drift
         own = weights if drift == "warmup" else None
         validation = self._read("prepared/validation.parquet")
         counts, totals = self._sum(
@@ -341,15 +323,14 @@ class _Anchor:
 
     def _read(self, name: str) -> Sequences:
         table = self.storage.read_table(name, PREPARED)
-        return Sequences(*(table.column(c).to_pylist() for c in ("id", "input_ids", "labels")))
+        return sequences_of(table)
 
     def _draw(self, count: int) -> Sequences:
         """``count`` training examples drawn with the seed over all parts, in file order; of pairs the chosen branch."""
-        parts = self.manifest.stage("prepare")["counts"]["parts"]
-        schema, branch = (PREFERENCE_PREPARED, "chosen_") if self.manifest.pairs else (PREPARED, "")
-        sizes = [
-            self.storage.rows_of(f"prepared/{p}", self.manifest.stage("prepare")["fingerprint"]) or 0 for p in parts
-        ]
+        prepared = self.run.manifest.stage("prepare")
+        parts = prepared["counts"]["parts"]
+        schema, branch = (PREFERENCE_PREPARED, "chosen_") if self.run.manifest.pairs else (PREPARED, "")
+        sizes = [self.storage.rows_of(f"prepared/{part}", prepared["fingerprint"]) or 0 for part in parts]
         total = sum(sizes)
         chosen = sorted(random.Random(self.settings.run.seed).sample(range(total), min(count, total)))
         found, start = Sequences([], [], []), 0

@@ -6,9 +6,10 @@ from typing import Any
 
 import safetensors.torch
 import torch
+from safetensors import SafetensorError, safe_open
+
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
-from safetensors import SafetensorError, safe_open
 
 
 def write_tensors(storage: Storage, name: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:

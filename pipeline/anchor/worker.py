@@ -11,9 +11,10 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
+
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
-from alphatoken.pipeline.maths.batch import Batch, by_token_budget, collate, response_start
+from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget, response_start
 from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.directions import Directions, fisher_drift
@@ -23,7 +24,7 @@ from alphatoken.pipeline.maths.models import ModelSource, load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions
-from alphatoken.pipeline.maths.valuer import TokenValuer, check_estimator
+from alphatoken.pipeline.maths.valuer import TokenValuer, check_model
 from alphatoken.pipeline.maths.warmup import snapshot_steps, warm_up
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
@@ -38,21 +39,6 @@ GRADIENT = PARTIAL + "/gradient-{index:02d}.safetensors"
 TOKENS_PER_PASS = 4096
 PROMPTS_PER_BATCH = 16
 WARMUP_STATE = f"{PARTIAL}/warm-up.safetensors"
-
-
-@dataclass(frozen=True, slots=True)
-class Sequences:
-    """Examples of one worker call, unpadded, with their identifiers for messages."""
-
-    ids: list[str]
-    input_ids: list[list[int]]
-    labels: list[list[int]]
-
-    def part(self, index: int, parts: int) -> Sequences:
-        """The index-th of ``parts`` contiguous parts."""
-        n = len(self.ids)
-        cut = slice(index * n // parts, (index + 1) * n // parts)
-        return Sequences(self.ids[cut], self.input_ids[cut], self.labels[cut])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +65,8 @@ class AnchorWorker:
         self.scored = checked_layers(load_model(here(source), self.device), settings)
         self.kernel = settings.model.attention
         try:  # before the Fisher, and not when there are directions for a TokenValuer
-            check_estimator(self.scored, settings.valuation.estimator, settings.valuation.window, self.kernel)
+            own = settings.valuation
+            check_model(self.scored, own.scores, own.window, self.kernel, own.exact)
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
@@ -136,14 +123,13 @@ class AnchorWorker:
         order: list[int] = []
         generator = random.Random(task.seed)
         while len(order) < warmup.steps * warmup.batch_size:  # epochs, each in its own order
-            epoch = list(range(len(task.sequences.ids)))
+            epoch = list(range(len(task.sequences)))
             generator.shuffle(epoch)
             order += epoch
         batches = []
         for step in range(warmup.steps):
             rows = order[step * warmup.batch_size : (step + 1) * warmup.batch_size]
-            ids, labels = ([column[i] for i in rows] for column in (task.sequences.input_ids, task.sequences.labels))
-            batches.append(collate(ids, labels).to(self.device))
+            batches.append(task.sequences.take(rows).batch().to(self.device))
         snapshots = {step: i for i, step in enumerate(snapshot_steps(warmup.steps, self.settings.anchor.snapshots))}
 
         def keep(steps: int, masters: dict[str, torch.Tensor]) -> None:
@@ -169,10 +155,7 @@ class AnchorWorker:
         lengths = [len(ids) for ids in task.sequences.input_ids]
         with swapped(self.scored, weights):
             for group in by_token_budget(lengths, TOKENS_PER_PASS):
-                ids, labels = (
-                    [column[i] for i in group] for column in (task.sequences.input_ids, task.sequences.labels)
-                )
-                batch = collate(ids, labels).to(self.device)
+                batch = task.sequences.take(group).batch().to(self.device)
                 total.positions = batch.predicting()
                 losses = ghost_pass(self.scored, batch, total, self.kernel)
                 self._finite(losses, batch, [task.sequences.ids[i] for i in group])
@@ -211,10 +194,7 @@ class AnchorWorker:
             own = there if task.drift == "warmup" else None
             scales = self._root_mean_squares(Directions(named, own), task.sequences)
             for name, tensors in named.items():
-                # Values are linear in the direction, information is quadratic.
-                informed = self.settings.valuation.estimator == "information" and name == "adaptation"
-                power = 0.5 if informed else 1.0
-                tensors.update({key: tensor / scales[name] ** power for key, tensor in tensors.items()})
+                tensors.update({key: tensor / scales[name] for key, tensor in tensors.items()})
         counts = {**norms, **{f"{name}_scale": scale for name, scale in scales.items()}}
         for name, tensors in named.items():
             more = {"precondition": anchor.precondition, "scale": repr(scales[name]), **task.metadata}
@@ -225,10 +205,10 @@ class AnchorWorker:
     def _root_mean_squares(self, directions: Directions, sample: Sequences) -> dict[str, float]:
         """Per direction, the root mean square of direct + causal over the sample's response tokens; 1 where it is 0."""
         own = self.settings.valuation
-        valuer = TokenValuer(self.scored.model, directions, own.layers, own.window, self.kernel, own.estimator)
+        valuer = TokenValuer(self.scored.model, directions, own.layers, own.window, self.kernel, ["paper"])
         squares, tokens = dict.fromkeys(directions.named, 0.0), 0
         for group in by_token_budget([len(ids) for ids in sample.input_ids], TOKENS_PER_PASS):
-            batch = collate([sample.input_ids[i] for i in group], [sample.labels[i] for i in group]).to(self.device)
+            batch = sample.take(group).batch().to(self.device)
             found = valuer.value(batch)
             tokens += len(batch.predicting())
             for name in squares:

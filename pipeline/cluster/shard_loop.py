@@ -23,10 +23,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.exceptions import ActorUnavailableError, NodeDiedError, RayActorError, RayError
+
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.progress import Task
 from alphatoken.pipeline.settings import ClusterSettings
-from ray.exceptions import ActorUnavailableError, NodeDiedError, RayActorError, RayError
 
 ATTEMPTS = 3
 LOST_NODES = 20  # a shard may lose as many nodes under it, as on machines that are taken away

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
+
 from alphatoken.pipeline.maths.masking import Ints
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.manifest import Manifest

@@ -9,6 +9,7 @@ from typing import Any
 
 import jinja2
 import pyarrow as pa
+
 from alphatoken.data_schemas import MASK_EXTRA_COLUMNS
 from alphatoken.pipeline.run.fingerprint import digest
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
+
 from alphatoken.data_schemas import BRANCHES, COMPONENTS
 from alphatoken.pipeline.mask.paired_rows import IGNORED
 from alphatoken.pipeline.run.manifest import Manifest

@@ -23,7 +23,9 @@ REFERENCE_UNUSED = (
     "stability against model.reference is in values/ and weighs nothing here: give it weight with mask.stability_weight, "
     "or leave out its cost with anchor.drift=none"
 )
-NO_SIGN = "mask.rule=positive keeps everything that mask.score={score} is given to, which has no sign: choose mask.rule=top"
+NO_SIGN = (
+    "mask.rule=positive keeps everything that mask.score={score} is given to, which has no sign: choose mask.rule=top"
+)
 SIGNED_SCORES = ("paper", "exact", "excess_loss")
 
 
@@ -92,9 +94,7 @@ def _check(run: Run, settings: MaskSettings, there: tuple[str, ...], drift: str 
         raise SettingsWrong(problems)
 
 
-def _notes(
-    run: Run, settings: MaskSettings, always: np.ndarray, drift: str | None, rehearsed: bool
-) -> tuple[str, ...]:
+def _notes(run: Run, settings: MaskSettings, always: np.ndarray, drift: str | None, rehearsed: bool) -> tuple[str, ...]:
     found = []
     if settings.divide_by_gradient_norm:
         found.append("score and stability are divided by each token's gradient_norm before tokens are compared")

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
+
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.mask.thresholds import some_tokens
-from alphatoken.pipeline.maths.masking import Bools, Floats, Ints, RankSelect, objective, rank_of, sums_by_row
-from alphatoken.pipeline.settings import MaskSettings
+from alphatoken.pipeline.maths.masking import Bools, Floats, RankSelect, rank_of
 
 
 class LeastStable:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+
 from alphatoken.data_schemas import (
     KEPT,
     PREFERENCE_PREPARED,
@@ -35,6 +36,7 @@ class PairedRows:
     response: Bools  # (tokens,): whether the token belongs to a response
     components: dict[str, Floats]  # column that was asked for -> (response tokens,)
     input_ids: pa.ListArray | None  # None where the pass does not need them
+    ids: pa.ChunkedArray
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -134,7 +136,12 @@ class PairedParts:
 
 
 def _paired(
-    left: pa.Table, right: pa.Table | None, names: tuple[str, str], row: int, with_input_ids: bool, columns: Sequence[str]
+    left: pa.Table,
+    right: pa.Table | None,
+    names: tuple[str, str],
+    row: int,
+    with_input_ids: bool,
+    columns: Sequence[str],
 ) -> PairedRows:
     """``row``: the number of the first row within the part, for messages."""
     labels = _column(left, "labels")
@@ -147,7 +154,7 @@ def _paired(
     offsets = np.concatenate([[0], np.cumsum(response)])[ends]
     components: dict[str, Floats] = {}
     if right is None:
-        return PairedRows(offsets, labels, response, components, input_ids)
+        return PairedRows(offsets, labels, response, components, input_ids, left["id"])
     ids = left["id"].to_numpy(), right["id"].to_numpy()
     _refuse("value", names[1], row, ids[0] != ids[1], f"the id is not that of {names[0]}")
     for name in columns:
@@ -159,7 +166,7 @@ def _paired(
             broken = np.searchsorted(ends, np.flatnonzero(~finite), side="right") - 1
             _refuse("value", names[1], row, np.isin(np.arange(len(lengths)), broken), f"NaN or infinity in {name}")
         components[name] = flat[response]
-    return PairedRows(offsets, labels, response, components, input_ids)
+    return PairedRows(offsets, labels, response, components, input_ids, left["id"])
 
 
 def _column(table: pa.Table, name: str) -> pa.ListArray:

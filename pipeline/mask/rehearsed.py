@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import numpy as np
+
 from alphatoken.data_schemas import KEPT
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.maths.masking import Floats

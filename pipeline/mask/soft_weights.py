@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.maths.group_select import GroupSelect, TokenGroups, select_in_memory
 from alphatoken.pipeline.maths.loss_ramp import STEPS, border_ranks, count_steps, step_weights, steps_of

@@ -15,8 +15,8 @@ import numpy as np
 from alphatoken.data_schemas import BRANCHES
 from alphatoken.pipeline.mask.card import card
 from alphatoken.pipeline.mask.inputs import MaskInputs, mask_inputs
-from alphatoken.pipeline.mask.pairs import write_pairs
 from alphatoken.pipeline.mask.paired_rows import PairedParts
+from alphatoken.pipeline.mask.pairs import write_pairs
 from alphatoken.pipeline.mask.passes import Found, Passes, columns_of, look
 from alphatoken.pipeline.mask.rehearsed import NOTE
 from alphatoken.pipeline.mask.supervised import write_supervised
@@ -42,7 +42,7 @@ def make_mask(run: Run) -> dict[str, Any]:
     inputs = mask_inputs(run)
     name = inputs.settings.name
     stage, place = f"mask/{name}", f"masks/{name}"
-    fingerprint = run.manifest.begin(stage, inputs.fingerprinted, {"mask": run.settings.mask})
+    fingerprint = run.manifest.begin(stage, inputs.fingerprinted, {"mask": inputs.settings})
     if run.manifest.done(stage) and _is_whole(run, place, fingerprint):
         run.progress.say(f"mask: {name} is done already")
         return storage.read_json(f"{place}/summary.json")

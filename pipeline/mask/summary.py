@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+
 from alphatoken.pipeline.maths.masking import Bools, Floats, Ints, RankSelect, sums_by_row
 
 

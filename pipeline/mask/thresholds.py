@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Protocol
 
 import numpy as np
+
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.maths.group_select import GroupSelect, TokenGroups
 from alphatoken.pipeline.maths.masking import Floats, RankSelect, rank_of, thresholds_in_groups

@@ -33,7 +33,7 @@ class Sequences:
 
     def take(self, rows: Sequence[int]) -> Sequences:
         """Some of the sequences."""
-        return Sequences(*([column[i] for i in rows] for column in (self.ids, self.input_ids, self.labels)))
+        return Sequences([self.ids[i] for i in rows], [self.input_ids[i] for i in rows], [self.labels[i] for i in rows])
 
     def part(self, index: int, parts: int) -> Sequences:
         """The index-th of ``parts`` contiguous parts."""

@@ -13,11 +13,12 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from alphatoken.pipeline.maths.attention import BandBlock, intercepted
 from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
 from alphatoken.pipeline.maths.experts import tapped_experts
 from alphatoken.pipeline.maths.tangents import Tangents, without_tangent
-from torch import nn
 
 
 @dataclass(frozen=True, slots=True)

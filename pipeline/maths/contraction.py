@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+
 from alphatoken.pipeline.maths.attention import apply_band
 from alphatoken.pipeline.maths.capture import Captured
 from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers

@@ -7,16 +7,17 @@ meta device: no weight is read.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch import nn
+
 from alphatoken.pipeline.maths.attention import BLOCK
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import ScoredLayers, is_stacked_experts, scored_layers
 from alphatoken.pipeline.maths.head import CHUNK_BYTES
-from torch import nn
 
 DIRECTIONS = 2  # adaptation and stability
 
@@ -154,21 +155,37 @@ def outer_flops(m: ModelCosts, positions: int) -> int:
 
 
 def value_flops(
-    m: ModelCosts, s: Shapes, window: int, snapshots: int = 1, estimator: str = "ghost", moving: int = DIRECTIONS
+    m: ModelCosts,
+    s: Shapes,
+    window: int,
+    snapshots: int = 1,
+    scores: Collection[str] = ("paper",),
+    exact: bool = False,
+    drift: bool = True,
 ) -> int:
     """Values of every response token; the lower layers run once for all snapshots.
 
-    ``moving``: directions that are not 0 everywhere.
+    ``scores``, ``exact``: what is valued. ``drift``: whether stability moves anything; else its exact column costs nothing.
     """
     lower = lower_flops(m, s)
-    if estimator != "ghost":  # forward mode: three products for one, once per direction
-        upper = 6 * m.scored * s.tokens + 12 * m.attention * m.scored_layers * s.blocks + 6 * m.head * s.predicting
-        return lower + snapshots * moving * upper
-    band = 0
-    if window > 0:
-        band = 2 * m.attention * s.blocks + 2 * m.value_width * (BLOCK + window) * s.tokens
-    contraction = 2 * DIRECTIONS * m.scored * s.predicting
-    return lower + snapshots * (ghost_flops(m, s) - lower + m.scored_layers * band + contraction)
+    each = loss_flops(m, s) - lower
+    if {"paper", "gradient_norm"} & set(scores):
+        each += backward_flops(m, s) + 2 * m.head * s.predicting
+    if "paper" in scores:
+        each += 2 * DIRECTIONS * m.scored * s.predicting
+        if window > 0:
+            band = 2 * m.attention * s.blocks + 2 * m.value_width * (BLOCK + window) * s.tokens
+            each += m.scored_layers * band
+    if "information" in scores or exact:
+        each += tangent_flops(m, s)
+    if exact and drift:  # a forward pass of the scored layers of its own
+        each += 2 * m.scored * s.tokens + 4 * m.attention * m.scored_layers * s.squares + tangent_flops(m, s)
+    return lower + snapshots * each
+
+
+def tangent_flops(m: ModelCosts, s: Shapes) -> int:
+    """The derivative along one direction beside a forward pass: W h' + M h, attention block by block, and the head."""
+    return 4 * m.scored * s.tokens + 10 * m.attention * m.scored_layers * s.blocks + 2 * m.head * s.predicting
 
 
 def rehearsal_flops(m: ModelCosts, train: Shapes, validation: Shapes, refreshes: int, rho: float, values: int) -> int:
@@ -192,9 +209,18 @@ def pair_flops(m: ModelCosts, s: Shapes, drift: str, two_models: bool) -> int:
     return (loss_flops(m, s) if two_models else 0) + (upper if drift == "warmup" else 0)
 
 
-def value_floor(m: ModelCosts, tokens: int, predicting: int) -> int:
-    """The least that valuation can cost: forward, backward through activations, contractions; no padding."""
-    return 2 * (m.lower + 2 * m.scored) * tokens + (4 * m.head + 4 * m.scored) * predicting
+def value_floor(m: ModelCosts, tokens: int, predicting: int, scores: Collection[str] = ("paper",)) -> int:
+    """The least that valuation can cost, without padding and attention: forward; backward through activations and
+    contractions; the derivative along one direction, whose products M h the contraction uses as well."""
+    floor = 2 * (m.lower + m.scored) * tokens + 2 * m.head * predicting
+    if {"paper", "gradient_norm"} & set(scores):
+        floor += 2 * m.scored * tokens + 2 * m.head * predicting
+    if "paper" in scores:
+        floor += 4 * m.scored * predicting
+    if "information" in scores:
+        floor += 4 * m.scored * tokens + 2 * m.head * predicting
+        floor -= 2 * m.scored * predicting if "paper" in scores else 0
+    return floor
 
 
 def sampling_flops(m: ModelCosts, rows: int, prompt: int, new: int) -> int:

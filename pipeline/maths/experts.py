@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from alphatoken.pipeline.maths.decoder import is_stacked_experts
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from alphatoken.pipeline.maths.decoder import is_stacked_experts
 
 NAME = "alphatoken"
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+
 from alphatoken.pipeline.maths.masking import Floats, Ints, float_of_key, order_keys
 
 WIDE_DIGITS_UP_TO = 1 << 14  # wanted order statistics; 32 MiB of counts

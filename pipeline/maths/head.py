@@ -166,7 +166,9 @@ def read_head(
             found.append(_read(work, wanted, readings, derived, memory))
             if backward:
                 errors = work.to(own.dtype)
-                gradients.append(errors @ weight if weight is not None else torch.autograd.grad(logits, part, errors)[0])
+                gradients.append(
+                    errors @ weight if weight is not None else torch.autograd.grad(logits, part, errors)[0]
+                )
             if start == 0:
                 weight = plain_weight(part, logits)
     return torch.cat(found, dim=1), torch.cat(gradients) if backward else None

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import torch
+
 from alphatoken.pipeline.maths.capture import Captured
 from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers
 

@@ -24,6 +24,7 @@ from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
+
 from alphatoken.pipeline.maths.masking import Floats, Ints
 
 STEPS = 16

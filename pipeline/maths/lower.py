@@ -12,8 +12,9 @@ from typing import Any
 from weakref import WeakSet
 
 import torch
-from alphatoken.pipeline.maths.decoder import ScoredLayers
 from torch import nn
+
+from alphatoken.pipeline.maths.decoder import ScoredLayers
 
 _IN_TUPLES: WeakSet[nn.Module] = WeakSet()  # layers that return the hidden state with something beside it
 

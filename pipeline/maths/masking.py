@@ -54,9 +54,7 @@ def stability_of(columns: Mapping[str, Floats], score: str, per_norm: bool = Fal
     return per_gradient_norm(found, columns) if per_norm else found
 
 
-def per_gradient_norm(
-    found: npt.NDArray[np.float64], columns: Mapping[str, Floats]
-) -> npt.NDArray[np.float64]:
+def per_gradient_norm(found: npt.NDArray[np.float64], columns: Mapping[str, Floats]) -> npt.NDArray[np.float64]:
     """Divided by the token's ``gradient_norm``, and 0 where that is 0: a token without a gradient teaches nothing."""
     norms = columns["gradient_norm"].astype(np.float64)
     return np.divide(found, norms, out=np.zeros_like(found), where=norms > 0)

@@ -5,11 +5,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 
 import torch
+from torch import nn
+
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.capture import Captured, frozen
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.maths.ghost import ghost_pass
-from torch import nn
 
 
 class NonFinite(ArithmeticError):

@@ -6,6 +6,7 @@ gradient  G_l = sum over positions of  d_p h_p^T            Fisher  F_l = sum ov
 from __future__ import annotations
 
 import torch
+
 from alphatoken.pipeline.maths.capture import Captured
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 

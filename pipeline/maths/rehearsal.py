@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, by_token_budget
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers
@@ -50,9 +51,7 @@ class RehearsedModel:
     the list that an earlier call with the same batch has filled.
     """
 
-    def __init__(
-        self, scored: ScoredLayers, window: int, attention: str, scores: Sequence[str], exact: bool
-    ) -> None:
+    def __init__(self, scored: ScoredLayers, window: int, attention: str, scores: Sequence[str], exact: bool) -> None:
         self.scored, self.window, self.attention = scored, window, attention
         self.scores, self.exact = scores, exact
 

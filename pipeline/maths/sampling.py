@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
 from transformers import GenerationConfig
+
+from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
 
 
 @torch.no_grad()

@@ -12,10 +12,11 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.capture import frozen
 from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
-from torch import nn
 
 
 @dataclass(frozen=True, slots=True)

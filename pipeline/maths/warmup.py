@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
+
 from alphatoken.pipeline.maths.adamw import ScoredAdamW
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import ScoredLayers

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+
 from alphatoken.pipeline.anchor.coverage import as_json, warning
 from alphatoken.pipeline.anchor.stage import SUMS
 from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH, TOKENS_PER_PASS
 from alphatoken.pipeline.cluster.batched_worker import CPU_TOKENS
 from alphatoken.pipeline.maths.batch import response_start
 from alphatoken.pipeline.maths.costs import (
-    DIRECTIONS,
     ModelCosts,
     Shapes,
     budget_shapes,
@@ -36,12 +36,12 @@ from alphatoken.pipeline.maths.costs import (
 )
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.models import ModelSource, load_config
-from alphatoken.pipeline.maths.selectors import SELECTORS
 from alphatoken.pipeline.plan.sample import Sample, sample_data
 from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
 from alphatoken.pipeline.prepare.pairs import Pair
 from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
 from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.settings import Settings
 
 UTILISATION = 0.35
@@ -53,12 +53,13 @@ ACCELERATORS = {
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) -> dict[str, Any]:
-    """The plan as nested JSON values; ``checkpoints`` of model.policy and ``reference``: resolved.
+def make_plan(run: Run) -> dict[str, Any]:
+    """The plan as nested JSON values.
 
     Raises SettingsWrong and RunFailed for data or a model that the run would refuse as well.
     """
-    own, policy, several = settings.model, checkpoints[0], len(checkpoints)
+    settings, models = run.settings, run.models
+    own, policy, several = settings.model, models.policy, len(models.checkpoints)
     config = load_config(ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code))
     dtype = _dtype(settings, config)
     try:
@@ -66,11 +67,10 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
-    # Only now is it known whether the data is of pairs, as in run_anchor.
+    # Only now is it known whether the data is of pairs, as in make_anchors.
     if settings.valuation.needs_directions and (wrong := settings.anchor_problems(bool(sample.pairs))):
         raise SettingsWrong(wrong)
-    settings = settings.for_data(bool(sample.pairs))
-    drift = planned_drift(settings, checkpoints, reference)
+    drift = planned_drift(settings, models)
     budget = settings.valuation.tokens_per_batch
     budget = budget if isinstance(budget, int) else CPU_TOKENS
     shapes = train_shapes(sample, budget)
@@ -81,12 +81,19 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     if settings.valuation.needs_directions:
         anchor = anchor_flops(costs, sample, settings, drift, several)
         value = several * planned_values(costs, sample, shapes, settings, snapshots, drift)
-        floor = value_floor(costs, round(tokens * scale), round(response * scale))
+        floor = value_floor(costs, round(tokens * scale), round(response * scale), settings.valuation.scores)
     else:
         anchor = {"flops": 0}
-        value = floor = len(SELECTORS[settings.valuation.method].models) * loss_flops(costs, shapes)
+        value = floor = planned_values(costs, sample, shapes, settings, 1, "none")
+    if settings.valuation.reference_loss:
+        value += loss_flops(costs, shapes)
     if sample.pairs:
-        value += pair_flops(costs, shapes, drift, list(checkpoints) != [reference])
+        value += pair_flops(
+            costs,
+            shapes,
+            drift,
+            list(models.checkpoints) != [models.reference] and not settings.valuation.reference_loss,
+        )
     stages = {
         "prepare": {"flops": 0},
         "anchor": anchor,
@@ -116,7 +123,7 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
             "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
             "layers": costs.layers, "scored_layers": costs.scored_layers, "drift": drift, "snapshots": snapshots,
             "checkpoints": several,
-            "values": settings.valuation.estimator if settings.valuation.needs_directions else settings.valuation.method,
+            "columns": list(settings.valuation.columns),
             "scored_modules": [linear.name for linear in scored.maps], "coverage": coverage,
             "coverage_warning": warning(scored.coverage),
         },
@@ -132,10 +139,10 @@ def make_plan(settings: Settings, checkpoints: Sequence[str], reference: str) ->
     }  # fmt: skip
 
 
-def planned_drift(settings: Settings, checkpoints: Sequence[str], reference: str) -> str:
+def planned_drift(settings: Settings, models: Models) -> str:
     """anchor.drift with ``auto`` resolved by place; the run itself compares contents."""
     drift = settings.anchor.drift
-    start = list(checkpoints) == [reference]
+    start = list(models.checkpoints) == [models.reference]
     if settings.valuation.rehearsed and drift in ("auto", "none"):
         if not settings.valuation.rehearsal.stability_weight:
             return "none"
@@ -148,8 +155,9 @@ def planned_values(
 ) -> int:
     """Operations of the value stage; of a rehearsal with its padding taken for that of the static schedule."""
     own = settings.valuation
-    moving = 1 if drift == "none" else DIRECTIONS
-    values = value_flops(m, shapes, own.window, snapshots, own.estimator, moving)
+    if not own.columns:
+        return 0
+    values = value_flops(m, shapes, own.window, snapshots, own.scores, own.exact, drift != "none")
     if not own.rehearsed:
         return values
     steps = -(-sample.train_rows // own.rehearsal.batch_size)

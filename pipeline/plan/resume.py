@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 from alphatoken.pipeline.plan.share import UPSTREAM, stage_inputs
 from alphatoken.pipeline.run.fingerprint import differences, digest
-from alphatoken.pipeline.run.manifest import Manifest
-from alphatoken.pipeline.run.storage import Storage
-from alphatoken.pipeline.settings import STAGES, Settings
+from alphatoken.pipeline.run.run import Run
+from alphatoken.pipeline.settings import STAGES
 
 
-def resume_state(
-    storage: Storage, manifest: Manifest, settings: Settings, checkpoints: Sequence[str], reference: str
-) -> dict[str, dict[str, Any]]:
+def resume_state(run: Run) -> dict[str, dict[str, Any]]:
     """Stage -> ``state``: new | done | continues | refused | overwritten, with the facts that belong to it."""
+    manifest, settings = run.manifest, run.settings
     if not manifest.content["stages"]:
-        return {stage: {"state": "new"} for stage in STAGES}
-    inputs = stage_inputs(settings, checkpoints, reference)
+        skipped = set() if settings.valuation.needs_directions else {"anchor"}
+        return {stage: {"state": "skipped" if stage in skipped else "new"} for stage in STAGES}
+    inputs = stage_inputs(run)
     first = settings.run.overwrite
     anew = STAGES[STAGES.index(first) :] if first else ()
     found: dict[str, dict[str, Any]] = {}
     for stage in UPSTREAM:
         record = manifest.stage(stage)
-        if stage in anew:
+        if stage not in inputs:
+            found[stage] = {"state": "skipped"}
+        elif stage in anew:
             found[stage] = {"state": "overwritten"}
         elif not record:
             found[stage] = {"state": "new"}
@@ -38,20 +38,20 @@ def resume_state(
         elif manifest.done(stage):
             found[stage] = {"state": "done"}
         else:
-            found[stage] = {"state": "continues", **_progress(storage, manifest, stage)}
+            found[stage] = {"state": "continues", **_progress(run, stage)}
     mask = f"mask/{settings.mask.name}"
-    done = manifest.done(mask) and storage.exists(f"masks/{settings.mask.name}/summary.json")
+    done = manifest.done(mask) and run.storage.exists(f"masks/{settings.mask.name}/summary.json")
     state = "overwritten" if "mask" in anew else "done" if done else "new"
     found["mask"] = {"state": state, "name": settings.mask.name}
     return found
 
 
-def _progress(storage: Storage, manifest: Manifest, stage: str) -> dict[str, Any]:
+def _progress(run: Run, stage: str) -> dict[str, Any]:
     """Parts that are complete already."""
-    parts = manifest.stage("prepare")["counts"].get("parts", [])
+    parts = run.manifest.stage("prepare")["counts"].get("parts", [])
     if stage == "anchor" or not parts:
         return {}
     directory = "prepared" if stage == "prepare" else "values"
-    fingerprint = manifest.stage(stage)["fingerprint"]
-    complete = sum(storage.rows_of(f"{directory}/{part}", fingerprint) is not None for part in parts)
+    fingerprint = run.manifest.stage(stage)["fingerprint"]
+    complete = sum(run.storage.rows_of(f"{directory}/{part}", fingerprint) is not None for part in parts)
     return {"complete_shards": complete, "shards": len(parts)}

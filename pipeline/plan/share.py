@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
+
 from alphatoken.pipeline.anchor.stage import FISHER, anchor_inputs, drift_of, fisher_inputs
 from alphatoken.pipeline.anchor.tensors import read_metadata
 from alphatoken.pipeline.maths.models import ModelSource
@@ -19,54 +20,46 @@ from alphatoken.pipeline.prepare.sources import open_sources
 from alphatoken.pipeline.prepare.stage import is_preference, prepare_inputs, vocabulary_of
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.manifest import OUTPUTS, Manifest
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
-from alphatoken.pipeline.settings import Settings
-from alphatoken.pipeline.value.pairs import pair_inputs
-from alphatoken.pipeline.value.selection import selection_inputs
-from alphatoken.pipeline.value.stage import value_inputs
+from alphatoken.pipeline.value.inputs import value_inputs
 
 UPSTREAM = ("prepare", "anchor", "value")
 
 
-def stage_inputs(settings: Settings, checkpoints: Sequence[str], reference: str) -> dict[str, dict[str, Any]]:
-    """What prepare, anchor and value would depend on with these settings; opens the data, loads no model.
+def stage_inputs(run: Run) -> dict[str, dict[str, Any]]:
+    """What prepare, anchor and value, as far as they are run, would depend on; opens the data, loads no model.
 
-    ``checkpoints`` of model.policy and ``reference``: resolved. Raises SettingsWrong for data or a drift that cannot be used.
+    Raises SettingsWrong for data or a drift that cannot be used.
     """
+    settings, models = run.settings, run.models
     train = open_sources("data.train", settings.data.train)
     held_out = isinstance(settings.data.validation, int)
     validation = None if held_out else open_sources("data.validation", settings.data.validation)
-    model = settings.model
-    policy = checkpoints[0]
-    source = ModelSource(policy, model.revision, trust_remote_code=model.trust_remote_code)
+    own = settings.model
+    source = ModelSource(models.policy, own.revision, trust_remote_code=own.trust_remote_code)
     preference = is_preference(settings, train)
-    prepare = prepare_inputs(settings, policy, vocabulary_of(source), train, validation, preference)
-    settings = settings.for_data(preference)
-    drift = drift_of(settings, checkpoints, reference)
-    anchor = anchor_inputs(settings, prepare, checkpoints, reference, drift)
-    selected = not settings.valuation.needs_directions
-    value = (
-        selection_inputs(settings, digest(prepare), policy, reference)
-        if selected
-        else value_inputs(settings, digest(anchor))
-    )
-    if preference:
-        value = pair_inputs(value, settings, (policy, reference) if selected else None)
-    return {"prepare": prepare, "anchor": anchor, "value": value}
+    prepare = prepare_inputs(settings, models.policy, vocabulary_of(source), train, validation, preference)
+    found: dict[str, dict[str, Any]] = {"prepare": prepare}
+    if settings.valuation.needs_directions:
+        found["anchor"] = anchor_inputs(settings, models, prepare, drift_of(settings, models))
+    if preference or settings.valuation.columns:
+        anchor = digest(found["anchor"]) if "anchor" in found else None
+        found["value"] = value_inputs(settings, models, digest(prepare), anchor, preference)
+    return found
 
 
-def share_upstream(
-    storage: Storage, manifest: Manifest, inputs: dict[str, dict[str, Any]], donors: Sequence[Storage]
-) -> list[str]:
+def share_upstream(run: Run, donors: Sequence[Storage]) -> list[str]:
     """Take over every upstream stage that a donor has finished with equal inputs, and else its Fisher if that is equal.
 
-    ``inputs``: of ``stage_inputs``. A stage that was begun here already is left alone. Returns what was taken, as
-    ``"prepare from <place>"``.
+    A stage that was begun here already is left alone. Returns what was taken, as ``"prepare from <place>"``. Raises as
+    `stage_inputs`.
     """
+    storage, manifest, inputs = run.storage, run.manifest, stage_inputs(run)
     taken: list[str] = []
     for donor in donors:
         other = Manifest(donor)
-        for stage in UPSTREAM:
+        for stage in inputs:
             if own := manifest.stage(stage):
                 if own["fingerprint"] != digest(inputs[stage]):
                     return taken  # this command is going to be refused there, or to start anew from there
@@ -76,6 +69,8 @@ def share_upstream(
                     _share(donor, storage, directory)
                 manifest.adopt(stage, other.stage(stage))
                 taken.append(f"{stage} from {donor.root}")
+        if "anchor" not in inputs:
+            continue
         fisher = digest(fisher_inputs(inputs["anchor"]))
         missing = not manifest.stage("anchor") and not storage.exists(FISHER)
         if missing and read_metadata(donor, FISHER).get("fingerprint") == fisher:

@@ -8,10 +8,13 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+
 from alphatoken.data_schemas import (
     BRANCHES,
     COMPONENTS,
     PREFERENCE_REFERENCE,
+    REFERENCE,
+    SIGNED,
     masks_schema,
     preference_masks_schema,
     preference_values_schema,
@@ -23,7 +26,6 @@ from alphatoken.pipeline.prepare.stage import to_pair_table, to_table
 from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
-from alphatoken.pipeline.settings.valuation import NO_LOSS
 
 FINGERPRINT = "0" * 64
 HEADER_PER_TENSOR = 120  # bytes of a safetensors header: name, shape, offsets
@@ -52,17 +54,20 @@ def file_sizes(
 def _tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa.Table]:
     rows, schema = sample.train, masks_schema(settings.mask.extra_columns)
     values = {"id": [example.id for example in rows], **_values(rows, settings, drift)}
-    mask, own = _mask(rows, settings, schema.names), values_schema(settings.valuation.gradient_norm)
-    return {
+    mask, own = _mask(rows, settings, schema.names), values_schema(settings.valuation.columns)
+    found = {
         "prepared": to_table(rows),
         "values": pa.table([values[name] for name in own.names], schema=own),
         "masks, each": pa.table([mask[name] for name in schema.names], schema=schema),
     }
+    if settings.valuation.reference_loss:
+        logps = [_drawn(example, np.random.default_rng(0), signed=False) for example in rows]
+        found["reference"] = pa.table([values["id"], logps], schema=REFERENCE)
+    return found
 
 
 def _pair_tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa.Table]:
     pairs, schema = sample.pairs, preference_masks_schema(settings.mask.extra_columns)
-    norms = settings.valuation.gradient_norm
     prepared, random = to_pair_table(pairs), np.random.default_rng(settings.run.seed)
     drawn = random.standard_normal((5, len(pairs))).astype(np.float32)
     known: dict[str, Any] = {name: prepared[name] for name in ("id", "prompt", *BRANCHES)} | {"omega": drawn[0]}
@@ -76,7 +81,11 @@ def _pair_tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa
         }
         own["logps"] = [_drawn(example, random, signed=False) for example in rows]
         known |= {f"{branch}_{name}": column for name, column in own.items()}
-    schemas = {"values": preference_values_schema(norms), "reference": PREFERENCE_REFERENCE, "masks, each": schema}
+    schemas = {
+        "values": preference_values_schema(settings.valuation.columns),
+        "reference": PREFERENCE_REFERENCE,
+        "masks, each": schema,
+    }
     made = {n: pa.table([known[column] for column in s.names], schema=s) for n, s in schemas.items()}
     return {"prepared": prepared, **made}
 
@@ -102,24 +111,18 @@ def _weighed(table: pa.Table, rows: int, parts: int) -> int:
 
 def _zeros(settings: Settings, drift: str) -> set[str]:
     """The columns of values that are 0.0 throughout and take hardly any room."""
-    own = settings.valuation
-    if not own.needs_directions:
-        losses = set() if own.method in NO_LOSS else {"loss"}
-        scores = set() if own.method == "full" else {"adaptation_direct"}
-        return {*COMPONENTS, "loss"} - losses - scores
-    without_paths = own.window == 0 or own.estimator != "ghost"
-    causal = {name for name in COMPONENTS if name.endswith("causal") and without_paths}
-    return causal | {name for name in COMPONENTS if name.startswith("stability") and drift == "none"}
+    causal = {name for name in COMPONENTS if name.endswith("causal") and settings.valuation.window == 0}
+    return causal | {name for name in SIGNED if name.startswith("stability") and drift == "none"}
 
 
 def _values(examples: Sequence[Example], settings: Settings, drift: str) -> dict[str, list[list[float]]]:
     """Values as far as their size is concerned."""
     random, zeros = np.random.default_rng(settings.run.seed), _zeros(settings, drift)
-    names = values_schema(settings.valuation.gradient_norm).names[1:]
+    names = settings.valuation.columns
     columns: dict[str, list[list[float]]] = {name: [] for name in names}
     for example in examples:
         for name, rows in columns.items():
-            signed = name in COMPONENTS
+            signed = name in SIGNED
             rows.append([0.0] * len(example.labels) if name in zeros else _drawn(example, random, signed))
     return columns
 
@@ -134,7 +137,7 @@ def _drawn(example: Example, random: np.random.Generator, signed: bool) -> list[
 def _mask(examples: Sequence[Example], settings: Settings, names: Sequence[str]) -> dict[str, list[list[int]]]:
     """A mask that keeps mask.rho of the response tokens, drawn: real ones are hardly more regular."""
     random = np.random.default_rng(settings.run.seed)
-    share = 1.0 if settings.valuation.method == "full" else settings.mask.rho
+    share = 1.0 if settings.mask.score == "full" else settings.mask.rho
     columns: dict[str, list[list[int]]] = {name: [] for name in names}
     for example in examples:
         labels = np.array(example.labels)

@@ -21,9 +21,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+
 from alphatoken.pipeline.run.cache import cache_directory
 from alphatoken.pipeline.run.failure import RunFailed
-from filelock import FileLock
 
 ROWS = 102
 LONGEST_PROMPT, LONGEST_CODE = 1000, 900  # characters; short rows keep the example within minutes on two cores

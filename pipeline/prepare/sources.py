@@ -22,6 +22,7 @@ from typing import IO, Any, cast
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_file
 from alphatoken.pipeline.run.redaction import redacted

@@ -14,8 +14,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
-from alphatoken.pipeline.cluster.shard_loop import Cluster, Resources, Shard, WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import Resources, Shard, WorkerPool
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
 from alphatoken.pipeline.prepare.draw import draw_order, part_of
@@ -25,9 +26,8 @@ from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model
-from alphatoken.pipeline.run.manifest import Manifest
-from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.run import Run, Workers
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.run import NO_PAIRS
@@ -119,14 +119,13 @@ def to_pair_table(pairs: Iterable[Pair]) -> pa.Table:
     return pa.table({name: columns[name] for name in PREFERENCE_PREPARED.names}, schema=PREFERENCE_PREPARED)
 
 
-def run_prepare(
-    storage: Storage, manifest: Manifest, settings: Settings, policy: str, cluster: Cluster, progress: Progress
-) -> None:
-    """Write prepared/ and quarantine/, unless done already.
+def make_prepared(run: Run) -> None:
+    """Write prepared/ and quarantine/, unless done already. Raises SettingsWrong and RunFailed.
 
-    ``policy``: the resolved model.policy, whose tokenizer is used. Raises SettingsWrong and RunFailed.
+    The tokenizer is that of model.policy; of several checkpoints, that of the first.
     """
     started = time.monotonic()
+    policy, storage, manifest, settings = run.models.policy, run.storage, run.manifest, run.settings
     source = ModelSource(policy, settings.model.revision, trust_remote_code=settings.model.trust_remote_code)
     train = open_sources("data.train", settings.data.train)
     held_out = isinstance(settings.data.validation, int)
@@ -138,7 +137,7 @@ def run_prepare(
         "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}
     )
     if manifest.done("prepare") and not _missing(storage, manifest.stage("prepare")):
-        progress.say(f"prepare: done already, {manifest.stage('prepare')['counts']['rows_used']:,} examples")
+        run.progress.say(f"prepare: done already, {manifest.stage('prepare')['counts']['rows_used']:,} examples")
         return
     facts = _check(source, vocabulary, settings, train)
     # Names of files are part of the rows' identifiers: those that the stage was begun with, wherever the files are now.
@@ -147,8 +146,8 @@ def run_prepare(
     arguments = {"storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings}
     arguments["preference"] = preference
     total = train.starts[-1]
-    with cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(cluster, total)) as pool:
-        stage = _Prepare(storage, settings, fingerprint, pool, progress)
+    with run.cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(run.cluster, total)) as pool:
+        stage = _Prepare(run, fingerprint, pool)
         drawn, counts = stage.hold_out(train, validation)
         rows = training_rows(total, drawn, settings)
         parts = _plan(len(rows), settings.data.shard_examples)
@@ -165,9 +164,9 @@ def run_prepare(
         plain["rows_in"] = len(rows) + len(drawn)
         plain["rows_used"] = plain["rows_in"] - plain.get("quarantined", 0)
     manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **plain)
-    progress.say(
+    run.progress.say(
         f"prepare: {plain['train_rows']:,} training examples in {len(parts)} shard(s), {plain['validation_rows']:,} for "
-        f"validation, {plain['fisher_rows']:,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
+        f"validation, {plain.get('fisher_rows', 0):,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
         f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({_listed(reasons)})" if reasons else "")
     )
 
@@ -209,12 +208,20 @@ def prepare_inputs(
         **({"data.part": data.part} if data.part else {}),
         "data.chat_template": data.chat_template,
         "data.columns": data.columns.given(),
-        "anchor.fisher.prompts": settings.anchor.fisher.prompts,
+        "anchor.fisher.prompts": settings.anchor.fisher.prompts if settings.makes_fisher else 0,
         "run.seed": settings.run.seed,
         "tokenizer": of_model(policy, tokenizer_only=True),
         "vocabulary": vocabulary,
         "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }
+
+
+def fisher_prompts(settings: Settings, rows: int) -> int:
+    """How many of ``rows`` rows are held out as prompts; 0 where no Fisher is made."""
+    if not settings.makes_fisher:
+        return 0
+    asked = settings.anchor.fisher.prompts
+    return min(MOST_FISHER_PROMPTS, max(1, rows // 10)) if isinstance(asked, str) else asked
 
 
 def held_out_digest(inputs: Mapping[str, Any]) -> str | None:
@@ -262,7 +269,7 @@ def _plan(rows: int, per_shard: int) -> list[str]:
     return [f"part-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
 
 
-def _resources(cluster: Cluster, rows: int) -> Resources:
+def _resources(cluster: Workers, rows: int) -> Resources:
     resources = cluster.tokenizer_resources()
     few = max(1, -(-rows // 256))  # starting a worker takes longer than tokenizing some hundred rows
     return Resources(min(resources.workers, few), resources.cpus, resources.gpus)
@@ -304,11 +311,9 @@ def _check(source: ModelSource, vocabulary: int, settings: Settings, train: Sour
 class _Prepare:
     """One run of the stage."""
 
-    def __init__(
-        self, storage: Storage, settings: Settings, fingerprint: str, pool: WorkerPool, progress: Progress
-    ) -> None:
-        self.storage, self.settings, self.fingerprint = storage, settings, fingerprint
-        self.pool, self.progress = pool, progress
+    def __init__(self, run: Run, fingerprint: str, pool: WorkerPool) -> None:
+        self.storage, self.settings, self.progress = run.storage, run.settings, run.progress
+        self.fingerprint, self.pool = fingerprint, pool
 
     def hold_out(self, train: Sources, validation: Sources | None) -> tuple[set[int], Counter[str]]:
         """Write validation.parquet and fisher.parquet; returns the training rows that they took, and the counts.
@@ -318,10 +323,10 @@ class _Prepare:
         """
         total = train.starts[-1]
         wanted_validation = int(self.settings.data.validation) if validation is None else 0
-        asked = self.settings.anchor.fisher.prompts
-        wanted_fisher = min(MOST_FISHER_PROMPTS, max(1, total // 10)) if isinstance(asked, str) else asked
+        wanted_fisher = fisher_prompts(self.settings, total)
         wanted = wanted_validation + wanted_fisher
         if wanted >= total:
+            asked = self.settings.anchor.fisher.prompts
             raise SettingsWrong(
                 [
                     f"data.train has {total} rows, of which data.validation={self.settings.data.validation} and "

@@ -15,39 +15,42 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 import pyarrow.parquet as pq
-from alphatoken.data_schemas import COMPONENTS, GRADIENT_NORM
+
+from alphatoken.data_schemas import COMPONENTS, KEPT
 from alphatoken.pipeline.mask.comparison import MaskPlace, branches_of, compare
-from alphatoken.pipeline.mask.paired_rows import IGNORED
+from alphatoken.pipeline.mask.paired_rows import IGNORED, PairedParts, PairedRows
 from alphatoken.pipeline.mask.rehearsed import is_rehearsed
-from alphatoken.pipeline.maths.masking import token_values
+from alphatoken.pipeline.mask.stage import mask_part
+from alphatoken.pipeline.mask.valuing import Valuing
+from alphatoken.pipeline.maths.masking import RANDOM, sums_by_row
 from alphatoken.pipeline.report.heat_map import HeatMap, heat_map
 from alphatoken.pipeline.report.histogram import HEIGHT, WIDTH, Histogram
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.manifest import Manifest
-from alphatoken.pipeline.run.progress import Progress
-from alphatoken.pipeline.run.storage import Storage
-from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.run.run import Run
+from alphatoken.pipeline.settings import MaskSettings
 
 PAGE = "report/index.html"
 TEMPLATE = "report.html.jinja"
 EXAMPLES = 4
 LOSS_NATS = 12.0
+FRACTIONS = "kept fraction of an example's response"
 ROWS_AT_ONCE = 256
 
 
-def run_report(storage: Storage, manifest: Manifest, settings: Settings, progress: Progress) -> str:
+def make_report(run: Run) -> str:
     """Write report/index.html and return its path; the mask shown in detail is mask.name, else the first there is.
 
     Of preference pairs, each branch has its own histograms and examples. Raises RunFailed before there is a mask.
     """
-    manifest.require("value", "report")
+    storage, manifest = run.storage, run.manifest
     done = [s.partition("/")[2] for s in manifest.content["stages"] if s.startswith("mask/") and manifest.done(s)]
     names = [name for name in done if storage.exists(f"masks/{name}/summary.json")]  # some may have been removed since
     if not names:
         raise RunFailed(f"report needs a mask, and there is none in {storage.root}: run `alphatoken mask` first")
-    shown = settings.mask.name if settings.mask.name in names else names[0]
-    storage.write_bytes(PAGE, _page(storage, manifest, names, shown, progress).encode())
-    progress.say(f"report: {storage.path(PAGE)}")
+    shown = run.settings.mask.name if run.settings.mask.name in names else names[0]
+    storage.write_bytes(PAGE, _page(run, names, shown).encode())
+    run.progress.say(f"report: {storage.path(PAGE)}")
     return storage.path(PAGE)
 
 
@@ -61,12 +64,13 @@ class _Picture:
     examples: list[HeatMap] = field(default_factory=list)
 
 
-def _page(storage: Storage, manifest: Manifest, names: list[str], shown: str, progress: Progress) -> str:
+def _page(run: Run, names: list[str], shown: str) -> str:
+    storage, manifest = run.storage, run.manifest
     summaries = {name: storage.read_json(f"masks/{name}/summary.json") for name in names}
     places = [MaskPlace(storage, name, branch) for name in names for branch in branches_of(storage)]
     compared = compare(MaskPlace(storage, shown), places)
     decode, trouble = _decoder(manifest)
-    pictures = [_look(place, decode, progress) for place in places if place.name == shown]
+    pictures = [_look(run, place, decode) for place in places if place.name == shown]
     stages = manifest.content["stages"]
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -108,7 +112,7 @@ def _warnings(manifest: Manifest, summaries: dict[str, Any]) -> list[str]:
     left_out = anchor.get("coverage", {}).get("left_out", [])
     if left_out:
         found.append(f"{len(left_out)} matrices of the scored layers are not scored: {', '.join(left_out)}.")
-    if anchor.get("drift") == "none" and not is_rehearsed(manifest.stage("value")["inputs"]):
+    if anchor.get("drift") == "none" and not is_rehearsed(manifest.stage("value").get("inputs", {})):
         found.append("There is no drift, so that stability values are zero.")
     for name, summary in summaries.items():
         for branch, own in summary.get("branches", {"": summary}).items():
@@ -133,74 +137,78 @@ def _decoder(manifest: Manifest) -> tuple[Callable[[int], str], list[str]]:
     return lambda token: str(tokenizer.decode([token], clean_up_tokenization_spaces=False)), []
 
 
-def _look(place: MaskPlace, decode: Callable[[int], str], progress: Progress) -> _Picture:
+def _look(run: Run, place: MaskPlace, decode: Callable[[int], str]) -> _Picture:
     """One pass over prepared, values and one mask, some rows at a time."""
-    summary, parts = place.summary, Manifest(place.storage).stage("prepare")["counts"]["parts"]
-    histograms = {}
-    for column in (*COMPONENTS, "value"):
-        reach = 3 * summary["columns"][column]["rms"] or 1.0
-        histograms[column] = Histogram(column.replace("_", " "), -reach, reach)
-    histograms["loss"] = Histogram("loss, nats", 0.0, LOSS_NATS)
-    picture = _Picture(place.branch, histograms, Histogram("kept fraction of an example's response", 0.0, 1.0, 20))
-    total = summary["rows"]
+    summary, inputs = place.summary, run.manifest.stage("value").get("inputs", {})
+    columns = [name for name in summary["columns"] if name != "value"]
+    read = [name for name in columns if name != RANDOM]
+    there = [*inputs["columns"], *([KEPT] if is_rehearsed(inputs) else [])] if read else []
+    seed = run.manifest.stage(f"mask/{place.name}")["inputs"].get("run.seed", 0)
+    parts = PairedParts(run, ROWS_AT_ONCE, there, seed, place.branch)
+    valuing = Valuing(MaskSettings(**summary["settings"]), summary["scales"])
+    picture = _Picture(place.branch, _histograms(summary, columns), Histogram(FRACTIONS, 0.0, 1.0, 20))
+    total, row = summary["rows"], 0
     wanted = {index * total // EXAMPLES for index in range(EXAMPLES)}
-    row = 0
-    with progress.task(f"report {place.branch}".rstrip(), total, "rows") as task:
-        for part in parts:
-            for batch in _rows(place, part):
-                for one in batch:
-                    _add(picture, one, summary, decode if row in wanted else None)
-                    row += 1
-                task.advance(len(batch))
+    with run.progress.task(f"report {place.branch}".rstrip(), total, "rows") as task:
+        for part in parts.rows:
+            masked = _kept(place, part)
+            for rows, kept in zip(parts.part(part, columns, with_input_ids=True), masked, strict=True):
+                shown = {"value": valuing.values(rows), **rows.components}
+                _count(picture, rows, shown, kept)
+                for index in sorted(wanted & set(range(row, row + len(rows)))):
+                    picture.examples.append(_example(rows, shown, kept, index - row, summary, decode))
+                row += len(rows)
+                task.advance(len(rows))
     return picture
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    """One example over its tokens."""
-
-    id: str
-    input_ids: npt.NDArray[np.int32]
-    labels: npt.NDArray[np.int32]
-    kept: npt.NDArray[np.bool_]
-    columns: dict[str, npt.NDArray[np.float32]]
-
-
-def _rows(place: MaskPlace, part: str) -> Iterator[list[_Row]]:
-    names = (f"prepared/{part}", f"values/{part}", f"masks/{place.name}/{part.replace('part-', 'train-', 1)}")
-    opened = [pq.ParquetFile(place.storage.path(name), filesystem=place.storage.fs) for name in names]
-    own = f"{place.branch}_" if place.branch else ""
-    shown = [name for name in (*COMPONENTS, "loss", GRADIENT_NORM) if own + name in opened[1].schema_arrow.names]
-    wanted = (["id", f"{own}input_ids", f"{own}labels"], [own + column for column in shown], [f"{own}labels"])
-    try:
-        batches = [f.iter_batches(ROWS_AT_ONCE, columns=c) for f, c in zip(opened, wanted, strict=True)]
-        for prepared, values, masked in zip(*batches, strict=True):
-            rows = []
-            for i in range(prepared.num_rows):
-                ids, labels = (prepared.column(c)[i].values.to_numpy() for c in wanted[0][1:])
-                columns = {c: values.column(own + c)[i].values.to_numpy(zero_copy_only=False) for c in shown}
-                kept = masked.column(0)[i].values.to_numpy() != IGNORED
-                rows.append(_Row(prepared.column("id")[i].as_py(), ids, labels, kept, columns))
-            yield rows
-    finally:
-        for file in opened:
-            file.close()
+def _histograms(summary: dict[str, Any], columns: list[str]) -> dict[str, Histogram]:
+    """Of the values and of every column; where it has no sign, from 0 on."""
+    found = {}
+    for name in ("value", *columns):
+        own = summary["columns"][name]
+        reach = 3 * own["rms"] or 1.0
+        low = 0.0 if own["min"] >= 0 and own["max"] > 0 else -reach
+        found[name] = Histogram(name.replace("_", " "), low, reach)
+    if "loss" in found:
+        found["loss"] = Histogram("loss, nats", 0.0, LOSS_NATS)
+    return found
 
 
-def _add(picture: _Picture, row: _Row, summary: dict[str, Any], decode: Callable[[int], str] | None) -> None:
-    response = row.labels != IGNORED
-    settings = summary["settings"]
-    value = token_values(
-        row.columns, settings["stability_weight"], summary["scales"], settings.get("loss_weight", 0.0),
-        settings.get("divide_by_gradient_norm", False),
-    )  # fmt: skip
-    columns = {"value": value, **row.columns}
+def _kept(place: MaskPlace, part: str) -> Iterator[npt.NDArray[np.bool_]]:
+    """Which tokens a mask keeps, ``(tokens,)``, ROWS_AT_ONCE rows at a time."""
+    name, column = f"masks/{place.name}/{mask_part(part)}", f"{place.branch}_labels" if place.branch else "labels"
+    with pq.ParquetFile(place.storage.path(name), filesystem=place.storage.fs) as file:
+        for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
+            yield batch.column(0).flatten().to_numpy() != IGNORED
+
+
+def _count(
+    picture: _Picture, rows: PairedRows, shown: dict[str, npt.NDArray[Any]], kept: npt.NDArray[np.bool_]
+) -> None:
+    inside = kept[rows.response]
     for name, histogram in picture.histograms.items():
-        histogram.add(columns[name][response], row.kept[response])
-    if response.any():
-        picture.fractions.add(np.array([row.kept[response].mean()]), np.array([True]))
-    if decode is not None:
-        scale = summary["columns"]["value"]["rms"]
-        picture.examples.append(
-            heat_map(row.id, row.input_ids.tolist(), row.labels.tolist(), row.kept, columns, scale, decode)
-        )
+        histogram.add(shown[name], inside)
+    sizes = np.diff(rows.offsets)
+    fractions = sums_by_row(inside, rows.offsets)[sizes > 0] / sizes[sizes > 0]
+    picture.fractions.add(fractions, np.ones(len(fractions), np.bool_))
+
+
+def _example(
+    rows: PairedRows,
+    shown: dict[str, npt.NDArray[Any]],
+    kept: npt.NDArray[np.bool_],
+    index: int,
+    summary: dict[str, Any],
+    decode: Callable[[int], str],
+) -> HeatMap:
+    start, stop = rows.token_offsets()[index : index + 2]
+    assert rows.input_ids is not None
+    columns = {}
+    for name, values in shown.items():
+        full = np.zeros(len(rows.response), values.dtype)
+        full[rows.response] = values
+        columns[name] = full[start:stop]
+    ids, labels = (column[index].values.to_pylist() for column in (rows.input_ids, rows.labels))
+    scale = summary["columns"]["value"]["rms"]
+    return heat_map(rows.ids[index].as_py(), ids, labels, kept[start:stop], columns, scale, decode)

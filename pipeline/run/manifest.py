@@ -20,7 +20,7 @@ from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import STAGES
 
 NAME = "run.json"
-SCHEMA = 1
+SCHEMA = 2  # 1: values/ of one method, before columns had one meaning each
 PACKAGES = ("alphatoken", "torch", "transformers", "tokenizers", "ray", "pyarrow", "datasets", "safetensors")
 OUTPUTS = {
     "prepare": ("prepared", "quarantine"),
@@ -139,10 +139,11 @@ def _read(storage: Storage) -> dict[str, Any]:
         content = storage.read_json(NAME)
         if isinstance(content, dict) and content["schema"] == SCHEMA and isinstance(content["stages"], dict):
             return content
-        reason = "it is of another version"
+        found = content.get("schema") if isinstance(content, dict) else None
+        reason = f"its schema is {found}, this version of alphatoken reads {SCHEMA}"
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError) as error:
         reason = f"{type(error).__name__}: {error}"
-    raise RunFailed(f"{storage.path(NAME)} is not a manifest of this version ({reason}): choose another run.dir")
+    raise RunFailed(f"{storage.path(NAME)} cannot be gone on with ({reason}): choose another run.dir")
 
 
 def _versions() -> dict[str, str]:

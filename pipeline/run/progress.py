@@ -7,7 +7,6 @@ import time
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from alphatoken.pipeline.run.redaction import redacted
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -18,6 +17,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.progress import Progress as RichProgress
+
+from alphatoken.pipeline.run.redaction import redacted
 
 if TYPE_CHECKING:
     from alphatoken.pipeline.run.run_log import RunLog

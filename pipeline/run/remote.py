@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 import pyarrow.fs as pafs
+
 from alphatoken.pipeline.run.attempts import insist
 from alphatoken.pipeline.run.cache import cache_directory
 from alphatoken.pipeline.run.redaction import redacted

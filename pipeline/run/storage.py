@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.fs as pafs
 import pyarrow.parquet as pq
+
 from alphatoken.data_schemas import check
 from alphatoken.pipeline.run.attempts import insist
 

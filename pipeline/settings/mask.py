@@ -54,9 +54,7 @@ class MaskSettings:
         "labels and write a loss_weight between 0 and 1 beside them",
     )
     batch_size: int = option(64, "examples per batch, for mask.scope=batch")
-    normalize: str = option(
-        "none", "none | rms: divide score, stability and loss by their own root mean square first"
-    )
+    normalize: str = option("none", "none | rms: divide score, stability and loss by their own root mean square first")
     divide_by_gradient_norm: bool = option(
         False, "divide score and stability of each token by its gradient_norm first (0 where that is 0)"
     )

@@ -1,6 +1,6 @@
 """The run as a whole, and the tree of all settings."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from alphatoken.pipeline.settings.anchor import AnchorSettings
 from alphatoken.pipeline.settings.cluster import ClusterSettings

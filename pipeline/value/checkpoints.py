@@ -16,6 +16,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+
 from alphatoken.data_schemas import SCHEMA_KEY
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
@@ -25,26 +26,24 @@ from alphatoken.pipeline.maths.models import ModelSource, load_config
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.remote import here
-from alphatoken.pipeline.run.run import Run
+from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.worker import ValueTask, ValueWorker
 
 
-def check_checkpoints(settings: Settings, checkpoints: Sequence[str], reference: str) -> None:
+def check_checkpoints(settings: Settings, models: Models) -> None:
     """Raise SettingsWrong where a checkpoint, or the reference, is of another architecture or shape than the first.
 
     From the configurations alone: no weights are loaded.
     """
-    named = [*(("model.policy", path) for path in checkpoints), ("model.reference", reference)]
+    named = [*(("model.policy", path) for path in models.checkpoints), ("model.reference", models.reference)]
     shapes = [_shapes(settings, key, path) for key, path in named]
     for (key, path), other in zip(named, shapes, strict=True):
         if other != shapes[0]:
             wrong = next(n for n in sorted(shapes[0].keys() | other.keys()) if shapes[0].get(n) != other.get(n))
             raise SettingsWrong(
-                [
-                    f"{key}: {path} differs from {checkpoints[0]} at {wrong}: checkpoints of one run have one architecture"
-                ]
+                [f"{key}: {path} differs from {models.policy} at {wrong}: checkpoints of one run have one architecture"]
             )
 
 

@@ -17,7 +17,9 @@ REHEARSAL_KEYS = ("rho", "stability_weight", "batch_size", "learning_rate", "ref
 def value_inputs(settings: Settings, models: Models, prepare: str, anchor: str | None, pairs: bool) -> dict[str, Any]:
     """Everything that values/ depends on; ``prepare``, ``anchor``: fingerprints of these stages, None without anchors."""
     own, valuation = settings.model, settings.valuation
-    schema = preference_values_schema(valuation.columns) if pairs else values_schema(valuation.columns, valuation.rehearsed)
+    schema = (
+        preference_values_schema(valuation.columns) if pairs else values_schema(valuation.columns, valuation.rehearsed)
+    )
     inputs: dict[str, Any] = {
         "columns": list(valuation.columns),
         **({"valuation.window": valuation.window} if "paper" in valuation.scores else {}),

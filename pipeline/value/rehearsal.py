@@ -16,26 +16,27 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from alphatoken.data_schemas import COMPONENTS
 from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
 from alphatoken.pipeline.anchor.worker import FISHER
-from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.cluster.shard_loop import Shard, Shared, WorkerPool
+from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.adamw import ScoredAdamW
 from alphatoken.pipeline.maths.directions import fisher_drift
 from alphatoken.pipeline.maths.models import ModelSource
 from alphatoken.pipeline.maths.rehearsal import kept_in_batch, lanes_of, without_masked
 from alphatoken.pipeline.maths.warmup import schedule
+from alphatoken.pipeline.prepare.reader import prepared_rows
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_model
 from alphatoken.pipeline.run.progress import Task
-from alphatoken.pipeline.prepare.reader import prepared_rows
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
-from alphatoken.pipeline.value.inputs import checked_anchor, value_inputs
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.run import NO_PAIRS
+from alphatoken.pipeline.value.inputs import checked_anchor, value_inputs
 from alphatoken.pipeline.value.rehearsal_rows import RehearsedRows
 from alphatoken.pipeline.value.rehearsal_worker import Group, LaneResult, LaneTask, RehearsalWorker
 

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+
 from alphatoken.data_schemas import KEPT, PREPARED, values_schema
 from alphatoken.pipeline.maths.batch import IGNORED
 from alphatoken.pipeline.maths.masking import Bools, Floats
@@ -36,7 +37,7 @@ class RehearsedRows:
         self.sizes = [table.num_rows for table in tables]
         self._read = _Sequences(pa.concat_tables(tables))
         self.rows, self.tokens = len(self._read.ids), int(self._read.offsets[-1])
-        self.steps = -(-self.rows // batch_size)
+        self.steps = -(-self.rows // self.batch_size)
         self.order = list(draw_order(self.rows, settings.run.seed))
         self._values = np.zeros((len(self.columns), self.tokens), np.float32)
         self._kept = np.zeros(self.tokens, np.bool_)

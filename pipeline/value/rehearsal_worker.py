@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.cluster.shard_loop import Shared
 from alphatoken.pipeline.maths.batch import Batch, collate

@@ -38,13 +38,13 @@ class Scoring:
         scores = [*valuation.scores, *(["loss"] if weighed and "loss" not in valuation.scores else [])]
         if valuation.needs_directions or "gradient_norm" in scores:
             checked_layers(model, settings)
-        directions = [directions_of(storage, index) for index in snapshots] or [None]
+        directions: list[Directions | None] = [directions_of(storage, index) for index in snapshots]
         try:
             self.valuers = [
                 TokenValuer(
                     model, each, valuation.layers, valuation.window, settings.model.attention, scores, valuation.exact
                 )
-                for each in directions
+                for each in directions or [None]
             ]
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error

@@ -1,7 +1,6 @@
 """The correlation between the ends of a fine-tune: what rows it is taken over."""
 
 from alphatoken.pipeline.maths.batch import IGNORED
-
 from benchmarks.quality.finetune import cut_responses
 
 

@@ -4,8 +4,8 @@ import random
 
 import numpy as np
 import pytest
-from alphatoken.pipeline.maths.batch import IGNORED
 
+from alphatoken.pipeline.maths.batch import IGNORED
 from benchmarks.quality.noise import area_under_curve, areas, plant_tokens, swap_rows
 
 

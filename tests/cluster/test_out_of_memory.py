@@ -4,6 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+
 from alphatoken.data_schemas import COMPONENTS, PREPARED, VALUES
 from alphatoken.pipeline.anchor.tensors import write_tensors
 from alphatoken.pipeline.maths.models import ModelSource
@@ -16,8 +17,9 @@ from alphatoken.pipeline.value.stage import ValueTask, ValueWorker
 @pytest.fixture
 def worker(tmp_path, policy):
     """Makes workers over one run directory with random directions and a part of rows of unequal length."""
-    from alphatoken.pipeline.maths.decoder import scored_layers
     from transformers import AutoModelForCausalLM
+
+    from alphatoken.pipeline.maths.decoder import scored_layers
 
     storage = Storage(str(tmp_path / "run"))
     weights = scored_layers(AutoModelForCausalLM.from_pretrained(policy), 2).weights()

@@ -8,11 +8,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from rich.console import Console
+
 from alphatoken.pipeline.cluster.shard_loop import ATTEMPTS, Cluster, Resources, Shard, WorkerPool
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.settings import ClusterSettings
-from rich.console import Console
 
 
 class Square:

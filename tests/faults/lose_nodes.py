@@ -5,10 +5,11 @@ import threading
 import time
 
 import ray
-from alphatoken.pipeline.cluster.shard_loop import Resources, Shard, WorkerPool
-from alphatoken.pipeline.run.progress import Progress
 from ray.cluster_utils import Cluster
 from rich.console import Console
+
+from alphatoken.pipeline.cluster.shard_loop import Resources, Shard, WorkerPool
+from alphatoken.pipeline.run.progress import Progress
 
 
 class Sleeper:

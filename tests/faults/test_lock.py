@@ -6,12 +6,12 @@ import threading
 import time
 
 import pytest
+
 from alphatoken.jobs.cli import main
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.lock import DIRECTORY, RunLock
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.storage import Storage
-
 from tests.faults.interrupted_run import python, until
 from tests.mask.synthetic_run import write_run
 

@@ -2,6 +2,9 @@
 
 import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from alphatoken import Directions, TokenValuer
 from alphatoken.pipeline.anchor import worker as anchor_worker
 from alphatoken.pipeline.anchor.tensors import counts_of, read_tensors, write_tensors
 from alphatoken.pipeline.anchor.worker import WARMUP_STATE, AnchorTask, AnchorWorker, Sequences
@@ -13,9 +16,6 @@ from alphatoken.pipeline.maths.warmup import warm_up
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import AnchorSettings, Settings, ValuationSettings
-from transformers import LlamaConfig, LlamaForCausalLM
-
-from alphatoken import Directions, TokenValuer
 
 
 def tiny(dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from alphatoken.pipeline.run.storage import Storage
 
+from alphatoken.pipeline.run.storage import Storage
 from tests.conftest import chat_row, save_model
 from tests.faults.interrupted_run import MANY_PIECES, contents, python, without_ray
 from tests.faults.object_store import SECRET, USER, every, slowly

@@ -9,6 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
 from alphatoken.data_schemas import PREPARED, QUARANTINE
 from alphatoken.pipeline.maths.models import ModelSource
 from alphatoken.pipeline.prepare import sources as reading
@@ -17,9 +20,6 @@ from alphatoken.pipeline.prepare.stage import PrepareWorker, _Task
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
-
 from tests.conftest import chat_row
 
 VOCABULARY = 320

@@ -7,11 +7,11 @@ import socket
 import psutil
 import pytest
 import torch
+
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_model
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.redaction import redacted
 from alphatoken.pipeline.run.storage import Storage
-
 from tests.conftest import save_model
 from tests.faults.interrupted_run import MANY_PIECES, family, python, until
 

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+from rich.console import Console
+
 from alphatoken.pipeline.cluster import shard_loop
 from alphatoken.pipeline.cluster.shard_loop import Resources, Shard, WorkerPool
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
-from rich.console import Console
-
 from tests.faults.interrupted_run import python
 
 TABLE = pa.table({"x": list(range(20_000))})

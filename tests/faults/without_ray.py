@@ -79,6 +79,7 @@ class InMemory:
 def driver(arguments: list[str], claimed: int, die_at_step: int | None) -> int:
     """One driver; writes a byte to ``claimed`` when the run directory is its own. Returns the exit status."""
     import torch
+
     from alphatoken.jobs import session
     from alphatoken.jobs.cli import main
     from alphatoken.pipeline.cluster import shard_loop
@@ -183,12 +184,13 @@ def finished(run: str) -> bool:
 
 
 if __name__ == "__main__":
+    import transformers  # noqa: F401 - once, for all the drivers to come
+
     import alphatoken.jobs.run
     import alphatoken.pipeline.anchor.stage
     import alphatoken.pipeline.mask.stage
     import alphatoken.pipeline.prepare.stage
     import alphatoken.pipeline.value.rehearsal
     import alphatoken.pipeline.value.stage  # noqa: F401
-    import transformers  # noqa: F401 - once, for all the drivers to come
 
     print(json.dumps(interrupt(sys.argv[3:], int(sys.argv[1]), int(sys.argv[2]))))

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+
 from alphatoken.data_schemas import COMPONENTS, VALUES
 from alphatoken.pipeline.anchor import stage as anchor
 from alphatoken.pipeline.value import checkpoints as checkpoint_values
-
 from tests.conftest import PREFERENCE, SMALL, save_model
 from tests.jobs.test_run import hashes
 

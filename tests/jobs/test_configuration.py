@@ -9,6 +9,7 @@ import jsonschema
 import pytest
 import ray
 import yaml
+
 from alphatoken.jobs.cli import COMMANDS
 from alphatoken.jobs.config import groups, keys, load
 from alphatoken.pipeline.run.failure import SettingsWrong

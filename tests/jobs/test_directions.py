@@ -7,12 +7,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from alphatoken.data_schemas import COMPONENTS
-from alphatoken.pipeline.maths.batch import collate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alphatoken import Directions, TokenValuer
+from alphatoken.data_schemas import COMPONENTS
+from alphatoken.pipeline.maths.batch import collate
 from tests.conftest import SMALL
 
 SNAPSHOTS = ("anchor.snapshots=3", "anchor.warmup.learning_rate=0.01")

@@ -6,12 +6,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from alphatoken.data_schemas import COMPONENTS, preference_values_schema, values_schema
-from alphatoken.pipeline.maths.batch import collate
-from alphatoken.pipeline.maths.masking import rank_of
 from transformers import AutoModelForCausalLM
 
 from alphatoken import Directions, TokenValuer
+from alphatoken.data_schemas import COMPONENTS, preference_values_schema, values_schema
+from alphatoken.pipeline.maths.batch import collate
+from alphatoken.pipeline.maths.masking import rank_of
 from tests.conftest import SMALL
 
 ASKED = ("valuation.gradient_norm=true", "data.validation=6")

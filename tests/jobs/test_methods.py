@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from alphatoken.data_schemas import VALUES
 
+from alphatoken.data_schemas import VALUES
 from tests.conftest import SMALL
 from tests.jobs.test_run import hashes
 

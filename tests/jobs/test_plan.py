@@ -5,6 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+from alphatoken import Directions, TokenValuer
 from alphatoken.pipeline.maths.costs import (
     ghost_flops,
     meta_model,
@@ -22,9 +25,6 @@ from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions
 from alphatoken.pipeline.maths.selectors.forward import losses_and_entropies
 from alphatoken.pipeline.prepare.example import example_data
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
-
-from alphatoken import Directions, TokenValuer
 from benchmarks.example_batches import batches_of, load_example
 from tests.conftest import SMALL
 

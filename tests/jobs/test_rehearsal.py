@@ -9,13 +9,13 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
 from alphatoken.data_schemas import COMPONENTS, REHEARSED_VALUES
 from alphatoken.pipeline.cluster import shard_loop
 from alphatoken.pipeline.cluster.shard_loop import WorkerPool
 from alphatoken.pipeline.prepare.draw import draw_order
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
-
 from tests.conftest import SMALL, chat_row, write_rows
 from tests.jobs.test_run import hashes
 from tests.maths import pairwise

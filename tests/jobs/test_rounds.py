@@ -7,11 +7,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from alphatoken.jobs.replay import recorded_configuration
 from alphatoken.pipeline.maths.batch import collate
 from alphatoken.pipeline.prepare.draw import part_of
-from transformers import AutoModelForCausalLM
-
 from tests.conftest import PREFERENCE, SMALL
 from tests.jobs.test_run import hashes
 

@@ -9,12 +9,12 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from alphatoken.data_schemas import PREPARED, VALUES
-from alphatoken.pipeline.maths.batch import collate
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alphatoken import Directions, TokenValuer
+from alphatoken.data_schemas import PREPARED, VALUES
+from alphatoken.pipeline.maths.batch import collate
 from tests.conftest import SMALL, chat_row, write_rows
 
 AUTO = "valuation.estimator=auto"

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+
 from alphatoken.data_schemas import BRANCHES
 from alphatoken.jobs.points import expand, point_name
 from alphatoken.pipeline.mask.comparison import MaskPlace, compare
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.storage import Storage
-
 from tests.conftest import SMALL
 from tests.mask.synthetic_run import masks, write_run
 

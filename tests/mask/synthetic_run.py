@@ -5,12 +5,17 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from alphatoken.data_schemas import COMPONENTS, PREPARED, VALUES
-from alphatoken.pipeline.mask.stage import run_mask
-from alphatoken.pipeline.run.manifest import Manifest
-from alphatoken.pipeline.run.storage import Storage
-from alphatoken.pipeline.settings import MaskSettings
+from rich.console import Console
 
+from alphatoken.data_schemas import COMPONENTS, PREPARED, VALUES
+from alphatoken.pipeline.mask.stage import make_mask
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.run.run import Run
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import MaskSettings, Settings
+
+ROOT = Path(__file__).parents[2]
 EOS = 2
 
 
@@ -63,8 +68,14 @@ def write_run(
     return storage, *rows
 
 
+def run_of(storage: Storage, progress: Progress | None = None, **settings) -> Run:
+    """What the mask stage is given, without models and without a cluster; ``settings``: keys of mask."""
+    progress = progress or Progress(Console(quiet=True))
+    return Run(storage, Manifest(storage), Settings(mask=MaskSettings(**settings)), progress)
+
+
 def mask(storage: Storage, **settings):
-    return run_mask(storage, Manifest(storage), MaskSettings(**settings), 0, None)
+    return make_mask(run_of(storage, **settings))
 
 
 def masks(storage: Storage, name: str = "default") -> list[dict]:

@@ -16,19 +16,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
+from rich.console import Console
+
 from alphatoken.data_schemas import COMPONENTS, SCHEMA_KEY, VALUES
 from alphatoken.pipeline.mask.left_out import first_of_responses
 from alphatoken.pipeline.mask.paired_rows import PairedRows
-from alphatoken.pipeline.mask.stage import ROWS_AT_ONCE, run_mask
+from alphatoken.pipeline.mask.stage import ROWS_AT_ONCE, make_mask
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import ROWS_PER_GROUP, Storage
 from alphatoken.pipeline.settings import MaskSettings
-from rich.console import Console
-
 from tests.conftest import save_tokenizer
-from tests.mask.synthetic_run import EOS, contents, mask, masks, write_run
+from tests.mask.synthetic_run import EOS, ROOT, contents, mask, masks, run_of, write_run
 
 
 def naive(prepared, values, sizes, settings: MaskSettings):
@@ -573,8 +573,8 @@ def test_a_failure_while_writing_leaves_no_part_behind(tmp_path, monkeypatch):
 def test_progress_counts_every_row_of_every_pass(tmp_path, capsys):
     storage, *_ = write_run(tmp_path)
     with Progress(Console(file=sys.stderr, width=200)) as progress:
-        run_mask(storage, Manifest(storage), MaskSettings(normalize="rms"), 0, progress)
-        run_mask(storage, Manifest(storage), MaskSettings(normalize="rms"), 0, progress)
+        make_mask(run_of(storage, progress, normalize="rms"))
+        make_mask(run_of(storage, progress, normalize="rms"))
     said = capsys.readouterr().err
     for line in ("mask: scales: done, 73 rows", "mask: threshold: done, 146 rows", "mask: write: done, 73 rows"):
         assert line in said
@@ -594,12 +594,9 @@ def test_loads_neither_torch_nor_transformers(tmp_path):
     write_run(tmp_path)
     code = f"""
 import sys
-from alphatoken.pipeline.settings import MaskSettings
-from alphatoken.pipeline.run.manifest import Manifest
-from alphatoken.pipeline.mask.stage import run_mask
+from tests.mask.synthetic_run import mask
 from alphatoken.pipeline.run.storage import Storage
-storage = Storage({str(tmp_path)!r})
-run_mask(storage, Manifest(storage), MaskSettings(), 0, None)
+mask(Storage({str(tmp_path)!r}))
 assert not {{"torch", "transformers", "ray", "datasets"}} & set(sys.modules)
 """
-    subprocess.run([sys.executable, "-c", code], check=True)
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

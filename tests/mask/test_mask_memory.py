@@ -9,24 +9,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+
 from alphatoken.data_schemas import COMPONENTS, PREPARED, VALUES
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.storage import ROWS_PER_GROUP, Storage
-
-from tests.mask.synthetic_run import EOS, part_names
+from tests.mask.synthetic_run import EOS, ROOT, part_names
 
 MEASURE = """
 import sys, tracemalloc
 import pyarrow as pa
-import alphatoken.pipeline.mask.stage as stage
-from alphatoken.pipeline.settings import MaskSettings
-from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.storage import Storage
+from tests.mask.synthetic_run import mask
 storage = Storage(sys.argv[1])
 pa.set_memory_pool(pa.system_memory_pool())
 tracemalloc.start()
-settings = MaskSettings(scope=sys.argv[2], rule=sys.argv[3], normalize="rms", rare_tokens=int(sys.argv[4]))
-stage.run_mask(storage, Manifest(storage), settings, 0, None)
+mask(storage, scope=sys.argv[2], rule=sys.argv[3], normalize="rms", rare_tokens=int(sys.argv[4]))
 print(tracemalloc.get_traced_memory()[1], pa.default_memory_pool().max_memory())
 """
 
@@ -72,7 +69,7 @@ def test_memory_does_not_grow_with_the_part(growing_runs, scope, rule, rare):
         (directory / "run.json").write_text(json.dumps(manifest))
         found = subprocess.run(
             [sys.executable, "-c", MEASURE, str(directory), scope, rule, str(rare)],
-            check=True, capture_output=True, text=True,
+            check=True, capture_output=True, text=True, cwd=ROOT,
         )  # fmt: skip
         peaks.append([int(n) for n in found.stdout.split()])
     (numpy_small, arrow_small), (numpy_large, arrow_large) = peaks

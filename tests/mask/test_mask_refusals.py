@@ -6,11 +6,11 @@ import shutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+
 from alphatoken.data_schemas import PREPARED, VALUES
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.storage import Storage
-
 from tests.conftest import save_tokenizer
 from tests.mask.synthetic_run import mask, write_run
 

@@ -9,9 +9,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
 from alphatoken.data_schemas import BRANCHES, COMPONENTS, preference_masks_schema
 from alphatoken.pipeline.maths.preference import margin, masked_preference_loss, pair_weight
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 COLUMNS = [
     "prompt", "chosen", "rejected",

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
+
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.directions import Directions
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.outer_sums import OuterSum
-from torch import nn
-
 from tests.maths import pairwise
 
 COLUMNS = ("adaptation_direct", "adaptation_causal", "stability_direct", "stability_causal", "loss")

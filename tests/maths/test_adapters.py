@@ -5,10 +5,10 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
-from alphatoken.pipeline.maths.models import ModelSource, adapter_base, load_model
 from transformers import AutoModelForCausalLM
 
+from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
+from alphatoken.pipeline.maths.models import ModelSource, adapter_base, load_model
 from tests.conftest import save_model
 
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+from torch import nn
+
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
 from alphatoken.pipeline.maths.directions import Directions
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.valuer import TokenValuer
-from torch import nn
-
 from tests.maths import pairwise
 from tests.maths.comparison import Sequences, assert_same, directions, expected, sequences, validation_gradient
 from tests.maths.tiny_models import COMMON, FAMILIES, LLAMA, model_of, nearby, randomised

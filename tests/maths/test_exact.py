@@ -6,10 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers as hf
+
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
 from alphatoken.pipeline.maths.directions import Directions
 from alphatoken.pipeline.maths.valuer import TokenValuer
-
 from tests.maths.comparison import Sequences, sequences
 from tests.maths.tiny_models import FAMILIES, model_of
 

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
+
 from alphatoken.pipeline.maths import contraction
 from alphatoken.pipeline.maths.directions import Directions
 from alphatoken.pipeline.maths.masking import objective, token_values
 from alphatoken.pipeline.maths.valuer import TokenValuer
-from torch import nn
-
 from tests.maths import pairwise
 from tests.maths.comparison import Sequences, sequences
 from tests.maths.tiny_models import FAMILIES, LLAMA, model_of

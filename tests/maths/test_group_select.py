@@ -5,11 +5,12 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from alphatoken.pipeline.maths import group_select
 from alphatoken.pipeline.maths.group_select import GroupSelect, TokenGroups, select_in_memory
 from alphatoken.pipeline.maths.masking import rank_of
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 ANY_FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=True, allow_subnormal=True)
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, 0.5, math.inf, -math.inf])

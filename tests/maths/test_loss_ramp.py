@@ -5,10 +5,11 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-from alphatoken.pipeline.maths.group_select import select_in_memory
-from alphatoken.pipeline.maths.loss_ramp import STEPS, border_ranks, count_steps, step_weights, steps_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from alphatoken.pipeline.maths.group_select import select_in_memory
+from alphatoken.pipeline.maths.loss_ramp import STEPS, border_ranks, count_steps, step_weights, steps_of
 
 
 def weights(values, rho, groups=None):

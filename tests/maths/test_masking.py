@@ -7,6 +7,10 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+
 from alphatoken.pipeline.maths.masking import (
     RankSelect,
     keep,
@@ -16,9 +20,6 @@ from alphatoken.pipeline.maths.masking import (
     thresholds_in_groups,
     token_values,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-from hypothesis.extra.numpy import arrays
 
 ANY_FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=True, allow_subnormal=True)
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 0.5, math.inf, -math.inf])

@@ -12,6 +12,11 @@ import pytest
 import safetensors.torch
 import torch
 import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
 from alphatoken.pipeline.maths import attention, contraction, head
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, by_token_budget, collate
 from alphatoken.pipeline.maths.capture import Captured, swapped
@@ -23,11 +28,6 @@ from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from alphatoken.pipeline.maths.warmup import schedule, warm_up
-from hypothesis import given
-from hypothesis import strategies as st
-from torch import nn
-from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
 from tests.maths import pairwise
 from tests.maths.comparison import (
     COLUMNS,

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+
 from alphatoken.pipeline.maths.preference import margin, masked_preference_loss, pair_weight
 
 BETA = 0.1

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from alphatoken.pipeline.maths.batch import IGNORED, Batch
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.rehearsal import LANES, RehearsedModel, kept_in_batch, lanes_of
-
 from tests.maths.comparison import sequences
 from tests.maths.tiny_models import FAMILIES
 

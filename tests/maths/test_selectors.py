@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 import torch
+
 from alphatoken.pipeline.maths import head
 from alphatoken.pipeline.maths.batch import collate
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.selectors import SELECTORS
 from alphatoken.pipeline.settings.valuation import METHODS
-
 from tests.maths.tiny_models import COMMON
 
 

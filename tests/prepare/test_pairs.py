@@ -1,9 +1,9 @@
 """Raw preference rows become pairs, or are refused with a reason."""
 
 import pytest
+
 from alphatoken.pipeline.prepare.pairs import PairMaker, branch_rows
 from alphatoken.pipeline.prepare.rows import Unusable
-
 from tests.conftest import save_tokenizer
 
 ASKED = {"role": "user", "content": "the quick fox"}

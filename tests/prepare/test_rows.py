@@ -4,6 +4,7 @@ import json
 import pickle
 
 import pytest
+
 from alphatoken.pipeline.prepare.rows import (
     Conversation,
     Plain,

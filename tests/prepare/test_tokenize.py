@@ -3,12 +3,13 @@
 import re
 
 import pytest
-from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
-from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
+
+from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
+from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 
 SENTENCES = [
     "The capital of France is Paris. Two and two make four.",

@@ -7,10 +7,10 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import torch
-from alphatoken.data_schemas import COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_REFERENCE, PREFERENCE_VALUES, PREPARED
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from alphatoken.data_schemas import COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_REFERENCE, PREFERENCE_VALUES, PREPARED
 from tests.conftest import PREFERENCE, SMALL, chat_row, pair_row, write_rows
 from tests.maths import pairwise
 from tests.maths.tiny_models import LLAMA

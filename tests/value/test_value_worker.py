@@ -9,6 +9,9 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from rich.console import Console
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from alphatoken.data_schemas import PREPARED
 from alphatoken.pipeline.anchor.tensors import write_tensors
 from alphatoken.pipeline.cluster.batched_worker import CPU_TOKENS
@@ -23,8 +26,6 @@ from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings, ValuationSettings
 from alphatoken.pipeline.settings.data import DataSettings
 from alphatoken.pipeline.value.stage import ValueTask, ValueWorker
-from rich.console import Console
-from torch.utils._python_dispatch import TorchDispatchMode
 
 SETTINGS = Settings(valuation=ValuationSettings(layers=2, window=4, tokens_per_batch=120, estimator="ghost"))
 PARTS = ("part-0.parquet", "part-1.parquet", "part-2.parquet")
