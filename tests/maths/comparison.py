@@ -135,6 +135,8 @@ def assert_same(
             values = found[name][index].double()
             own, padding = (values[-length:], values[:-length]) if left else (values[:length], values[length:])
             error = float((own - row[name]).abs().max()) / scale
-            assert error < max(relative, LEAST_RELATIVE.get(name, 0.0)), f"{name}, row {index}: off by {error:.2e} of the largest value"
+            assert error < max(relative, LEAST_RELATIVE.get(name, 0.0)), (
+                f"{name}, row {index}: off by {error:.2e} of the largest value"
+            )
             assert not padding.any(), f"{name}, row {index}: padding has a value"
             assert not own[row["loss"] == 0].any(), f"{name}, row {index}: a value outside the response"
