@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
 
+from alphatoken.pipeline.maths import attention
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.directions import Directions
@@ -140,3 +142,24 @@ def assert_same(
             )
             assert not padding.any(), f"{name}, row {index}: padding has a value"
             assert not own[row["loss"] == 0].any(), f"{name}, row {index}: a value outside the response"
+
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs")
+
+
+def state(model: Any) -> dict[str, Any]:
+    """Everything that a call could leave behind."""
+    found: dict[str, Any] = {"attention": model.config._attn_implementation, "active": dict(attention._active.__dict__)}
+    found["experts"] = getattr(model.config, "_experts_implementation", None)
+    for name, module in model.named_modules():
+        hooks = tuple(len(getattr(module, kind)) for kind in HOOKS)
+        found[name] = (
+            type(module),
+            module.training,
+            hooks,
+            sorted(module.__dict__),
+            id(module.__dict__.get("forward")),
+        )
+    for name, parameter in model.named_parameters():
+        found[f"parameter {name}"] = (parameter.requires_grad, parameter.data_ptr(), parameter.grad is None)
+    return found

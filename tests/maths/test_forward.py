@@ -45,7 +45,9 @@ def assert_defined(found: dict[str, torch.Tensor], model: nn.Module, some: Seque
     for row, (ids, labels) in enumerate(zip(some.ids, some.labels, strict=True)):
         for name, wanted in definition(model, ids, labels).items():
             column = found[name][row].double()
-            torch.testing.assert_close(column[: len(ids)], wanted, rtol=relative, atol=relative, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                column[: len(ids)], wanted, rtol=relative, atol=relative, msg=lambda m, name=name: f"{name}: {m}"
+            )
             assert not column[len(ids) :].any()
 
 

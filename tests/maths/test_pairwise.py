@@ -40,6 +40,7 @@ from tests.maths.comparison import (
     directions,
     expected,
     sequences,
+    state,
     the_same_twice,
     validation_gradient,
     without_drift,
@@ -600,27 +601,6 @@ def test_a_nan_direction_is_named(policy: nn.Module, made: Directions) -> None:
 
 
 # --- the model is left as it was -----------------------------------------------------------------------------------
-
-
-HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_forward_hooks_with_kwargs")
-
-
-def state(model: Any) -> dict[str, Any]:
-    """Everything that a call could leave behind."""
-    found: dict[str, Any] = {"attention": model.config._attn_implementation, "active": dict(attention._active.__dict__)}
-    found["experts"] = getattr(model.config, "_experts_implementation", None)
-    for name, module in model.named_modules():
-        hooks = tuple(len(getattr(module, kind)) for kind in HOOKS)
-        found[name] = (
-            type(module),
-            module.training,
-            hooks,
-            sorted(module.__dict__),
-            id(module.__dict__.get("forward")),
-        )
-    for name, parameter in model.named_parameters():
-        found[f"parameter {name}"] = (parameter.requires_grad, parameter.data_ptr(), parameter.grad is None)
-    return found
 
 
 class _Stop(Exception):
