@@ -20,7 +20,8 @@ from alphatoken.data_schemas import COMPONENTS, GRADIENT_NORM, PREPARED, REHEARS
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.tensors import read_tensors
 from alphatoken.pipeline.cluster.batched_worker import BatchedWorker, as_lists
-from alphatoken.pipeline.cluster.shard_loop import Resources, Shard
+from alphatoken.pipeline.cluster.host import Resources
+from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.directions import Directions

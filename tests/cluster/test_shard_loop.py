@@ -8,7 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
-from alphatoken.pipeline.cluster.shard_loop import ATTEMPTS, Cluster, Resources, Shard, WorkerPool
+from alphatoken.pipeline.cluster.cluster import Cluster
+from alphatoken.pipeline.cluster.host import Resources
+from alphatoken.pipeline.cluster.pool import WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import ATTEMPTS, Shard
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.settings import ClusterSettings

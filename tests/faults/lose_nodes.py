@@ -5,7 +5,9 @@ import threading
 import time
 
 import ray
-from alphatoken.pipeline.cluster.shard_loop import Resources, Shard, WorkerPool
+from alphatoken.pipeline.cluster.host import Resources
+from alphatoken.pipeline.cluster.pool import WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.run.progress import Progress
 from ray.cluster_utils import Cluster
 from rich.console import Console
