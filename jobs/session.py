@@ -19,7 +19,7 @@ from alphatoken.pipeline.run.tracker import open_tracker
 from alphatoken.pipeline.settings import Settings
 
 if TYPE_CHECKING:
-    from alphatoken.pipeline.cluster.shard_loop import Cluster
+    from alphatoken.pipeline.cluster.cluster import Cluster
 
 
 class Session:
@@ -122,7 +122,7 @@ class Session:
     def _join_cluster(self) -> Cluster:
         """The cluster of cluster.address; Ray is imported on first use, so that masks do without."""
         if self._cluster is None:
-            from alphatoken.pipeline.cluster.shard_loop import Cluster
+            from alphatoken.pipeline.cluster.cluster import Cluster
 
             self._cluster = Cluster(self.settings.cluster, self.settings.debug)
         return self._cluster

@@ -33,7 +33,8 @@ from alphatoken.pipeline.anchor.worker import (
     AnchorTask,
     AnchorWorker,
 )
-from alphatoken.pipeline.cluster.shard_loop import Shard, WorkerPool
+from alphatoken.pipeline.cluster.pool import WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import Coverage

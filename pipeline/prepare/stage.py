@@ -16,7 +16,9 @@ from typing import Any
 import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
-from alphatoken.pipeline.cluster.shard_loop import Resources, Shard, WorkerPool
+from alphatoken.pipeline.cluster.host import Resources
+from alphatoken.pipeline.cluster.pool import WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
 from alphatoken.pipeline.prepare.draw import draw_order, part_of
