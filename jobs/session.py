@@ -25,8 +25,9 @@ if TYPE_CHECKING:
 class Session:
     """One command on one run directory; use as a context manager."""
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
-        self.settings, self.progress = settings, progress
+    def __init__(self, settings: Settings, progress: Progress, overrides: Sequence[str] = ()) -> None:
+        """``overrides``: what of the settings was typed."""
+        self.settings, self.progress, self.overrides = settings, progress, overrides
         self.storage = Storage(settings.run.dir)
         self._open(Manifest(self.storage))
         self.tracker = open_tracker(settings.run.tracker, settings.run.dir, leaves(asdict(settings)))
@@ -91,9 +92,9 @@ class Session:
             if self._lock is not None:
                 self._lock.__exit__()
 
-    def change(self, settings: Settings) -> None:
+    def change(self, settings: Settings, overrides: Sequence[str]) -> None:
         """Go on with other settings of the same run directory, as a sweep does from mask to mask."""
-        self.settings = settings
+        self.settings, self.overrides = settings, overrides
         self.manifest.resolved = asdict(settings)
 
     def tell(self) -> None:
