@@ -8,10 +8,10 @@ from typing import Any
 
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
 from alphatoken.pipeline.prepare.draw import draw_order
+from alphatoken.pipeline.prepare.inputs import fisher_prompts, is_preference
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
-from alphatoken.pipeline.prepare.stage import MOST_FISHER_PROMPTS, is_preference
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.settings import Settings
@@ -66,9 +66,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     if not total:
         raise SettingsWrong([f"data.train={data.train}: there is no row in it"])
     held_out = isinstance(data.validation, int)
-    asked = settings.anchor.fisher.prompts
-    prompts = min(MOST_FISHER_PROMPTS, max(1, total // 10)) if isinstance(asked, str) else asked
-    wanted = prompts + (int(data.validation) if held_out else 0)
+    wanted = fisher_prompts(settings, total) + (int(data.validation) if held_out else 0)
     if wanted >= total:
         raise SettingsWrong([f"data.train has {total} rows, of which {wanted} are to be held out: none would be left"])
     drawn = [row for row, _ in zip(draw_order(total, settings.run.seed), range(wanted + SAMPLE), strict=False)]

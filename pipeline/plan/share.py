@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.fs as pafs
-from alphatoken.pipeline.anchor.stage import FISHER, anchor_inputs, drift_of, fisher_inputs
+from alphatoken.pipeline.anchor.inputs import anchor_inputs, drift_of, fisher_inputs
 from alphatoken.pipeline.anchor.tensors import read_metadata
-from alphatoken.pipeline.maths.models import ModelSource
-from alphatoken.pipeline.prepare.sources import open_sources
-from alphatoken.pipeline.prepare.stage import is_preference, prepare_inputs, vocabulary_of
+from alphatoken.pipeline.anchor.worker import FISHER
+from alphatoken.pipeline.prepare.inputs import open_data, prepare_inputs
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.manifest import OUTPUTS, Manifest
 from alphatoken.pipeline.run.run import Run
@@ -33,20 +32,14 @@ def stage_inputs(run: Run) -> dict[str, dict[str, Any]]:
 
     Raises SettingsWrong for data or a drift that cannot be used.
     """
-    settings, models = run.settings, run.models
-    train = open_sources("data.train", settings.data.train)
-    held_out = isinstance(settings.data.validation, int)
-    validation = None if held_out else open_sources("data.validation", settings.data.validation)
-    own = settings.model
-    source = ModelSource(models.policy, own.revision, trust_remote_code=own.trust_remote_code)
-    preference = is_preference(settings, train)
-    prepare = prepare_inputs(settings, models.policy, vocabulary_of(source), train, validation, preference)
-    settings = settings.for_data(preference)
+    models, raw = run.models, open_data(run.settings)
+    prepare = prepare_inputs(run, raw)
+    settings = run.settings.for_data(raw.preference)
     drift = drift_of(settings, models)
     anchor = anchor_inputs(settings, models, prepare, drift)
     selected = not settings.valuation.needs_directions
     value = selection_inputs(settings, models, digest(prepare)) if selected else value_inputs(settings, digest(anchor))
-    if preference:
+    if raw.preference:
         value = pair_inputs(value, settings, models if selected else None)
     return {"prepare": prepare, "anchor": anchor, "value": value}
 
