@@ -226,7 +226,7 @@ def test_an_expert_that_a_token_picks_twice_counts_twice(chosen: list[int]) -> N
     captured = Captured(linear, entering, error, rows, 1, (1, 4), None)
     positions = torch.tensor(chosen)
     found, norms = (
-        Contraction(directions, {}, Positions(positions, (1, 4))),
+        Contraction(directions, {}, Positions(positions, (1, 4)), torch.float64),
         SquaredNorms(Positions(positions, (1, 4))),
     )
     for visitor in (found, norms):
@@ -252,7 +252,7 @@ def test_chunks_of_the_workspace_keep_what_is_picked_twice(monkeypatch: pytest.M
     found = []
     for elements in (contraction.WORKSPACE_ELEMENTS, 1):
         monkeypatch.setattr(contraction, "WORKSPACE_ELEMENTS", elements)
-        visitor = Contraction(directions, {}, Positions(torch.tensor([0, 1, 2]), (1, 3)))
+        visitor = Contraction(directions, {}, Positions(torch.tensor([0, 1, 2]), (1, 3)), torch.float64)
         visitor(captured)
         found.append(visitor.direct)
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
