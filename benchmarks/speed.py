@@ -15,7 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,8 +23,10 @@ import torch
 
 from alphatoken import Directions, TokenValuer
 from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.costs import model_costs, value_floor
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.valuer import ALL
 from benchmarks.example_batches import THREADS, batches_of, load_example
 from benchmarks.pairwise_way import PairwiseWay
 
@@ -96,46 +98,59 @@ def row(what: str, rate: float | None, ratio: str, note: str = "") -> None:
     print(f"| {what} | {'' if rate is None else f'{rate:,.0f}'} | {ratio} | {note} |", flush=True)
 
 
-def flops(model: torch.nn.Module, batches: list[Batch]) -> tuple[float, float]:
+def flops(model: torch.nn.Module, batches: list[Batch], scores: Sequence[str]) -> tuple[float, float]:
     """FLOPs per token of a plain forward pass, and of valuation at its least, from the shapes alone.
 
-    Forward: 2P in the layers and 2 * head at every position. Valuation: 2P; 2P_K backward through the activations of
-    the scored layers; head forward and backward, and contractions of two directions 4P_K, at response positions.
+    Forward: 2P in the layers and 2 * head at every position. Valuation: see ``value_floor``.
     """
-    scored = scored_layers(model, LAYERS)
-    matrices = sum(p.numel() for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n)
-    head = model.get_output_embeddings().weight.numel()
-    body = matrices - (0 if model.config.tie_word_embeddings else head)
-    response = sum(len(b.predicting()) for b in batches) / real_tokens(batches)
-    ours = 2 * body + 4 * head * response + 2 * scored.coverage.scored + 4 * scored.coverage.scored * response
-    return 2 * body + 2 * head, ours
+    costs, _ = model_costs(model, LAYERS)
+    tokens = real_tokens(batches)
+    least = value_floor(costs, tokens, sum(len(b.predicting()) for b in batches), scores)
+    return 2 * (costs.lower + costs.scored + costs.head), least / tokens
 
 
 def speed_rows(repeats: int) -> None:
-    """Value stage against plain forward passes over the same batches."""
+    """Value stage against plain forward passes over the same batches: every column, and the scores by themselves."""
     model, examples = load_example()
     batches = batches_of(examples[:32])[::2]
     tokens, response = real_tokens(batches), sum(len(b.predicting()) for b in batches)
-    valuer = TokenValuer(model, directions_of(model), LAYERS, WINDOW)
-    cost = in_turn({"forward": lambda b: forward(model, b), "value": valuer.value}, batches, repeats)
-    plain, ours = cost["forward"], cost["value"]
-    each, least = flops(model, batches)
-    ratio, lowest = ours.wall / plain.wall, least / each
+    directions = directions_of(model)
+    wanted = {"every column": ALL, "paper": ("paper", "loss"), "information": ("information", "loss")}
+    wanted["entropy"] = ("entropy", "loss")
+    valuers = {name: TokenValuer(model, directions, LAYERS, WINDOW, scores=scores) for name, scores in wanted.items()}
+    works = {"forward": lambda b: forward(model, b), **{name: valuer.value for name, valuer in valuers.items()}}
+    cost = in_turn(works, batches, repeats)
+    plain = cost["forward"]
+    each, _ = flops(model, batches, ALL)
     of = f"{tokens:,} tokens in {len(batches)} batches, {response / tokens:.0%} response"
+    row(
+        "plain forward, logits at every position",
+        tokens / plain.wall,
+        "1.00",
+        f"{each / 1e6:,.0f} MFLOP per token; {of}",
+    )
+    for name, scores in wanted.items():
+        ours, least = cost[name], flops(model, batches, scores)[1]
+        lowest = least / each
+        title = "value stage, every column" if scores is ALL else f"value stage, {name} and loss alone"
+        note = f"{ours.cpu / plain.cpu:.2f} in CPU time; floor {least / 1e6:,.0f} MFLOP per token = {lowest:.2f}"
+        above = ours.wall / plain.wall / lowest
+        row(title, tokens / ours.wall, f"{ours.wall / plain.wall:.2f}", f"{note}, at {above:.2f} of it")
+    apart = [cost[name] for name in ("paper", "information", "entropy")]
+    wall, cpu = sum(c.wall for c in apart), sum(c.cpu for c in apart)
+    ratio = cost["every column"].wall / wall
+    row("every column, against the last three rows together", None, f"{ratio:.2f}",
+        f"{cost['every column'].cpu / cpu:.2f} in CPU time")  # fmt: skip
     forget_peak()
     before = resident("VmRSS")
     for batch in batches:
-        valuer.value(batch)
+        valuers["every column"].value(batch)
     peak = resident("VmHWM")
-    row("plain forward, logits at every position", tokens / plain.wall, "1.00", f"{each / 1e6:,.0f} MFLOP per token")
-    row("value stage", tokens / ours.wall, f"{ratio:.2f}", f"{ours.cpu / plain.cpu:.2f} in CPU time; {of}")
-    row("its floor, from the shapes", None, f"{lowest:.2f}",
-        f"{least / 1e6:,.0f} MFLOP per token; the value stage is at {ratio / lowest:.2f} of it")  # fmt: skip
     row(
-        "peak memory of the value stage",
+        "peak memory of the value stage, every column",
         None,
         "",
-        f"{peak:,.0f} MB, of which {before:,.0f} before the first batch: libraries, model, directions twice",
+        f"{peak:,.0f} MB, of which {before:,.0f} before: libraries, model, directions of four valuers",
     )
 
 
@@ -165,26 +180,22 @@ def snapshot_rows(repeats: int) -> None:
         )
 
 
-def estimator_rows(repeats: int) -> None:
-    """The other estimators against the paper's; a direction of zeros, as without a drift, costs them no pass."""
+def exact_rows(repeats: int) -> None:
+    """The exact columns on top; a direction of zeros, as without a drift, costs them no pass."""
     model, examples = load_example()
     batches = batches_of(examples[:32])[3:4]
     both = directions_of(model).named
-    still = {
-        "adaptation": both["adaptation"],
-        "stability": {n: torch.zeros_like(t) for n, t in both["stability"].items()},
-    }
+    zeros = {n: torch.zeros_like(t) for n, t in both["stability"].items()}
+    still = Directions({"adaptation": both["adaptation"], "stability": zeros})
     valuers = {
-        "ghost": TokenValuer(model, Directions(both), LAYERS, WINDOW),
-        "exact": TokenValuer(model, Directions(both), LAYERS, WINDOW, estimator="exact"),
-        "information": TokenValuer(model, Directions(both), LAYERS, WINDOW, estimator="information"),
-        "information anchor.drift=none": TokenValuer(model, Directions(still), LAYERS, WINDOW, estimator="information"),
+        "every column": TokenValuer(model, Directions(both), LAYERS, WINDOW),
+        "and valuation.exact=true": TokenValuer(model, Directions(both), LAYERS, WINDOW, exact=True),
+        "and valuation.exact=true, anchor.drift=none": TokenValuer(model, still, LAYERS, WINDOW, exact=True),
     }
     cost = in_turn({name: valuer.value for name, valuer in valuers.items()}, batches, repeats)
     for name, found in cost.items():
-        ratio, cpu = found.wall / cost["ghost"].wall, found.cpu / cost["ghost"].cpu
-        rate = real_tokens(batches) / found.wall
-        row(f"valuation.estimator={name}", rate, f"{ratio:.2f} of ghost", f"{cpu:.2f} in CPU time")
+        ratio, cpu = found.wall / cost["every column"].wall, found.cpu / cost["every column"].cpu
+        row(name, real_tokens(batches) / found.wall, f"{ratio:.2f} of every column", f"{cpu:.2f} in CPU time")
 
 
 def pairwise_rows(validation: int, train: int) -> None:
@@ -194,7 +205,7 @@ def pairwise_rows(validation: int, train: int) -> None:
     tokens, batches = sum(len(e.input_ids) for e in rows), batches_of(rows)
     valuer = TokenValuer(model, directions_of(model), LAYERS, WINDOW)
     ours = in_turn({"value": valuer.value}, batches, 3)["value"]
-    row(f"value stage, two directions, {train} rows", tokens / ours.wall, "1.0", f"{tokens:,} tokens")
+    row(f"value stage, every column, {train} rows", tokens / ours.wall, "1.0", f"{tokens:,} tokens")
     way = PairwiseWay(model, held, LAYERS, WINDOW)
     pairs = sum(label != -100 for e in held for label in e.labels)
     for length in (max(len(e.input_ids) for e in held + rows), 2048):
@@ -262,7 +273,7 @@ def main() -> None:
     if "snapshots" in options.only:
         snapshot_rows(3)
     if "exact" in options.only:
-        estimator_rows(3)
+        exact_rows(3)
     if "pairwise" in options.only:
         pairwise_rows(validation=32, train=3)
     if "memory" in options.only:

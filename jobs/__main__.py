@@ -1,4 +1,4 @@
-"""`python -m jobs <command>`, the same as `alphatoken <command>`."""
+"""`python -m alphatoken.jobs <command>`, the same as `alphatoken <command>`."""
 
 import sys
 

@@ -86,7 +86,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return _sweep(name, parsed)
         settings = load(parsed.overrides, parsed.recorded)
         debug = settings.debug
-        _run(name, settings)
+        _run(name, settings, parsed.overrides)
     except SettingsWrong as error:
         return _wrong(error)
     except KeyboardInterrupt:
@@ -135,12 +135,12 @@ def _quiet() -> None:
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
-def _run(name: str, settings: Settings) -> None:
+def _run(name: str, settings: Settings, overrides: Sequence[str]) -> None:
     _quiet()
     from alphatoken.jobs.session import Session
     from alphatoken.pipeline.run.progress import Progress
 
-    with Progress() as progress, Session(settings, progress) as session:
+    with Progress() as progress, Session(settings, progress, overrides) as session:
         session.claim()
         if settings.run.overwrite:
             session.manifest.discard(settings.run.overwrite)

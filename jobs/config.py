@@ -103,6 +103,8 @@ def _reason(error: BaseException, overrides: Sequence[str]) -> str:
     lines = [line.strip() for e in (error.__cause__, error) if e for line in str(e).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
     key = overrides[0].lstrip("+~").partition("=")[0] if len(overrides) == 1 else ""
+    if key in groups() and "Could not find" in text:
+        return f"no such choice; choices: {', '.join(groups()[key])}"
     if key and "=" in overrides[0] and key not in keys(Settings) and ("." in key or "not in 'Settings'" in text):
         return _no_such_key(key)
     return text

@@ -11,6 +11,9 @@ from alphatoken.pipeline.settings import MaskSettings
 
 def execute(session: Session) -> None:
     """Run the stage and say where the masks are."""
+    from alphatoken.jobs.given import refuse_other_settings
+
+    refuse_other_settings(session.run, session.overrides)
     tell(session, make(session))
 
 

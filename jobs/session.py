@@ -19,14 +19,15 @@ from alphatoken.pipeline.run.tracker import open_tracker
 from alphatoken.pipeline.settings import Settings
 
 if TYPE_CHECKING:
-    from alphatoken.pipeline.cluster.shard_loop import Cluster
+    from alphatoken.pipeline.cluster.cluster import Cluster
 
 
 class Session:
     """One command on one run directory; use as a context manager."""
 
-    def __init__(self, settings: Settings, progress: Progress) -> None:
-        self.settings, self.progress = settings, progress
+    def __init__(self, settings: Settings, progress: Progress, overrides: Sequence[str] = ()) -> None:
+        """``overrides``: what of the settings was typed."""
+        self.settings, self.progress, self.overrides = settings, progress, overrides
         self.storage = Storage(settings.run.dir)
         self._open(Manifest(self.storage))
         self.tracker = open_tracker(settings.run.tracker, settings.run.dir, leaves(asdict(settings)))
@@ -91,9 +92,9 @@ class Session:
             if self._lock is not None:
                 self._lock.__exit__()
 
-    def change(self, settings: Settings) -> None:
+    def change(self, settings: Settings, overrides: Sequence[str]) -> None:
         """Go on with other settings of the same run directory, as a sweep does from mask to mask."""
-        self.settings = settings
+        self.settings, self.overrides = settings, overrides
         self.manifest.resolved = asdict(settings)
 
     def tell(self) -> None:
@@ -122,7 +123,7 @@ class Session:
     def _join_cluster(self) -> Cluster:
         """The cluster of cluster.address; Ray is imported on first use, so that masks do without."""
         if self._cluster is None:
-            from alphatoken.pipeline.cluster.shard_loop import Cluster
+            from alphatoken.pipeline.cluster.cluster import Cluster
 
             self._cluster = Cluster(self.settings.cluster, self.settings.debug)
         return self._cluster

@@ -9,8 +9,8 @@ from typing import Any
 
 from alphatoken.jobs.cli import COMMANDS, parse
 from alphatoken.jobs.config import load
-from alphatoken.jobs.submit import connect, first_line
-from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.jobs.submit import connect
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong, first_line
 
 
 def execute(arguments: Sequence[str]) -> int:

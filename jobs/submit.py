@@ -22,7 +22,7 @@ from typing import Any
 
 from alphatoken.jobs.cli import COMMANDS, Arguments, parse
 from alphatoken.jobs.config import load
-from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong, first_line
 from alphatoken.pipeline.settings import Settings
 
 PARTS = ("jobs", "pipeline", "conf", "data_schemas")
@@ -76,11 +76,6 @@ def connect(dashboard: str | None) -> Any:
             f"cluster.dashboard: no job API at {where}: {first_line(error)}; give its address, such as "
             "cluster.dashboard=http://head:8265"
         ) from error
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's text that says something."""
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _checked(stage: str, parsed: Arguments) -> Settings:

@@ -36,6 +36,7 @@ class SweepPoint:
 
     name: str
     settings: Settings
+    overrides: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ def _placed(composed: Sequence[tuple[Point, Settings]]) -> list[SweepPoint]:
             settings = replace(settings, run=replace(settings.run, dir=place))
         if own and len(masks) > 1 and "mask.name" not in given:
             settings = replace(settings, mask=replace(settings.mask, name=point_name(own)))
-        placed.append(SweepPoint(point.name, settings))
+        placed.append(SweepPoint(point.name, settings, point.overrides))
     return placed
 
 
@@ -123,7 +124,7 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
                     if command != "mask":
                         session.share(finished if several else [])
                 session = sessions[root]
-                session.change(settings)
+                session.change(settings, point.overrides)
                 with redirect_stdout(io.StringIO()):  # a stage's last words are for a single run; here is a table
                     importlib.import_module(f"{__package__}.{command}").execute(session)
                 session.tell()
@@ -172,20 +173,25 @@ def _key(place: MaskPlace) -> tuple[str, str]:
 def comparison_table(rows: Sequence[ComparedMask], baseline: MaskPlace, several_runs: bool) -> Table:
     """Kept fraction, agreement with the baseline, and what decides: one row per mask."""
     table = Table(
-        caption=f"agreement: Jaccard index with the mask {baseline.name}; the other columns: each component's share in "
-        "what kept tokens have over masked ones, weights included",
+        caption=f"agreement: Jaccard index with the mask {baseline.name}; loss: mean of kept tokens, nats; only eos: examples "
+        "that keep nothing but mask.always_keep; the other columns: each component's share in what kept tokens have over "
+        "masked ones, weights included",
         caption_justify="left",
     )
     if several_runs:
         table.add_column("run", overflow="fold")
     table.add_column("mask", overflow="fold")
-    for title in ("kept", "agreement", *[name.replace("_", "\n") for name in COMPONENTS]):
+    components = COMPONENTS if any(row.contributions for row in rows) else ()  # no mask of the paper's value
+    for title in ("kept", "agreement", "loss", "only\neos", *[name.replace("_", "\n") for name in components]):
         table.add_column(title, justify="right")
     for row in rows:
         run = [row.place.storage.root.rpartition("/")[2]] if several_runs else []
-        shares = [_percent(row.contributions[c]) if row.contributions else "-" for c in COMPONENTS]
+        shares = [_percent(row.contributions[c]) if row.contributions else "-" for c in components]
+        loss = "-" if row.loss_of_kept is None else f"{row.loss_of_kept:.3f}"
         agreement = "-" if row.agreement is None else f"{row.agreement:.3f}"
-        table.add_row(*run, row.place.label, f"{row.kept_fraction:.1%}", agreement, *shares)
+        table.add_row(
+            *run, row.place.label, f"{row.kept_fraction:.1%}", agreement, loss, f"{row.only_always:,}", *shares
+        )
     return table
 
 

@@ -1,1 +1,7 @@
-"""anchor"""
+"""anchor: the directions along which tokens are valued.
+
+In: prepared/validation.parquet, fisher.parquet and training rows, the policy and the reference. Out: anchors/ with the
+Fisher and, for every snapshot, the directions of adaptation and stability (and its weights after a warm-up).
+Start with stage.py, the driver; inputs.py is what it depends on, worker.py what runs on the cluster. tensors.py reads and
+writes the safetensors files, coverage.py says how much of the model is scored.
+"""

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +15,7 @@ import torch
 
 from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
 from alphatoken.pipeline.anchor import coverage as coverage_report
+from alphatoken.pipeline.anchor.inputs import anchor_inputs, drift_of, fisher_inputs
 from alphatoken.pipeline.anchor.tensors import (
     carried,
     counts_of,
@@ -33,46 +33,20 @@ from alphatoken.pipeline.anchor.worker import (
     AnchorTask,
     AnchorWorker,
 )
-from alphatoken.pipeline.cluster.shard_loop import Shard, WorkerPool
+from alphatoken.pipeline.cluster.pool import WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import Coverage
 from alphatoken.pipeline.maths.models import ModelSource
 from alphatoken.pipeline.prepare.reader import sequences_of
-from alphatoken.pipeline.prepare.stage import held_out_digest
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
-from alphatoken.pipeline.run.fingerprint import digest, of_model, of_policy
-from alphatoken.pipeline.run.run import Models, Run
+from alphatoken.pipeline.run.fingerprint import digest
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
-from alphatoken.pipeline.settings import Settings
 
 NO_ROWS = Sequences([], [], [])
 SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
-
-
-def drift_of(settings: Settings, models: Models) -> str:
-    """checkpoint | warmup | rehearsal | none, with ``auto`` resolved. Raises SettingsWrong where there can be no drift.
-
-    rehearsal: from nothing on, it grows while the value stage rehearses; none only where it is not weighed there.
-    """
-    drift = settings.anchor.drift
-    if len(models.checkpoints) > 1:  # the reference may be among them, as the start of the trajectory
-        return "none" if drift == "none" else "checkpoint"
-    policy, reference = models.policy, models.reference
-    if settings.valuation.rehearsed and drift in ("auto", "none"):
-        if not settings.valuation.rehearsal.stability_weight:
-            return "none"
-        return "rehearsal" if of_model(policy) == of_model(reference) else "checkpoint"
-    if drift == "auto":
-        return "warmup" if of_model(policy) == of_model(reference) else "checkpoint"
-    if drift == "checkpoint" and of_model(policy) == of_model(reference):
-        raise SettingsWrong(
-            [
-                "anchor.drift=checkpoint, but model.policy and model.reference are the same: give two checkpoints, "
-                "or set anchor.drift=warmup"
-            ]
-        )
-    return drift
 
 
 def make_anchors(run: Run) -> None:
@@ -105,50 +79,6 @@ def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
         for kind in ("adaptation", "stability", *(["policy"] if drift == "warmup" else [])):
             expected[f"anchors/snapshot-{index:02d}/{kind}.safetensors"] = record["fingerprint"]
     return any(fingerprint_of(storage, name) != fingerprint for name, fingerprint in expected.items())
-
-
-def anchor_inputs(settings: Settings, models: Models, prepare: Mapping[str, Any], drift: str) -> dict[str, Any]:
-    """Everything that anchors/ depends on; ``prepare``: what that stage depends on."""
-    anchor = settings.anchor
-    inputs: dict[str, Any] = {
-        "prepare": digest(prepare),
-        "policy": of_policy(models.checkpoints),
-        "reference": of_model(models.reference),
-        "model.revision": settings.model.revision,
-        "model.dtype": settings.model.dtype,
-        "valuation.layers": settings.valuation.layers,
-        "anchor.drift": drift,
-        "run.seed": settings.run.seed,
-    }
-    if held_out := held_out_digest(prepare):
-        inputs["held_out"] = held_out
-    inputs["anchor.precondition"] = anchor.precondition
-    if anchor.precondition != "none":
-        inputs["anchor.damping"] = anchor.damping
-    inputs["anchor.snapshot_scale"] = anchor.snapshot_scale
-    if anchor.snapshot_scale != "none":  # made from values of a sample
-        inputs["valuation.window"] = settings.valuation.window
-        inputs["anchor.warmup.examples"] = anchor.warmup.examples
-    if drift != "none" or anchor.precondition != "none":
-        inputs["anchor.fisher.max_new_tokens"] = anchor.fisher.max_new_tokens
-        inputs["anchor.fisher.temperature"] = anchor.fisher.temperature
-    if drift == "warmup":
-        inputs["anchor.snapshots"] = anchor.snapshots
-        for name in ("steps", "learning_rate", "examples", "batch_size"):
-            inputs[f"anchor.warmup.{name}"] = getattr(anchor.warmup, name)
-    return inputs
-
-
-def fisher_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Those of ``anchor_inputs`` that the Fisher depends on: runs that differ in the others can share it."""
-    other = (
-        "policy", "anchor.drift", "anchor.snapshot", "anchor.warmup.", "anchor.precondition", "anchor.damping",
-        "valuation.window",
-    )  # fmt: skip
-    found = {key: value for key, value in inputs.items() if not key.startswith(other)}
-    if "held_out" in found:  # its prompts are the same for every part of the data
-        found["prepare"] = found.pop("held_out")
-    return found
 
 
 class _Anchor:

@@ -1,1 +1,8 @@
-"""cluster"""
+"""Ray: a list of shards goes in, one result per shard comes out, whatever dies meanwhile.
+
+In: a class of workers with their arguments, the resources of one, shards and the payload of each. Out: calls of
+``done(shard, result)`` in the driver.
+Start with cluster.py (a local Ray or one that is there), which makes the pools of pool.py; host.py is the process of a
+worker, shard_loop.py hands out, retries and sets aside. batched_worker.py: workers that run token sequences through a
+model; worker_log.py: their logs. No other folder of the library imports ray.
+"""

@@ -1,33 +1,26 @@
-"""The shard loop: explicit shards on Ray actors that hold their model once. The only file that talks to Ray.
+"""The shard loop: what happens between a list of shards and the workers that do them.
 
 A shard is the unit of work, of retry and of resume. A future that dies with its actor puts its shard back into the
 queue and a new actor in its place; so does a worker that hangs or reports that a disk, a store or the memory refused.
 A shard that failed three times is set aside and named with its reason at the end, when all others are finished. A
-node that goes away is not held against the shards on it. A process without a GPU that has served one pool serves the next
-with as many CPUs per worker, since importing torch and transformers takes seconds.
+node that goes away is not held against the shards on it.
 """
 
 from __future__ import annotations
 
 import errno
-import gc
-import logging
-import os
-import threading
 import time
-import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, RayActorError, RayError
 
-from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.cluster.host import SHARDS_IN_FLIGHT, Hosts
+from alphatoken.pipeline.run.failure import RunFailed, first_line
 from alphatoken.pipeline.run.progress import Task
-from alphatoken.pipeline.settings import ClusterSettings
 
 ATTEMPTS = 3
 LOST_NODES = 20  # a shard may lose as many nodes under it, as on machines that are taken away
@@ -35,11 +28,6 @@ SET_ASIDE_IN_A_ROW = 3  # with no success between them it is not the shards: a d
 RETRY_SECONDS = 2.0  # before a shard is tried again; doubled each time
 POLL_SECONDS = 1.0
 DOUBT_SECONDS = 60.0  # for Ray to find out that a node has died
-RELEASE_SECONDS = 30.0  # for a process to let go of its worker
-SHARDS_IN_FLIGHT = 2  # per worker: one computes while the other is read or written
-
-# A worker is called with (payload, advance); it calls advance(units) as it goes and returns a picklable result.
-Worker = Callable[[Any, Callable[[int], None]], Any]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,258 +39,13 @@ class Shard:
 
 
 @dataclass(frozen=True, slots=True)
-class Resources:
-    """What one worker takes, and how many workers there are."""
+class Work:
+    """Shards, what each is handed out with, who is told of its result, and where progress is shown."""
 
-    workers: int
-    cpus: int
-    gpus: float
-
-
-class Cluster:
-    """The Ray cluster of a run: joined at ``cluster.address``, or a local one that ends with the ``with`` block.
-
-    Ray starts when resources are first asked for, so that a wrong setting or a finished stage costs no start. A
-    cluster that was running before is left running.
-    """
-
-    def __init__(self, settings: ClusterSettings, debug: bool) -> None:
-        self.settings, self.debug = settings, debug
-        self.started = False
-        self.idle: list[Any] = []  # hosts without a worker
-        self.idle_cpus = 0  # of each of them
-
-    def __enter__(self) -> Cluster:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.end_idle()
-        if self.started:
-            ray.shutdown()
-
-    def pool(self, make: Callable[..., Worker], arguments: dict[str, Any], resources: Resources) -> WorkerPool:
-        """A pool of workers made by ``make(**arguments)``, on hosts that the one before has left, where they fit.
-
-        That one has to have ended. Hosts that do not fit end here, since they hold CPUs; those with a GPU are not kept,
-        since nothing but the end of a process gives all of a GPU's memory back.
-        """
-        if resources.gpus or resources.cpus != self.idle_cpus:
-            self.end_idle()
-        self.idle_cpus = resources.cpus
-        idle = None if resources.gpus else self.idle
-        return WorkerPool(make, arguments, resources, self.settings.shard_timeout, self.debug, idle)
-
-    def end_idle(self) -> None:
-        """End the hosts that no pool uses: others may be waiting for their CPUs."""
-        while self.idle:
-            _kill(self.idle.pop())
-
-    def start(self) -> None:
-        """Start or join Ray, unless this process has already."""
-        if ray.is_initialized():
-            return
-        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-        address = self.settings.address
-        try:
-            if address is None:
-                with _loopback_only():
-                    ray.init(
-                        address="local", num_cpus=_local_cpus(self.settings), include_dashboard=False,
-                        log_to_driver=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
-                    )  # fmt: skip
-            else:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RayError, ValueError, RuntimeError) as error:
-            raise RunFailed(
-                f"cluster.address={address}: Ray cannot be reached or started: {_first_line(error)}"
-            ) from error
-        self.started = True
-
-    def model_resources(self) -> Resources:
-        """Workers that hold a model: one per GPU where there are any, else one with all CPUs of a node, at most 8."""
-        self.start()
-        settings, total = self.settings, ray.cluster_resources()
-        gpus = settings.gpus_per_worker
-        if isinstance(gpus, str):
-            gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
-        if gpus > total.get("GPU", 0):
-            raise RunFailed(f"cluster.gpus_per_worker={gpus}: the cluster has {total.get('GPU', 0):g} GPUs")
-        node = int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
-        cpus = settings.cpus_per_worker
-        if isinstance(cpus, str):
-            per_node = settings.workers if isinstance(settings.workers, int) else 1
-            cpus = 1 if gpus else max(1, min(8, node // per_node))
-        if cpus > node:
-            raise RunFailed(f"cluster.cpus_per_worker={cpus}: no node of the cluster has more than {node} CPUs")
-        most = max(1, int(total.get("GPU", 0) // gpus) if gpus else int(total.get("CPU", 1) // cpus))
-        workers = settings.workers if isinstance(settings.workers, int) else most
-        return Resources(min(workers, most), cpus, gpus)
-
-    def tokenizer_resources(self) -> Resources:
-        """Workers that hold a tokenizer: one CPU each."""
-        self.start()
-        most = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        workers = self.settings.workers if isinstance(self.settings.workers, int) else most
-        return Resources(min(workers, most), 1, 0.0)
-
-
-@contextmanager
-def _loopback_only() -> Iterator[None]:
-    """Let a local Ray listen on the loopback interface alone.
-
-    Ray replaces 127.0.0.1 by the machine's outer address where clusters are enabled, and has no option against that.
-    """
-    from ray._private import ray_constants
-
-    before = ray_constants.ENABLE_RAY_CLUSTER
-    ray_constants.ENABLE_RAY_CLUSTER = False
-    try:
-        yield
-    finally:
-        ray_constants.ENABLE_RAY_CLUSTER = before
-
-
-def _local_cpus(settings: ClusterSettings) -> int:
-    """The machine's CPUs, or as many as the user explicitly asked the workers to take together."""
-    asked = 0
-    if isinstance(settings.workers, int) and isinstance(settings.cpus_per_worker, int):
-        asked = settings.workers * settings.cpus_per_worker
-    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, asked)
-
-
-@ray.remote
-class _Host:
-    """The actor: holds one worker at a time, runs shards on it, and tells how far each one is."""
-
-    def __init__(self) -> None:
-        self.worker: Worker | None = None
-        self.units: dict[str, int] = {}
-        self.lock = threading.Lock()
-
-    def start(self, make: Callable[..., Worker], arguments: dict[str, Any]) -> tuple[str, Any]:
-        """Make a worker; errors come back as values, so that they are told apart from a lost actor."""
-
-        def start() -> str:
-            self.worker = make(**arguments)
-            return ray.get_runtime_context().get_node_id()
-
-        return _caught(start)
-
-    def run(self, name: str, payload: Any) -> tuple[str, Any]:
-        """Run one shard."""
-        with self.lock:
-            self.units[name] = 0
-
-        def advance(units: int) -> None:
-            with self.lock:
-                self.units[name] += units
-
-        try:
-            assert self.worker is not None
-            worker = self.worker
-            return _caught(lambda: worker(payload, advance))
-        finally:
-            with self.lock:
-                del self.units[name]
-
-    def release(self) -> None:
-        """Let go of the worker and of the memory that it holds."""
-        self.worker = None
-        gc.collect()
-
-    def progress(self) -> dict[str, int]:
-        """Units done of the shards in work."""
-        with self.lock:
-            return dict(self.units)
-
-
-def _caught(work: Callable[[], Any]) -> tuple[str, Any]:
-    """("ok", result), ("error", ...) for what will be the same next time, or ("retry", ...) for what may pass."""
-    try:
-        return "ok", work()
-    except Exception as error:
-        kind = "retry" if isinstance(error, OSError | MemoryError) or _NO_MEMORY in str(error) else "error"
-        return kind, (f"{type(error).__name__}: {error}", traceback.format_exc(), isinstance(error, RunFailed))
-
-
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-
-
-class WorkerPool:
-    """Hosts that each hold one worker made by ``make(**arguments)``, until the end of the ``with`` block.
-
-    ``idle``: hosts with as many CPUs to begin with, to which it leaves its own when it ends well; None: they end.
-    """
-
-    def __init__(
-        self, make: Callable[..., Worker], arguments: dict[str, Any], resources: Resources, timeout: float, debug: bool,
-        idle: list[Any] | None = None,
-    ) -> None:  # fmt: skip
-        self.make, self.arguments, self.resources = make, arguments, resources
-        self.timeout, self.debug, self.idle = timeout, debug, idle
-        self.reused: set[Any] = set()
-        self.hosts: list[Any] = []
-        self.nodes: dict[Any, str] = {}  # host that is ready -> its node
-        self.starting: dict[Any, Any] = {}  # future -> host that is not ready yet
-
-    def __enter__(self) -> WorkerPool:
-        return self
-
-    def __exit__(self, kind: object = None, *_: object) -> None:
-        keep = self.idle if kind is None else None
-        released: set[Any] = set()
-        try:
-            if keep is not None:
-                released = _released(self.nodes)
-        finally:
-            for host in self.hosts:
-                if keep is not None and host in released:
-                    keep.append(host)
-                else:
-                    _kill(host)
-            self.hosts, self.nodes, self.starting = [], {}, {}
-
-    def run(
-        self, shards: Sequence[Shard], payload: Callable[[Shard], Any], done: Callable[[Shard, Any], None], task: Task
-    ) -> None:
-        """Run every shard once, in any order; ``done(shard, result)`` is called in the driver for each.
-
-        ``payload(shard)`` is made when the shard is handed out, so that at most two per worker are in memory. Raises
-        RunFailed at once when a worker reports an error that would come again, and at the end when shards had to be
-        set aside, with the reasons.
-        """
-        _Loop(self, shards, payload, done, task).run()
-
-    def spawn(self) -> Any:
-        """One more host: an idle one or a new one."""
-        if self.idle:
-            host = self.idle.pop()
-            self.reused.add(host)
-            self.hosts.append(host)
-            return host
-        threads = str(self.resources.cpus)
-        environment = {
-            "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "false",
-            "HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error",
-        }  # fmt: skip
-        host = _Host.options(  # type: ignore[attr-defined]  # ray.remote makes it; mypy sees the plain class
-            num_cpus=self.resources.cpus, num_gpus=self.resources.gpus, max_concurrency=SHARDS_IN_FLIGHT + 1,
-            max_restarts=0, runtime_env={"env_vars": environment},
-        ).remote()  # fmt: skip
-        self.hosts.append(host)
-        return host
-
-
-class Shared:
-    """A value that goes to the cluster's object store once and is read there by the workers whose shards name it."""
-
-    def __init__(self, value: Any) -> None:
-        self.reference = ray.put(value)
-
-    def get(self) -> Any:
-        """The value; numpy arrays in it are read-only views of the store's memory."""
-        return ray.get(self.reference)
+    shards: Sequence[Shard]
+    payload: Callable[[Shard], Any]
+    done: Callable[[Shard, Any], None]
+    task: Task
 
 
 @dataclass(slots=True)
@@ -314,19 +57,23 @@ class _Doubt:
     asked: Any
 
 
-class _Loop:
-    """The state of one call of WorkerPool.run."""
+class ShardLoop:
+    """One call of WorkerPool.run, with what it knows of its shards and of the workers.
 
-    def __init__(self, pool: WorkerPool, shards: Sequence[Shard], payload: Any, done: Any, task: Task) -> None:
-        self.pool, self.payload, self.done, self.task = pool, payload, done, task
-        self.queue = deque(shards)
+    ``timeout``: seconds without progress after which a worker is taken for hung. ``debug``: tracebacks in messages.
+    """
+
+    def __init__(self, hosts: Hosts, work: Work, timeout: float, debug: bool) -> None:
+        self.hosts, self.work, self.timeout, self.debug = hosts, work, timeout, debug
+        self.task = work.task
+        self.queue = deque(work.shards)
         self.attempts: dict[str, int] = {}
         self.lost_nodes: dict[str, int] = {}
         self.not_before: dict[str, float] = {}  # shard -> when it may be tried again
         self.set_aside: dict[str, str] = {}  # shard -> reason
         self.set_aside_in_a_row = 0
         self.flights: dict[Any, tuple[Any, Shard]] = {}  # future -> (host, shard)
-        self.starting = pool.starting  # also what an earlier call has started and not waited for
+        self.starting = hosts.starting  # also what an earlier call has started and not waited for
         self.doubtful: dict[Any, _Doubt] = {}  # host that does not answer, and Ray does not know yet why
         self.node_of: dict[Any, str] = {}  # host that is ready -> its node
         self.asked: dict[Any, Any] = {}  # host -> the future of its progress
@@ -334,11 +81,12 @@ class _Loop:
         # host -> when it last made progress
         self.alive_at: dict[Any, float] = dict.fromkeys(self.starting.values(), time.monotonic())
         self.failed_starts = 0
-        self.finished_units = task.done  # a task may go over several calls
+        self.finished_units = self.task.done  # a task may go over several calls
         self.polled = time.monotonic()
 
     def run(self) -> None:
-        self.node_of = dict(self.pool.nodes)
+        """Until every shard is finished or set aside. Raises RunFailed."""
+        self.node_of = dict(self.hosts.nodes)
         while self.queue or self.flights or self.doubtful:
             self._judge()
             self._assign()
@@ -352,7 +100,7 @@ class _Loop:
                 elif future in self.flights:
                     self._landed(future)
             self._poll()
-        self.pool.nodes = self.node_of
+        self.hosts.nodes = self.node_of
         self.task.at(self.finished_units)
         if self.set_aside:
             raise RunFailed(self._told("all others are finished"))
@@ -369,25 +117,23 @@ class _Loop:
         for host in self.node_of:
             if host not in self.doubtful:
                 self._feed(host)
-        while self.queue and len(self.pool.hosts) < self.pool.resources.workers:
+        while self.queue and len(self.hosts.all) < self.hosts.resources.workers:
             if len(self.starting) >= len(self.queue):
                 return
             self._start()
 
     def _start(self) -> None:
-        host = self.pool.spawn()
-        self.alive_at[host] = time.monotonic()
-        self.starting[host.start.remote(self.pool.make, self.pool.arguments)] = host
+        self.alive_at[self.hosts.start()] = time.monotonic()
 
     def _started(self, future: Any) -> None:
         host = self.starting.pop(future)
         try:
             status, result = ray.get(future)
         except RayError as error:
-            if host in self.pool.reused:  # it has died since its last pool
+            if host in self.hosts.reused:  # it has died since its last pool
                 self._retire(host)
                 return
-            self._no_start(host, f"workers die while they start: {_first_line(error)}; is there enough memory?")
+            self._no_start(host, f"workers die while they start: {first_line(error)}; is there enough memory?")
             return
         if status == "error":
             raise RunFailed(self._explain("a worker cannot start", result))
@@ -411,7 +157,7 @@ class _Loop:
             shard = self._next(alone=not flying)
             if shard is None:
                 return
-            self.flights[host.run.remote(shard.name, self.payload(shard))] = (host, shard)
+            self.flights[host.run.remote(shard.name, self.work.payload(shard))] = (host, shard)
             self.alive_at[host] = time.monotonic()
             flying.append(shard)
 
@@ -437,7 +183,7 @@ class _Loop:
             self.doubtful[host] = _Doubt(shards, time.monotonic(), host.progress.remote())
             return
         except RayError as error:
-            self._lost(host, [shard], f"its worker was lost ({_first_line(error)})", _took_node(error))
+            self._lost(host, [shard], f"its worker was lost ({first_line(error)})", _took_node(error))
             return
         if status == "error":
             raise RunFailed(self._explain(shard.name, result))
@@ -447,7 +193,7 @@ class _Loop:
             return
         self.set_aside_in_a_row = 0
         self.finished_units += shard.units
-        self.done(shard, result)
+        self.work.done(shard, result)
 
     def _judge(self) -> None:
         """Workers that did not answer: lost by themselves, or with their node, which Ray finds out after a while."""
@@ -460,7 +206,7 @@ class _Loop:
                     doubt.asked = host.progress.remote()
                     continue
                 except RayError as error:
-                    reason, with_node = f"its worker was lost ({_first_line(error)})", _took_node(error)
+                    reason, with_node = f"its worker was lost ({first_line(error)})", _took_node(error)
             elif time.monotonic() - doubt.since < DOUBT_SECONDS and self.node_of.get(host) not in _dead_nodes():
                 continue
             del self.doubtful[host]
@@ -494,11 +240,9 @@ class _Loop:
             raise RunFailed(self._told("and no other was finished meanwhile, so that the rest was not tried"))
 
     def _retire(self, host: Any) -> None:
-        if host in self.pool.hosts:
-            self.pool.hosts.remove(host)
         for known in (self.seen, self.alive_at, self.node_of, self.asked):
             known.pop(host, None)  # type: ignore[attr-defined]  # dicts of different values, to mypy no dicts
-        _kill(host)
+        self.hosts.end(host)
 
     def _poll(self) -> None:
         now = time.monotonic()
@@ -522,13 +266,13 @@ class _Loop:
         if self.starting and not any(node["Alive"] for node in ray.nodes()):
             raise RunFailed("Ray has no node left that could start a worker; run the same command again, it goes on")
         for host in [*busy, *self.starting.values()]:
-            if now - self.alive_at.get(host, now) > self.pool.timeout:
+            if now - self.alive_at.get(host, now) > self.timeout:
                 self._hung(host)
         running = sum(sum(units.values()) for host, units in self.seen.items() if host in busy)
         self.task.at(self.finished_units + running)
 
     def _hung(self, host: Any) -> None:
-        limit = f"cluster.shard_timeout={self.pool.timeout:g} s"
+        limit = f"cluster.shard_timeout={self.timeout:g} s"
         for future, other in list(self.starting.items()):
             if other is host:
                 del self.starting[future]
@@ -536,7 +280,7 @@ class _Loop:
                 self._no_start(
                     host,
                     f"no worker could be started within {limit}: the cluster must have "
-                    f"{self.pool.resources.cpus} CPUs and {self.pool.resources.gpus:g} GPUs free",
+                    f"{self.hosts.resources.cpus} CPUs and {self.hosts.resources.gpus:g} GPUs free",
                 )
                 return
         self._lost(host, [], f"its worker made no progress for {limit}", False)
@@ -547,26 +291,7 @@ class _Loop:
             message = message.partition(": ")[2]
         if any(f"[Errno {code}]" in message or f"[errno {code}]" in message for code in (errno.ENOSPC, errno.EDQUOT)):
             message += " (the disk is full)"
-        return f"{where}: {message}" + (f"\n{trace}" if self.pool.debug else "")
-
-
-def _kill(host: Any) -> None:
-    if not ray.is_initialized():
-        return  # gone with Ray, which `ray.kill` would start anew
-    with suppress(RayError, ValueError):  # it may be gone already
-        ray.kill(host)
-
-
-def _released(hosts: Iterable[Any]) -> set[Any]:
-    """The hosts that have let go of their worker in time."""
-    asked = {host.release.remote(): host for host in hosts}
-    answered = ray.wait(list(asked), num_returns=len(asked), timeout=RELEASE_SECONDS)[0] if asked else []
-    found = set()
-    for future in answered:
-        with suppress(RayError):
-            ray.get(future)
-            found.add(asked[future])
-    return found
+        return f"{where}: {message}" + (f"\n{trace}" if self.debug else "")
 
 
 def _took_node(error: RayError) -> bool:
@@ -581,7 +306,3 @@ def _took_node(error: RayError) -> bool:
 
 def _dead_nodes() -> set[str]:
     return {node["NodeID"] for node in ray.nodes() if not node["Alive"]}
-
-
-def _first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

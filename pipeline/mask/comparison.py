@@ -45,13 +45,16 @@ def branches_of(storage: Storage) -> tuple[str, ...]:
 class ComparedMask:
     """``agreement``: Jaccard index with the baseline, None where the tokens are not the same.
 
-    ``contributions``: of ``contributions``.
+    ``contributions``: of ``contributions``. ``loss_of_kept``: mean over kept tokens, nats; None where values/ has no loss.
+    ``only_always``: examples that keep nothing but the tokens of mask.always_keep.
     """
 
     place: MaskPlace
     kept_fraction: float
     agreement: float | None
     contributions: dict[str, float] | None
+    loss_of_kept: float | None
+    only_always: int
 
 
 def compare(baseline: MaskPlace, masks: Sequence[MaskPlace]) -> list[ComparedMask]:
@@ -60,7 +63,9 @@ def compare(baseline: MaskPlace, masks: Sequence[MaskPlace]) -> list[ComparedMas
     for mask in masks:
         summary, other = mask.summary, replace(baseline, branch=mask.branch)
         agreement = _jaccard(other, mask) if _tokens_of(other) == _tokens_of(mask) else None
-        found.append(ComparedMask(mask, summary["kept_fraction"], agreement, contributions(summary)))
+        loss = summary["columns"].get("loss", {}).get("mean_kept")
+        only = summary["rows_with_only_always_kept"]
+        found.append(ComparedMask(mask, summary["kept_fraction"], agreement, contributions(summary), loss, only))
     return found
 
 

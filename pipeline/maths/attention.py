@@ -132,40 +132,37 @@ class _Scores:
             stop = min(start + BLOCK, length)
             yield start, stop, 0 if self.window is None else max(0, start - self.window + 1)
 
-    def log_probability(
-        self, query: torch.Tensor, key: torch.Tensor, start: int, stop: int, first: int
-    ) -> torch.Tensor:
-        """Log attention probabilities (batch, heads, stop - start, stop - first) in at least float32."""
+    def probability(self, query: torch.Tensor, key: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
+        """Attention probabilities (batch, heads, stop - start, stop - first) in at least float32."""
         batch, _, rows, _ = query.shape
         logits = self.products(query, key)
         if self.softcap is not None:
             logits = torch.tanh(logits / self.softcap) * self.softcap
-        logits = logits + self._bias(logits, start, stop, first)
+        logits = self._masked(logits, start, stop, first)
         if self.sinks is None:
-            return logits - torch.logsumexp(logits, dim=-1, keepdim=True)
+            return logits.softmax(dim=-1)
         sink = self.sinks.to(logits.dtype).reshape(1, -1, 1, 1).expand(batch, -1, rows, 1)
-        return logits - torch.logsumexp(torch.cat([logits, sink], dim=-1), dim=-1, keepdim=True)
+        return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
     def products(self, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
         """Scaled q . k (batch, heads, rows, keys) in at least float32; several query heads may share a key head."""
         batch, heads, rows, _ = query.shape
         products = _grouped(query, key.shape[1]) @ key.transpose(2, 3)
         products = products.reshape(batch, heads, rows, key.shape[2])
-        return products.to(torch.promote_types(products.dtype, torch.float32)) * self.scale
+        return products.to(torch.promote_types(products.dtype, torch.float32)).mul_(self.scale)
 
-    def _bias(self, logits: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
+    def _masked(self, logits: torch.Tensor, start: int, stop: int, first: int) -> torch.Tensor:
+        """``logits`` with what may not be seen at the lowest finite number, or with the mask's own numbers added."""
         floor = torch.finfo(logits.dtype).min
         if self.mask is not None and self.mask.ndim == 4:
             part = self.mask[:, :, start:stop, first:stop]
-            if part.dtype == torch.bool:
-                return torch.zeros_like(part, dtype=logits.dtype).masked_fill(~part, floor)
-            return part.to(logits.dtype)
+            return logits.masked_fill_(~part, floor) if part.dtype == torch.bool else logits.add_(part)
         queries = torch.arange(start, stop, device=logits.device)[:, None]
         keys = torch.arange(first, stop, device=logits.device)[None, :]
         hidden = keys > queries
         if self.window is not None:
             hidden |= keys <= queries - self.window
-        return torch.zeros_like(hidden, dtype=logits.dtype).masked_fill(hidden, floor)
+        return logits.masked_fill_(hidden, floor)
 
 
 class _Blocks:
@@ -190,7 +187,7 @@ class _Blocks:
         query, key, value = scores.query.detach(), scores.key.detach(), self.value.detach()
         for start, stop, low in scores.blocks():
             part = query[:, :, start:stop], key[:, :, low:stop]
-            probability = scores.log_probability(*part, start, stop, low).exp_()
+            probability = scores.probability(*part, start, stop, low)
             if window:
                 found.append(_band_block(probability, start, stop, low, window))
             if self.moved is not None:
@@ -245,7 +242,7 @@ def _blockwise(scores: _Scores, value: torch.Tensor) -> torch.Tensor:
     def block(
         query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, start: int, stop: int, first: int
     ) -> torch.Tensor:
-        probability = scores.log_probability(query, key, start, stop, first).exp().to(value.dtype)
+        probability = scores.probability(query, key, start, stop, first).to(value.dtype)
         return (_grouped(probability, value.shape[1]) @ value).reshape(*query.shape[:3], -1)
 
     outputs = []

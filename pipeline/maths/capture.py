@@ -18,7 +18,7 @@ from torch import nn
 from alphatoken.pipeline.maths.attention import BandBlock, intercepted
 from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
 from alphatoken.pipeline.maths.experts import tapped_experts
-from alphatoken.pipeline.maths.tangents import Tangents, without_tangent
+from alphatoken.pipeline.maths.tangents import Tangents, tangent_of, with_tangent, without_tangent
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class Captured:
 
     ``entering`` h: (n, d_in); ``error`` d: (n, d_out), the gradient of the summed loss with respect to the map's
     output. ``rows``: the flat positions (batch * length) that the n rows belong to; None where row i is position i.
+    ``moved``: M h of the direction that the pass goes along, at the positions that it keeps them for; None: not known.
     ``expert``: which of the stacked matrices; 0 for a single one. ``band``: the attention band of the map's layer.
     """
 
@@ -37,6 +38,7 @@ class Captured:
     expert: int
     shape: tuple[int, int]
     band: list[BandBlock] | None
+    moved: torch.Tensor | None = None
 
 
 Visitor = Callable[[Captured], None]
@@ -64,13 +66,15 @@ def captured(
     kernel: str = "sdpa",
     window: int = 0,
     along: Tangents | None = None,
+    keep: torch.Tensor | None = None,
 ) -> Iterator[None]:
     """Show (h, d) of every scored linear map to ``visitor`` while the backward pass of the block runs.
 
     ``visitor`` None: no graph is made and nothing is shown. ``window`` W > 0 also computes the attention band of the
-    scored layers. ``along``: what leaves the scored layers is a dual number; a dual level has to be entered. The model is
-    put into evaluation mode and its parameters do not require gradients inside the block; both are as before when it is
-    left. Raises UnsupportedModel where the model calls a scored linear map for some positions only, or past its module.
+    scored layers. ``along``: what leaves the scored layers is a dual number; a dual level has to be entered. ``keep``: flat
+    positions whose products M h along it are shown with (h, d); those of stacked experts are not. The model is put into
+    evaluation mode and its parameters do not require gradients inside the block; both are as before when it is left.
+    Raises UnsupportedModel where the model calls a scored linear map for some positions only, or past its module.
     """
     bands: dict[int, list[BandBlock]] = {}
     layer_of = scored.layer_of()
@@ -89,15 +93,19 @@ def captured(
         shape: tuple,
     ) -> torch.Tensor:
         value = without_tangent(output) if along else output
+        moved = along.product(linear, expert, entering) if along else None
         if visitor is not None:
             held, see = entering.detach().reshape(-1, entering.shape[-1]), visitor
+            kept = None
+            if moved is not None and keep is not None and rows is None:
+                kept = moved.reshape(-1, moved.shape[-1])[keep]
 
             def visit(error: torch.Tensor) -> None:
                 flat = error.reshape(-1, error.shape[-1])
-                see(Captured(linear, held, flat, rows, expert, shape, bands.get(linear.layer)))
+                see(Captured(linear, held, flat, rows, expert, shape, bands.get(linear.layer), kept))
 
             value = _Tap.apply(value, anchor, visit)
-        return along.moved(linear, expert, entering, output, value) if along else value
+        return value if moved is None else with_tangent(value, moved, tangent_of(output))
 
     hidden_shape: list[tuple[int, int]] = []
     seen: set[str] = set()

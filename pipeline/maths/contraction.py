@@ -22,20 +22,38 @@ WORKSPACE_ELEMENTS = 1 << 24
 
 
 class StackedDirections:
-    """All named directions side by side, one matrix per linear map (and expert), on the model's device and dtype."""
+    """Named directions side by side, one matrix per linear map (and expert), on the model's device and dtype.
 
-    def __init__(self, scored: ScoredLayers, named: Mapping[str, Mapping[str, torch.Tensor]], values: set[str]) -> None:
+    ``given``: the one of them whose products M h come with what is captured; it is in the stacks of experts alone, of which
+    they do not.
+    """
+
+    def __init__(
+        self,
+        scored: ScoredLayers,
+        named: Mapping[str, Mapping[str, torch.Tensor]],
+        values: set[str],
+        given: str | None = None,
+    ) -> None:
         self.names = tuple(named)
+        self.given = None if given is None else self.names.index(given)
         self.by_output: dict[str, bool] = {}
         self.matrices: dict[str, torch.Tensor] = {}
         for linear in scored.maps:
             weight = linear.parameter
-            parts = [named[name][linear.name].to(weight.device, weight.dtype) for name in self.names]
+            stacked = [self.names[line] for line in self.lines(linear)]
+            if not stacked:
+                continue
+            parts = [named[name][linear.name].to(weight.device, weight.dtype) for name in stacked]
             parts = [p.mT if linear.transposed else p for p in parts]  # (..., d_out, d_in)
             d_out, d_in = parts[0].shape[-2:]
             by_output = linear.name in values or d_out <= d_in
             self.by_output[linear.name] = by_output
             self.matrices[linear.name] = torch.cat(parts, dim=-2 if by_output else -1).contiguous()
+
+    def lines(self, linear: LinearMap) -> list[int]:
+        """The numbers of the directions that are stacked for a map."""
+        return [line for line in range(len(self.names)) if line != self.given or linear.experts]
 
     def of(self, linear: LinearMap, expert: int) -> tuple[torch.Tensor, bool]:
         """(matrix, by_output): (S * d_out, d_in) to multiply h with, or (d_out, S * d_in) to multiply d with."""
@@ -46,18 +64,21 @@ class StackedDirections:
 class Contraction:
     """A visitor that adds up each position's components over all scored linear maps.
 
-    After the pass ``direct`` and ``causal`` hold (directions, positions) in at least float32.
+    After the pass ``direct`` and ``causal`` hold (directions, positions) in at least float32. ``dtype``: of the model.
     """
 
     def __init__(
-        self, directions: StackedDirections, values: Mapping[str, ValueProjection], positions: Positions
+        self,
+        directions: StackedDirections,
+        values: Mapping[str, ValueProjection],
+        positions: Positions,
+        dtype: torch.dtype,
     ) -> None:
         self.directions, self.values, self.positions = directions, values, positions
-        first = next(iter(directions.matrices.values()))
-        self.dtype = torch.promote_types(first.dtype, torch.float32)
+        self.dtype = torch.promote_types(dtype, torch.float32)
         size = (len(directions.names), len(positions))
-        self.direct = torch.zeros(size, dtype=self.dtype, device=first.device)
-        self.causal = torch.zeros(size, dtype=self.dtype, device=first.device)
+        self.direct = torch.zeros(size, dtype=self.dtype, device=positions.device)
+        self.causal = torch.zeros(size, dtype=self.dtype, device=positions.device)
 
     def found(self) -> torch.Tensor:
         """(2 * directions, positions): direct and causal of each direction in turn."""
@@ -66,18 +87,37 @@ class Contraction:
     def __call__(self, captured: Captured) -> None:
         """Add one linear map's contribution."""
         rows, target = self.positions.of(captured)
-        reached = self._reached(captured)
+        reached, lines = self._reached(captured), self.directions.lines(captured.map)
+        if len(lines) < len(self.directions.names):
+            assert captured.moved is not None and self.directions.given is not None
+            self._add([self.directions.given], captured, captured.moved[:, None], captured.error[rows], reached, rows)
+        if not lines:
+            return
         matrix, by_output = self.directions.of(captured.map, captured.expert)
         step = max(1, WORKSPACE_ELEMENTS // matrix.shape[0 if by_output else 1])
         for start in range(0, len(rows), step):
             part = rows[start : start + step]
             entering, error = captured.entering[part], captured.error[part]
             first, second = (entering, error) if by_output else (error, entering)
-            moved = (first @ (matrix.T if by_output else matrix)).unflatten(1, (len(self.directions.names), -1))
-            self.positions.add(self.direct, target, self._inner(moved, second), start)
-            if reached is not None:
-                value = self.values[captured.map.name]
-                self.positions.add(self.causal, target, self._inner(value.of(moved), reached[part]), start)
+            moved = (first @ (matrix.T if by_output else matrix)).unflatten(1, (len(lines), -1))
+            self._add(lines, captured, moved, second, reached, part, target, start)
+
+    def _add(
+        self,
+        lines: list[int],
+        captured: Captured,
+        moved: torch.Tensor,
+        other: torch.Tensor,
+        reached: torch.Tensor | None,
+        rows: torch.Tensor,
+        target: torch.Tensor | None = None,
+        start: int = 0,
+    ) -> None:
+        """``moved`` (n, S, d) with ``other`` (n, d), and its value's part with what ``rows`` reach through attention."""
+        self.positions.add(self.direct, target, self._inner(moved, other), lines, start)
+        if reached is not None:
+            value = self.values[captured.map.name]
+            self.positions.add(self.causal, target, self._inner(value.of(moved), reached[rows]), lines, start)
 
     def _reached(self, captured: Captured) -> torch.Tensor | None:
         value = self.values.get(captured.map.name)

@@ -41,12 +41,14 @@ def read_pass(
     kernel: str,
     window: int = 0,
     memory: HeadMemory | None = None,
+    keep: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A ghost pass that reads more than losses off the softmax: (readings, n), in the order of ``batch.predicting()``.
 
     ``visitor`` None: forward alone. ``along``: direction name -> direction; the readings find the logits' derivative
     along each. The first shares the forward pass, each further one takes a forward pass of its own: let
-    ``lower_layers_once`` hand the lower layers on. ``memory``: kept from one batch to the next.
+    ``lower_layers_once`` hand the lower layers on. ``keep``: flat positions whose products M h of the first the visitor is
+    shown. ``memory``: kept from one batch to the next.
     """
     positions = batch.predicting()
     if not len(positions):
@@ -59,7 +61,7 @@ def read_pass(
         level = stack.enter_context(ExitStack())
         if first is not None:
             level.enter_context(forward_ad.dual_level())
-        stack.enter_context(captured(scored, visitor, kernel, window, first))
+        stack.enter_context(captured(scored, visitor, kernel, window, first, keep))
         outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
         hidden = without_tangent(outputs.last_hidden_state).flatten(0, 1)[positions]
         if first is not None:

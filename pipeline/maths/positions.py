@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from alphatoken.pipeline.maths.capture import Captured
@@ -29,9 +31,21 @@ class Positions:
         rows = (target >= 0).nonzero().squeeze(1)
         return rows, target[rows]
 
-    def add(self, total: torch.Tensor, target: torch.Tensor | None, found: torch.Tensor, start: int = 0) -> None:
-        """Add ``found`` (n, rows) to ``total`` (n, positions); ``target``: of ``of``, for rows from ``start`` on."""
-        if target is None:
-            total[:, start : start + found.shape[1]] += found
-        else:
-            total.index_add_(1, target[start : start + found.shape[1]], found)
+    def add(
+        self,
+        total: torch.Tensor,
+        target: torch.Tensor | None,
+        found: torch.Tensor,
+        lines: Sequence[int] = (0,),
+        start: int = 0,
+    ) -> None:
+        """Add ``found`` (len(lines), rows) to the ``lines`` of ``total`` (n, positions).
+
+        ``target``: of ``of``, for rows from ``start`` on.
+        """
+        stop = start + found.shape[1]
+        for line, one in zip(lines, found, strict=True):
+            if target is None:
+                total[line, start:stop] += one
+            else:
+                total[line].index_add_(0, target[start:stop], one)

@@ -28,22 +28,20 @@ class Tangents:
         """Whether the direction is zero everywhere, as stability is without a drift: nothing moves along it."""
         return not any(bool(matrix.any()) for matrix in self.matrices.values())
 
-    def moved(
-        self, linear: LinearMap, expert: int, entering: torch.Tensor, output: torch.Tensor, value: torch.Tensor
-    ) -> torch.Tensor:
-        """``value`` (..., d_out) of a scored map as a dual number with W h' + M h; call it inside a dual level.
-
-        ``entering`` h (..., d_in) may be a dual number, of which ``output`` brings W h' along; ``value``: what goes on
-        in its place. The derivative is no part of the graph for a backward pass.
-        """
+    @torch.no_grad()
+    def product(self, linear: LinearMap, expert: int, entering: torch.Tensor) -> torch.Tensor:
+        """M h (..., d_out) for the input h (..., d_in) of a scored map, of a dual number for its value."""
         matrix = self.matrices[linear.name]
         matrix = matrix[expert] if linear.experts else matrix
-        with torch.no_grad():
-            moved = entering.detach() @ (matrix if linear.transposed else matrix.mT)
-            before = tangent_of(output)
-            if before is not None:
-                moved.add_(before)
-        return forward_ad.make_dual(value, moved)
+        return entering.detach() @ (matrix if linear.transposed else matrix.mT)
+
+
+def with_tangent(value: torch.Tensor, moved: torch.Tensor, before: torch.Tensor | None) -> torch.Tensor:
+    """``value`` as a dual number with the derivative M h + W h', of which ``before`` is the second part (None: zero).
+
+    Call it inside a dual level. ``moved`` is written to. The derivative is no part of the graph for a backward pass.
+    """
+    return forward_ad.make_dual(value, moved if before is None else moved.add_(before))
 
 
 def without_tangent(tensor: torch.Tensor) -> torch.Tensor:

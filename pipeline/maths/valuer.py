@@ -23,7 +23,7 @@ from alphatoken.pipeline.maths.directions import NAMES, Directions
 from alphatoken.pipeline.maths.ghost import read_pass
 from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.lower import lower_layers_once
-from alphatoken.pipeline.maths.nonfinite import locate
+from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
 from alphatoken.pipeline.maths.scores import SCORES, HeadScore, LayerScore
 from alphatoken.pipeline.maths.tangents import Tangents
 
@@ -78,18 +78,14 @@ class TokenValuer:
             directions.check(self.scored.weights())
             self.weights = dict(directions.weights) if directions.weights is not None else None
         self.window, self.attention = window if "paper" in names else 0, attention
-        self.head: dict[str, HeadScore] = {}
         self.memory = HeadMemory()
-        self.layers: list[LayerScore] = []
-        for name in names:
-            score = SCORES[name]
-            if isinstance(score, HeadScore):
-                self.head[name] = score
-            else:
-                self.layers.append(score(self.scored, directions, window, attention))
         self.columns = tuple(column for name in names for column in _columns_of(name))
-        looked_at = {direction for score in self.head.values() for direction in score.along}
+        self.head = [score for score in map(SCORES.__getitem__, names) if isinstance(score, HeadScore)]
+        looked_at = {direction for score in self.head for direction in score.along}
         self.along = _moving(self.scored, directions, looked_at) if directions is not None else {}
+        given = next(iter(self.along), None)
+        layered = [score for score in map(SCORES.__getitem__, names) if not isinstance(score, HeadScore)]
+        self.layers: list[LayerScore] = [score(self.scored, directions, window, attention, given) for score in layered]
 
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor
@@ -120,7 +116,7 @@ class TokenValuer:
             for visitor in visitors:
                 visitor(captured)
 
-        readings = {column: reading for score in self.head.values() for column, reading in score.readings.items()}
+        readings = {column: reading for score in self.head for column, reading in score.readings.items()}
         several = len(self.along) > 1
         with swapped(self.scored, self.weights), lower_layers_once(self.scored) if several else nullcontext():
             read = read_pass(
@@ -132,6 +128,7 @@ class TokenValuer:
                 self.attention,
                 self.window,
                 self.memory,
+                chosen,
             )
             columns = {name: (predicting, values) for name, values in zip(readings, read, strict=True)}
             for score, visitor in zip(self.layers, visitors, strict=True):
@@ -145,18 +142,17 @@ class TokenValuer:
 def check_model(scored: ScoredLayers, scores: Sequence[str], window: int, attention: str, exact: bool = False) -> None:
     """Raise UnsupportedModel where these scores cannot be computed with this model.
 
-    Values a few tokens along directions of zeros, so that a run ends before its Fisher and not after.
+    Values two tokens, along directions that mean nothing, so that a run ends before its Fisher and not after.
     """
-    still = {m.name: torch.zeros_like(m.parameter) for m in scored.maps}
-    valuer = TokenValuer(
-        scored.model, Directions(dict.fromkeys(NAMES, still)), len(scored.layers), window, attention, scores, exact
-    )
-    looked_at = {direction for score in valuer.head.values() for direction in score.along}
-    valuer.along = {name: Tangents(scored, still) for name in NAMES if name in looked_at}
+    small = {m.name: torch.full_like(m.parameter, 2.0**-10) for m in scored.maps}
+    some = Directions(dict.fromkeys(NAMES, small))
+    valuer = TokenValuer(scored.model, some, len(scored.layers), window, attention, scores, exact)
     ids = torch.arange(2, device=scored.maps[0].parameter.device)[None]
     batch = Batch(ids, torch.where(ids > 0, ids, IGNORED), torch.full((1,), 2, device=ids.device))
     try:
         valuer.value(batch)
+    except NonFinite:
+        pass  # said where an example can be named
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, IndexError) as error:  # whatever an operation says that has no forward-mode derivative

@@ -14,7 +14,7 @@ import torch
 from alphatoken.pipeline.anchor.coverage import as_json, warning
 from alphatoken.pipeline.anchor.stage import SUMS
 from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH, TOKENS_PER_PASS
-from alphatoken.pipeline.cluster.batched_worker import CPU_TOKENS
+from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.maths.batch import response_start
 from alphatoken.pipeline.maths.costs import (
     ModelCosts,

@@ -8,10 +8,10 @@ from typing import Any
 
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
 from alphatoken.pipeline.prepare.draw import draw_order
+from alphatoken.pipeline.prepare.inputs import fisher_prompts, is_preference
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
-from alphatoken.pipeline.prepare.stage import fisher_prompts, is_preference
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.settings import Settings

@@ -13,11 +13,10 @@ from typing import Any
 
 import pyarrow.fs as pafs
 
-from alphatoken.pipeline.anchor.stage import FISHER, anchor_inputs, drift_of, fisher_inputs
+from alphatoken.pipeline.anchor.inputs import anchor_inputs, drift_of, fisher_inputs
 from alphatoken.pipeline.anchor.tensors import read_metadata
-from alphatoken.pipeline.maths.models import ModelSource
-from alphatoken.pipeline.prepare.sources import open_sources
-from alphatoken.pipeline.prepare.stage import is_preference, prepare_inputs, vocabulary_of
+from alphatoken.pipeline.anchor.worker import FISHER
+from alphatoken.pipeline.prepare.inputs import open_data, prepare_inputs
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.manifest import OUTPUTS, Manifest
 from alphatoken.pipeline.run.run import Run
@@ -32,20 +31,14 @@ def stage_inputs(run: Run) -> dict[str, dict[str, Any]]:
 
     Raises SettingsWrong for data or a drift that cannot be used.
     """
-    settings, models = run.settings, run.models
-    train = open_sources("data.train", settings.data.train)
-    held_out = isinstance(settings.data.validation, int)
-    validation = None if held_out else open_sources("data.validation", settings.data.validation)
-    own = settings.model
-    source = ModelSource(models.policy, own.revision, trust_remote_code=own.trust_remote_code)
-    preference = is_preference(settings, train)
-    prepare = prepare_inputs(settings, models.policy, vocabulary_of(source), train, validation, preference)
+    models, raw, settings = run.models, open_data(run.settings), run.settings
+    prepare = prepare_inputs(run, raw)
     found: dict[str, dict[str, Any]] = {"prepare": prepare}
     if settings.valuation.needs_directions:
         found["anchor"] = anchor_inputs(settings, models, prepare, drift_of(settings, models))
-    if preference or settings.valuation.columns:
+    if raw.preference or settings.valuation.columns:
         anchor = digest(found["anchor"]) if "anchor" in found else None
-        found["value"] = value_inputs(settings, models, digest(prepare), anchor, preference)
+        found["value"] = value_inputs(settings, models, digest(prepare), anchor, raw.preference)
     return found
 
 

@@ -6,117 +6,33 @@ go into which part) is frozen in the manifest before the first part is written.
 
 from __future__ import annotations
 
-import json
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import pyarrow as pa
-
-from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
-from alphatoken.pipeline.cluster.shard_loop import Resources, Shard, WorkerPool
+from alphatoken.pipeline.cluster.host import Resources
+from alphatoken.pipeline.cluster.pool import WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
-from alphatoken.pipeline.prepare.draw import draw_order, part_of
-from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
-from alphatoken.pipeline.prepare.rows import PREFERENCE, TemplateRequired, Unusable, require_template, row_kind
-from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
-from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
+from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
+from alphatoken.pipeline.prepare.draw import draw_order
+from alphatoken.pipeline.prepare.inputs import (
+    fisher_prompts,
+    open_data,
+    prepare_inputs,
+    tokenizer_source,
+    training_rows,
+)
+from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, row_kind
+from alphatoken.pipeline.prepare.sources import Sources, decode
+from alphatoken.pipeline.prepare.tokenize import Example
+from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker, to_table
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
-from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run, Workers
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
-from alphatoken.pipeline.settings.run import NO_PAIRS
-
-MOST_FISHER_PROMPTS = 1000
-LONGEST_RAW = 1 << 20  # characters of a row that the quarantine keeps
-ROWS_TO_RECOGNISE = 16
-Pieces = list[tuple[str, list[int], pa.Table]]
-
-
-@dataclass(frozen=True, slots=True)
-class _Task:
-    """Rows for one worker call. ``part``: the file name to write, or None to send the examples back.
-
-    ``role`` matters to preference data alone: "train" rows become pairs; "held-out" ones are pairs too, of which the
-    chosen branch is the example; "validation" rows may also be supervised ones.
-    """
-
-    pieces: Pieces
-    part: str | None
-    quarantine: str | None
-    fingerprint: str
-    role: str = "train"
-
-
-class PrepareWorker:
-    """Tokenizes raw rows; holds the tokenizer and the place to write to."""
-
-    def __init__(
-        self, storage: Storage, source: ModelSource, vocabulary: int, settings: Settings, preference: bool
-    ) -> None:
-        data = settings.data
-        self.storage, self.columns = storage, data.columns.given()
-        tokenizer = load_tokenizer(here(source, weights=False))
-        arguments = tokenizer, data.max_length, data.chat_template, self.columns, vocabulary
-        self.make = ExampleMaker(*arguments)
-        self.pair = PairMaker(*arguments) if preference else None
-
-    def __call__(self, task: _Task, advance: Callable[[int], None]) -> tuple[dict[str, Any], list[Example | None]]:
-        """Returns the counts, and for a task without a part the examples in row order (None: not usable)."""
-        examples: list[Any] = []
-        rejected: list[dict[str, Any]] = []
-        for name, numbers, table in task.pieces:
-            for number, (row, reason) in zip(numbers, decode(table), strict=True):
-                example = None
-                if reason is None:
-                    try:
-                        example = self._made(row, f"{name}:{number}", task.role)
-                    except TemplateRequired as error:
-                        raise RunFailed(f"{name}, row {number}: {error}") from error
-                    except Unusable as error:
-                        reason = str(error)
-                if reason is not None:
-                    rejected.append({"file": name, "row": number, "reason": _storable(reason), "raw": _raw(row)})
-                examples.append(example)
-                advance(1)
-        usable = [e for e in examples if e is not None]
-        if task.quarantine and rejected:
-            self.storage.write_table(task.quarantine, pa.Table.from_pylist(rejected, QUARANTINE), task.fingerprint)
-        counts = _counts(usable, rejected)
-        if task.part:  # after its quarantine, so that a part that is there has both
-            pairs = self.pair is not None and task.role == "train"
-            table = (to_pair_table if pairs else to_table)(usable)
-            self.storage.write_table(task.part, table, task.fingerprint, counts)
-            examples = []
-        return counts, examples
-
-    def _made(self, row: Any, source: str, role: str) -> Example | Pair:
-        if self.pair is None or (role == "validation" and not is_pair(row, self.columns)):
-            return self.make(row, source)
-        pair = self.pair(row, source)
-        return pair if role == "train" else pair.chosen
-
-
-def to_table(examples: Iterable[Example]) -> pa.Table:
-    """Examples as a prepared table."""
-    rows = list(examples)
-    return pa.table({name: [getattr(e, name) for e in rows] for name in PREPARED.names}, schema=PREPARED)
-
-
-def to_pair_table(pairs: Iterable[Pair]) -> pa.Table:
-    """Pairs as a prepared table."""
-    rows = list(pairs)
-    columns = {"id": [p.chosen.id for p in rows], "source": [p.chosen.source for p in rows]}
-    columns |= {name: [getattr(p, f"{name}_text") for p in rows] for name in ("prompt", *BRANCHES)}
-    for branch in BRANCHES:
-        for name in ("input_ids", "labels"):
-            columns[f"{branch}_{name}"] = [getattr(getattr(p, branch), name) for p in rows]
-    return pa.table({name: columns[name] for name in PREFERENCE_PREPARED.names}, schema=PREFERENCE_PREPARED)
 
 
 def make_prepared(run: Run) -> None:
@@ -125,33 +41,31 @@ def make_prepared(run: Run) -> None:
     The tokenizer is that of model.policy; of several checkpoints, that of the first.
     """
     started = time.monotonic()
-    policy, storage, manifest, settings = run.models.policy, run.storage, run.manifest, run.settings
-    source = ModelSource(policy, settings.model.revision, trust_remote_code=settings.model.trust_remote_code)
-    train = open_sources("data.train", settings.data.train)
-    held_out = isinstance(settings.data.validation, int)
-    validation = None if held_out else open_sources("data.validation", settings.data.validation)
-    vocabulary = vocabulary_of(source)
-    preference = is_preference(settings, train)
-    inputs = prepare_inputs(settings, policy, vocabulary, train, validation, preference)
+    source, storage, manifest, settings = tokenizer_source(run), run.storage, run.manifest, run.settings
+    raw = open_data(settings)
+    inputs = prepare_inputs(run, raw)
     fingerprint = manifest.begin(
         "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}
     )
     if manifest.done("prepare") and not _missing(storage, manifest.stage("prepare")):
         run.progress.say(f"prepare: done already, {manifest.stage('prepare')['counts']['rows_used']:,} examples")
         return
-    facts = _check(source, vocabulary, settings, train)
+    train = raw.train
+    facts = {"vocabulary": inputs["vocabulary"], **_check(source, settings, train)}
     # Names of files are part of the rows' identifiers: those that the stage was begun with, wherever the files are now.
     manifest.note("prepare", files=manifest.stage("prepare")["counts"].get("files") or [f.name for f in train.files])
     train = train.named(manifest.stage("prepare")["counts"]["files"])
-    arguments = {"storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings}
-    arguments["preference"] = preference
+    arguments = {
+        "storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings,
+        "preference": raw.preference,
+    }  # fmt: skip
     total = train.starts[-1]
     with run.cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(run.cluster, total)) as pool:
         stage = _Prepare(run, fingerprint, pool)
-        drawn, counts = stage.hold_out(train, validation)
+        drawn, counts = stage.hold_out(train, raw.validation)
         rows = training_rows(total, drawn, settings)
         parts = _plan(len(rows), settings.data.shard_examples)
-        facts["format"] = "preference" if preference else "sft"
+        facts["format"] = "preference" if raw.preference else "sft"
         manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
         counts += stage.shards(train, rows, parts)
     if not counts["train_rows"]:
@@ -160,7 +74,7 @@ def make_prepared(run: Run) -> None:
         )
     reasons = {key.removeprefix("reason/"): n for key, n in sorted(counts.items()) if key.startswith("reason/")}
     plain = {key: n for key, n in sorted(counts.items()) if not key.startswith("reason/")}
-    if held_out:
+    if raw.validation is None:
         plain["rows_in"] = len(rows) + len(drawn)
         plain["rows_used"] = plain["rows_in"] - plain.get("quarantined", 0)
     manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **plain)
@@ -169,67 +83,6 @@ def make_prepared(run: Run) -> None:
         f"validation, {plain.get('fisher_rows', 0):,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
         f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({_listed(reasons)})" if reasons else "")
     )
-
-
-def is_preference(settings: Settings, train: Sources) -> bool:
-    """data.format, with ``auto`` resolved by the first readable row of every file. Raises SettingsWrong where they differ."""
-    if settings.data.format != "auto":
-        return settings.data.format == "preference"
-    kinds: dict[bool, str] = {}
-    for file in train.files:
-        first = decode(file.table(range(min(ROWS_TO_RECOGNISE, len(file.rows)))))
-        shapes = (row_kind(row.keys(), settings.data.columns.given()) for row, reason in first if reason is None)
-        if (kind := next((kind for kind in shapes if kind != "unknown"), None)) is not None:
-            kinds.setdefault(kind in PREFERENCE, file.name)
-    if len(kinds) == 2:
-        names = f"{kinds[True]} holds preference pairs, {kinds[False]} does not"
-        raise SettingsWrong([f"data.train: {names}: give files of one kind, or set data.format=sft or preference"])
-    if True in kinds and settings.valuation.rehearsed:
-        raise SettingsWrong([NO_PAIRS])
-    return True in kinds
-
-
-def prepare_inputs(
-    settings: Settings,
-    policy: str,
-    vocabulary: int,
-    train: Sources,
-    validation: Sources | None,
-    preference: bool = False,
-) -> dict[str, Any]:
-    """Everything that prepared/ depends on."""
-    data = settings.data
-    schema = PREFERENCE_PREPARED if preference else PREPARED
-    return {
-        "data.train": [file.fingerprint for file in train.files],
-        "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
-        "data.max_length": data.max_length,
-        "data.shard_examples": data.shard_examples,
-        **({"data.part": data.part} if data.part else {}),
-        "data.chat_template": data.chat_template,
-        "data.columns": data.columns.given(),
-        "anchor.fisher.prompts": settings.anchor.fisher.prompts if settings.makes_fisher else 0,
-        "run.seed": settings.run.seed,
-        "tokenizer": of_model(policy, tokenizer_only=True),
-        "vocabulary": vocabulary,
-        "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
-    }
-
-
-def fisher_prompts(settings: Settings, rows: int) -> int:
-    """How many of ``rows`` rows are held out as prompts; 0 where no Fisher is made."""
-    if not settings.makes_fisher:
-        return 0
-    asked = settings.anchor.fisher.prompts
-    return min(MOST_FISHER_PROMPTS, max(1, rows // 10)) if isinstance(asked, str) else asked
-
-
-def held_out_digest(inputs: Mapping[str, Any]) -> str | None:
-    """What the held-out rows of one part of the data depend on, equal for all parts; None without data.part.
-
-    ``inputs``: of ``prepare_inputs``.
-    """
-    return digest({k: v for k, v in inputs.items() if k != "data.part"}) if "data.part" in inputs else None
 
 
 def _missing(storage: Storage, record: dict[str, Any]) -> bool:
@@ -248,22 +101,6 @@ def complete(storage: Storage, name: str, fingerprint: str) -> dict[str, Any] | 
     return counts
 
 
-def training_rows(total: int, held_out: Collection[int], settings: Settings) -> list[int]:
-    """The rows of ``total`` that go into prepared/: those that are not held out, or data.part of them.
-
-    What is held out does not depend on data.part, so that all parts share it. Raises SettingsWrong for an empty part.
-    """
-    rows = [row for row in range(total) if row not in held_out]
-    if settings.data.cut is None:
-        return rows
-    own = part_of(rows, settings.run.seed, *settings.data.cut)
-    if not own:
-        raise SettingsWrong(
-            [f"data.part={settings.data.part}: {len(rows)} training rows are too few for so many parts"]
-        )
-    return own
-
-
 def _plan(rows: int, per_shard: int) -> list[str]:
     count = -(-rows // per_shard)
     return [f"part-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
@@ -275,15 +112,7 @@ def _resources(cluster: Workers, rows: int) -> Resources:
     return Resources(min(resources.workers, few), resources.cpus, resources.gpus)
 
 
-def vocabulary_of(source: ModelSource) -> int:
-    """Rows of the model's embedding: larger ids cannot be used."""
-    try:
-        return load_config(here(source, weights=False)).get_text_config().vocab_size
-    except UnreadableModel as error:
-        raise SettingsWrong([f"model.policy: {error}"]) from error
-
-
-def _check(source: ModelSource, vocabulary: int, settings: Settings, train: Sources) -> dict[str, Any]:
+def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str, Any]:
     """What can be said before any worker starts: the tokenizer, the shape of the data, its size."""
     if not train.starts[-1]:
         raise SettingsWrong([f"data.train={settings.data.train}: there is no row in it"])
@@ -305,7 +134,7 @@ def _check(source: ModelSource, vocabulary: int, settings: Settings, train: Sour
             raise SettingsWrong([f"data.train={file.name}, model.policy={source.path}: {error}"]) from error
     ends = tokenizer.eos_token_id
     ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return {"vocabulary": vocabulary, "eos_token_ids": ends, "tokenizer": source.path}
+    return {"eos_token_ids": ends, "tokenizer": source.path}
 
 
 class _Prepare:
@@ -323,10 +152,8 @@ class _Prepare:
         """
         total = train.starts[-1]
         wanted_validation = int(self.settings.data.validation) if validation is None else 0
-        wanted_fisher = fisher_prompts(self.settings, total)
-        wanted = wanted_validation + wanted_fisher
+        asked, wanted = self.settings.anchor.fisher.prompts, wanted_validation + fisher_prompts(self.settings, total)
         if wanted >= total:
-            asked = self.settings.anchor.fisher.prompts
             raise SettingsWrong(
                 [
                     f"data.train has {total} rows, of which data.validation={self.settings.data.validation} and "
@@ -367,7 +194,7 @@ class _Prepare:
         """(row, example or None) in the order of ``rows``."""
         ordered = sorted(rows)
         results: list[Example | None] = []
-        work = _Task(sources.pieces(ordered), None, None, self.fingerprint, "held-out")
+        work = PrepareTask(sources.pieces(ordered), None, None, self.fingerprint, "held-out")
         self.pool.run([Shard("held-out rows", 0)], lambda s: work, lambda s, r: results.extend(r[1]), task)
         by_row = dict(zip(ordered, results, strict=True))
         return [(row, by_row[row]) for row in rows]
@@ -375,7 +202,7 @@ class _Prepare:
     def _validation(self, sources: Sources) -> Counter[str]:
         rows = range(sources.starts[-1])
         written = "prepared/validation.parquet", "quarantine/validation.parquet"
-        work = _Task(sources.pieces(rows), *written, self.fingerprint, "validation")
+        work = PrepareTask(sources.pieces(rows), *written, self.fingerprint, "validation")
         counts = Counter[str]()
         with self.progress.task("prepare: validation", len(rows), "rows") as task:
             self.pool.run([Shard("validation rows", len(rows))], lambda s: work, lambda s, r: counts.update(r[0]), task)
@@ -411,8 +238,8 @@ class _Prepare:
         if len(missing) < len(parts):
             self.progress.say(f"prepare: {len(parts) - len(missing)} of {len(parts)} shards are complete already")
 
-        def payload(shard: Shard) -> _Task:
-            return _Task(
+        def payload(shard: Shard) -> PrepareTask:
+            return PrepareTask(
                 train.pieces(plan[shard.name]), f"prepared/{shard.name}", f"quarantine/{shard.name}", self.fingerprint
             )
 
@@ -446,32 +273,6 @@ def _of_validation(counts: Mapping[str, Any]) -> Counter[str]:
     )
     renamed["validation_rows"] = counts["rows_used"]
     return renamed
-
-
-def _counts(usable: Sequence[Example | Pair], rejected: Sequence[dict[str, Any]]) -> dict[str, int]:
-    counts = Counter(f"reason/{row['reason'].split(':')[0]}" for row in rejected)
-    counts["rows_used"] = len(usable)
-    counts["quarantined"] = len(rejected)
-    counts["truncated"] = sum(example.truncated for example in usable)
-    sequences = [s for e in usable for s in ((e.chosen, e.rejected) if isinstance(e, Pair) else (e,))]
-    counts["tokens"] = sum(len(sequence.input_ids) for sequence in sequences)
-    counts["response_tokens"] = sum(label != -100 for sequence in sequences for label in sequence.labels)
-    return dict(counts)
-
-
-def _raw(row: Any) -> str:
-    try:
-        text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False, default=str)
-    except (RecursionError, TypeError, ValueError):
-        text = json.dumps(f"a {type(row).__name__} that cannot be written as JSON")
-    if len(text) > LONGEST_RAW:
-        text = f"{text[:LONGEST_RAW]}... ({len(text)} characters)"
-    return _storable(text)
-
-
-def _storable(text: str) -> str:
-    """Arrow strings are UTF-8: lone surrogates are written as escapes."""
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
 def _listed(reasons: dict[str, int]) -> str:

@@ -139,11 +139,13 @@ class MaskSettings:
 
         ``scores``: of valuation.scores, which ``there`` come from.
         """
-        remedies: dict[str, list[str]] = {}
+        remedies: dict[str, str] = {}
         for column, asked in self.columns().items():
             if column not in there:
-                remedies.setdefault(f"{_asks_for(column, scores)}", []).append(f"{asked} needs the column {column}")
-        return [f"{reasons[0]}, which values/ does not have: set {remedy}" for remedy, reasons in remedies.items()]
+                remedies.setdefault(_asks_for(column, scores), f"{asked} needs the column {column}")
+        other = [s for s, columns in MASK_SCORES.items() if set(columns) <= set(there)]
+        known = f" (values/ has what mask.score={', '.join(other)} need)"
+        return [f"{reason}, which values/ does not have{known}: set {remedy}" for remedy, reason in remedies.items()]
 
 
 def _asks_for(column: str, scores: Collection[str]) -> str:

@@ -20,7 +20,8 @@ import torch
 from alphatoken.data_schemas import COMPONENTS
 from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
 from alphatoken.pipeline.anchor.worker import FISHER
-from alphatoken.pipeline.cluster.shard_loop import Shard, Shared, WorkerPool
+from alphatoken.pipeline.cluster.pool import Shared, WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.adamw import ScoredAdamW

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
-from alphatoken.pipeline.cluster.shard_loop import Shared
+from alphatoken.pipeline.cluster.pool import Shared
 from alphatoken.pipeline.maths.batch import Batch, collate
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.models import ModelSource, load_model

@@ -23,7 +23,7 @@ def main(kills: int, seed: int) -> None:
         turn = 0
         while done < kills // 10:  # a run that ended is compared, and the next begins
             run = place / f"ray-{turn}/run"  # all of one name, which the report shows
-            process = python("jobs", "run", f"run.dir={run}", *inputs)
+            process = python("alphatoken.jobs", "run", f"run.dir={run}", *inputs)
             time.sleep(draw.uniform(3.0, 15.0))
             for member in family(process)[: 1 if done % 2 else None]:
                 member.kill()
@@ -32,7 +32,7 @@ def main(kills: int, seed: int) -> None:
                 compare(contents(run), calm, f"{done} killed processes with Ray")
                 turn += 1
             done += process.returncode != 0
-        process = python("jobs", "run", f"run.dir={run}", *inputs)
+        process = python("alphatoken.jobs", "run", f"run.dir={run}", *inputs)
         _, err = process.communicate(timeout=600)
         if process.returncode != 0:
             raise SystemExit(f"after {done} killed processes with Ray the run fails: {err[-2000:]}")

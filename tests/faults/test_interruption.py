@@ -32,13 +32,13 @@ def test_killed_drivers_and_machines_with_ray_go_on_with_the_same_command(tmp_pa
     """In turn the driver alone, as by a user, and everything below it at once, as when a machine goes away."""
     draw, run = random.Random(7), tmp_path / "run"
     for turn in range(4):
-        process = python("jobs", "run", f"run.dir={run}", *inputs)
+        process = python("alphatoken.jobs", "run", f"run.dir={run}", *inputs)
         until((run / ".lock").exists, 120)
         time.sleep(draw.uniform(0.0, 14.0))
         for member in family(process)[: 1 if turn % 2 else None]:
             member.kill()
         process.communicate(timeout=60)
-    process = python("jobs", "run", f"run.dir={run}", *inputs)
+    process = python("alphatoken.jobs", "run", f"run.dir={run}", *inputs)
     _, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
     assert contents(run) == calm
@@ -48,7 +48,7 @@ def test_a_killed_ray_head_or_only_node_ends_the_driver_and_the_same_command_goe
     """With two CPUs for each worker of a model: anchor has to start its own, and a Ray that is gone cannot."""
     run, own = tmp_path / "run", [*inputs, "cluster.cpus_per_worker=2"]
     for victim, begun in (("raylet", "prepared/part-*"), ("gcs_server", ".lock/*.json")):
-        process = python("jobs", "run", f"run.dir={run}", *own, RAY_gcs_rpc_server_reconnect_timeout_s="3")
+        process = python("alphatoken.jobs", "run", f"run.dir={run}", *own, RAY_gcs_rpc_server_reconnect_timeout_s="3")
         until(lambda begun=begun: list(run.glob(begun)), 120)
         found = until(lambda of=process, name=victim: [p for p in family(of) if p.name() == name], 120)
         assert len(found) == 1
@@ -57,7 +57,7 @@ def test_a_killed_ray_head_or_only_node_ends_the_driver_and_the_same_command_goe
         assert process.returncode != 0
         assert victim != "raylet" or "run the same command again" in err, err
     for place in (run, tmp_path / "calm/run"):
-        process = python("jobs", "run", f"run.dir={place}", *own)
+        process = python("alphatoken.jobs", "run", f"run.dir={place}", *own)
         _, err = process.communicate(timeout=300)
         assert process.returncode == 0, err
     assert contents(run) == contents(tmp_path / "calm/run")
@@ -93,17 +93,17 @@ def test_killed_workers_are_replaced(alphatoken, tmp_path, inputs, calm):
 
 def _is_worker(process: psutil.Process) -> bool:
     try:
-        return process.cmdline()[:1] == ["ray::_Host"] or process.name().startswith("ray::_Host")
+        return process.cmdline()[:1] == ["ray::Host"] or process.name().startswith("ray::Host")
     except (psutil.NoSuchProcess, psutil.AccessDenied):
         return False
 
 
 def test_a_second_driver_is_refused_while_the_first_lives(tmp_path, inputs):
     run = tmp_path / "run"
-    first = python("jobs", "run", f"run.dir={run}", *inputs)
+    first = python("alphatoken.jobs", "run", f"run.dir={run}", *inputs)
     try:
         until(lambda: list(run.glob(".lock/*.json")), 120)
-        second = python("jobs", "prepare", f"run.dir={run}", *inputs)
+        second = python("alphatoken.jobs", "prepare", f"run.dir={run}", *inputs)
         _, err = second.communicate(timeout=120)
         assert second.returncode == 1 and f"process {first.pid} on" in err.strip().splitlines()[-1]
     finally:

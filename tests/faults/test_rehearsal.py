@@ -36,14 +36,14 @@ def test_thirty_killed_drivers_give_the_bytes_of_a_calm_run(tmp_path, inputs, ca
 def test_a_killed_driver_goes_on_from_its_last_save(tmp_path, inputs, calm):
     calm = dict(calm)
     run = tmp_path / "run"
-    process = python("jobs", "run", f"run.dir={run}", *inputs)
+    process = python("alphatoken.jobs", "run", f"run.dir={run}", *inputs)
     state = run / "values/rehearsal/state.safetensors"
     until(state.exists, 240, every=0.001)
     for member in family(process):
         member.kill()
     process.communicate(timeout=60)
     assert state.exists() and not list((run / "values").glob("part-*"))
-    process = python("jobs", "run", f"run.dir={run}", *inputs, "cluster.workers=2")
+    process = python("alphatoken.jobs", "run", f"run.dir={run}", *inputs, "cluster.workers=2")
     _, err = process.communicate(timeout=400)
     assert process.returncode == 0, err
     told = next(line for line in err.splitlines() if "goes on from step" in line)
@@ -68,7 +68,7 @@ def test_lost_workers_cost_their_lanes_alone(alphatoken, tmp_path, inputs, calm)
             while not over.is_set() and len(list((run / "values/rehearsal").glob("steps-*"))) < saved:
                 time.sleep(0.002)
             for process in psutil.Process().children(recursive=True):
-                if not over.is_set() and process.name().startswith("ray::_Host"):
+                if not over.is_set() and process.name().startswith("ray::Host"):
                     process.kill()
                     kills.append(process.pid)
 

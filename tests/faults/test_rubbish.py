@@ -16,7 +16,7 @@ from alphatoken.data_schemas import PREPARED, QUARANTINE
 from alphatoken.pipeline.maths.models import ModelSource
 from alphatoken.pipeline.prepare import sources as reading
 from alphatoken.pipeline.prepare.sources import open_sources
-from alphatoken.pipeline.prepare.stage import PrepareWorker, _Task
+from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
@@ -38,7 +38,7 @@ def prepare(worker: PrepareWorker, *paths: Path) -> tuple[list[dict], list[dict]
     total = sources.starts[-1]
     worker.storage.remove("prepared")
     worker.storage.remove("quarantine")
-    counts, _ = worker(_Task(sources.pieces(range(total)), "prepared/x", "quarantine/x", "f"), lambda units: None)
+    counts, _ = worker(PrepareTask(sources.pieces(range(total)), "prepared/x", "quarantine/x", "f"), lambda units: None)
     used = worker.storage.read_table("prepared/x", PREPARED).to_pylist()
     rejected = []
     if worker.storage.exists("quarantine/x"):
@@ -223,7 +223,7 @@ def test_one_bad_row_in_a_million_is_found_without_losing_another(worker, tmp_pa
     sources = open_sources("data.train", str(file))
     assert sources.starts[-1] == 1_000_000
     near = range(bad - 500, bad + 500)  # the shard around it; the others are alike
-    counts, _ = worker(_Task(sources.pieces(near), "prepared/m", "quarantine/m", "f"), lambda units: None)
+    counts, _ = worker(PrepareTask(sources.pieces(near), "prepared/m", "quarantine/m", "f"), lambda units: None)
     (row,) = worker.storage.read_table("quarantine/m", QUARANTINE).to_pylist()
     assert counts["rows_used"] == 999 and row["row"] == bad and row["reason"].startswith("broken_json")
 

@@ -67,10 +67,10 @@ def test_a_checkpoint_with_code_of_its_own_runs_none_unless_told_to(tmp_path, al
 
 
 def test_the_local_ray_listens_on_the_loopback_interface_alone(tmp_path, policy, train_file):
-    process = python("jobs", "run", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}",
+    process = python("alphatoken.jobs", "run", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}",
                      *MANY_PIECES)  # fmt: skip
     try:
-        until(lambda: any(p.name().startswith("ray::_Host") for p in family(process)), 120)
+        until(lambda: any(p.name().startswith("ray::Host") for p in family(process)), 120)
         ports = []
         for member in family(process):
             try:

@@ -21,7 +21,7 @@ import sys
 import time
 from typing import Any
 
-from alphatoken.pipeline.cluster.shard_loop import Resources
+from alphatoken.pipeline.cluster.host import Resources
 
 LONGEST_DELAY = 0.12  # seconds from the claim to a kill from outside
 LATEST_STEP = 30  # of writing, where a driver kills itself
@@ -82,13 +82,13 @@ def driver(arguments: list[str], claimed: int, die_at_step: int | None) -> int:
 
     from alphatoken.jobs import session
     from alphatoken.jobs.cli import main
-    from alphatoken.pipeline.cluster import shard_loop
+    from alphatoken.pipeline.cluster import cluster
     from alphatoken.pipeline.run import storage
     from alphatoken.pipeline.value import rehearsal
 
     torch.set_num_threads(1)
     rehearsal.Shared = InMemory  # type: ignore[misc, assignment]
-    shard_loop.Cluster = Alone  # type: ignore[misc, assignment]
+    cluster.Cluster = Alone  # type: ignore[misc, assignment]
     steps = 0
 
     def step() -> None:

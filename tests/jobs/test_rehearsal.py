@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alphatoken.data_schemas import COMPONENTS, REHEARSED_VALUES
-from alphatoken.pipeline.cluster import shard_loop
-from alphatoken.pipeline.cluster.shard_loop import WorkerPool
+from alphatoken.pipeline.cluster import cluster
+from alphatoken.pipeline.cluster.pool import WorkerPool
 from alphatoken.pipeline.prepare.draw import draw_order
 from tests.conftest import SMALL, chat_row, write_rows
 from tests.jobs.test_run import hashes
@@ -155,15 +155,16 @@ class AllReady(WorkerPool):
     """A pool that waits for all of its workers: here, the first would be through before the second is there."""
 
     def run(self, shards, payload, done, task):
-        while len(self.hosts) < self.resources.workers:
-            host = self.spawn()
-            self.nodes[host] = ray.get(host.start.remote(self.make, self.arguments))[1]
+        hosts = self.hosts
+        while len(hosts.all) < hosts.resources.workers:
+            host = hosts.spawn()
+            hosts.nodes[host] = ray.get(host.start.remote(hosts.make, hosts.arguments))[1]
         super().run(shards, payload, done, task)
 
 
 @pytest.mark.parametrize("estimator", ["ghost", "exact"])
 def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, train_file, estimator, monkeypatch):
-    monkeypatch.setattr(shard_loop, "WorkerPool", AllReady)
+    monkeypatch.setattr(cluster, "WorkerPool", AllReady)
     found = []
     for workers in (1, 2):
         run = tmp_path / "run"  # the same place, since ids name the source files

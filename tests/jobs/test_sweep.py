@@ -38,7 +38,7 @@ def test_names_are_directory_names_and_differ():
 
 def test_nine_masks_in_one_process_without_torch_or_ray(tmp_path):
     storage, _, _ = write_run(tmp_path)
-    command = "import sys; from jobs.cli import main; status = main(sys.argv[1:]); "
+    command = "import sys; from alphatoken.jobs.cli import main; status = main(sys.argv[1:]); "
     command += "print({'torch', 'ray', 'transformers'} & set(sys.modules)); sys.exit(status)"
     arguments = ["mask", "-m", f"run.dir={tmp_path}", *NINE]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -24,7 +24,9 @@ class GradientNorm:
     columns: ClassVar[tuple[str, ...]] = ("gradient_norm",)
     directed: ClassVar[bool] = False
 
-    def __init__(self, scored: ScoredLayers, directions: Directions | None, window: int, attention: str) -> None:
+    def __init__(
+        self, scored: ScoredLayers, directions: Directions | None, window: int, attention: str, given: str | None
+    ) -> None:
         """Nothing is needed."""
 
     def visitor(self, positions: torch.Tensor, shape: tuple[int, int]) -> SquaredNorms:

@@ -40,8 +40,13 @@ class LayerScore(Protocol):
     columns: ClassVar[tuple[str, ...]]
     directed: ClassVar[bool]
 
-    def __init__(self, scored: ScoredLayers, directions: Directions | None, window: int, attention: str) -> None:
-        """Raises UnsupportedModel where the model cannot be scored like this."""
+    def __init__(
+        self, scored: ScoredLayers, directions: Directions | None, window: int, attention: str, given: str | None
+    ) -> None:
+        """``given``: the direction whose products M h come with what is captured; None: none.
+
+        Raises UnsupportedModel where the model cannot be scored like this.
+        """
 
     def visitor(self, positions: torch.Tensor, shape: tuple[int, int]) -> LayerVisitor:
         """``positions``: flat positions of a batch of ``shape`` whose sums are wanted."""

@@ -19,11 +19,15 @@ class Paper:
     columns: ClassVar[tuple[str, ...]] = tuple(f"{name}_{path}" for name in NAMES for path in ("direct", "causal"))
     directed: ClassVar[bool] = True
 
-    def __init__(self, scored: ScoredLayers, directions: Directions | None, window: int, attention: str) -> None:
+    def __init__(
+        self, scored: ScoredLayers, directions: Directions | None, window: int, attention: str, given: str | None
+    ) -> None:
         assert directions is not None
+        self.dtype = scored.maps[0].parameter.dtype
         self.values = value_projections(scored, attention) if window > 0 else {}
-        self.directions = StackedDirections(scored, {name: directions.named[name] for name in NAMES}, set(self.values))
+        named = {name: directions.named[name] for name in NAMES}
+        self.directions = StackedDirections(scored, named, set(self.values), given)
 
     def visitor(self, positions: torch.Tensor, shape: tuple[int, int]) -> Contraction:
         """See LayerScore."""
-        return Contraction(self.directions, self.values, Positions(positions, shape))
+        return Contraction(self.directions, self.values, Positions(positions, shape), self.dtype)

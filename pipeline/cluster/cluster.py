@@ -1,0 +1,129 @@
+"""The Ray of a run: a cluster that is there already, or a local one; and what its workers may take of it."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+
+from alphatoken.pipeline.cluster.host import Resources, Worker, kill
+from alphatoken.pipeline.cluster.pool import WorkerPool
+from alphatoken.pipeline.run.failure import RunFailed, first_line
+from alphatoken.pipeline.settings import ClusterSettings
+
+
+class Cluster:
+    """The Ray cluster of a run: joined at ``cluster.address``, or a local one that ends with the ``with`` block.
+
+    Ray starts when resources are first asked for, so that a wrong setting or a finished stage costs no start. A
+    cluster that was running before is left running.
+    """
+
+    def __init__(self, settings: ClusterSettings, debug: bool) -> None:
+        self.settings, self.debug = settings, debug
+        self.started = False
+        self.idle: list[Any] = []  # hosts without a worker
+        self.idle_cpus = 0  # of each of them
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.end_idle()
+        if self.started:
+            ray.shutdown()
+
+    def pool(self, make: Callable[..., Worker], arguments: dict[str, Any], resources: Resources) -> WorkerPool:
+        """A pool of workers made by ``make(**arguments)``, on hosts that the one before has left, where they fit.
+
+        That one has to have ended. Hosts that do not fit end here, since they hold CPUs; those with a GPU are not kept,
+        since nothing but the end of a process gives all of a GPU's memory back.
+        """
+        if resources.gpus or resources.cpus != self.idle_cpus:
+            self.end_idle()
+        self.idle_cpus = resources.cpus
+        idle = None if resources.gpus else self.idle
+        return WorkerPool(make, arguments, resources, self.settings.shard_timeout, self.debug, idle)
+
+    def end_idle(self) -> None:
+        """End the hosts that no pool uses: others may be waiting for their CPUs."""
+        while self.idle:
+            kill(self.idle.pop())
+
+    def start(self) -> None:
+        """Start or join Ray, unless this process has already."""
+        if ray.is_initialized():
+            return
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+        address = self.settings.address
+        try:
+            if address is None:
+                with _loopback_only():
+                    ray.init(
+                        address="local", num_cpus=_local_cpus(self.settings), include_dashboard=False,
+                        log_to_driver=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
+                    )  # fmt: skip
+            else:
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+            raise RunFailed(
+                f"cluster.address={address}: Ray cannot be reached or started: {first_line(error)}"
+            ) from error
+        self.started = True
+
+    def model_resources(self) -> Resources:
+        """Workers that hold a model: one per GPU where there are any, else one with all CPUs of a node, at most 8."""
+        self.start()
+        settings, total = self.settings, ray.cluster_resources()
+        gpus = settings.gpus_per_worker
+        if isinstance(gpus, str):
+            gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
+        if gpus > total.get("GPU", 0):
+            raise RunFailed(f"cluster.gpus_per_worker={gpus}: the cluster has {total.get('GPU', 0):g} GPUs")
+        node = int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+        cpus = settings.cpus_per_worker
+        if isinstance(cpus, str):
+            per_node = settings.workers if isinstance(settings.workers, int) else 1
+            cpus = 1 if gpus else max(1, min(8, node // per_node))
+        if cpus > node:
+            raise RunFailed(f"cluster.cpus_per_worker={cpus}: no node of the cluster has more than {node} CPUs")
+        most = max(1, int(total.get("GPU", 0) // gpus) if gpus else int(total.get("CPU", 1) // cpus))
+        workers = settings.workers if isinstance(settings.workers, int) else most
+        return Resources(min(workers, most), cpus, gpus)
+
+    def tokenizer_resources(self) -> Resources:
+        """Workers that hold a tokenizer: one CPU each."""
+        self.start()
+        most = max(1, int(ray.cluster_resources().get("CPU", 1)))
+        workers = self.settings.workers if isinstance(self.settings.workers, int) else most
+        return Resources(min(workers, most), 1, 0.0)
+
+
+@contextmanager
+def _loopback_only() -> Iterator[None]:
+    """Let a local Ray listen on the loopback interface alone.
+
+    Ray replaces 127.0.0.1 by the machine's outer address where clusters are enabled, and has no option against that.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
+
+
+def _local_cpus(settings: ClusterSettings) -> int:
+    """The machine's CPUs, or as many as the user explicitly asked the workers to take together."""
+    asked = 0
+    if isinstance(settings.workers, int) and isinstance(settings.cpus_per_worker, int):
+        asked = settings.workers * settings.cpus_per_worker
+    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, asked)

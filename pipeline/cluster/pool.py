@@ -1,0 +1,55 @@
+"""A pool of workers, and values that go to all of them once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import ray
+
+from alphatoken.pipeline.cluster.host import Hosts, Resources, Worker
+from alphatoken.pipeline.cluster.shard_loop import Shard, ShardLoop, Work
+from alphatoken.pipeline.run.progress import Task
+
+
+class WorkerPool:
+    """Workers made by ``make(**arguments)``, one to a process, until the end of the ``with`` block.
+
+    ``timeout``: seconds without progress after which a worker is taken for hung. ``debug``: tracebacks in messages.
+    ``idle``: processes with as many CPUs to begin with, to which it leaves its own when it ends well; None: they end.
+    """
+
+    def __init__(
+        self, make: Callable[..., Worker], arguments: dict[str, Any], resources: Resources, timeout: float, debug: bool,
+        idle: list[Any] | None = None,
+    ) -> None:  # fmt: skip
+        self.arguments, self.timeout, self.debug = arguments, timeout, debug
+        self.hosts = Hosts(make, arguments, resources, idle)
+
+    def __enter__(self) -> WorkerPool:
+        return self
+
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        self.hosts.close(keep=kind is None)
+
+    def run(
+        self, shards: Sequence[Shard], payload: Callable[[Shard], Any], done: Callable[[Shard, Any], None], task: Task
+    ) -> None:
+        """Run every shard once, in any order; ``done(shard, result)`` is called in the driver for each.
+
+        ``payload(shard)`` is made when the shard is handed out, so that at most two per worker are in memory. Raises
+        RunFailed at once when a worker reports an error that would come again, and at the end when shards had to be
+        set aside, with the reasons.
+        """
+        ShardLoop(self.hosts, Work(shards, payload, done, task), self.timeout, self.debug).run()
+
+
+class Shared:
+    """A value that goes to the cluster's object store once and is read there by the workers whose shards name it."""
+
+    def __init__(self, value: Any) -> None:
+        self.reference = ray.put(value)
+
+    def get(self) -> Any:
+        """The value; numpy arrays in it are read-only views of the store's memory."""
+        return ray.get(self.reference)

@@ -1,0 +1,126 @@
+"""What prepare depends on: the raw data as it lies there, the settings that shape it, and the tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
+from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config
+from alphatoken.pipeline.prepare.draw import part_of
+from alphatoken.pipeline.prepare.rows import PREFERENCE, row_kind
+from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.fingerprint import digest, of_model
+from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.run import Run
+from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.run import NO_PAIRS
+
+MOST_FISHER_PROMPTS = 1000
+ROWS_TO_RECOGNISE = 16
+
+
+@dataclass(frozen=True, slots=True)
+class RawData:
+    """The rows that a run is made of.
+
+    ``validation``: None where its rows are held out of ``train``. ``preference``: whether the rows of ``train`` are pairs.
+    """
+
+    train: Sources
+    validation: Sources | None
+    preference: bool
+
+
+def open_data(settings: Settings) -> RawData:
+    """data.train and data.validation, opened. Raises SettingsWrong for what is not there or not of one kind."""
+    train = open_sources("data.train", settings.data.train)
+    held_out = isinstance(settings.data.validation, int)
+    validation = None if held_out else open_sources("data.validation", settings.data.validation)
+    return RawData(train, validation, is_preference(settings, train))
+
+
+def is_preference(settings: Settings, train: Sources) -> bool:
+    """data.format, with ``auto`` resolved by the first readable row of every file. Raises SettingsWrong where they differ."""
+    if settings.data.format != "auto":
+        return settings.data.format == "preference"
+    kinds: dict[bool, str] = {}
+    for file in train.files:
+        first = decode(file.table(range(min(ROWS_TO_RECOGNISE, len(file.rows)))))
+        shapes = (row_kind(row.keys(), settings.data.columns.given()) for row, reason in first if reason is None)
+        if (kind := next((kind for kind in shapes if kind != "unknown"), None)) is not None:
+            kinds.setdefault(kind in PREFERENCE, file.name)
+    if len(kinds) == 2:
+        names = f"{kinds[True]} holds preference pairs, {kinds[False]} does not"
+        raise SettingsWrong([f"data.train: {names}: give files of one kind, or set data.format=sft or preference"])
+    if True in kinds and settings.valuation.rehearsed:
+        raise SettingsWrong([NO_PAIRS])
+    return True in kinds
+
+
+def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
+    """Everything that prepared/ depends on. Raises SettingsWrong for a model without a readable configuration."""
+    settings, data, validation = run.settings, run.settings.data, raw.validation
+    schema = PREFERENCE_PREPARED if raw.preference else PREPARED
+    return {
+        "data.train": [file.fingerprint for file in raw.train.files],
+        "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
+        "data.max_length": data.max_length,
+        "data.shard_examples": data.shard_examples,
+        **({"data.part": data.part} if data.part else {}),
+        "data.chat_template": data.chat_template,
+        "data.columns": data.columns.given(),
+        "anchor.fisher.prompts": settings.anchor.fisher.prompts if settings.makes_fisher else 0,
+        "run.seed": settings.run.seed,
+        "tokenizer": of_model(run.models.policy, tokenizer_only=True),
+        "vocabulary": _vocabulary(tokenizer_source(run)),
+        "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
+    }
+
+
+def held_out_digest(inputs: Mapping[str, Any]) -> str | None:
+    """What the held-out rows of one part of the data depend on, equal for all parts; None without data.part.
+
+    ``inputs``: of ``prepare_inputs``.
+    """
+    return digest({k: v for k, v in inputs.items() if k != "data.part"}) if "data.part" in inputs else None
+
+
+def tokenizer_source(run: Run) -> ModelSource:
+    """The model whose tokenizer is used: model.policy, of several checkpoints the first."""
+    own = run.settings.model
+    return ModelSource(run.models.policy, own.revision, trust_remote_code=own.trust_remote_code)
+
+
+def _vocabulary(source: ModelSource) -> int:
+    """Rows of the model's embedding: larger ids cannot be used."""
+    try:
+        return load_config(here(source, weights=False)).get_text_config().vocab_size
+    except UnreadableModel as error:
+        raise SettingsWrong([f"model.policy: {error}"]) from error
+
+
+def fisher_prompts(settings: Settings, rows: int) -> int:
+    """How many of ``rows`` rows of data.train are held out as prompts of the Fisher; 0 where none is made."""
+    if not settings.makes_fisher:
+        return 0
+    asked = settings.anchor.fisher.prompts
+    return min(MOST_FISHER_PROMPTS, max(1, rows // 10)) if isinstance(asked, str) else asked
+
+
+def training_rows(total: int, held_out: Collection[int], settings: Settings) -> list[int]:
+    """The rows of ``total`` that go into prepared/: those that are not held out, or data.part of them.
+
+    What is held out does not depend on data.part, so that all parts share it. Raises SettingsWrong for an empty part.
+    """
+    rows = [row for row in range(total) if row not in held_out]
+    if settings.data.cut is None:
+        return rows
+    own = part_of(rows, settings.run.seed, *settings.data.cut)
+    if not own:
+        raise SettingsWrong(
+            [f"data.part={settings.data.part}: {len(rows)} training rows are too few for so many parts"]
+        )
+    return own
