@@ -3,12 +3,13 @@
 import io
 
 import pytest
+from rich.console import Console
+
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
-from rich.console import Console
 
 
 def test_models_and_cluster_are_looked_for_when_they_are_asked_for(tmp_path):
