@@ -58,7 +58,7 @@ class Copy:
                 apply(block.text, place)
             elif block.language == "bash":
                 self.commands.append(block.text)
-            elif new := re.match(r"# (\S+\.py)\n", block.text):
+            elif new := re.match(r"# (\S+\.py)\n+", block.text):
                 (place / new[1]).write_text(block.text.removeprefix(new[0]), encoding="utf-8")
             else:
                 self.checks.append(block.text)
