@@ -67,7 +67,7 @@ class TokenValuer:
         names = [name for name in SCORES if name in scores] + ["exact"] * exact
         if directions is None and needs_directions(names):
             raise ValueError(f"scores={', '.join(names)} need directions: Directions.load('RUN/anchors/snapshot-00')")
-        if looks_at_layers(names):
+        if looks_at_layers(names) or directions is not None:  # which may bring scored weights of their own
             self.scored = scored_layers(model, layers)
         else:
             self.scored = no_scored_layers(model)

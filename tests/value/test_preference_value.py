@@ -10,7 +10,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alphatoken.data_schemas import COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_REFERENCE, PREFERENCE_VALUES, PREPARED
+from alphatoken.data_schemas import (
+    COMPONENTS,
+    PREFERENCE_PREPARED,
+    PREFERENCE_REFERENCE,
+    PREPARED,
+    SCORES,
+    preference_values_schema,
+    value_columns,
+)
 from tests.conftest import PREFERENCE, SMALL, chat_row, pair_row, write_rows
 from tests.maths import pairwise
 from tests.maths.tiny_models import LLAMA
@@ -47,7 +55,8 @@ def response_logps(model, ids: list[int], labels: list[int]) -> list[float]:
 
 def test_files_have_the_columns_and_sizes_of_the_contract(preference_run):
     for name, schema in (
-        ("prepared", PREFERENCE_PREPARED), ("values", PREFERENCE_VALUES), ("reference", PREFERENCE_REFERENCE),
+        ("prepared", PREFERENCE_PREPARED), ("values", preference_values_schema(value_columns(list(SCORES)))),
+        ("reference", PREFERENCE_REFERENCE),
     ):  # fmt: skip
         assert table(preference_run, name).schema.equals(schema)
         assert table(preference_run, name)["id"].to_pylist() == table(preference_run, "prepared")["id"].to_pylist()
