@@ -84,7 +84,7 @@ class MaskSettings:
             ("divide_by_gradient_norm", self.divide_by_gradient_norm),
         ):
             if asked and self.score in WITHOUT_VALUES:
-                found.append(f"mask.{key}={asked}: mask.score={self.score} looks at no values")
+                found.append(f"mask.{key}={asked}: mask.score={self.score} looks at no values: leave it out")
         found += at_least("mask.rare_tokens", self.rare_tokens, 0)
         found += one_of("mask.rule", self.rule, ("top", "positive", "weight"))
         found += at_least("mask.batch_size", self.batch_size, 1)
