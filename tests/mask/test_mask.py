@@ -266,6 +266,20 @@ def test_what_is_left_open_follows_the_score(tmp_path):
     assert found["information"][0]["left_out"]["first"] > 0 == found["paper"][0]["left_out"]["first"]
 
 
+def test_left_open_the_score_is_information_where_it_is_there_and_the_papers_where_it_is_not(tmp_path):
+    for index, (columns, score) in enumerate(
+        [(COLUMNS, "information"), ((*COMPONENTS, "loss"), "paper"), (("information",), "information")]
+    ):
+        storage, *_ = write_run(tmp_path / str(index), columns=columns)
+        summary = mask(storage)
+        assert summary["score"] == score == summary["settings"]["score"]
+        mask(storage, score=score, name="asked")
+        assert masks(storage, "asked") == masks(storage)
+    storage, *_ = write_run(tmp_path / "neither", columns=("loss", "entropy"))
+    with pytest.raises(SettingsWrong, match="mask.score=information needs the column information"):
+        mask(storage)
+
+
 def forget(storage, stage):
     manifest = Manifest(storage)
     del manifest.content["stages"][stage]
