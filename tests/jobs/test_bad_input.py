@@ -20,7 +20,13 @@ def test_wrong_keys_types_and_groups_are_all_said_at_once(alphatoken, tmp_path):
         "data.max_length=1",
     )
     assert status == 2 and out == ""
-    for text in ("did you mean mask.rho", "valuation.layers=three", "cluster/moon", "mask.rho=2", "data.max_length=1"):
+    for text in (
+        "did you mean mask.rho",
+        "valuation.layers=three",
+        "cluster=moon: no such choice",
+        "mask.rho=2",
+        "data.max_length=1",
+    ):
         assert text in err
     assert not (tmp_path / "r").exists()
 
@@ -206,9 +212,15 @@ def test_damaged_parquet_is_named(alphatoken, tmp_path, policy):
     assert status == 2 and "d.parquet" in err and "parquet" in err
 
 
-def test_a_stage_before_its_time_names_the_one_to_run(alphatoken, tmp_path, policy):
-    status, _, err = alphatoken("value", f"run.dir={tmp_path}/r", f"model.policy={policy}")
-    assert status == 1 and "alphatoken anchor" in err
+def test_a_stage_before_its_time_names_the_one_to_run(alphatoken, tmp_path, policy, train_file):
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    for stage, missing in (("anchor", "prepare"), ("value", "prepare"), ("mask", "prepare"), ("report", "mask")):
+        status, _, err = alphatoken(stage, *same)
+        assert status == 1 and f"run `alphatoken {missing}` first" in err
+    assert alphatoken("prepare", *same)[0] == 0
+    for stage, missing in (("value", "anchor"), ("mask", "value"), ("report", "mask")):
+        status, _, err = alphatoken(stage, *same)
+        assert status == 1 and f"run `alphatoken {missing}` first" in err
 
 
 def test_nan_stops_the_run_and_names_example_and_module(alphatoken, tmp_path, policy, reference):

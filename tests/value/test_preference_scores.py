@@ -160,7 +160,7 @@ def test_without_directions_both_branches_have_their_columns_and_omega_is_that_o
     run = tmp_path / "r"
     status, _, err = alphatoken("run", *arguments(run, f"valuation.scores=[{scores}]", f"mask.score={score}"))
     assert status == 0, err
-    assert not (run / "anchors").exists() and not (run / "prepared/fisher.parquet").exists()
+    assert not (run / "anchors").exists() and not pq.read_table(run / "prepared/fisher.parquet").num_rows
     columns = value_columns([scores] if scores else [])
     schema = pq.read_schema(sorted((run / "values").glob("part-*"))[0])
     assert schema.equals(preference_values_schema(columns))

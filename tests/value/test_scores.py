@@ -120,6 +120,9 @@ def test_every_score_masks_by_its_definition_from_the_one_run(alphatoken, full, 
     card = (full / f"masks/{score}/README.md").read_text()
     said = {"paper": "AlphaToken values", "exact": "exact derivative", "random": "mask.score=random"}
     assert said.get(score, "mask.score=full" if score == "full" else f"`{score}`") in card
+    status, _, err = alphatoken("report", f"run.dir={full}", f"mask.name={score}")
+    assert status == 0, err
+    assert f"{summary['kept_fraction']:.1%}" in (full / "report/index.html").read_text()
 
 
 def test_auto_is_information(alphatoken, full):
@@ -200,7 +203,7 @@ def test_loss_and_entropy_need_no_anchors_and_hold_out_no_prompts(
         found.append(hashes(run))
         run = run.rename(tmp_path / f"run-{workers}")
     assert found[0] == found[1]
-    assert not (run / "anchors").exists() and not (run / "prepared/fisher.parquet").exists()
+    assert not (run / "anchors").exists() and not pq.read_table(run / "prepared/fisher.parquet").num_rows
     counts = json.loads((run / "run.json").read_text())["stages"]["prepare"]["counts"]
     assert counts["train_rows"] == 34 and not counts.get("fisher_rows")
     assert pq.read_schema(run / "values/part-00000-of-00004.parquet").equals(values_schema(("loss", "entropy")))
@@ -225,7 +228,8 @@ def test_without_scores_no_model_is_loaded(alphatoken, tmp_path, policy, train_f
     status, _, err = alphatoken("run", *same)
     assert status == 0, err
     assert "value: skipped" in err and "anchor: skipped" in err
-    assert not any((run / name).exists() for name in ("values", "anchors", "reference", "prepared/fisher.parquet"))
+    assert not any((run / name).exists() for name in ("values", "anchors", "reference"))
+    assert not pq.read_table(run / "prepared/fisher.parquet").num_rows
     kept = np.concatenate([np.array(row["labels"]) for row in rows_of(run / "masks/default")]) != -100
     inside = np.concatenate([np.array(row["labels"]) for row in rows_of(run / "prepared")]) != -100
     assert not kept[~inside].any() and kept[inside].mean() == pytest.approx(1 if score == "full" else 0.5, abs=0.01)
