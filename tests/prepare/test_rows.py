@@ -75,8 +75,9 @@ def test_json_text_is_decoded_for_messages_and_tools():
     assert parse({"messages": [USER, SAID], "tools": "[]"}).tools is None
 
 
-def test_a_tool_call_needs_no_content_and_arrow_nulls_are_dropped():
-    call = {**CALL, "id": None, "function": {**CALL["function"], "arguments": {"a": 2, "b": 2, "c": None}}}
+def test_a_tool_call_needs_no_content_and_null_keys_say_nothing_but_in_its_arguments():
+    called = {**CALL, "function": {**CALL["function"], "arguments": {"a": 2, "b": 2, "c": None}}}
+    call = {**called, "id": None, "function": {**called["function"], "strict": None}}
     turns = [
         {**USER, "tool_calls": None, "name": None},
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -84,7 +85,7 @@ def test_a_tool_call_needs_no_content_and_arrow_nulls_are_dropped():
         {**SAID, "tool_calls": []},
     ]
     parsed = parse({"messages": turns})
-    assert parsed.messages == [USER, {"role": "assistant", "tool_calls": [CALL]}, turns[2], SAID]
+    assert parsed.messages == [USER, {"role": "assistant", "tool_calls": [called]}, turns[2], SAID]
     assert parsed.respond == (1, 3)
 
 
@@ -105,7 +106,7 @@ def test_sharegpt_names_become_roles():
         "assistant",
     ]
     assert parsed.messages[2] == {"role": "assistant", "tool_calls": [CALL]}
-    assert parsed.messages[4] == {**SAID, "weight": 1}
+    assert parsed.messages[4] == SAID
     assert parsed.respond == (2, 4)
     assert parse({"conversations": [USER, SAID]}).messages == [USER, SAID]
 
