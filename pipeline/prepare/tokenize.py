@@ -208,10 +208,15 @@ class _Chat:
             if not self.text.startswith(rendered):
                 raise Unusable(_UNSTABLE.format("renders the prompt differently once a response follows"))
             begin = len(rendered)
+        # Turns that are marked as not to be learned are marked by the template all the same.
+        respond, left_out = self._row.respond, []
+        for i in range(respond[0], len(self._row.messages)):
+            if self._row.messages[i]["role"] == "assistant" and i not in respond:
+                left_out.append(self._span(i))
         spans = []
         for marked, run in groupby(zip(marks, self._offsets, strict=True), key=lambda pair: pair[0]):
             covered = [offset for _, offset in run]
-            if marked and covered[-1][1] > begin:
+            if marked and covered[-1][1] > begin and not any(s <= covered[0][0] < e for s, e in left_out):
                 spans.append((max(begin, covered[0][0]), covered[-1][1]))
         return spans
 
