@@ -237,7 +237,7 @@ def _conversation(
         raise Unusable("no_response: no assistant message")
     if not respond:
         raise Unusable("no_response: every assistant message is marked as not to be learned (weight, train, loss)")
-    notes = ("turns_not_learned",) if len(respond) < len(answers) else ()
+    notes: tuple[str, ...] = ("turns_not_learned",) if len(respond) < len(answers) else ()
     if any(flag and turn["role"] != "assistant" for flag, turn in zip(said, turns, strict=True)):
         notes += ("flag_not_read",)
     # An empty string is how a text column says that there are no tools.
