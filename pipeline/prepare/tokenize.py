@@ -40,7 +40,7 @@ class Example:
 
     ``labels[i]`` is ``input_ids[i]`` where token ``i`` belongs to a response, else -100; both have one
     length, at most max_length. ``labels[0]`` is always -100, because nothing predicts the first token.
-    ``truncated``: tokens were cut from the right.
+    ``truncated``: tokens were cut from the right. ``notes``: what happened to the row, to be counted (keys of `NOTES`).
     """
 
     id: str
@@ -48,6 +48,7 @@ class Example:
     labels: list[int]
     source: str
     truncated: bool
+    notes: tuple[str, ...] = ()
 
 
 class ExampleMaker:
@@ -107,7 +108,7 @@ class ExampleMaker:
         limit = self._max_length
         if first >= limit:
             raise Unusable(f"no_response: truncated away, it begins at token {first} and data.max_length={limit}")
-        return Example(self._id(row, source), ids[:limit], labels[:limit], source, len(ids) > limit)
+        return Example(self._id(row, source), ids[:limit], labels[:limit], source, len(ids) > limit, parsed.notes)
 
     def _id(self, row: Mapping[str, Any], source: str) -> str:
         named = self._columns.get("id")
@@ -207,10 +208,15 @@ class _Chat:
             if not self.text.startswith(rendered):
                 raise Unusable(_UNSTABLE.format("renders the prompt differently once a response follows"))
             begin = len(rendered)
+        # Turns that are marked as not to be learned are marked by the template all the same.
+        respond, left_out = self._row.respond, []
+        for i in range(respond[0], len(self._row.messages)):
+            if self._row.messages[i]["role"] == "assistant" and i not in respond:
+                left_out.append(self._span(i))
         spans = []
         for marked, run in groupby(zip(marks, self._offsets, strict=True), key=lambda pair: pair[0]):
             covered = [offset for _, offset in run]
-            if marked and covered[-1][1] > begin:
+            if marked and covered[-1][1] > begin and not any(s <= covered[0][0] < e for s, e in left_out):
                 spans.append((max(begin, covered[0][0]), covered[-1][1]))
         return spans
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -13,6 +13,7 @@ import pyarrow as pa
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
 from alphatoken.pipeline.maths.models import ModelSource, load_tokenizer
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
+from alphatoken.pipeline.prepare.repeated import repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import decode
 from alphatoken.pipeline.prepare.tokenize import IGNORED, Example, ExampleMaker
@@ -30,7 +31,8 @@ class PrepareTask:
     """Rows for one worker call. ``part``: the file name to write, or None to send the examples back.
 
     ``role`` matters to preference data alone: "train" rows become pairs; "held-out" ones are pairs too, of which the
-    chosen branch is the example; "validation" rows may also be supervised ones.
+    chosen branch is the example; "validation" rows may also be supervised ones. ``repeated``: every row of the data
+    repeats its prompt, which is taken off.
     """
 
     pieces: Pieces
@@ -38,6 +40,7 @@ class PrepareTask:
     quarantine: str | None
     fingerprint: str
     role: str = "train"
+    repeated: bool = False
 
 
 class PrepareWorker:
@@ -64,7 +67,7 @@ class PrepareWorker:
                 example = None
                 if reason is None:
                     try:
-                        example = self._made(row, f"{name}:{number}", task.role)
+                        example = self._made(row, f"{name}:{number}", task)
                     except TemplateRequired as error:
                         raise RunFailed(f"{name}, row {number}: {error}") from error
                     except Unusable as error:
@@ -84,11 +87,18 @@ class PrepareWorker:
             examples = []
         return counts, examples
 
-    def _made(self, row: Any, source: str, role: str) -> Example | Pair:
-        if self.pair is None or (role == "validation" and not is_pair(row, self.columns)):
-            return self.make(row, source)
-        pair = self.pair(row, source)
-        return pair if role == "train" else pair.chosen
+    def _made(self, row: Any, source: str, task: PrepareTask) -> Example | Pair:
+        notes: tuple[str, ...] = ()
+        if repeats_prompt(row, self.columns):
+            notes = ("prompt_stripped",) if task.repeated else ("prompt_repeated",)
+            row = without_prompt(row, self.columns) if task.repeated else row
+        made: Example | Pair
+        if self.pair is None or (task.role == "validation" and not is_pair(row, self.columns)):
+            made = self.make(row, source)
+        else:
+            pair = self.pair(row, source)
+            made = pair if task.role == "train" else replace(pair.chosen, notes=pair.notes)
+        return replace(made, notes=(*made.notes, *notes)) if notes else made
 
 
 def to_table(examples: Iterable[Example]) -> pa.Table:
@@ -112,6 +122,7 @@ def _counts(usable: Sequence[Example | Pair], rejected: Sequence[dict[str, Any]]
     counts = Counter(f"reason/{row['reason'].split(':')[0]}" for row in rejected)
     counts["rows_used"] = len(usable)
     counts["quarantined"] = len(rejected)
+    counts.update(f"note/{note}" for example in usable for note in example.notes)
     counts["truncated"] = sum(example.truncated for example in usable)
     sequences = [s for e in usable for s in ((e.chosen, e.rejected) if isinstance(e, Pair) else (e,))]
     counts["tokens"] = sum(len(sequence.input_ids) for sequence in sequences)
