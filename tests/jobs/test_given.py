@@ -58,6 +58,7 @@ def test_equal_keys_and_groups_are_accepted(alphatoken, made, equal):
         (["model.dtype=bfloat16"], "which were made with model.dtype=auto"),
         (["valuation=paper", "valuation.window=4"], "valuation.layers=3: mask takes the values"),
         (["anchor=none", "mask.stability_weight=0"], "anchor.drift=none: mask takes the values"),
+        (["anchor=warmup"], "anchor.drift=warmup: mask takes the values"),
     ],
 )  # fmt: skip
 def test_other_keys_and_groups_are_refused_in_a_line_that_says_what_was(alphatoken, made, other, said):
@@ -67,6 +68,24 @@ def test_other_keys_and_groups_are_refused_in_a_line_that_says_what_was(alphatok
     last = err.strip().splitlines()[-1]
     assert len(err.strip().splitlines()) == 1 and "alphatoken run" in last and "run.overwrite" in last
     assert not (run / "masks/other").exists()
+
+
+def test_of_an_experiment_the_keys_of_earlier_stages_are_looked_at(alphatoken, made):
+    run, same = made
+    given = [one for one in same if one.startswith(("model.policy", "data.train"))]
+    status, _, err = alphatoken("mask", f"run.dir={run}", "experiment=paper_sft", *given, "mask.name=experiment")
+    lines = err.strip().splitlines()
+    assert status == 2 and not any("mask." in line.split(":")[1] for line in lines), err
+    for other in ("data.validation=32", "model.dtype=bfloat16", "anchor.fisher.prompts=1000", "valuation.window=32"):
+        assert any(f"{other}: mask takes the values" in line for line in lines), other
+    assert not any("anchor.drift" in line or "valuation.scores" in line for line in lines)  # these are as they were
+
+
+def test_of_an_experiment_the_groups_that_it_chooses_are_looked_at_too(alphatoken, made):
+    run, _ = made
+    status, _, err = alphatoken("mask", f"run.dir={run}", "experiment=embedded", "mask.name=experiment")
+    assert status == 2 and "model.policy=embedded: mask takes the values" in err
+    assert "data.train=embedded: mask takes the values" in err and not (run / "masks/experiment").exists()
 
 
 def test_every_other_key_is_said_at_once_and_nothing_of_the_run_changes(alphatoken, made):

@@ -16,12 +16,10 @@ from alphatoken.data_schemas import SCORES as COLUMNS_OF
 from alphatoken.pipeline.maths import attention, contraction, head
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.capture import Captured
-from alphatoken.pipeline.maths.contraction import Contraction, StackedDirections
+from alphatoken.pipeline.maths.contraction import Contraction
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.directions import Directions
-from alphatoken.pipeline.maths.positions import Positions
 from alphatoken.pipeline.maths.scores import SCORES, HeadScore
-from alphatoken.pipeline.maths.scores.gradient_norm import SquaredNorms
 from alphatoken.pipeline.maths.valuer import ALL, TokenValuer, needs_directions
 from tests.maths import pairwise
 from tests.maths.comparison import Sequences, sequences, state
@@ -211,50 +209,47 @@ def test_the_settings_know_which_scores_look_at_directions() -> None:
 # --- experts ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [2, 0], [3]])
-def test_an_expert_that_a_token_picks_twice_counts_twice(chosen: list[int]) -> None:
-    """By hand, over rows as an expert sees them: position 2 twice, position 1 never."""
+def layer_visitors(scores: tuple[str, ...], chosen: list[int], shape: tuple[int, int]) -> tuple:
+    """A mixture's first stack of experts, a pair of directions, and fresh visitors for paper and gradient_norm."""
     model = model_of("mixtral", seed=1)
-    scored = scored_layers(model, 1)
-    linear = next(m for m in scored.maps if m.experts)
-    directions = StackedDirections(scored, random_directions(model, layers=1).named, set())
+    directions = random_directions(model, layers=1)
+    valuer = TokenValuer(model, directions, 1, window=0, scores=scores)
+    linear = next(m for m in valuer.scored.maps if m.experts)
+    return linear, directions, [score.visitor(torch.tensor(chosen), shape) for score in valuer.layers]
+
+
+@pytest.mark.parametrize("scores", [("paper", "gradient_norm"), ALL], ids=["layers alone", "all"])
+@pytest.mark.parametrize("chosen", [[0, 1, 2, 3], [2, 0], [3]])
+def test_an_expert_that_a_token_picks_twice_counts_twice(chosen: list[int], scores: tuple[str, ...]) -> None:
+    """By hand, over rows as an expert sees them: position 2 twice, position 1 never."""
+    linear, directions, (paper, norm) = layer_visitors(scores, chosen, (1, 4))
     generator = torch.Generator().manual_seed(0)
     d_out, d_in = linear.parameter.shape[1:]
     rows = torch.tensor([3, 2, 0, 2])
     entering = torch.randn(4, d_in, generator=generator, dtype=torch.float64)
     error = torch.randn(4, d_out, generator=generator, dtype=torch.float64)
-    captured = Captured(linear, entering, error, rows, 1, (1, 4), None)
-    positions = torch.tensor(chosen)
-    found, norms = (
-        Contraction(directions, {}, Positions(positions, (1, 4)), torch.float64),
-        SquaredNorms(Positions(positions, (1, 4))),
-    )
-    for visitor in (found, norms):
-        visitor(captured)
-    matrices = [random_directions(model, layers=1).named[name][linear.name][1] for name in directions.names]
+    for visitor in (paper, norm):
+        visitor(Captured(linear, entering, error, rows, 1, (1, 4), None))
+    direct, norms = paper.found()[::2], norm.found()[0]
     for place, position in enumerate(chosen):
         own = [i for i, row in enumerate(rows.tolist()) if row == position]
-        for index, matrix in enumerate(matrices):
-            wanted = sum(float(error[i] @ matrix @ entering[i]) for i in own)
-            assert float(found.direct[index, place]) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
+        for index, name in enumerate(("adaptation", "stability")):
+            wanted = sum(float(error[i] @ directions.named[name][linear.name][1] @ entering[i]) for i in own)
+            assert float(direct[index, place]) == pytest.approx(wanted, rel=1e-12, abs=1e-15)
         squares = sum(float((error[i] @ error[i]) * (entering[i] @ entering[i])) for i in own)
-        assert float(norms.found()[0, place]) == pytest.approx(squares**0.5, rel=1e-12, abs=1e-15)
+        assert float(norms[place]) == pytest.approx(squares**0.5, rel=1e-12, abs=1e-15)
+    assert not paper.found()[1::2].any()
 
 
 def test_chunks_of_the_workspace_keep_what_is_picked_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = model_of("mixtral", seed=1)
-    scored = scored_layers(model, 1)
-    linear = next(m for m in scored.maps if m.experts)
-    directions = StackedDirections(scored, random_directions(model, layers=1).named, set())
-    d_out, d_in = linear.parameter.shape[1:]
-    rows = torch.tensor([0, 0, 1, 1, 1, 2])
-    captured = Captured(linear, torch.ones(6, d_in).double(), torch.ones(6, d_out).double(), rows, 0, (1, 3), None)
     found = []
     for elements in (contraction.WORKSPACE_ELEMENTS, 1):
         monkeypatch.setattr(contraction, "WORKSPACE_ELEMENTS", elements)
-        visitor = Contraction(directions, {}, Positions(torch.tensor([0, 1, 2]), (1, 3)), torch.float64)
-        visitor(captured)
-        found.append(visitor.direct)
+        linear, _, (paper, _) = layer_visitors(("paper", "gradient_norm"), [0, 1, 2], (1, 3))
+        d_out, d_in = linear.parameter.shape[1:]
+        rows = torch.tensor([0, 0, 1, 1, 1, 2])
+        paper(Captured(linear, torch.ones(6, d_in).double(), torch.ones(6, d_out).double(), rows, 0, (1, 3), None))
+        found.append(paper.found()[::2])
     torch.testing.assert_close(found[0], found[1], rtol=1e-12, atol=0)
     torch.testing.assert_close(found[0], found[0][:, 2:] * torch.tensor([2.0, 3.0, 1.0]), rtol=1e-12, atol=0)
 
