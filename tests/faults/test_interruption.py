@@ -8,16 +8,12 @@ import time
 import psutil
 import pytest
 
-from tests.conftest import save_model
 from tests.faults.interrupted_run import calm_run, contents, family, inputs_in, python, until, without_ray
-
-EVERY_COLUMN = ["valuation.exact=true", "valuation.reference_loss=true", "anchor.drift=warmup"]
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> list[str]:
-    place = tmp_path_factory.mktemp("inputs")
-    return [*inputs_in(place), f"model.reference={save_model(place / 'reference', seed=2)}", *EVERY_COLUMN]
+    return inputs_in(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.fixture(scope="module")
