@@ -97,10 +97,10 @@ def test_a_run_that_is_interrupted_between_checkpoints_goes_on_there(
     same = command(run, (policy, later), reference, train_file, "cluster.workers=1")
     snapshot, enter = anchor._Anchor._snapshot, checkpoint_values.checkpoint_place
 
-    def stopped(self, pool, index, weights, drift):
+    def stopped(self, pool, index, weights):
         if index == 1:
             raise KeyboardInterrupt
-        return snapshot(self, pool, index, weights, drift)
+        return snapshot(self, pool, index, weights)
 
     def stopped_too(index):
         if index == 1:
