@@ -9,6 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from alphatoken.jobs.session import leaves
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.redaction import without_secrets
 from alphatoken.pipeline.run.run import Run
@@ -43,18 +44,10 @@ def _keys(override: str) -> list[str]:
         return []
     content: Any = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
     if key != "experiment":
-        return _leaves(content, f"{key}.")
+        return list(leaves(content, f"{key}."))
     choices = [one for one in content.pop("defaults", []) if isinstance(one, dict)]  # `override /group: choice`
     of_groups = [k for one in choices for g, c in one.items() for k in _keys(f"{g.removeprefix('override /')}={c}")]
-    return [*of_groups, *(k for k in _leaves(content) if _group(k) in EARLIER)]
-
-
-def _leaves(tree: Any, prefix: str = "") -> list[str]:
-    """Dotted keys, of nested settings their own."""
-    found: list[str] = []
-    for key, value in tree.items():
-        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
-    return found
+    return [*of_groups, *(k for k in leaves(content) if _group(k) in EARLIER)]
 
 
 def _group(key: str) -> str:

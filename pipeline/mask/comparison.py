@@ -11,7 +11,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 
 from alphatoken.data_schemas import BRANCHES, COMPONENTS
-from alphatoken.pipeline.mask.paired_rows import IGNORED
+from alphatoken.pipeline.mask.paired_rows import IGNORED, mask_part
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.storage import Storage
 
@@ -109,7 +109,7 @@ def _kept(mask: MaskPlace) -> Iterator[npt.NDArray[np.bool_]]:
     """Kept tokens of some rows at a time, ``(tokens,)``; all masks of a data set are cut alike."""
     labels = f"{mask.branch}_labels" if mask.branch else "labels"
     for part in Manifest(mask.storage).stage("prepare")["counts"]["parts"]:
-        name = f"masks/{mask.name}/{part.replace('part-', 'train-', 1)}"
+        name = f"masks/{mask.name}/{mask_part(part)}"
         with pq.ParquetFile(mask.storage.path(name), filesystem=mask.storage.fs) as file:
             for batch in file.iter_batches(batch_size=1024, columns=[labels]):
                 yield batch.column(0).flatten().to_numpy() != IGNORED

@@ -15,7 +15,7 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREFERENCE_REFERENCE
 from alphatoken.pipeline.mask.inputs import MaskInputs
-from alphatoken.pipeline.mask.paired_rows import PairedRows
+from alphatoken.pipeline.mask.paired_rows import PairedRows, mask_part
 from alphatoken.pipeline.mask.passes import Passes
 from alphatoken.pipeline.mask.worker import Decider, mask_columns
 from alphatoken.pipeline.maths.masking import sums_by_row
@@ -45,7 +45,7 @@ def write_pairs(
         for part, expected in first.rows.items():
             if storage.rows_of(f"reference/{part}", reference) != expected:
                 raise _damaged(part, "is missing, damaged or of another run")
-            name = f"{place}/{part.replace('part-', 'train-', 1)}"
+            name = f"{place}/{mask_part(part)}"
             complete = storage.rows_of(name, fingerprint) == expected
             sides = [parts[b].part(part, columns[b], with_input_ids=True) for b in BRANCHES]
             texts = first.tables(f"prepared/{part}", PREFERENCE_PREPARED, ["id", *TEXTS], "prepare")

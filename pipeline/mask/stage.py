@@ -15,7 +15,7 @@ import numpy as np
 from alphatoken.data_schemas import BRANCHES
 from alphatoken.pipeline.mask.card import card
 from alphatoken.pipeline.mask.inputs import MaskInputs, mask_inputs
-from alphatoken.pipeline.mask.paired_rows import PairedParts
+from alphatoken.pipeline.mask.paired_rows import PairedParts, mask_part
 from alphatoken.pipeline.mask.pairs import write_pairs
 from alphatoken.pipeline.mask.passes import Found, Passes, columns_of, look
 from alphatoken.pipeline.mask.rehearsed import NOTE
@@ -63,11 +63,6 @@ def make_mask(run: Run) -> dict[str, Any]:
     told = ("rows", "response_tokens", "kept_tokens", "kept_fraction")
     run.manifest.finish(stage, time.monotonic() - started, **{key: summary[key] for key in told})
     return summary
-
-
-def mask_part(part: str) -> str:
-    """The file of a mask that belongs to a part of prepared/."""
-    return part.replace("part-", "train-", 1)
 
 
 def _is_whole(run: Run, place: str, fingerprint: str) -> bool:

@@ -8,6 +8,7 @@ from contextlib import nullcontext
 import pyarrow as pa
 
 from alphatoken.pipeline.mask.inputs import MaskInputs
+from alphatoken.pipeline.mask.paired_rows import mask_part
 from alphatoken.pipeline.mask.passes import Passes
 from alphatoken.pipeline.mask.worker import Decider, mask_columns
 from alphatoken.pipeline.run.run import Run
@@ -26,7 +27,7 @@ def write_supervised(
     columns = tuple(dict.fromkeys((*inputs.columns, *own.columns)))
     with own.task("write") as task:
         for part, expected in own.parts.rows.items():
-            name = f"{place}/{part.replace('part-', 'train-', 1)}"
+            name = f"{place}/{mask_part(part)}"
             complete = run.storage.rows_of(name, fingerprint) == expected
             file = nullcontext() if complete else run.storage.table_writer(name, schema, fingerprint)
             with file as out:

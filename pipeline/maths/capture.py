@@ -18,7 +18,7 @@ from torch import nn
 from alphatoken.pipeline.maths.attention import BandBlock, intercepted
 from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
 from alphatoken.pipeline.maths.experts import tapped_experts
-from alphatoken.pipeline.maths.tangents import Tangents, along_too, tangent_of, with_tangent, without_tangent
+from alphatoken.pipeline.maths.tangents import Tangents, tangent_of, with_tangent, without_tangent
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,9 @@ def captured(
         output: torch.Tensor,
         rows: torch.Tensor | None,
         shape: tuple,
+        before: torch.Tensor | None,
     ) -> torch.Tensor:
+        """What goes on in the place of ``output``; ``before``: W h', where h is a dual number."""
         value = without_tangent(output) if along else output
         moved = along.product(linear, expert, entering) if along else None
         if visitor is not None:
@@ -105,7 +107,7 @@ def captured(
                 see(Captured(linear, held, flat, rows, expert, shape, bands.get(linear.layer), kept))
 
             value = _Tap.apply(value, anchor, visit)
-        return value if moved is None else with_tangent(value, moved, tangent_of(output))
+        return value if moved is None else with_tangent(value, moved, before)
 
     hidden_shape: list[tuple[int, int]] = []
     seen: set[str] = set()
@@ -131,9 +133,9 @@ def captured(
             if args[0].shape[:-1].numel() != batch * length:
                 raise UnsupportedModel(f"{owner}: {linear.name} is not applied once to every position of the batch")
             seen.add(linear.name)
-            tapped = tap(linear, 0, args[0], output, None, (batch, length))
-            before = entered.pop(linear.name, None)
-            return tapped if before is None else along_too(tapped, linear.product(before))
+            tangent = entered.pop(linear.name, None)
+            before = None if tangent is None else linear.product(tangent)
+            return tap(linear, 0, args[0], output, None, (batch, length), before)
 
         return forward_hook
 
@@ -142,7 +144,8 @@ def captured(
     def expert_tap(
         module: nn.Module, name: str, expert: int, entering: torch.Tensor, output: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        return tap(stacked[module, name], expert, entering, output, rows, hidden_shape[0])
+        before = tangent_of(output) if along else None
+        return tap(stacked[module, name], expert, entering, output, rows, hidden_shape[0], before)
 
     with ExitStack() as stack:
         stack.enter_context(frozen(scored.model))

@@ -53,8 +53,9 @@ def read_pass(
     if not len(positions):
         return torch.zeros(len(readings), 0, device=batch.input_ids.device)
     targets = batch.labels.flatten()[positions + 1]
-    (name, first), *further = along.items() if along else [("", None)]
-    moved = {other: _moved(scored, batch, positions, kernel, direction) for other, direction in further if direction}
+    names = list(along)
+    first = along[names[0]] if names else None
+    moved = {name: _moved(scored, batch, positions, kernel, along[name]) for name in names[1:]}
     with ExitStack() as stack:
         # Left before the backward pass: its formulas would be derived as well.
         level = stack.enter_context(ExitStack())
@@ -64,7 +65,7 @@ def read_pass(
         outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
         hidden = without_tangent(outputs.last_hidden_state).flatten(0, 1)[positions]
         if first is not None:
-            moved[name] = _derivative(outputs, positions)
+            moved[names[0]] = _derivative(outputs, positions)
         level.close()
         found, gradient = read_head(scored, outputs, hidden, targets, readings, moved, visitor is not None, memory)
         if gradient is not None:

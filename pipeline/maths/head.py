@@ -102,15 +102,6 @@ class Predictions:
 Reading = Callable[[Predictions], torch.Tensor]
 
 
-def token_losses(
-    scored: HeadedModel, outputs: Any, hidden: torch.Tensor, targets: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy per token and the gradient of its sum with respect to the hidden states; see ``read_head``."""
-    found, gradient = read_head(scored, outputs, hidden, targets, [Predictions.losses])
-    assert gradient is not None
-    return found[0], gradient
-
-
 class HeadMemory:
     """Logits and their derivatives, and what is worked on in cache: memory that one batch leaves to the next.
 

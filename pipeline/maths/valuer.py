@@ -48,8 +48,8 @@ class TokenValuer:
     them. ``layers`` K: the last K decoder layers are scored. ``window`` W: reach of the causal path in tokens; 0 leaves
     it out. ``attention``: sdpa | flash_attention_2 | eager. ``scores``: of paper | information | loss | entropy |
     gradient_norm; ``exact``: the columns adaptation_exact and stability_exact as well, one more pass of the scored layers
-    where there is a drift. Raises ValueError when the directions are not for these layers or a score is unknown,
-    UnsupportedModel when the model cannot be scored.
+    where there is a drift. ``memory``: for logits, which valuers that are called in turn may share. Raises ValueError when
+    the directions are not for these layers or a score is unknown, UnsupportedModel when the model cannot be scored.
     """
 
     def __init__(
@@ -61,6 +61,7 @@ class TokenValuer:
         attention: str = "sdpa",
         scores: Sequence[str] = ALL,
         exact: bool = False,
+        memory: HeadMemory | None = None,
     ) -> None:
         if unknown := sorted(set(scores) - set(ALL)):
             raise ValueError(f"scores={unknown[0]}: must be among {', '.join(ALL)}")
@@ -81,7 +82,7 @@ class TokenValuer:
             directions.check(self.scored.weights())
             self.weights = dict(directions.weights) if directions.weights is not None else None
         self.window, self.attention = window if "paper" in names else 0, attention
-        self.memory = HeadMemory()
+        self.memory = HeadMemory() if memory is None else memory
         self.columns = tuple(column for name in names for column in _columns_of(name))
         self.head = [score for score in map(SCORES.__getitem__, names) if isinstance(score, HeadScore)]
         looked_at = {direction for score in self.head for direction in score.along}

@@ -18,9 +18,8 @@ import pyarrow.parquet as pq
 
 from alphatoken.data_schemas import COMPONENTS, KEPT
 from alphatoken.pipeline.mask.comparison import MaskPlace, branches_of, compare
-from alphatoken.pipeline.mask.paired_rows import IGNORED, PairedParts, PairedRows
+from alphatoken.pipeline.mask.paired_rows import IGNORED, PairedParts, PairedRows, mask_part
 from alphatoken.pipeline.mask.rehearsed import is_rehearsed
-from alphatoken.pipeline.mask.stage import mask_part
 from alphatoken.pipeline.mask.valuing import Valuing
 from alphatoken.pipeline.maths.masking import RANDOM, sums_by_row
 from alphatoken.pipeline.report.heat_map import HeatMap, heat_map

@@ -15,8 +15,9 @@ from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.directions import NAMES, Directions
 from alphatoken.pipeline.maths.forward import token_losses_of
+from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.lower import lower_layers_once
-from alphatoken.pipeline.maths.valuer import TokenValuer
+from alphatoken.pipeline.maths.valuer import TokenValuer, looks_at_layers
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
@@ -36,13 +37,21 @@ class Scoring:
     ) -> None:
         valuation, self.weighed = settings.valuation, weighed
         scores = [*valuation.scores, *(["loss"] if weighed and "loss" not in valuation.scores else [])]
-        if valuation.needs_directions or "gradient_norm" in scores:
+        if looks_at_layers([*scores, *["exact"] * valuation.exact]):
             checked_layers(model, settings)
+        memory = HeadMemory()
         directions: list[Directions | None] = [directions_of(storage, index) for index in snapshots]
         try:
             self.valuers = [
                 TokenValuer(
-                    model, each, valuation.layers, valuation.window, settings.model.attention, scores, valuation.exact
+                    model,
+                    each,
+                    valuation.layers,
+                    valuation.window,
+                    settings.model.attention,
+                    scores,
+                    valuation.exact,
+                    memory,
                 )
                 for each in directions or [None]
             ]

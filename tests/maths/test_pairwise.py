@@ -369,12 +369,28 @@ def test_a_head_that_is_one_matrix_and_one_that_is_not_give_what_autograd_gives(
         hidden, targets = outputs.last_hidden_state.flatten(0, 1)[positions], batch.labels.flatten()[positions + 1]
         with head.head_of(scored, outputs) as function, head.watched(policy) as plain_weight:
             assert (plain_weight(hidden, function(hidden)) is not None) == plain
-        losses, gradient = head.token_losses(scored, outputs, hidden, targets)
+        (losses,), gradient = head.read_head(scored, outputs, hidden, targets, [head.Predictions.losses])
         leaf = hidden.detach().requires_grad_(True)
         with head.head_of(scored, outputs) as function:
             wanted = F.cross_entropy(function(leaf), targets, reduction="none")
         assert torch.allclose(losses, wanted, rtol=1e-12, atol=1e-14)
         assert torch.allclose(gradient, torch.autograd.grad(wanted.sum(), leaf)[0], rtol=1e-10, atol=1e-14)
+
+
+@pytest.mark.parametrize("derived", [False, True])
+def test_a_head_that_is_one_matrix_goes_through_the_model_once(derived: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a derivative is read: the first positions show what the head is, all others are one product."""
+    policy = model_of("llama", seed=1, dtype=torch.float64).requires_grad_(False)
+    scored, batch = scored_layers(policy, LAYERS), sequences([25, 16, 21], 3).batch()
+    monkeypatch.setattr(head, "CHUNK_BYTES", 1)
+    positions = batch.predicting()
+    outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
+    hidden, targets = outputs.last_hidden_state.flatten(0, 1)[positions], batch.labels.flatten()[positions + 1]
+    calls = []
+    policy.register_forward_pre_hook(lambda *_: calls.append(1))
+    moved = {"adaptation": torch.ones_like(hidden)} if derived else {}
+    head.read_head(scored, outputs, hidden, targets, [head.Predictions.losses], moved)
+    assert len(targets) > 2 * head.PROBE_ROWS and len(calls) == 1
 
 
 @pytest.mark.parametrize("how", ["hook", "forward"])
@@ -389,7 +405,7 @@ def test_a_head_that_something_stands_around_goes_through_autograd(how: str) -> 
         module.forward = lambda hidden: 3 * F.linear(hidden, module.weight)
     outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
     hidden, targets = outputs.last_hidden_state.flatten(0, 1)[positions], batch.labels.flatten()[positions + 1]
-    losses, gradient = head.token_losses(scored, outputs, hidden, targets)
+    (losses,), gradient = head.read_head(scored, outputs, hidden, targets, [head.Predictions.losses])
     leaf = hidden.detach().requires_grad_(True)
     wanted = F.cross_entropy(3 * F.linear(leaf, module.weight), targets, reduction="none")
     assert torch.allclose(losses, wanted, rtol=1e-12, atol=1e-14)
