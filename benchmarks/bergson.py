@@ -103,10 +103,10 @@ def gradient(model: torch.nn.Module, validation: list[Example]) -> dict[str, tor
 def one_direction(model: torch.nn.Module, direction: dict[str, torch.Tensor]) -> Callable[[Batch], torch.Tensor]:
     """What bergson computes, d' G h along one direction and no causal path, at the positions that predict a response token."""
     scored = scored_layers(model, LAYERS)
-    stacked, dtype = StackedDirections(scored, {"adaptation": direction}, set()), scored.maps[0].parameter.dtype
+    stacked = StackedDirections(scored, {"adaptation": direction}, set())
 
     def work(batch: Batch) -> torch.Tensor:
-        contraction = Contraction(stacked, {}, Positions(batch.predicting(), batch.shape), dtype)
+        contraction = Contraction(stacked, {}, Positions(batch.predicting(), batch.shape))
         ghost_pass(scored, batch, contraction)
         return contraction.direct[0]
 

@@ -49,9 +49,9 @@ class MaskInputs:
 def mask_inputs(run: Run) -> MaskInputs:
     """Raises SettingsWrong for what cannot be made of these values, and RunFailed where a stage before is not done."""
     asked, manifest = run.settings.mask, run.manifest
-    prepared = manifest.require("prepare", "mask")
     needs_values = manifest.pairs or bool(_resolved(run).columns()) or is_rehearsed(_value_inputs(run))
     values = manifest.require("value", "mask") if needs_values else None
+    prepared = manifest.require("prepare", "mask")
     rehearsed = is_rehearsed(_value_inputs(run)) and needs_values
     settings = as_rehearsed(asked, _value_inputs(run)) if rehearsed else asked
     drift = manifest.stage("anchor").get("inputs", {}).get("anchor.drift")

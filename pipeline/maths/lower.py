@@ -1,6 +1,6 @@
 """The lower layers once: several passes over one batch share the hidden state that enters the first scored layer.
 
-Snapshots of a trajectory differ in the scored weights alone, and so do the tangents of the exact estimator, so what
+Snapshots of a trajectory differ in the scored weights alone, and so do tangents along several directions, so what
 comes below need not be computed again for each of them.
 """
 
@@ -56,11 +56,13 @@ def lower_layers_once(scored: ScoredLayers, kept: list[torch.Tensor] | None = No
     own = [vars(layer).get("forward") for layer in scored.lower]
     for layer in scored.lower:
         layer.forward = handing_through(layer, layer.forward)
-    hook = scored.layers[0].register_forward_pre_hook(enter, with_kwargs=True)
+    # Of a model that is only run forward, no layer is scored and every pass runs whole.
+    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in scored.layers[:1]]
     try:
         yield
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
         for layer, before in zip(scored.lower, own, strict=True):
             del layer.forward
             if before is not None:
