@@ -10,8 +10,10 @@ Columns that are present but null count as absent: this is how Arrow represents 
 
 import json
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from alphatoken.pipeline.prepare.continuation import continued
 
 CHAT_CHOICES = ("auto", "always", "never")
 ROLES = ("user", "assistant", "system", "tool", "developer")
@@ -66,13 +68,14 @@ class Conversation:
 
     ``messages``: dicts with ``role`` (one of ROLES) and ``content`` (a string; absent only beside
     ``tool_calls``); other keys are kept for the template. ``tools``: JSON schemas or None. ``respond``: the
-    indices of the assistant messages that are responses, ascending; every assistant message after the first
-    of them is one too.
+    indices of the assistant messages that are responses, ascending. ``begun``: characters of the first response's
+    content that are the prompt's, where a completion continues an unfinished message.
     """
 
     messages: list[dict[str, Any]]
     tools: list[dict[str, Any]] | None
     respond: tuple[int, ...]
+    begun: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,7 +267,9 @@ def _prompt_completion(row: Mapping[str, Any], columns: Mapping[str, str], chat:
         return Plain(prompt, completion)
     asked = [_said("user", prompt)] if isinstance(prompt, str) else messages(prompt, "prompt")
     said = [_said("assistant", completion)] if isinstance(completion, str) else messages(completion, "completion")
-    return _conversation(row, columns, asked + said, first=len(asked), system_by_format=False)
+    asked, said, begun = continued(asked, said)
+    found = _conversation(row, columns, asked + said, first=len(asked), system_by_format=False)
+    return replace(found, begun=begun)
 
 
 def _conversation(

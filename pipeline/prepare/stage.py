@@ -16,6 +16,7 @@ from alphatoken.pipeline.cluster.pool import WorkerPool
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
+from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.draw import draw_order
 from alphatoken.pipeline.prepare.inputs import (
     fisher_prompts,
@@ -73,16 +74,20 @@ def make_prepared(run: Run) -> None:
             f"data.train: none of the {len(rows)} rows can be used; see the reasons in {storage.path('quarantine')}"
         )
     reasons = {key.removeprefix("reason/"): n for key, n in sorted(counts.items()) if key.startswith("reason/")}
-    plain = {key: n for key, n in sorted(counts.items()) if not key.startswith("reason/")}
+    said = {key: n for key, n in counts.items() if remarks.is_remark(key)}
+    plain = {key: n for key, n in sorted(counts.items()) if not key.startswith("reason/") and key not in said}
     if raw.validation is None:
         plain["rows_in"] = len(rows) + len(drawn)
         plain["rows_used"] = plain["rows_in"] - plain.get("quarantined", 0)
-    manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **plain)
+    left_out = {"left_out": remarks.as_counts(said)} if said else {}
+    manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **left_out, **plain)
     run.progress.say(
         f"prepare: {plain['train_rows']:,} training examples in {len(parts)} shard(s), {plain['validation_rows']:,} for "
         f"validation, {plain.get('fisher_rows', 0):,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
         f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({_listed(reasons)})" if reasons else "")
     )
+    if said:
+        run.progress.say(f"prepare: {remarks.line(said)}")
 
 
 def _missing(storage: Storage, record: dict[str, Any]) -> bool:
@@ -218,6 +223,7 @@ class _Prepare:
         examples = [example for _, example in found]
         own: dict[str, Any] = {"held_out": [row for row, _ in found], "rows_used": len(examples)}
         own["truncated"] = sum(example.truncated for example in examples)
+        own |= remarks.of_lost(example.source for example in examples if example.lost)
         self.storage.write_table(f"prepared/{name}.parquet", to_table(examples), self.fingerprint, own)
         counts += _held(name, own)
 
@@ -260,6 +266,7 @@ class _Prepare:
 def _held(name: str, counts: dict[str, Any]) -> Counter[str]:
     """The stage's counts of rows held out of the training data."""
     found = Counter({f"{name}_rows": counts["rows_used"], "truncated": counts["truncated"]})
+    found.update({key: n for key, n in counts.items() if remarks.is_remark(key)})
     return Counter({key: n for key, n in found.items() if n})
 
 
@@ -267,7 +274,11 @@ def _of_validation(counts: Mapping[str, Any]) -> Counter[str]:
     """The stage's counts of a validation file of its own."""
     renamed = Counter(
         {
-            f"validation_{key}" if not key.startswith("reason/") else f"reason/validation {key[7:]}": n
+            key
+            if remarks.is_remark(key)
+            else f"reason/validation {key[7:]}"
+            if key.startswith("reason/")
+            else f"validation_{key}": n
             for key, n in counts.items()
         }
     )

@@ -1,37 +1,22 @@
 """One raw row becomes one supervised Example: token ids, and labels on exactly the tokens of the responses.
 
 Text is tokenized once, as a whole, with character offsets. The responses are found as character ranges of the
-rendered text, and a token that covers any character of a response belongs to it. Nothing is ever searched for
-by the response's wording. Where the ranges come from:
-
-- a template with generation markers (``{% generation %}``) says so itself;
-- otherwise the text is rendered again up to each response: it begins where the rendering of what precedes it,
-  with the generation prompt, ends, and stops where the rendering that includes it ends;
-- a template that renders a turn differently once others follow (Qwen3 removes past reasoning) ends a response
-  at its EOS token, which must be the only one before the next message's own text.
+rendered text (`responses`), and a token that covers any character of a response belongs to it. Nothing is ever searched
+for by the response's wording.
 
 A response includes its end-of-turn token; template whitespace after that is not part of it.
 """
 
-import re
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from itertools import groupby
-from os.path import commonprefix
 from typing import Any
 
+from alphatoken.pipeline.prepare.chat import ChatTemplate, Span, valid
+from alphatoken.pipeline.prepare.responses import Renderer
 from alphatoken.pipeline.prepare.rows import CHAT_CHOICES, Conversation, Plain, Pretokenized, Unusable, parse_row
 
 IGNORED = -100
-Span = tuple[int, int]
-
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_UNSTABLE = "template_not_prefix_stable: the chat template {}; add {{% generation %}} markers to it"
-# Some templates write today's date. The same inputs must give the same tokens tomorrow, so their clock stands
-# still at the date that Llama's own template falls back to. (A function cannot be handed to a template.)
-_CLOCK = "".join(f" | replace('%{code}', '{datetime(2024, 7, 26).strftime('%' + code)}')" for code in "aAbBdHIjmMpSyY")
-_STOPPED_CLOCK = f"{{%- macro strftime_now(format) -%}}{{{{ format | replace('%-', '%'){_CLOCK} }}}}{{%- endmacro -%}}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +25,7 @@ class Example:
 
     ``labels[i]`` is ``input_ids[i]`` where token ``i`` belongs to a response, else -100; both have one
     length, at most max_length. ``labels[0]`` is always -100, because nothing predicts the first token.
-    ``truncated``: tokens were cut from the right.
+    ``truncated``: tokens were cut from the right. ``lost``: responses whose reasoning the chat template leaves out.
     """
 
     id: str
@@ -48,6 +33,7 @@ class Example:
     labels: list[int]
     source: str
     truncated: bool
+    lost: int = 0
 
 
 class ExampleMaker:
@@ -74,8 +60,11 @@ class ExampleMaker:
         self._columns = dict(columns)
         self._vocab_size = vocab_size
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = frozenset(added | set(tokenizer.all_special_ids))
+        added = tokenizer.added_tokens_decoder
+        self._specials = sorted({t.content for t in added.values() if t.special} | set(tokenizer.all_special_tokens))
+        # Their offsets take in the blanks beside them, which are other texts.
+        self._greedy = frozenset(index for index, token in added.items() if token.lstrip or token.rstrip)
+        self._renderers: dict[bool, Renderer] = {}
         self._opening = self._tokens_put_first()
 
     def __call__(self, row: Mapping[str, Any], source: str) -> Example:
@@ -84,14 +73,45 @@ class ExampleMaker:
         Raises `Unusable` for a row that cannot be used, `TemplateRequired` where the configuration cannot
         work, and ValueError for a plain completion when the tokenizer has no EOS token.
         """
+        parsed, name = self._parsed(row, source)
+        return self._example(parsed, name, source)
+
+    def turn_by_turn(self, row: Mapping[str, Any], source: str) -> list[Example]:
+        """The Examples of one row: one, or one for each response where the template leaves reasoning out of the whole.
+
+        Many templates keep the reasoning of the last turn alone; then each turn is the last of an Example of its own, whose
+        id has the message's number appended. Raises as a call does.
+        """
+        parsed, name = self._parsed(row, source)
+        whole = self._example(parsed, name, source)
+        if not isinstance(parsed, Conversation) or not whole.lost or len(parsed.respond) == 1:
+            return [whole]
+        found = []
+        for i in parsed.respond:
+            begun = parsed.begun if i == parsed.respond[0] else 0
+            cut = Conversation(parsed.messages[: i + 1], parsed.tools, (i,), begun)
+            try:
+                found.append(self._example(cut, f"{name}#{i}", source))
+            except Unusable as problem:
+                if problem.code != "no_response":  # a later turn of a long conversation, cut off as in the whole
+                    raise
+        return found or [whole]
+
+    def _parsed(self, row: Mapping[str, Any], source: str) -> tuple[Conversation | Plain | Pretokenized, str]:
+        """What the row holds, and its id."""
         if not isinstance(row, Mapping):
             raise Unusable(f"wrong_type: the row is {type(row).__name__}, not an object with columns")
         template = self._tokenizer.chat_template
         has_template = "default" in template if isinstance(template, dict) else bool(template)
-        parsed = parse_row(row, self._columns, self._chat, has_template)
+        return parse_row(row, self._columns, self._chat, has_template), self._id(row, source)
+
+    def _example(self, parsed: Conversation | Plain | Pretokenized, name: str, source: str) -> Example:
+        lost = 0
         if isinstance(parsed, Conversation):
-            chat = _Chat(self._tokenizer, parsed)
-            ids, labels = chat.ids, chat.labels(self._special)
+            rendered = self._renderer(bool(parsed.tools))(parsed)
+            lost = rendered.lost
+            ids, offsets = _encoded(self._tokenizer, rendered.text)
+            labels = _labels(ids, self._own(ids, offsets, rendered.text), rendered.spans)
         elif isinstance(parsed, Plain):
             ids, labels = self._plain(parsed)
         else:
@@ -107,7 +127,28 @@ class ExampleMaker:
         limit = self._max_length
         if first >= limit:
             raise Unusable(f"no_response: truncated away, it begins at token {first} and data.max_length={limit}")
-        return Example(self._id(row, source), ids[:limit], labels[:limit], source, len(ids) > limit)
+        return Example(name, ids[:limit], labels[:limit], source, len(ids) > limit, lost)
+
+    def _renderer(self, tools: bool) -> Renderer:
+        """That of the template which is used with or without tools (some tokenizers have two)."""
+        if tools not in self._renderers:
+            try:
+                source = str(self._tokenizer.get_chat_template(tools=[{}] if tools else None))
+            except ValueError as problem:
+                raise Unusable(f"template_error: {problem}") from problem
+            self._renderers[tools] = Renderer(ChatTemplate(self._tokenizer, source, self._specials))
+        return self._renderers[tools]
+
+    def _own(self, ids: list[int], offsets: list[Span], text: str) -> list[Span]:
+        """The offsets, those of tokens that take in blanks beside them narrowed to the token itself."""
+        if self._greedy.isdisjoint(ids):
+            return offsets
+        narrowed = []
+        for token, (start, end) in zip(ids, offsets, strict=True):
+            if token in self._greedy and (said := text[start:end]).strip():
+                start, end = end - len(said.lstrip()), start + len(said.rstrip())
+            narrowed.append((start, end))
+        return narrowed
 
     def _id(self, row: Mapping[str, Any], source: str) -> str:
         named = self._columns.get("id")
@@ -115,7 +156,7 @@ class ExampleMaker:
         if value is None or value == "":
             return source
         if isinstance(value, str | int) and not isinstance(value, bool):
-            return _valid(str(value), "id")
+            return valid(str(value), "id")
         if named:
             raise Unusable(f"wrong_type: id is {type(value).__name__}, not a string or an integer")
         return source  # a column `id` that nobody asked for may hold anything
@@ -153,152 +194,31 @@ class ExampleMaker:
         return ids, labels
 
 
-class _Chat:
-    """One conversation rendered and tokenized: ``text``, ``ids`` and their character ``offsets``."""
-
-    def __init__(self, tokenizer: Any, row: Conversation) -> None:
-        self._tokenizer, self._row = tokenizer, row
-        self._template = self._checked_template()
-        self.text = self._render(row.messages)
-        self.ids, self._offsets = _encoded(tokenizer, self.text)
-
-    def labels(self, special: frozenset[int]) -> list[int]:
-        """Labels of the responses; ``special``: ids of which the last in a response is its end of turn."""
-        marked = _MARKER.search(self._template)
-        spans = self._marked() if marked else [self._span(i) for i in self._row.respond]
-        return _labels(self.ids, self._offsets, [self._trimmed(span, special) for span in spans])
-
-    def _checked_template(self) -> str:
-        try:
-            template = str(self._tokenizer.get_chat_template(tools=self._row.tools))
-        except ValueError as problem:
-            raise Unusable(f"template_error: {problem}") from problem
-        called = any("tool_calls" in message for message in self._row.messages)
-        for name, given in (("tool_calls", called), ("tools", self._row.tools)):
-            # A template that does not know them leaves them out without a word.
-            if given and name not in template:
-                raise Unusable(f"tools_not_in_template: the row has {name}, the chat template does not")
-        return _STOPPED_CLOCK + template if "strftime_now" in template else template
-
-    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
-        try:
-            return self._tokenizer.apply_chat_template(
-                messages, tools=self._row.tools, chat_template=self._template, **options
-            )
-        except ImportError:
-            raise
-        except Exception as problem:  # templates raise anything, on purpose and by accident; it is reported
-            raise Unusable(f"template_error: {type(problem).__name__}: {problem}") from problem
-
-    def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        """The template's text for ``messages`` (not empty). ``prompt``: with the generation prompt."""
-        return _valid(self._apply(messages, add_generation_prompt=prompt, tokenize=False), "the text")
-
-    def _marked(self) -> list[Span]:
-        """Response ranges by the template's generation markers.
-
-        Assistant turns of a prompt are marked too; they lie before the first response and are cut off there.
-        """
-        options = {"return_dict": True, "return_assistant_tokens_mask": True}
-        marks = self._apply(self._row.messages, **options)["assistant_masks"]
-        begin, before = 0, self._row.messages[: self._row.respond[0]]
-        if any(message["role"] == "assistant" for message in before):
-            rendered = self._render(before)
-            if not self.text.startswith(rendered):
-                raise Unusable(_UNSTABLE.format("renders the prompt differently once a response follows"))
-            begin = len(rendered)
-        spans = []
-        for marked, run in groupby(zip(marks, self._offsets, strict=True), key=lambda pair: pair[0]):
-            covered = [offset for _, offset in run]
-            if marked and covered[-1][1] > begin:
-                spans.append((max(begin, covered[0][0]), covered[-1][1]))
-        return spans
-
-    def _span(self, i: int) -> Span:
-        """The characters of response ``i``, by rendering what comes before it and then it as well."""
-        start, messages = self._start(i), self._row.messages
-        if i + 1 == len(messages):
-            return start, len(self.text)
-        through = self._render(messages[: i + 1])
-        if self.text.startswith(through) and len(through) > start:
-            return start, len(through)
-        # The turn is rendered differently now that others follow. Its EOS lies between its start and the next
-        # message's own text; where there is more than one, any choice would be a guess.
-        limit = len(commonprefix([self.text, *self._probes(i + 1)]))
-        ends = self._ends((start, limit), frozenset([self._tokenizer.eos_token_id]))
-        if len(ends) != 1:
-            what = f"renders message {i} differently once others follow, {len(ends)} EOS tokens in it"
-            raise Unusable(_UNSTABLE.format(what))
-        return start, ends[0]
-
-    def _start(self, i: int) -> int:
-        """Where response ``i`` begins: after the generation prompt.
-
-        A generation prompt may say more than the template writes before a finished turn (an opened <think>).
-        Then the response begins where the two part, whatever the response says. Where the messages before are
-        rendered differently by now, it begins where that prompt ends just ahead of what changes with it.
-        A conversation that opens with a response has no generation prompt: it begins after what the template
-        writes before any.
-        """
-        if i == 0:
-            return len(commonprefix([self.text, *self._probes(i)]))
-        messages = self._row.messages
-        prompt = self._render(messages[:i], prompt=True)
-        if self.text.startswith(prompt):
-            return len(prompt)
-        before, probes = self._render(messages[:i]), self._probes(i)
-        common = commonprefix([prompt, *probes])
-        if self.text.startswith(before) and common.startswith(before) and self.text.startswith(common):
-            return len(common)
-        # Only messages that follow can have changed those before; after the last one nothing does.
-        header, common = prompt[len(before) :], commonprefix(probes)
-        opened = header and prompt.startswith(before) and common.endswith(header)
-        if opened and self.text.startswith(common) and i + 1 < len(messages):
-            return len(common)
-        what = f"renders what comes before message {i} differently once it follows"
-        raise Unusable(_UNSTABLE.format(what))
-
-    def _probes(self, i: int) -> list[str]:
-        """The text with message ``i`` saying something else, twice: what they share is not its content."""
-        messages, role = self._row.messages, self._row.messages[i]["role"]
-        return [self._render([*messages[:i], {"role": role, "content": said}, *messages[i + 1 :]]) for said in "xy"]
-
-    def _ends(self, span: Span, wanted: frozenset[int]) -> list[int]:
-        """Where the tokens with ``wanted`` ids end that lie within ``span``."""
-        placed = zip(self.ids, self._offsets, strict=True)
-        return [e for token, (s, e) in placed if token in wanted and span[0] <= s < e <= span[1]]
-
-    def _trimmed(self, span: Span, special: frozenset[int]) -> Span:
-        """The range up to its last special token (end of turn), where only whitespace follows that."""
-        ends = self._ends(span, special)
-        return (span[0], ends[-1]) if ends and not self.text[ends[-1] : span[1]].strip() else span
-
-
 def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
     """Ids and character offsets of a text, without the special tokens that the tokenizer would add."""
     options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
     try:
-        encoded = tokenizer(_valid(text, "the text"), return_offsets_mapping=True, **options)
+        encoded = tokenizer(valid(text, "the text"), return_offsets_mapping=True, **options)
     except Unusable:
         raise
     except Exception as problem:  # whatever a tokenizer refuses is this row's problem, and reported
         raise Unusable(f"tokenizer_refused: {type(problem).__name__}: {problem}") from problem
-    return list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
 
 
-def _labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
+def _labels(ids: list[int], offsets: list[Span], spans: Sequence[Span]) -> list[int]:
     """The ids of the tokens that cover a character of ``spans``, -100 elsewhere.
 
-    A token without width is a space of which the tokenizer reports only the end: the character before.
+    A token without width is a space of which the tokenizer reports only the end: the character before. ``offsets`` ascend.
     """
-    covers = [any(min(start, end - 1) < e and s < end for s, e in spans) for start, end in offsets]
-    return [token if covered else IGNORED for token, covered in zip(ids, covers, strict=True)]
-
-
-def _valid(text: str, what: str) -> str:
-    """The text itself; raises `Unusable` where it is not Unicode, which neither tokenizers nor Arrow take."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as problem:
-        raise Unusable(f"bad_unicode: {what} has a lone surrogate at character {problem.start}") from problem
-    return text
+    labels = [IGNORED] * len(ids)
+    for start, end in spans:
+        first, past = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+        while first and offsets[first - 1][1] > start:  # begins before the response and reaches into it
+            first -= 1
+        while first < past and offsets[first][1] <= start:
+            first += 1
+        while past < len(offsets) and offsets[past] == (end, end):
+            past += 1
+        labels[first:past] = ids[first:past]
+    return labels

@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
 from alphatoken.pipeline.maths.models import ModelSource, load_tokenizer
+from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import decode
@@ -52,28 +53,30 @@ class PrepareWorker:
         arguments = tokenizer, data.max_length, data.chat_template, self.columns, vocabulary
         self.make = ExampleMaker(*arguments)
         self.pair = PairMaker(*arguments) if preference else None
+        self.keep_reasoning = data.keep_reasoning
 
     def __call__(
         self, task: PrepareTask, advance: Callable[[int], None]
     ) -> tuple[dict[str, Any], list[Example | None]]:
-        """Returns the counts, and for a task without a part the examples in row order (None: not usable)."""
+        """Returns the counts, and for a task without a part one example per row in row order (None: not usable)."""
         examples: list[Any] = []
+        usable: list[Any] = []
         rejected: list[dict[str, Any]] = []
         for name, numbers, table in task.pieces:
             for number, (row, reason) in zip(numbers, decode(table), strict=True):
-                example = None
+                made: list[Any] = []
                 if reason is None:
                     try:
-                        example = self._made(row, f"{name}:{number}", task.role)
+                        made = self._made(row, f"{name}:{number}", task.role)
                     except TemplateRequired as error:
                         raise RunFailed(f"{name}, row {number}: {error}") from error
                     except Unusable as error:
                         reason = str(error)
                 if reason is not None:
                     rejected.append({"file": name, "row": number, "reason": _storable(reason), "raw": _raw(row)})
-                examples.append(example)
+                usable += made
+                examples.append(made[-1] if made else None)
                 advance(1)
-        usable = [e for e in examples if e is not None]
         if task.quarantine and rejected:
             self.storage.write_table(task.quarantine, pa.Table.from_pylist(rejected, QUARANTINE), task.fingerprint)
         counts = _counts(usable, rejected)
@@ -84,11 +87,12 @@ class PrepareWorker:
             examples = []
         return counts, examples
 
-    def _made(self, row: Any, source: str, role: str) -> Example | Pair:
+    def _made(self, row: Any, source: str, role: str) -> list[Any]:
+        """The examples of a row: one, or several with data.keep_reasoning; the pair of one."""
         if self.pair is None or (role == "validation" and not is_pair(row, self.columns)):
-            return self.make(row, source)
+            return self.make.turn_by_turn(row, source) if self.keep_reasoning else [self.make(row, source)]
         pair = self.pair(row, source)
-        return pair if role == "train" else pair.chosen
+        return [pair if role == "train" else pair.chosen]
 
 
 def to_table(examples: Iterable[Example]) -> pa.Table:
@@ -114,6 +118,8 @@ def _counts(usable: Sequence[Example | Pair], rejected: Sequence[dict[str, Any]]
     counts["quarantined"] = len(rejected)
     counts["truncated"] = sum(example.truncated for example in usable)
     sequences = [s for e in usable for s in ((e.chosen, e.rejected) if isinstance(e, Pair) else (e,))]
+    lost = dict.fromkeys(sequence.source for sequence in sequences if sequence.lost)  # each row once
+    counts.update(remarks.of_rejected(rejected) | remarks.of_lost(lost))
     counts["tokens"] = sum(len(sequence.input_ids) for sequence in sequences)
     counts["response_tokens"] = sum(label != IGNORED for sequence in sequences for label in sequence.labels)
     return dict(counts)
