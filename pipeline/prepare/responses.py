@@ -45,12 +45,13 @@ class Renderer:
         self._check_tool_words(row)
         text, marks = self._template.text_and_marks(row.messages, row.tools)
         check_tools(text, row.messages, row.tools)
-        found = self._found(row, text, marks, None)
-        if found is None:  # the template looks at what a user or a tool says: leave that as it is
-            found = self._found(row, text, marks, _ASSISTANT)
-        if found is None:
-            raise Unusable(f"{NOT_IN_TEMPLATE}: the chat template rewrites `assistant` messages")
-        return found
+        # Marks for whole texts do for nearly every row. Some templates look at the blanks around a text, and some at what
+        # a user or a tool says: then that is left as it is.
+        for roles, blanks in ((None, False), (None, True), (_ASSISTANT, True)):
+            found = self._found(row, text, marks, roles, blanks)
+            if found is not None:
+                return found
+        raise Unusable(f"{NOT_IN_TEMPLATE}: the chat template rewrites `assistant` messages")
 
     def _check_tool_words(self, row: Conversation) -> None:
         called = any("tool_calls" in message for message in row.messages)
@@ -59,11 +60,13 @@ class Renderer:
             if given and not self._template.mentions(name):
                 raise Unusable(f"tools_not_in_template: the row has {name}, the chat template does not")
 
-    def _found(self, row: Conversation, text: str, marks: list[Span], roles: frozenset[str] | None) -> Rendered | None:
+    def _found(
+        self, row: Conversation, text: str, marks: list[Span], roles: frozenset[str] | None, blanks: bool
+    ) -> Rendered | None:
         """The responses, by a skeleton in which the texts of ``roles`` (None: of all) are marks; None where it differs."""
         stem = free_stem([text])
         begun = (row.respond[0], row.begun)
-        view = masked(row.messages, stem, self._template.thoughts, roles, begun)
+        view = masked(row.messages, stem, self._template.thoughts, begun, roles, blanks)
         try:
             shape = self._shape(row, view, stem) if roles is None else None
             skeleton = self._skeleton(row, view, stem, shape)

@@ -18,7 +18,7 @@ STEM = "qzMark"
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A text that a mark stands for: of message ``message``, without blanks at its ends.
+    """A text that a mark stands for, of message ``message``.
 
     ``reasoning``: the template may leave it out.
     """
@@ -50,18 +50,15 @@ def free_stem(texts: Sequence[str]) -> str:
 
 
 def masked(
-    messages: Messages,
-    stem: str,
-    thoughts: re.Pattern[str] | None,
-    roles: frozenset[str] | None,
-    begun: tuple[int, int],
-) -> Masked:
+    messages: Messages, stem: str, thoughts: re.Pattern[str] | None, begun: tuple[int, int],
+    roles: frozenset[str] | None = None, blanks: bool = False,
+) -> Masked:  # fmt: skip
     """Replace the texts of ``messages`` by marks.
 
-    Blanks at the ends of a text stay, and tags of reasoning (``thoughts``) do, because templates look at them. ``roles``:
-    whose texts are replaced, None for all. ``begun``: (message, characters of it that belong to the prompt).
+    Tags of reasoning (``thoughts``) stay, because templates look at them. ``begun``: (message, characters of it that belong
+    to the prompt). ``roles``: whose texts are replaced, None for all. ``blanks``: those at the ends of a text stay too.
     """
-    made = _Marks(stem)
+    made = _Marks(stem, blanks)
     replaced = []
     for i, message in enumerate(messages):
         role, content = message["role"], message.get("content")
@@ -79,20 +76,21 @@ def masked(
 
 
 class _Marks:
-    def __init__(self, stem: str) -> None:
-        self._stem = stem
+    def __init__(self, stem: str, blanks: bool) -> None:
+        self._stem, self._blanks = stem, blanks
         self.pieces: list[Piece] = []
         self.opening: tuple[int, int] | None = None
 
     def mark(self, piece: Piece, left: bool = True, right: bool = True) -> str:
-        """The piece's mark between the blanks that are cut off its text on the left and on the right."""
-        text = piece.text
-        core = text.lstrip() if left else text
-        begin = len(text) - len(core)
-        core = core.rstrip() if right else core
-        if not core.strip():
+        """The piece's mark, between the blanks on its left and right where they stay; a blank text stays as it is."""
+        text = core = piece.text
+        if not text or text.isspace():
             return text
-        self.pieces.append(Piece(piece.message, piece.role, core, piece.reasoning))
+        if self._blanks:
+            core = core.lstrip() if left else core
+            core = core.rstrip() if right else core
+        begin = text.index(core) if self._blanks else 0
+        self.pieces.append(piece if core is text else Piece(piece.message, piece.role, core, piece.reasoning))
         return f"{text[:begin]}{self._stem}{len(self.pieces) - 1}z{text[begin + len(core) :]}"
 
     def split(self, i: int, role: str, halves: tuple[str, str], thoughts: re.Pattern[str] | None) -> str:
@@ -101,6 +99,8 @@ class _Marks:
         What stands before the last closing tag is reasoning. Blanks where the halves meet stay inside the marks, so that
         the place where they meet is known.
         """
+        if not halves[0] and (thoughts is None or role != "assistant"):
+            return self.mark(Piece(i, role, halves[1]))
         cut = thoughts.split if thoughts is not None and role == "assistant" else lambda text: [text]
         before, after = (cut(halves[0]) if halves[0] else []), cut(halves[1])
         parts = before + after
@@ -158,7 +158,7 @@ class Skeleton:
         return spans if "".join(parts) == text else self._walked(text, pieces)
 
     def _walked(self, text: str, pieces: Sequence[Piece]) -> list[Span] | None:
-        """As `place`, where texts of other roles than the assistant's may be written as inside a JSON string."""
+        """As `place`, where texts may have lost blanks at their ends, or be written as inside a JSON string."""
         spans, position = [], len(self.literals[0])
         if not text.startswith(self.literals[0]):
             return None
@@ -175,10 +175,12 @@ class Skeleton:
 
 
 def _written(piece: Piece) -> list[str]:
-    """The ways in which a template may write a text."""
-    if piece.role == "assistant":
-        return [piece.text]
-    return [piece.text, *(json.dumps(piece.text, ensure_ascii=strict)[1:-1] for strict in (False, True))]
+    """The ways in which a template may write a text; an assistant's only as it is, up to blanks at its ends."""
+    text = piece.text
+    ways = [text, text.strip(), text.rstrip(), text.lstrip(), text.strip("\n"), text.lstrip("\n"), text.rstrip("\n")]
+    if piece.role != "assistant":
+        ways += [json.dumps(way, ensure_ascii=strict)[1:-1] for way in ways[:2] for strict in (False, True)]
+    return list(dict.fromkeys(ways))
 
 
 def written(text: str, piece: Piece, start: int, end: int) -> Span | None:
