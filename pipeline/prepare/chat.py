@@ -129,7 +129,7 @@ class ChatTemplate:
             "tool": [asked, {"role": "assistant", "tool_calls": [stand_in_call()]}, {**said, "tool_call_id": _CALL_ID}],
         }  # fmt: skip
         try:
-            return _PROBE in self._text(around.get(role, [said, asked]))
+            return _stands(self._text(around.get(role, [said, asked])))
         except Unusable:
             return False
 
@@ -147,7 +147,12 @@ class ChatTemplate:
             text = self._text([asked, called], [STAND_IN_TOOL])
         except Unusable:
             return False
-        return _PROBE in text and f"'{_PROBE}'" not in text
+        return _stands(text)
+
+
+def _stands(text: str) -> bool:
+    """Whether the probe was written, and not as part of a Python value."""
+    return _PROBE in text and f"'{_PROBE}'" not in text
 
 
 def _as_parts(text: str) -> list[dict[str, str]]:

@@ -106,7 +106,10 @@ class _Learner:
         rest = through[shared:]
         for special in self._template.specials:  # an end of text that the last turn alone has
             rest = rest.replace(special, "")
-        if not shared or rest.strip():
+        if rest.strip():  # the last turn alone has something before its calls (a <think> block)
+            more = through[shared:]
+            shared += next((len(more) - k for k in range(len(more)) if stands.startswith(more[k:], shared)), -shared)
+        if not shared:
             raise self._unstable(f"renders message {i} differently once others follow")
         place = 0 if previous is None else self._skeleton.landed.index(previous) + 1
         then = self._skeleton.landed[place] if place < len(self._skeleton.landed) else None
