@@ -94,13 +94,15 @@ class ChatTemplate:
         return [self._as_read(message) for message in messages]
 
     def _as_read(self, message: dict[str, Any]) -> dict[str, Any]:
+        content = message.get("content")
+        if len(message) == 2 and isinstance(content, str):  # nearly every message of nearly every data set
+            return {**message, "content": _as_parts(content)} if self._reads_parts(message["role"]) else message
         changed: dict[str, Any] = {}
         thought = next((message[key] for key in REASONING if message.get(key) is not None), None)
         if thought is not None:  # under whatever name the template knows it
             changed = {"thinking": message.get("thinking", thought), "reasoning_content": thought}
         if calls := message.get("tool_calls"):
             changed["tool_calls"] = [self._call(call) for call in calls]
-        content = message.get("content")
         if isinstance(content, str) and self._reads_parts(message["role"]):
             changed["content"] = _as_parts(content)
         return {**message, **changed} if changed else message

@@ -39,16 +39,20 @@ class Renderer:
     def __init__(self, template: ChatTemplate) -> None:
         self._template = template
         self._shapes: dict[str, _Shape | Unusable] = {}
+        self._texts: dict[tuple, _Shape] = {}
 
     def __call__(self, row: Conversation) -> Rendered:
         """Raises `Unusable` for what the template refuses, leaves out, or renders so that no response can be told."""
         self._check_tool_words(row)
         text, marks = self._template.text_and_marks(row.messages, row.tools)
         check_tools(text, row.messages, row.tools)
+        key = self._of_texts(row)
+        if key in self._texts and (quick := self._known(row, text, marks, self._texts[key])) is not None:
+            return quick
         # Marks for whole texts do for nearly every row. Some templates look at the blanks around a text, and some at what
         # a user or a tool says: then that is left as it is.
         for roles, blanks in ((None, False), (None, True), (_ASSISTANT, True)):
-            found = self._found(row, text, marks, roles, blanks)
+            found = self._found(row, text, marks, roles, blanks, None if roles or blanks else key)
             if found is not None:
                 return found
         raise Unusable(f"{NOT_IN_TEMPLATE}: the chat template rewrites `assistant` messages")
@@ -60,10 +64,40 @@ class Renderer:
             if given and not self._template.mentions(name):
                 raise Unusable(f"tools_not_in_template: the row has {name}, the chat template does not")
 
+    def _of_texts(self, row: Conversation) -> tuple | None:
+        """The shape of a conversation of nothing but texts; None for others."""
+        thoughts = self._template.thoughts
+        key: list[Any] = [row.respond]
+        for message in row.messages:
+            role, content = message["role"], message.get("content")
+            if len(message) != 2 or not isinstance(content, str):
+                return None
+            if thoughts is not None and role == "assistant" and thoughts.search(content):
+                return None
+            key.append(role if content and not content.isspace() else (role, content))
+        return None if row.tools or row.begun else tuple(key)
+
+    def _known(self, row: Conversation, text: str, marks: list[Span], shape: _Shape) -> Rendered | None:
+        """As `_found`, where the shape is known: nothing is replaced, because the skeleton is there."""
+        said = ((i, m["role"], m["content"]) for i, m in enumerate(row.messages))
+        pieces = [Piece(i, role, content) for i, role, content in said if content and not content.isspace()]
+        places = shape.skeleton.place(text, pieces)
+        if places is None:
+            return None
+        spans, view = dict(zip(shape.skeleton.landed, places, strict=True)), Masked([], pieces, None)
+        if self._template.marked:
+            return Rendered(text, self._by_marks(row, text, marks, view, spans), 0)
+        found = [placed(turn, shape.skeleton, spans, text, self._template.specials, None) for turn in shape.turns]
+        return Rendered(text, [span for span in found if span], 0) if None not in found else None
+
     def _found(
-        self, row: Conversation, text: str, marks: list[Span], roles: frozenset[str] | None, blanks: bool
-    ) -> Rendered | None:
-        """The responses, by a skeleton in which the texts of ``roles`` (None: of all) are marks; None where it differs."""
+        self, row: Conversation, text: str, marks: list[Span], roles: frozenset[str] | None, blanks: bool,
+        key: tuple | None,
+    ) -> Rendered | None:  # fmt: skip
+        """The responses, by a skeleton in which the texts of ``roles`` (None: of all) are marks; None where it differs.
+
+        ``key``: of `_of_texts`, under which a shape of nothing but texts is kept.
+        """
         stem = free_stem([text])
         begun = (row.respond[0], row.begun)
         view = masked(row.messages, stem, self._template.thoughts, begun, roles, blanks)
@@ -85,6 +119,8 @@ class Renderer:
             found = self._by_marks(row, text, marks, view, spans)
         else:
             found = self._by_turns(row, text, view, stem, skeleton, spans, shape)
+        if key is not None and shape is not None and len(self._texts) < _SHAPES:
+            self._texts[key] = shape
         return Rendered(text, found, lost_reasoning(skeleton, view.pieces, row.respond))
 
     def _plain(self, row: Conversation) -> bool:

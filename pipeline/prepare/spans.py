@@ -91,9 +91,9 @@ class _Learner:
         shared = _parting(stands, through, specials)
         own, other = _leading(stands, specials), _leading(through, specials)
         if not stands[:shared].strip() and own and other and own != other:
-            # The end of the last turn is another one (harmony): this one's, if turns of others end with it as well.
-            ends = self._skeleton.after(before).lstrip()
-            if ends.startswith(own.strip()) and _leading(ends[len(own.strip()) :], specials):
+            # The end of the last turn is another one (harmony): this one's, if the turn before ended with it as well.
+            _, *ends = self._skeleton.after(before).split(own.strip())
+            if any(_leading(end, specials) for end in ends):
                 return own
         return stands[: trimmed(stands, 0, shared, specials)]
 
