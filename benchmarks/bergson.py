@@ -28,9 +28,13 @@ import torch
 from datasets import Dataset
 
 from alphatoken import Directions, TokenValuer
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.contraction import Contraction, StackedDirections
 from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.directions import NAMES
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.positions import Positions
 from alphatoken.pipeline.prepare.example import example_model
 from alphatoken.pipeline.prepare.tokenize import Example
 from benchmarks.example_batches import BUDGET, THREADS, batches_of, load_example
@@ -96,6 +100,19 @@ def gradient(model: torch.nn.Module, validation: list[Example]) -> dict[str, tor
     return total.total
 
 
+def one_direction(model: torch.nn.Module, direction: dict[str, torch.Tensor]) -> Callable[[Batch], torch.Tensor]:
+    """What bergson computes, d' G h along one direction and no causal path, at the positions that predict a response token."""
+    scored = scored_layers(model, LAYERS)
+    stacked, dtype = StackedDirections(scored, {"adaptation": direction}, set()), scored.maps[0].parameter.dtype
+
+    def work(batch: Batch) -> torch.Tensor:
+        contraction = Contraction(stacked, {}, Positions(batch.predicting(), batch.shape), dtype)
+        ghost_pass(scored, batch, contraction)
+        return contraction.direct[0]
+
+    return work
+
+
 def cost_of(work: Callable[[], object]) -> Cost:
     """What a call takes."""
     started = time.perf_counter(), time.process_time()
@@ -113,11 +130,11 @@ def main() -> None:
     validation, rows = examples[:2], examples[32 : 32 + LARGE]
     lower = len(scored_layers(model, LAYERS).lower)
     adaptation = gradient(model, validation)
-    one, two = (
-        Directions({name: adaptation for name in names}) for names in (("adaptation",), ("adaptation", "stability"))
-    )
-    same = TokenValuer(model, one, LAYERS, window=0)
-    full = TokenValuer(model, two, LAYERS, WINDOW)
+    same = one_direction(model, adaptation)
+    paper = TokenValuer(
+        model, Directions(dict.fromkeys(NAMES, adaptation)), LAYERS, WINDOW, scores=["paper", "loss"]
+    ).value
+    every = TokenValuer(model, Directions(dict.fromkeys(NAMES, adaptation)), LAYERS, WINDOW).value
     batches, tokens = batches_of(rows), sum(len(e.input_ids) for e in rows)
     extra = sum(len(e.input_ids) for e in rows[SMALL:])
     place = Path(tempfile.mkdtemp(prefix="bergson-"))
@@ -129,21 +146,21 @@ def main() -> None:
         build = ("--aggregation", "mean", "--precision", "fp32")
         built = bergson(command, "build", query, place / "validation", lower, *build)
         score = ("--query_path", str(query), "--attribute_tokens", "--index_cfg.precision", "fp32")
-        for valuer in (same, full):
-            valuer.value(batches[-1])
-        costs: dict[str, list[Cost]] = {"same": [], "full": [], "small": [], "large": []}
+        ours_in_turn: dict[str, Callable[[Batch], object]] = {"same": same, "paper": paper, "every": every}
+        for work in ours_in_turn.values():
+            work(batches[-1])
+        costs: dict[str, list[Cost]] = {name: [] for name in (*ours_in_turn, "small", "large")}
         for _ in range(options.repeats):
-            costs["same"].append(cost_of(lambda: [same.value(b) for b in batches]))
-            costs["full"].append(cost_of(lambda: [full.value(b) for b in batches]))
+            for name, work in ours_in_turn.items():
+                costs[name].append(cost_of(lambda work=work: [work(b) for b in batches]))
             for name in ("small", "large"):
                 costs[name].append(bergson(command, "score", place / f"scores-{name}", place / name, lower, *score))
         theirs = written_scores(place / "scores-large")
     finally:
         shutil.rmtree(place)
-    found = [same.value(b)["adaptation_direct"][0, 1:] for b in batches_of(rows, 1)]
     order = sorted(range(len(rows)), key=lambda i: (-len(rows[i].input_ids), i))
-    by_row = dict(zip(order, found, strict=True))
-    ours = np.concatenate([by_row[i].numpy()[np.array(e.labels[1:]) != -100] for i, e in enumerate(rows)])
+    by_row = dict(zip(order, map(same, batches_of(rows, 1)), strict=True))
+    ours = np.concatenate([by_row[i].numpy() for i in range(len(rows))])
     assert len(theirs) == sum(len(e.input_ids) - 1 for e in rows)  # every position but the last, prompts as well
     inside = np.concatenate([np.array(e.labels[1:]) != -100 for e in rows])
     agreement = np.corrcoef(ours, theirs[inside])[0, 1]
@@ -160,7 +177,8 @@ def main() -> None:
     )
     works = {
         "same": "the same from us at response positions: one direction, no causal path",
-        "full": "the value stage: two directions, direct and causal, and the loss",
+        "paper": "the paper's columns and the loss: two directions, direct and causal",
+        "every": "every column",
     }
     for name, what in works.items():
         rate = tokens / wall[name]

@@ -5,7 +5,7 @@ t of the batch's N response tokens, with g the gradient of the batch's mean loss
 
     effect_t(eta) = L_val(theta - eta (g - g_t / N)) - L_val(theta - eta g)
 
-is what leaving t out costs: positive where the token was worth learning. Each estimator's values at theta are compared
+is what leaving t out costs: positive where the token was worth learning. Every score at theta is compared
 with it, and with its size, by rank correlation. Everything is float64, so that effects of 1e-9 nats are far above
 rounding. Two kinds of step: over the scored layers, where the validation rows' hidden states below them are computed
 once; and, for fewer tokens, over all parameters, as training takes it.
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,7 +31,6 @@ from alphatoken.pipeline.maths.head import head_of
 from alphatoken.pipeline.maths.kronecker import KroneckerFactors, kfac
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.outer_sums import OuterSum
-from alphatoken.pipeline.maths.selectors.forward import losses_and_entropies
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from alphatoken.pipeline.prepare.tokenize import Example
 from alphatoken.pipeline.settings import AnchorSettings
@@ -97,33 +96,31 @@ def preconditioned(scored: ScoredLayers, directions: Directions, batch: Batch, s
 
 
 def estimates(scored: ScoredLayers, train: Batch, validation: Batch, sampled: torch.Tensor, seed: int) -> Weights:
-    """Every estimator's score of the sampled positions (n,), higher meaning more worth learning."""
+    """Every score of the sampled positions (n,), higher meaning more worth learning."""
     positions = validation.predicting()
     total = OuterSum(scored)
     total.positions = positions
     ghost_pass(scored, validation, total)
-    directions = Directions({"adaptation": {n: t / len(positions) for n, t in total.total.items()}})
+    adaptation = {n: t / len(positions) for n, t in total.total.items()}
+    still = {n: torch.zeros_like(t) for n, t in adaptation.items()}  # no stability
+    directions = Directions({"adaptation": adaptation, "stability": still})
     curved = preconditioned(scored, directions, train, seed)
 
-    def value(directions: Directions, estimator: str) -> Weights:
-        return TokenValuer(scored.model, directions, LAYERS, WINDOW, estimator=estimator).value(train)
+    def columns(directions: Directions, scores: Sequence[str]) -> Weights:
+        found = TokenValuer(scored.model, directions, LAYERS, WINDOW, scores=scores, exact=True).value(train)
+        return {name: column.flatten()[sampled + 1] for name, column in found.items()}
 
-    def at(column: torch.Tensor) -> torch.Tensor:
-        return column.flatten()[sampled + 1]
-
-    ghost = value(directions, "ghost")
-    _, entropy = losses_and_entropies(scored.model, train, "sdpa", entropy=True)
-
-    direct = at(ghost["adaptation_direct"])
+    plain = columns(directions, ["paper", "information", "loss", "entropy"])
+    kfac = columns(curved, ["information"])
     return {
-        "ghost, direct": direct,
-        "ghost, direct + causal": direct + at(ghost["adaptation_causal"]),
-        "exact over the scored layers": at(value(directions, "exact")["adaptation_direct"]),
-        "exact, K-FAC": at(value(curved, "exact")["adaptation_direct"]),
-        "information": at(value(directions, "information")["adaptation_direct"]),
-        "information, K-FAC": at(value(curved, "information")["adaptation_direct"]),
-        "entropy": at(entropy),
-        "minus the token's loss": -at(ghost["loss"]),
+        "ghost, direct": plain["adaptation_direct"],
+        "ghost, direct + causal": plain["adaptation_direct"] + plain["adaptation_causal"],
+        "exact over the scored layers": plain["adaptation_exact"],
+        "exact, K-FAC": kfac["adaptation_exact"],
+        "information": plain["information"],
+        "information, K-FAC": kfac["information"],
+        "entropy": plain["entropy"],
+        "minus the token's loss": -plain["loss"],
         "random": torch.rand(len(sampled), generator=torch.Generator().manual_seed(seed)),
     }
 

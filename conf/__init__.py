@@ -1,1 +1,1 @@
-"""Hydra configuration, found as `pkg://conf` from a checkout and from an installed wheel alike."""
+"""Hydra configuration, found as the package `alphatoken.conf` from a checkout and from an installed wheel alike."""

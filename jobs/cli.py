@@ -148,6 +148,8 @@ def _run(name: str, settings: Settings, overrides: Sequence[str]) -> None:
             if settings.run.share and name not in ("mask", "report"):
                 session.share()
             importlib.import_module(f"{__package__}.{name}").execute(session)
+        except SettingsWrong:
+            raise  # no worker has to do with it
         except Exception:
             if session.storage.exists("logs"):
                 progress.say(f"worker logs: {session.storage.path('logs')}")

@@ -34,15 +34,31 @@ def refuse_other_settings(run: Run, overrides: Sequence[str]) -> None:
 
 
 def _keys(override: str) -> list[str]:
-    """The keys of EARLIER that one override sets; of a group those in the file of its choice."""
+    """The keys of EARLIER that one override sets; of a group, or an experiment, those in the file of its choice."""
     key, _, value = override.lstrip("+~").partition("=")
-    group = key.partition(".")[0]
-    if group not in EARLIER:
+    if "." in key:
+        return [key] if _group(key) in EARLIER else []
+    file = files("alphatoken.conf").joinpath(f"{key}/{value}.yaml")
+    if key not in (*EARLIER, "experiment") or not file.is_file():
         return []
-    if key != group:
-        return [key]
-    file = files("alphatoken.conf").joinpath(f"{group}/{value}.yaml")
-    return [f"{group}.{name!s}" for name in OmegaConf.create(file.read_text(encoding="utf-8"))]
+    content: Any = OmegaConf.to_container(OmegaConf.create(file.read_text(encoding="utf-8")))
+    if key != "experiment":
+        return _leaves(content, f"{key}.")
+    choices = [one for one in content.pop("defaults", []) if isinstance(one, dict)]  # `override /group: choice`
+    of_groups = [k for one in choices for g, c in one.items() for k in _keys(f"{g.removeprefix('override /')}={c}")]
+    return [*of_groups, *(k for k in _leaves(content) if _group(k) in EARLIER)]
+
+
+def _leaves(tree: Any, prefix: str = "") -> list[str]:
+    """Dotted keys, of nested settings their own."""
+    found: list[str] = []
+    for key, value in tree.items():
+        found += _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [f"{prefix}{key}"]
+    return found
+
+
+def _group(key: str) -> str:
+    return key.partition(".")[0]
 
 
 def _at(tree: Any, key: str) -> Any:

@@ -11,7 +11,7 @@ def execute(session: Session) -> None:
     """Run all stages."""
     from alphatoken.pipeline.value.inputs import check_reference
 
-    if wrong := session.settings.mask_problems(pairs=session.settings.data.format == "preference"):
+    if wrong := mask_problems(session):
         raise SettingsWrong(wrong)
     check_reference(session.settings, session.run.models)
     valuation = session.settings.valuation
@@ -25,6 +25,16 @@ def execute(session: Session) -> None:
     summary = mask.make(session)
     report.execute(session)
     mask.tell(session, summary)
+
+
+def mask_problems(session: Session) -> list[str]:
+    """Why the mask cannot be made from the values that this run makes; looks at the data where that depends on its kind."""
+    from alphatoken.pipeline.prepare.inputs import open_data
+
+    found = {pairs: session.settings.mask_problems(pairs) for pairs in (False, True)}
+    if found[False] == found[True]:
+        return found[False]
+    return found[open_data(session.run_with_data().settings).preference]
 
 
 if __name__ == "__main__":

@@ -172,16 +172,17 @@ def _key(place: MaskPlace) -> tuple[str, str]:
 
 def comparison_table(rows: Sequence[ComparedMask], baseline: MaskPlace, several_runs: bool) -> Table:
     """Kept fraction, agreement with the baseline, and what decides: one row per mask."""
-    table = Table(
-        caption=f"agreement: Jaccard index with the mask {baseline.name}; loss: mean of kept tokens, nats; only eos: examples "
-        "that keep nothing but mask.always_keep; the other columns: each component's share in what kept tokens have over "
-        "masked ones, weights included",
-        caption_justify="left",
+    components = COMPONENTS if any(row.contributions for row in rows) else ()  # no mask of the paper's value
+    caption = (
+        f"agreement: Jaccard index with the mask {baseline.name}; loss: mean of kept tokens, nats; only eos: examples that "
+        "keep nothing but mask.always_keep"
     )
+    if components:
+        caption += "; the rest: each component's share in what kept tokens have over masked ones, weights included"
+    table = Table(caption=caption, caption_justify="left")
     if several_runs:
         table.add_column("run", overflow="fold")
     table.add_column("mask", overflow="fold")
-    components = COMPONENTS if any(row.contributions for row in rows) else ()  # no mask of the paper's value
     for title in ("kept", "agreement", "loss", "only\neos", *[name.replace("_", "\n") for name in components]):
         table.add_column(title, justify="right")
     for row in rows:

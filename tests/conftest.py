@@ -152,7 +152,7 @@ def validation_file(tmp_path_factory) -> Path:
 SMALL = [
     "anchor.fisher.prompts=3", "anchor.fisher.max_new_tokens=6", "anchor.warmup.steps=2", "anchor.warmup.examples=4",
     "anchor.warmup.batch_size=2", "valuation.layers=2", "valuation.window=4", "data.shard_examples=10",
-    "valuation.tokens_per_batch=128", "cluster.cpus_per_worker=1", "valuation.estimator=ghost",
+    "valuation.tokens_per_batch=128", "cluster.cpus_per_worker=1",
 ]  # fmt: skip
 
 PREFERENCE = ["data.validation=5", "valuation.beta=0.3"]
@@ -165,7 +165,7 @@ def preference_run(tmp_path_factory, ray_cluster, policy, reference, pairs_file)
 
     run = tmp_path_factory.mktemp("preference")
     arguments = [f"run.dir={run}", f"model.policy={policy}", f"model.reference={reference}", f"data.train={pairs_file}"]
-    assert main(["run", *arguments, *SMALL, "valuation.estimator=auto", *PREFERENCE]) == 0
+    assert main(["run", *arguments, *SMALL, *PREFERENCE]) == 0
     return run
 
 

@@ -5,8 +5,9 @@
 The grid's fine-tune on every response token is made once and kept; with --constant, the same without a warm-up and a
 decay of the learning rate; with --cut, on rows of code of any length, each response cut after so many tokens. Then each
 kind of value is taken at both of its ends, the untouched and the fine-tuned model, of the rows that it was trained on
-and of held-out rows of the same kind. Rank correlations over response tokens: between the values of the two ends; and of
-the first with how much the token's loss has fallen from end to end, on either rows.
+and of held-out rows of the same kind: one run of values per end, and one more for K-FAC. Rank correlations over response
+tokens: between the values of the two ends; and of the first with how much the token's loss has fallen from end to end,
+on either rows.
 For what leaving a token out does, see benchmarks.fidelity.
 """
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,17 +28,20 @@ import torch
 
 from alphatoken.pipeline.maths.batch import IGNORED
 from benchmarks.quality.finetune import cut_responses
-from benchmarks.quality.grid import FISHER, HELD_OUT, PAPER, TRAIN, UNTOUCHED, VALIDATION, Quality, write_rows
+from benchmarks.quality.grid import FISHER, HELD_OUT, TRAIN, UNTOUCHED, VALIDATION, Quality, write_rows
 from benchmarks.quality.noise import ranks
 from benchmarks.quality.rows import Rows, load_rows
 
-VALUES: dict[str, tuple[str, ...]] = {
-    "paper": (PAPER, *UNTOUCHED),
-    "paper, K-FAC": (PAPER, *UNTOUCHED, "anchor.precondition=kfac"),
-    "information": (*UNTOUCHED, "valuation.estimator=information"),
-    "information, K-FAC": (*UNTOUCHED, "valuation.estimator=information", "anchor.precondition=kfac"),
-    "entropy": ("valuation.method=entropy", "mask.stability_weight=0"),
-    "loss": ("valuation.method=loss", "mask.stability_weight=0"),
+# Name -> the run that it is a column of, that run's overrides, and the columns that are added up.
+PLAIN, CURVED = (UNTOUCHED,), (UNTOUCHED, "anchor.precondition=kfac")
+ADAPTATION = ("adaptation_direct", "adaptation_causal")
+VALUES: dict[str, tuple[str, tuple[str, ...], tuple[str, ...]]] = {
+    "paper": ("plain", PLAIN, ADAPTATION),
+    "paper, K-FAC": ("kfac", CURVED, ADAPTATION),
+    "information": ("plain", PLAIN, ("information",)),
+    "information, K-FAC": ("kfac", CURVED, ("information",)),
+    "entropy": ("plain", PLAIN, ("entropy",)),
+    "loss": ("plain", PLAIN, ("loss",)),
 }
 CHOOSE = "choose"  # the held-out rows that settings are chosen by
 Floats = npt.NDArray[np.float64]
@@ -62,27 +67,28 @@ class CutQuality(Quality):
 
 
 def value(quality: Quality, name: str, model: Path, end: str) -> Path:
-    """The run directory with the values ``name`` of both kinds of rows at ``model``."""
-    run = quality.place / "ends" / f"{name.replace(', ', '-').lower()}-{end}"
-    if not (run / "masks" / "default" / "summary.json").exists():
+    """The run directory with the values ``name``, and others, of both kinds of rows at ``model``."""
+    run, overrides, _ = VALUES[name]
+    place = quality.place / "ends" / f"{run}-{end}"
+    if not (place / "masks" / "default" / "summary.json").exists():
         held_out = write_rows(quality.place / "ends" / "held_out.jsonl", quality.rows.held_out[CHOOSE])
-        train = f"[{quality.place / 'train.jsonl'},{held_out}]"
-        quality.alphatoken(run, train, f"model.policy={model}", "model.dtype=bfloat16", *VALUES[name])
-    return run
+        train = [quality.place / "train.jsonl", held_out]
+        quality.alphatoken(place, train, f"model.policy={model}", "model.dtype=bfloat16", *overrides)
+    return place
 
 
-def columns(run: Path) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
-    """Adaptation and loss of all response tokens, and whether the token is of a held-out row."""
-    adaptation, losses, held_out = [], [], []
+def columns(run: Path, names: Sequence[str]) -> tuple[Floats, Floats, npt.NDArray[np.bool_]]:
+    """The sum of the columns ``names`` and the loss of all response tokens, and whether the token is of a held-out row."""
+    found, losses, held_out = [], [], []
     for file in sorted((run / "values").glob("*.parquet")):
         prepared = pq.read_table(run / "prepared" / file.name).to_pylist()
         for row, values in zip(prepared, pq.read_table(file).to_pylist(), strict=True):
             inside = np.array(row["labels"]) != IGNORED
-            found = {k: np.array(v, np.float64)[inside] for k, v in values.items() if k != "id"}
-            adaptation.append(found["adaptation_direct"] + found["adaptation_causal"])
-            losses.append(found["loss"])
+            own = {k: np.array(v, np.float64)[inside] for k, v in values.items() if k in {*names, "loss"}}
+            found.append(np.sum([own[name] for name in names], axis=0))
+            losses.append(own["loss"])
             held_out.append(np.full(int(inside.sum()), "held_out" in row["source"]))
-    return np.concatenate(adaptation), np.concatenate(losses), np.concatenate(held_out)
+    return np.concatenate(found), np.concatenate(losses), np.concatenate(held_out)
 
 
 def rank_correlation(one: Floats, other: Floats) -> float:
@@ -90,10 +96,10 @@ def rank_correlation(one: Floats, other: Floats) -> float:
     return float(np.corrcoef(ranks(one), ranks(other))[0, 1])
 
 
-def line(start: Path, end: Path) -> dict[str, Any]:
-    """The correlations of one kind of value."""
-    before, losses, held_out = columns(start)
-    after, lower, _ = columns(end)
+def line(start: Path, end: Path, names: Sequence[str]) -> dict[str, Any]:
+    """The correlations of one kind of value, the sum of the columns ``names``."""
+    before, losses, held_out = columns(start, names)
+    after, lower, _ = columns(end, names)
     fallen = losses - lower
     return {
         "ends": rank_correlation(before[~held_out], after[~held_out]),
@@ -120,7 +126,8 @@ def main() -> None:
     )
     print(f"{head} | held-out rows |\n|---|---|---|---|")
     for name in options.only:
-        found = line(*(value(quality, name, model, end) for end, model in models.items()))
+        start, after = (value(quality, name, model, end) for end, model in models.items())
+        found = line(start, after, VALUES[name][2])
         print(f"| {name} | {' | '.join(f'{r:+.2f}' for r in found.values())} |", flush=True)
 
 

@@ -1,7 +1,8 @@
 """The rows of the quality table: which values, which mask, which fine-tune.
 
 `python -m benchmarks.quality.grid [--only NAME ...] [--seeds 0 1 2]` makes what is missing and prints the table. Every
-fine-tune is one line in results.jsonl; a killed grid goes on with the same command, and several may run at once.
+fine-tune is one line in results.jsonl; a killed grid goes on with the same command, and several may run at once. Tokens
+are valued once per point of the model; rows that differ in the mask alone share these values.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import count, islice
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +24,8 @@ import torch
 from filelock import FileLock, Timeout
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from alphatoken.jobs.config import load
+from alphatoken.pipeline.prepare.draw import draw_order
 from alphatoken.pipeline.prepare.example import example_model
 from alphatoken.pipeline.prepare.tokenize import ExampleMaker
 from benchmarks.quality.finetune import Recipe, Tokens, finetune, mean_loss
@@ -30,19 +35,18 @@ from benchmarks.quality.rows import Rows, load_rows
 TRAIN, VALIDATION, FISHER, HELD_OUT = 216, 32, 32, 40
 CHOSEN_BY = ("choose", "choose_general")  # settings are chosen on these rows, and reported on the others
 COLUMNS = ("report", "humaneval", "general", "english")
-UNTOUCHED = ("anchor.drift=none", "mask.stability_weight=0")
-PAPER = "valuation=paper"
+UNTOUCHED = "anchor.drift=none"
+ONLY_PAPER = "valuation=paper"  # its columns and the loss
+# What is valued; which mask is made of it, each row says.
 RUNS: dict[str, tuple[str, ...]] = {
-    # What a user gets who changes nothing, but for the bfloat16 that saves time here.
-    "default": ("model.dtype=bfloat16",),
-    # The paper's value at one point: the untouched model, adaptation alone.
-    "paper": (PAPER, *UNTOUCHED),
-    # The same with stability: a warm-up makes the drift, values are those at its end.
-    "warmup": (PAPER,),
-    "kfac": (PAPER, *UNTOUCHED, "anchor.precondition=kfac"),
-    "adam": (PAPER, *UNTOUCHED, "anchor.precondition=adam"),
+    # What a user gets who changes nothing: every column, at the end of a warm-up that makes the drift.
+    "default": (),
+    # Every column at one point, the untouched model; no drift, so no stability.
+    "untouched": (UNTOUCHED,),
+    "kfac": (UNTOUCHED, "anchor.precondition=kfac"),
+    "adam": (ONLY_PAPER, UNTOUCHED, "anchor.precondition=adam"),
     "kfac-trajectory": (
-        PAPER, "anchor.drift=warmup", "anchor.precondition=kfac", "anchor.snapshots=3", "anchor.snapshot_scale=rms",
+        ONLY_PAPER, "anchor.drift=warmup", "anchor.precondition=kfac", "anchor.snapshots=3", "anchor.snapshot_scale=rms",
         "anchor.warmup.steps=16", "anchor.warmup.examples=64",
     ),
     # The paper's loop in advance, on the scored layers alone: as many steps of as many rows as the fine-tune will take.
@@ -50,28 +54,22 @@ RUNS: dict[str, tuple[str, ...]] = {
         "valuation=rehearsal", "valuation.rehearsal.batch_size=8", "valuation.rehearsal.learning_rate=5e-5",
         "valuation.rehearsal.refresh=1", "valuation.rehearsal.stability_weight=0",
     ),
-    # Whatever the label is: along the validation gradient, plain and preconditioned, and with no direction at all.
-    "information": (*UNTOUCHED, "valuation.estimator=information", "model.dtype=bfloat16"),
-    "information-kfac": (
-        *UNTOUCHED, "valuation.estimator=information", "model.dtype=bfloat16", "anchor.precondition=kfac",
-    ),
     # The drift of a whole training run on the scored layers, so that stability says what training on everything would do.
-    "information-warm": (
+    "warm": (
         "anchor.drift=warmup", "anchor.warmup.steps=27", "anchor.warmup.batch_size=8", "anchor.warmup.learning_rate=1e-4",
-        f"anchor.warmup.examples={TRAIN}", "valuation.estimator=information", "model.dtype=bfloat16",
-        "mask.stability_weight=0",
+        f"anchor.warmup.examples={TRAIN}",
     ),
     # After the fine-tune on everything: the paper's value there, its mean over both ends, and what that has left to learn.
-    "paper-after": (PAPER, *UNTOUCHED, "model.policy={fine_tuned}"),
+    "paper-after": (ONLY_PAPER, UNTOUCHED, "model.policy={fine_tuned}"),
     "paper-ends": (
-        PAPER, *UNTOUCHED, "model.policy=[{model},{fine_tuned}]", "model.reference={model}", "anchor.snapshot_scale=rms",
-        "model.dtype=bfloat16",
+        ONLY_PAPER, UNTOUCHED, "model.policy=[{model},{fine_tuned}]", "model.reference={model}",
+        "anchor.snapshot_scale=rms", "model.dtype=bfloat16",
     ),
-    "excess-loss": ("valuation.method=excess_loss", "model.policy={model}", "model.reference={fine_tuned}"),
-    "entropy": ("valuation.method=entropy",),
-    "loss": ("valuation.method=loss",),
-    "random": ("valuation.method=random",),
-    "full": ("valuation.method=full",),
+    "excess-loss": (
+        "valuation.scores=[loss]", "valuation.reference_loss=true", "model.policy={model}", "model.reference={fine_tuned}",
+    ),
+    # No model is asked: for masks that look at no values.
+    "unvalued": ("valuation.scores=[]",),
 }  # fmt: skip
 
 
@@ -85,68 +83,84 @@ class Row:
     steps: int = Recipe().steps
 
     @property
+    def drawn(self) -> bool:
+        """Whether the mask is drawn at random."""
+        return RANDOM in self.mask
+
+    @property
     def slug(self) -> str:
         """The name as a file name and a Hydra value."""
         return self.name.replace(" ", "_").replace("=", "").replace(",", "")
 
 
 EVERY = "mask.skip_first=0"  # every token may be kept
+FIRST = "mask.skip_first=1"
+PAPER = ("mask.score=paper", "mask.stability_weight=0")
+PAPER_WITH_STABILITY = ("mask.score=paper", "mask.stability_weight=1.5")
+MINUS_LOSS = ("mask.normalize=rms", "mask.loss_weight=1")
+RANDOM, FULL, ENTROPY, LOSS = (f"mask.score={score}" for score in ("random", "full", "entropy", "loss"))
 
 
 def _at(rho: float, *more: str) -> tuple[str, ...]:
     return (f"mask.rho={rho}", *more)
 
 
+EVERYTHING = Row("full", "unvalued", (FULL,))
 ROWS = [
-    Row("full", "full"),
-    Row("random 0.5", "random", _at(0.5)),
+    EVERYTHING,
+    Row("random 0.5", "unvalued", _at(0.5, RANDOM)),
     Row("default 0.5", "default", _at(0.5)),
     Row("default lambda=1.5 0.5", "default", _at(0.5, "mask.stability_weight=1.5")),
     # Against wrong tokens, of which the default sees none; see noise.py. What it costs where there are none:
-    Row("default and loss 0.5", "default", _at(0.5, "mask.normalize=rms", "mask.loss_weight=1.0")),
-    Row("default and loss 0.7", "default", _at(0.7, "mask.normalize=rms", "mask.loss_weight=1.0")),
-    Row("paper 0.5", "paper", _at(0.5)),
-    Row("kfac 0.5", "kfac", _at(0.5)),
-    Row("information 0.5", "information", _at(0.5, EVERY)),
-    Row("information-kfac 0.5", "information-kfac", _at(0.5, EVERY)),
-    Row("information-kfac 0.3", "information-kfac", _at(0.3, EVERY)),
-    Row("information-kfac 0.7", "information-kfac", _at(0.7, EVERY)),
-    Row("information-warm 0.5", "information-warm", _at(0.5, EVERY)),
-    Row("information-warm least_stable=0.02 0.5", "information-warm", _at(0.5, EVERY, "mask.least_stable=0.02")),
-    Row("information skip_first=1 0.5", "information", _at(0.5, "mask.skip_first=1")),
-    Row("information-kfac skip_first=1 0.5", "information-kfac", _at(0.5, "mask.skip_first=1")),
-    Row("entropy skip_first=1 0.5", "entropy", _at(0.5, "mask.skip_first=1")),
-    Row("random skip_first=1 0.5", "random", _at(0.5, "mask.skip_first=1")),
-    Row("full skip_first=1", "full", ("mask.skip_first=1",)),
-    Row("entropy 0.5", "entropy", _at(0.5)),
-    Row("loss 0.5", "loss", _at(0.5)),
+    Row("default and loss 0.5", "default", _at(0.5, *MINUS_LOSS)),
+    Row("default and loss 0.7", "default", _at(0.7, *MINUS_LOSS)),
+    Row("paper 0.5", "untouched", _at(0.5, *PAPER)),
+    Row("kfac 0.5", "kfac", _at(0.5, *PAPER)),
+    # Whatever the label is: along the validation gradient, plain and preconditioned, and with no direction at all.
+    Row("information 0.5", "untouched", _at(0.5, EVERY)),
+    Row("information-kfac 0.5", "kfac", _at(0.5, EVERY)),
+    Row("information-kfac 0.3", "kfac", _at(0.3, EVERY)),
+    Row("information-kfac 0.7", "kfac", _at(0.7, EVERY)),
+    Row("information-warm 0.5", "warm", _at(0.5, EVERY)),
+    Row("information-warm least_stable=0.02 0.5", "warm", _at(0.5, EVERY, "mask.least_stable=0.02")),
+    Row("information skip_first=1 0.5", "untouched", _at(0.5, FIRST)),
+    Row("information-kfac skip_first=1 0.5", "kfac", _at(0.5, FIRST)),
+    Row("entropy skip_first=1 0.5", "untouched", _at(0.5, ENTROPY, FIRST)),
+    Row("random skip_first=1 0.5", "unvalued", _at(0.5, RANDOM, FIRST)),
+    Row("full skip_first=1", "unvalued", (FULL, FIRST)),
+    Row("entropy 0.5", "untouched", _at(0.5, ENTROPY)),
+    Row("loss 0.5", "untouched", _at(0.5, LOSS)),
     Row("rehearsal 0.5", "rehearsal", _at(0.5)),
-    Row("kfac token_id 0.5", "kfac", _at(0.5, "mask.scope=token_id")),
-    Row("kfac-trajectory 0.5", "kfac-trajectory", _at(0.5, "mask.stability_weight=0")),
-    Row("kfac-trajectory lambda=1.5 rms 0.5", "kfac-trajectory", _at(0.5, "mask.normalize=rms")),
-    Row("paper token_id 0.5", "paper", _at(0.5, "mask.scope=token_id")),
-    Row("paper lambda=1.5 0.5", "warmup", _at(0.5)),
-    Row("paper lambda=1.5 rms 0.5", "warmup", _at(0.5, "mask.normalize=rms")),
-    Row("adam 0.5", "adam", _at(0.5)),
-    Row("paper after 0.5", "paper-after", _at(0.5)),
-    Row("paper both ends 0.5", "paper-ends", _at(0.5)),
-    Row("excess loss 0.5", "excess-loss", _at(0.5)),
-    Row("kfac weight 0.5", "kfac", _at(0.5, "mask.rule=weight")),
-    Row("random 0.3", "random", _at(0.3)),
-    Row("random 0.7", "random", _at(0.7)),
-    Row("random 0.9", "random", _at(0.9)),
-    Row("information-kfac 0.9", "information-kfac", _at(0.9, EVERY)),
+    Row("kfac token_id 0.5", "kfac", _at(0.5, *PAPER, "mask.scope=token_id")),
+    Row("kfac-trajectory 0.5", "kfac-trajectory", _at(0.5, *PAPER)),
+    Row(
+        "kfac-trajectory lambda=1.5 rms 0.5",
+        "kfac-trajectory",
+        _at(0.5, *PAPER_WITH_STABILITY, "mask.normalize=rms"),
+    ),
+    Row("paper token_id 0.5", "untouched", _at(0.5, *PAPER, "mask.scope=token_id")),
+    Row("paper lambda=1.5 0.5", "default", _at(0.5, *PAPER_WITH_STABILITY)),
+    Row("paper lambda=1.5 rms 0.5", "default", _at(0.5, *PAPER_WITH_STABILITY, "mask.normalize=rms")),
+    Row("adam 0.5", "adam", _at(0.5, *PAPER)),
+    Row("paper after 0.5", "paper-after", _at(0.5, *PAPER)),
+    Row("paper both ends 0.5", "paper-ends", _at(0.5, *PAPER)),
+    Row("excess loss 0.5", "excess-loss", _at(0.5, "mask.score=excess_loss")),
+    Row("kfac weight 0.5", "kfac", _at(0.5, *PAPER, "mask.rule=weight")),
+    Row("random 0.3", "unvalued", _at(0.3, RANDOM)),
+    Row("random 0.7", "unvalued", _at(0.7, RANDOM)),
+    Row("random 0.9", "unvalued", _at(0.9, RANDOM)),
+    Row("information-kfac 0.9", "kfac", _at(0.9, EVERY)),
     Row("default 0.3", "default", _at(0.3)),
     Row("default 0.7", "default", _at(0.7)),
     Row("default 0.9", "default", _at(0.9)),
     # As many trained tokens as 27 steps on all of them.
-    Row("full, 54 steps", "full", (), 54),  # as many steps, twice the tokens
-    Row("random 0.5, 54 steps", "random", _at(0.5), 54),
+    Row("full, 54 steps", "unvalued", (FULL,), 54),  # as many steps, twice the tokens
+    Row("random 0.5, 54 steps", "unvalued", _at(0.5, RANDOM), 54),
     Row("default 0.5, 54 steps", "default", _at(0.5), 54),
-    Row("kfac 0.7", "kfac", _at(0.7)),
-    Row("kfac token_id 0.75", "kfac", _at(0.75, "mask.scope=token_id")),
-    Row("kfac-trajectory 0.7", "kfac-trajectory", _at(0.7, "mask.stability_weight=0")),
-    Row("loss 0.7", "loss", _at(0.7)),
+    Row("kfac 0.7", "kfac", _at(0.7, *PAPER)),
+    Row("kfac token_id 0.75", "kfac", _at(0.75, *PAPER, "mask.scope=token_id")),
+    Row("kfac-trajectory 0.7", "kfac-trajectory", _at(0.7, *PAPER)),
+    Row("loss 0.7", "untouched", _at(0.7, LOSS)),
 ]
 
 
@@ -155,6 +169,19 @@ def write_rows(file: Path, rows: list[dict[str, Any]]) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return file
+
+
+def without_prompts(files: Sequence[Path], seed: int) -> list[Path]:
+    """The same files beside these, without the rows that the pipeline would draw as Fisher prompts."""
+    rows = [file.read_text().splitlines(keepends=True) for file in files]
+    drawn = set(islice(draw_order(sum(map(len, rows)), seed), FISHER))
+    numbers, found = count(), []
+    for file, own in zip(files, rows, strict=True):
+        found.append(file.with_stem(f"{file.stem}-without-{FISHER}-prompts-{seed}"))
+        text = "".join([line for line in own if next(numbers) not in drawn])
+        if not found[-1].exists() or found[-1].read_text() != text:  # it may be read by another grid
+            found[-1].write_text(text)
+    return found
 
 
 class Quality:
@@ -197,24 +224,29 @@ class Quality:
         With each ``seed`` a random mask is drawn anew, and with it the rows that are held out as Fisher prompts: from
         one draw to the next such masks differ more than fine-tunes on one of them do.
         """
-        drawn = [f"run.seed={seed}"] if row.run == "random" and seed else []
+        drawn = [f"run.seed={seed}"] if row.drawn and seed else []
         run = self.place / (f"{row.run}-{seed}" if drawn else row.run)
         own = [self._with_paths(override) for override in self.runs[row.run]]
         with FileLock(f"{run}.lock"):
             if not (run / "masks" / row.slug / "summary.json").exists():
-                train = str(self.place / "train.jsonl")
+                train = [self.place / "train.jsonl"]
                 self.alphatoken(run, train, f"mask.name={row.slug}", *own, *row.mask, *drawn)
         return run
 
-    def alphatoken(self, run: Path, train: str, *overrides: str) -> None:
-        """``alphatoken run`` over the file(s) ``train`` into ``run``.
+    def alphatoken(self, run: Path, train: Sequence[Path], *overrides: str) -> None:
+        """``alphatoken run`` over the files ``train`` into ``run``: values once, and a mask.
 
-        One worker on this process's threads: where several grids run at once, more would wait for each other.
+        Where no Fisher is made, the rows that would be its prompts are left out beforehand, so that every run values and
+        masks the same ones. One worker on this process's threads: where several grids run at once, more would wait for
+        each other.
         """
-        command = [sys.executable, "-m", "alphatoken.jobs", "run", f"run.dir={run}", f"data.train={train}"]
-        command += [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
-        command += ["cluster.workers=1", f"cluster.cpus_per_worker={torch.get_num_threads()}"]
-        subprocess.run([*command, *overrides], check=True)
+        own = [f"data.validation={self.place / 'validation.jsonl'}", f"anchor.fisher.prompts={FISHER}"]
+        own += ["cluster.workers=1", f"cluster.cpus_per_worker={torch.get_num_threads()}"]
+        settings = load([*own, *overrides])
+        if not settings.makes_fisher:
+            train = without_prompts(train, settings.run.seed)
+        command = [sys.executable, "-m", "alphatoken.jobs", "run", f"run.dir={run}"]
+        subprocess.run([*command, f"data.train=[{','.join(map(str, train))}]", *own, *overrides], check=True)
 
     def _with_paths(self, override: str) -> str:
         paths = {"model": self.model, "place": self.place}
@@ -228,7 +260,7 @@ class Quality:
         with FileLock(f"{place}.lock"):
             if not place.exists():
                 model = AutoModelForCausalLM.from_pretrained(self.model, dtype=torch.float32)
-                finetune(model, self.masked(Row("full", "full"))[0], Recipe(decay=decay))
+                finetune(model, self.masked(EVERYTHING)[0], Recipe(decay=decay))
                 partial = place.with_name(f"{place.name}.partial")
                 self.tokenizer.save_pretrained(partial)
                 model.save_pretrained(partial)
@@ -241,7 +273,7 @@ class Quality:
         trained, started = 0, time.monotonic()
         recipe = Recipe(steps=row.steps if row else 0, seed=seed)
         if row is not None and row.run == "loop":
-            whole, _ = self.masked(Row("full", "full"))
+            whole, _ = self.masked(EVERYTHING)
             trained = finetune(model, whole, recipe, closed_loop(model, self.tokens(self.rows.validation), seed))
         elif row is not None:
             train, soft = self.masked(row, seed)

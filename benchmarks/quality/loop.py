@@ -31,7 +31,9 @@ def closed_loop(
         gradient = OuterSum(scored)
         gradient.positions = held.predicting()
         ghost_pass(scored, held, gradient)
-        found = TokenValuer(model, Directions({"adaptation": gradient.total}), layers, window).value(batch)
+        still = {name: torch.zeros_like(matrix) for name, matrix in gradient.total.items()}  # no stability
+        directions = Directions({"adaptation": gradient.total, "stability": still})
+        found = TokenValuer(model, directions, layers, window, scores=["paper"]).value(batch)
         value = found["adaptation_direct"] + found["adaptation_causal"]
         response = batch.labels != IGNORED
         threshold = float(threshold_of(value[response].numpy(), rho))

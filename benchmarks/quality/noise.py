@@ -26,51 +26,62 @@ import torch
 
 from alphatoken.pipeline.maths.batch import IGNORED, response_start
 from benchmarks.quality.finetune import Tokens
-from benchmarks.quality.grid import FISHER, PAPER, TRAIN, UNTOUCHED, Quality, Row, _at, results_in, table
+from benchmarks.quality.grid import (
+    EVERYTHING,
+    FISHER,
+    LOSS,
+    MINUS_LOSS,
+    PAPER,
+    RANDOM,
+    TRAIN,
+    UNTOUCHED,
+    Quality,
+    Row,
+    _at,
+    results_in,
+    table,
+)
 
 SHARE = 0.2
-NORM = "valuation.gradient_norm=true"
-KFAC = "anchor.precondition=kfac"
+KFAC = (UNTOUCHED, "anchor.precondition=kfac")
 FASTER = "model.dtype=bfloat16"  # a quarter of the time
 MORE_VALIDATION = "data.validation={place}/more_validation.jsonl"  # 119 rows for 32
 PER_NORM = "mask.divide_by_gradient_norm=true"
+DIRECTED = "valuation.scores=[paper,loss,gradient_norm]"
 RUNS: dict[str, tuple[str, ...]] = {
     "default": (FASTER,),
-    "paper": (PAPER, *UNTOUCHED, FASTER, NORM),
-    "kfac": (PAPER, *UNTOUCHED, FASTER, KFAC, NORM),
-    "kfac-validation": (PAPER, *UNTOUCHED, FASTER, KFAC, NORM, MORE_VALIDATION),
-    "kfac-layers-1": (PAPER, *UNTOUCHED, FASTER, KFAC, NORM, "valuation.layers=1"),
-    "kfac-layers-6": (PAPER, *UNTOUCHED, FASTER, KFAC, NORM, "valuation.layers=6"),
-    "exact": (*UNTOUCHED, FASTER, "valuation.estimator=exact"),
-    "random": ("valuation.method=random",),
-    "loss": ("valuation.method=loss",),
-    "full": ("valuation.method=full",),
+    "untouched": (UNTOUCHED, FASTER, "valuation.exact=true"),
+    "kfac": (*KFAC, FASTER, DIRECTED),
+    "kfac-validation": (*KFAC, FASTER, DIRECTED, MORE_VALIDATION),
+    "kfac-layers-1": (*KFAC, FASTER, DIRECTED, "valuation.layers=1"),
+    "kfac-layers-6": (*KFAC, FASTER, DIRECTED, "valuation.layers=6"),
+    "unvalued": ("valuation.scores=[]",),
 }
-VALUED = {
-    "default": "information",
-    "paper": "alignment",
-    "kfac": "alignment, K-FAC",
-    "kfac-validation": "alignment, K-FAC, 119 validation rows",
-    "kfac-layers-1": "alignment, K-FAC, K=1",
-    "kfac-layers-6": "alignment, K-FAC, K=6",
-    "exact": "alignment, exact estimator",
+ALIGNMENT = ("adaptation_direct", "adaptation_causal")
+# Run -> name of a score -> the columns that are added up.
+VALUED: dict[str, dict[str, tuple[str, ...]]] = {
+    "default": {"information": ("information",)},
+    "untouched": {"alignment": ALIGNMENT, "alignment, exact": ("adaptation_exact",)},
+    "kfac": {"alignment, K-FAC": ALIGNMENT},
+    "kfac-validation": {"alignment, K-FAC, 119 validation rows": ALIGNMENT},
+    "kfac-layers-1": {"alignment, K-FAC, K=1": ALIGNMENT},
+    "kfac-layers-6": {"alignment, K-FAC, K=6": ALIGNMENT},
 }
-AND_LOSS = ("mask.normalize=rms", "mask.loss_weight=1.0")
 ROWS = [
-    Row("full", "full"),
-    Row("random 0.7", "random", _at(0.7)),
+    EVERYTHING,
+    Row("random 0.7", "unvalued", _at(0.7, RANDOM)),
     Row("default 0.7", "default", _at(0.7)),
-    Row("default and loss 0.7", "default", _at(0.7, *AND_LOSS)),
-    Row("paper 0.7", "paper", _at(0.7)),
-    Row("kfac 0.7", "kfac", _at(0.7)),
-    Row("kfac, 119 validation rows 0.7", "kfac-validation", _at(0.7)),
-    Row("kfac K=1 0.7", "kfac-layers-1", _at(0.7)),
-    Row("kfac K=6 0.7", "kfac-layers-6", _at(0.7)),
-    Row("loss 0.7", "loss", _at(0.7)),
-    Row("paper per norm 0.7", "paper", _at(0.7, PER_NORM)),
-    Row("kfac per norm 0.7", "kfac", _at(0.7, PER_NORM)),
-    Row("kfac and loss 0.7", "kfac", _at(0.7, *AND_LOSS)),
-    Row("kfac per norm and loss 0.7", "kfac", _at(0.7, PER_NORM, *AND_LOSS)),
+    Row("default and loss 0.7", "default", _at(0.7, *MINUS_LOSS)),
+    Row("paper 0.7", "untouched", _at(0.7, *PAPER)),
+    Row("kfac 0.7", "kfac", _at(0.7, *PAPER)),
+    Row("kfac, 119 validation rows 0.7", "kfac-validation", _at(0.7, *PAPER)),
+    Row("kfac K=1 0.7", "kfac-layers-1", _at(0.7, *PAPER)),
+    Row("kfac K=6 0.7", "kfac-layers-6", _at(0.7, *PAPER)),
+    Row("loss 0.7", "untouched", _at(0.7, LOSS)),
+    Row("paper per norm 0.7", "untouched", _at(0.7, *PAPER, PER_NORM)),
+    Row("kfac per norm 0.7", "kfac", _at(0.7, *PAPER, PER_NORM)),
+    Row("kfac and loss 0.7", "kfac", _at(0.7, *PAPER, *MINUS_LOSS)),
+    Row("kfac per norm and loss 0.7", "kfac", _at(0.7, *PAPER, PER_NORM, *MINUS_LOSS)),
 ]
 Floats = npt.NDArray[np.float64]
 Planted = tuple[list[tuple[list[int], list[int]]], list[list[bool]]]  # rows, and which of their tokens are planted
@@ -124,18 +135,20 @@ class NoisyQuality(Quality):
 
     def columns(self, run: str) -> tuple[dict[str, Floats], npt.NDArray[np.bool_]]:
         """Scores (higher: rather clean) of all response tokens by name, and which of the tokens are planted."""
-        found, name = self._values(run), VALUED[run]
-        value, loss = found["adaptation_direct"] + found["adaptation_causal"], found["loss"]
-        scores = {name: value}
-        if "gradient_norm" in found:
-            scores[f"{name} / gradient norm"] = value / found["gradient_norm"]
+        found = self._values(run)
+        loss, scores = found["loss"], {}
+        for name, added in VALUED[run].items():
+            scores[name] = np.sum([found[column] for column in added], axis=0)
+            if added == ALIGNMENT:
+                scores[f"{name} / gradient norm"] = scores[name] / found["gradient_norm"]
         scores |= {f"{n} and minus loss, rank sum": ranks(s) + ranks(-loss) for n, s in list(scores.items())}
-        if run == "paper":  # neither depends on the directions
+        if run == "untouched":  # neither depends on the directions
             scores |= {"minus loss": -loss, "minus gradient norm": -found["gradient_norm"]}
         return scores, found["planted"].astype(bool)
 
     def _values(self, run: str) -> dict[str, Floats]:
-        place = self.piped(Row("default", run))
+        rows = [row for row in ROWS if row.run == run]
+        place = self.piped(rows[0])
         columns: dict[str, list[Floats]] = {}
         for file in sorted((place / "values").glob("*.parquet")):
             prepared = pq.read_table(place / "prepared" / file.name).to_pylist()

@@ -45,7 +45,7 @@ class ProxyQuality(Quality):
         super().__init__(place)
         model = load_model(ModelSource(str(self.model), dtype="bfloat16"), torch.device("cpu"))
         self.scored = scored_layers(model, layers)
-        self.rehearsed = RehearsedModel(self.scored, window=0, attention="sdpa", estimator="ghost")
+        self.rehearsed = RehearsedModel(self.scored, window=0, attention="sdpa", scores=["paper"], exact=False)
         self.held_out = {name: self.tokens(self.rows.held_out[name]) for name in (*CHOSEN_BY, *COLUMNS)}
         self.hidden: dict[tuple[Any, ...], list[torch.Tensor]] = {}
 

@@ -55,8 +55,8 @@ def mask_inputs(run: Run) -> MaskInputs:
     rehearsed = is_rehearsed(_value_inputs(run)) and needs_values
     settings = as_rehearsed(asked, _value_inputs(run)) if rehearsed else asked
     drift = manifest.stage("anchor").get("inputs", {}).get("anchor.drift")
-    settings = settings.resolved(manifest.pairs or rehearsed, drift)
     there = tuple(_value_inputs(run).get("columns", ())) if values else ()
+    settings = settings.resolved(manifest.pairs or rehearsed, drift, there)
     _check(run, settings, there, drift)
     weighted = settings.rule == "weight"
     make_schema = preference_masks_schema if manifest.pairs else masks_schema

@@ -69,8 +69,8 @@ class Valuing:
             rows.components, own.score, weight, self.scales, own.loss_weight, own.divide_by_gradient_norm
         )
         if not np.isfinite(values).all():
-            key = f"mask.stability_weight={weight}" + (
-                f", mask.loss_weight={own.loss_weight}" if own.loss_weight else ""
-            )
+            weights = {"stability_weight": weight, "loss_weight": own.loss_weight}
+            asked = [f"mask.{name}={number}" for name, number in weights.items() if number]
+            key = ", ".join(asked) or f"mask.score={own.score}"
             raise RunFailed(f"{key}: values do not fit into float32; choose a smaller one")
         return values

@@ -15,7 +15,7 @@ from alphatoken.pipeline.mask.passes import Found
 from alphatoken.pipeline.mask.soft_weights import WeightCounts
 from alphatoken.pipeline.mask.summary import LeftOutCounts, MaskCounts
 from alphatoken.pipeline.mask.thresholds import KEEP_ALL
-from alphatoken.pipeline.maths.masking import keep_flat
+from alphatoken.pipeline.maths.masking import RANDOM, keep_flat
 
 LOWEST = np.finfo(np.float32).min  # of finite values: the threshold where only tokens that are left out lie below
 
@@ -46,7 +46,8 @@ class Decider:
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
         self.left_out.add(rows.offsets, first, unstable, always)
         inside = keep_flat(ranked, rows.offsets, threshold, always, settings.min_kept)
-        columns = {**{name: column for name, column in rows.components.items() if name != KEPT}, "value": values}
+        stored = {name: column for name, column in rows.components.items() if name not in (KEPT, RANDOM)}
+        columns = {**stored, "value": values}
         without_stability = alone >= np.maximum(found.alone.of(rows, alone)[0], floor)
         self.counts.add(rows.offsets, columns, inside, ranked >= threshold, always, without_stability)
         kept, weights = np.zeros(len(rows.response), np.bool_), np.zeros(len(rows.response), np.float32)

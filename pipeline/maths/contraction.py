@@ -35,7 +35,7 @@ class StackedDirections:
         values: set[str],
         given: str | None = None,
     ) -> None:
-        self.names = tuple(named)
+        self.names, self.dtype = tuple(named), scored.maps[0].parameter.dtype
         self.given = None if given is None else self.names.index(given)
         self.by_output: dict[str, bool] = {}
         self.matrices: dict[str, torch.Tensor] = {}
@@ -64,18 +64,14 @@ class StackedDirections:
 class Contraction:
     """A visitor that adds up each position's components over all scored linear maps.
 
-    After the pass ``direct`` and ``causal`` hold (directions, positions) in at least float32. ``dtype``: of the model.
+    After the pass ``direct`` and ``causal`` hold (directions, positions) in at least float32.
     """
 
     def __init__(
-        self,
-        directions: StackedDirections,
-        values: Mapping[str, ValueProjection],
-        positions: Positions,
-        dtype: torch.dtype,
+        self, directions: StackedDirections, values: Mapping[str, ValueProjection], positions: Positions
     ) -> None:
         self.directions, self.values, self.positions = directions, values, positions
-        self.dtype = torch.promote_types(dtype, torch.float32)
+        self.dtype = torch.promote_types(directions.dtype, torch.float32)
         size = (len(directions.names), len(positions))
         self.direct = torch.zeros(size, dtype=self.dtype, device=positions.device)
         self.causal = torch.zeros(size, dtype=self.dtype, device=positions.device)

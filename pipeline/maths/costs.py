@@ -172,7 +172,8 @@ def value_flops(
     if {"paper", "gradient_norm"} & set(scores):
         each += backward_flops(m, s) + 2 * m.head * s.predicting
     if "paper" in scores:
-        each += 2 * DIRECTIONS * m.scored * s.predicting
+        given = "information" in scores or exact  # its products M h come with the derivative
+        each += 2 * (DIRECTIONS - given) * m.scored * s.predicting
         if window > 0:
             band = 2 * m.attention * s.blocks + 2 * m.value_width * (BLOCK + window) * s.tokens
             each += m.scored_layers * band

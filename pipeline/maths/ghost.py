@@ -12,13 +12,12 @@ from contextlib import ExitStack
 from typing import Any
 
 import torch
-import torch.autograd.forward_ad as forward_ad
 
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.capture import Visitor, captured
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
 from alphatoken.pipeline.maths.head import HeadMemory, Predictions, Reading, read_head
-from alphatoken.pipeline.maths.tangents import Tangents, tangent_of, without_tangent
+from alphatoken.pipeline.maths.tangents import Tangents, dual_level, tangent_of, without_tangent
 
 
 def ghost_pass(
@@ -60,7 +59,7 @@ def read_pass(
         # Left before the backward pass: its formulas would be derived as well.
         level = stack.enter_context(ExitStack())
         if first is not None:
-            level.enter_context(forward_ad.dual_level())
+            level.enter_context(dual_level())
         stack.enter_context(captured(scored, visitor, kernel, window, first, keep))
         outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
         hidden = without_tangent(outputs.last_hidden_state).flatten(0, 1)[positions]
@@ -77,7 +76,7 @@ def _moved(
     scored: ScoredLayers, batch: Batch, positions: torch.Tensor, kernel: str, direction: Tangents
 ) -> torch.Tensor:
     """The derivative (n, d) of the last hidden states at ``positions``, by a forward pass of its own."""
-    with forward_ad.dual_level(), captured(scored, None, kernel, 0, direction):
+    with dual_level(), captured(scored, None, kernel, 0, direction):
         return _derivative(scored.decoder(input_ids=batch.input_ids, use_cache=False), positions)
 
 

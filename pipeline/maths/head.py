@@ -19,7 +19,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from torch import nn
 
-from alphatoken.pipeline.maths.tangents import tangent_of
+from alphatoken.pipeline.maths.tangents import dual_level, tangent_of
 
 CHUNK_BYTES = 128 << 20
 PROBE_ROWS = 16  # positions that go through the model's own head
@@ -180,7 +180,7 @@ def _product(rows: torch.Tensor, weight: torch.Tensor, memory: HeadMemory, name:
 
 def _derived(head: Callable[[torch.Tensor], torch.Tensor], hidden: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
     """The derivative (n, V) of a head that is more than a matrix."""
-    with torch.no_grad(), forward_ad.dual_level():
+    with torch.no_grad(), dual_level():
         tangent = tangent_of(head(forward_ad.make_dual(hidden.detach(), moved)))
         assert tangent is not None
         return tangent.clone()

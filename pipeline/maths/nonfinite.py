@@ -10,7 +10,8 @@ from torch import nn
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.capture import Captured, frozen
 from alphatoken.pipeline.maths.decoder import ScoredLayers
-from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.ghost import read_pass
+from alphatoken.pipeline.maths.head import Predictions
 
 
 class NonFinite(ArithmeticError):
@@ -34,7 +35,8 @@ def locate(scored: ScoredLayers, batch: Batch, kernel: str) -> NonFinite:
             if not bool(torch.isfinite(captured.error).all()):
                 gradients.append(f"the gradient of {captured.map.name.removesuffix('.weight')}")
 
-        losses = ghost_pass(scored, one, look, kernel)
+        # Where no layer is scored there is no backward pass.
+        losses = read_pass(scored, one, [Predictions.losses], look if scored.maps else None, {}, kernel)
         if gradients:
             return NonFinite(row, gradients[0])  # the backward pass goes from the last layer to the first
         if not bool(torch.isfinite(losses).all()):

@@ -9,12 +9,23 @@ block by block (attention.py). What leaves the last layer is the derivative of t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.autograd.forward_ad as forward_ad
 
 from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers
+
+_LEVEL = threading.Lock()
+
+
+@contextmanager
+def dual_level() -> Iterator[None]:
+    """Dual numbers inside the block. torch has one level for all threads, so that one thread at a time is inside."""
+    with _LEVEL, forward_ad.dual_level():
+        yield
 
 
 class Tangents:

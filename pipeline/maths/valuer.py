@@ -32,7 +32,7 @@ ALL = tuple(COLUMNS_OF)
 
 def needs_directions(scores: Sequence[str]) -> bool:
     """Whether any of ``scores`` looks at the directions."""
-    return any(bool(s.along) if isinstance(s, HeadScore) else s.directed for s in map(SCORES.__getitem__, scores))
+    return any(_looks_along(score) for score in scores)
 
 
 def looks_at_layers(scores: Sequence[str]) -> bool:
@@ -67,14 +67,17 @@ class TokenValuer:
         names = [name for name in SCORES if name in scores] + ["exact"] * exact
         if directions is None and needs_directions(names):
             raise ValueError(f"scores={', '.join(names)} need directions: Directions.load('RUN/anchors/snapshot-00')")
-        if looks_at_layers(names):
-            self.scored = scored_layers(model, layers)
-        else:
-            self.scored = no_scored_layers(model)
+        if directions is not None:
+            for name in names:
+                if missing := [d for d in _looks_along(name) if d not in directions.named]:
+                    raise ValueError(f"there is no direction {missing[0]}, which scores={name} looks at")
+        swaps = directions is not None and directions.weights is not None
+        looks = swaps or looks_at_layers(names)
+        self.scored = scored_layers(model, layers) if looks else no_scored_layers(model)
         weight = next(model.parameters())
         self.device, self.dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
         self.weights: dict[str, torch.Tensor] | None = None
-        if directions is not None:
+        if directions is not None and looks:
             directions.check(self.scored.weights())
             self.weights = dict(directions.weights) if directions.weights is not None else None
         self.window, self.attention = window if "paper" in names else 0, attention
@@ -164,6 +167,14 @@ def check_model(scored: ScoredLayers, scores: Sequence[str], window: int, attent
             f"its scored layers cannot be differentiated in forward mode ({type(error).__name__}: {reason}): set "
             f"valuation.scores=[{without}]" + (" and valuation.exact=false" if exact else "")
         ) from error
+
+
+def _looks_along(score: str) -> tuple[str, ...]:
+    """The directions that a score looks at."""
+    kind = SCORES[score]
+    if isinstance(kind, HeadScore):
+        return kind.along
+    return NAMES if kind.directed else ()
 
 
 def _columns_of(score: str) -> tuple[str, ...]:

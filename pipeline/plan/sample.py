@@ -10,11 +10,13 @@ from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_
 from alphatoken.pipeline.prepare.draw import draw_order
 from alphatoken.pipeline.prepare.inputs import fisher_prompts, is_preference
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
+from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.data import DataSettings
 
 SAMPLE = 512
 
@@ -70,7 +72,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     if wanted >= total:
         raise SettingsWrong([f"data.train has {total} rows, of which {wanted} are to be held out: none would be left"])
     drawn = [row for row, _ in zip(draw_order(total, settings.run.seed), range(wanted + SAMPLE), strict=False)]
-    examples = _examples(pair if preference else make, train, drawn)
+    examples = _examples(pair if preference else make, train, drawn, data)
     usable = [example for example in examples if example is not None]
     if len(usable) <= wanted:
         raise RunFailed(
@@ -87,7 +89,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
         def either(row: Any, source: str) -> Example:
             return pair(row, source).chosen if preference and is_pair(row, columns) else make(row, source)
 
-        some = _examples(either, other, range(min(validation_rows, SAMPLE)))
+        some = _examples(either, other, range(min(validation_rows, SAMPLE)), data)
         validation = [example for example in some if example is not None]
         if not validation:
             raise RunFailed(f"data.validation={data.validation}: none of its first {len(some)} rows can be used")
@@ -101,12 +103,15 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     )  # fmt: skip
 
 
-def _examples(make: Callable[[Any, str], Any], sources: Sources, rows: Sequence[int]) -> list[Any]:
+def _examples(make: Callable[[Any, str], Any], sources: Sources, rows: Sequence[int], data: DataSettings) -> list[Any]:
     """What ``make`` makes of ``rows``, in their order; None: not usable."""
-    ordered = sorted(rows)
+    ordered, columns = sorted(rows), data.columns.given()
+    repeated = data.strips_prompts and all_repeat_prompt(sources, columns)
     found: list[Any] = []
     for name, numbers, table in sources.pieces(ordered):
         for number, (row, reason) in zip(numbers, decode(table), strict=True):
+            if repeated and repeats_prompt(row, columns):
+                row = without_prompt(row, columns)
             try:
                 found.append(None if reason is not None else make(row, f"{name}:{number}"))
             except TemplateRequired as error:

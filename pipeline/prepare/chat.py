@@ -12,7 +12,7 @@ from typing import Any
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from alphatoken.pipeline.prepare.rows import Unusable
+from alphatoken.pipeline.prepare.outcome import Unusable
 
 Span = tuple[int, int]
 Messages = list[dict[str, Any]]

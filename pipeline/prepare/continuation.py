@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from alphatoken.pipeline.prepare.flags import without_flags
+
 Messages = list[dict[str, Any]]
 
 
@@ -14,5 +16,5 @@ def continued(asked: Messages, said: Messages) -> tuple[Messages, Messages, int]
     if not (asked and said and asked[-1]["role"] == said[0]["role"] == "assistant") or asked[-1].get("tool_calls"):
         return asked, said, 0
     before = asked[-1].get("content") or ""
-    whole = {**asked[-1], **said[0], "content": before + (said[0].get("content") or "")}
+    whole = {**without_flags(asked[-1]), **said[0], "content": before + (said[0].get("content") or "")}
     return asked[:-1], [whole, *said[1:]], len(before)

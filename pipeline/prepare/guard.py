@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alphatoken.pipeline.prepare.chat import Messages, Span
-from alphatoken.pipeline.prepare.rows import Unusable
+from alphatoken.pipeline.prepare.outcome import Unusable
 from alphatoken.pipeline.prepare.skeleton import Piece, Skeleton, written
 
 NOT_IN_TEMPLATE = "not_in_template"

@@ -8,9 +8,9 @@ from typing import Any
 
 from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config
+from alphatoken.pipeline.prepare.columns import PREFERENCE, filled, row_kind
 from alphatoken.pipeline.prepare.draw import part_of
-from alphatoken.pipeline.prepare.rows import PREFERENCE, row_kind
-from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
+from alphatoken.pipeline.prepare.sources import Source, Sources, decode, open_sources
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.remote import here
@@ -19,7 +19,7 @@ from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.run import NO_PAIRS
 
 MOST_FISHER_PROMPTS = 1000
-ROWS_TO_RECOGNISE = 16
+ROWS_TO_RECOGNISE, MOST_ROWS_TO_RECOGNISE = 16, 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +33,11 @@ class RawData:
     validation: Sources | None
     preference: bool
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What is to be said of how the files were read, a line each."""
+        return self.train.remarks + (self.validation.remarks if self.validation else ())
+
 
 def open_data(settings: Settings) -> RawData:
     """data.train and data.validation, opened. Raises SettingsWrong for what is not there or not of one kind."""
@@ -43,14 +48,12 @@ def open_data(settings: Settings) -> RawData:
 
 
 def is_preference(settings: Settings, train: Sources) -> bool:
-    """data.format, with ``auto`` resolved by the first readable row of every file. Raises SettingsWrong where they differ."""
+    """data.format, with ``auto`` resolved by the first rows of every file. Raises SettingsWrong where files differ."""
     if settings.data.format != "auto":
         return settings.data.format == "preference"
     kinds: dict[bool, str] = {}
     for file in train.files:
-        first = decode(file.table(range(min(ROWS_TO_RECOGNISE, len(file.rows)))))
-        shapes = (row_kind(row.keys(), settings.data.columns.given()) for row, reason in first if reason is None)
-        if (kind := next((kind for kind in shapes if kind != "unknown"), None)) is not None:
+        if (kind := _kind_of_file(file, settings.data.columns.given())) != "unknown":
             kinds.setdefault(kind in PREFERENCE, file.name)
     if len(kinds) == 2:
         names = f"{kinds[True]} holds preference pairs, {kinds[False]} does not"
@@ -58,6 +61,17 @@ def is_preference(settings: Settings, train: Sources) -> bool:
     if True in kinds and settings.valuation.rehearsed:
         raise SettingsWrong([NO_PAIRS])
     return True in kinds
+
+
+def _kind_of_file(file: Source, columns: Mapping[str, str]) -> str:
+    """The shape that the columns promise which have a value in one of the first rows; more rows where that is none."""
+    present: set[str] = set()
+    for start in range(0, min(MOST_ROWS_TO_RECOGNISE, len(file.rows)), ROWS_TO_RECOGNISE):
+        table = file.table(range(start, min(start + ROWS_TO_RECOGNISE, len(file.rows))))
+        present.update(*(filled(row) for row, reason in decode(table) if reason is None))
+        if (kind := row_kind(present, columns)) != "unknown":
+            return kind
+    return "unknown"
 
 
 def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
@@ -73,6 +87,7 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         "data.chat_template": data.chat_template,
         **({"data.keep_reasoning": True} if data.keep_reasoning else {}),
         "data.columns": data.columns.given(),
+        **({} if data.strips_prompts else {"data.repeated_prompt": data.repeated_prompt}),
         "anchor.fisher.prompts": settings.anchor.fisher.prompts if settings.makes_fisher else 0,
         "run.seed": settings.run.seed,
         "tokenizer": of_model(run.models.policy, tokenizer_only=True),

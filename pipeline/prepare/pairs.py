@@ -11,7 +11,7 @@ from os.path import commonprefix
 from typing import Any
 
 from alphatoken.data_schemas import BRANCHES
-from alphatoken.pipeline.prepare.rows import Unusable, messages
+from alphatoken.pipeline.prepare.rows import Unusable, earlier_turns, is_sharegpt, messages
 from alphatoken.pipeline.prepare.tokenize import IGNORED, Example, ExampleMaker
 
 TOKEN_COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
@@ -22,7 +22,8 @@ class Pair:
     """Two responses to one prompt.
 
     ``chosen``, ``rejected``: prompt and response as one sequence each. The texts are the row's own where it holds
-    plain strings, else what the tokens say: up to the first response token, and from there to the last one.
+    plain strings, else what the tokens say: up to the first response token, and from there to the last one. ``notes``: what
+    happened to the row, to be counted (keys of `NOTES`).
     """
 
     prompt_text: str
@@ -30,6 +31,7 @@ class Pair:
     rejected_text: str
     chosen: Example
     rejected: Example
+    notes: tuple[str, ...] = ()
 
     @property
     def truncated(self) -> bool:
@@ -38,9 +40,12 @@ class Pair:
 
 
 def is_pair(row: Any, columns: Mapping[str, str]) -> bool:
-    """Whether a row has the columns of a preference pair, filled or not."""
+    """Whether a row has the columns of a preference pair, and one of them at least has a value."""
     names = [columns.get(branch) or branch for branch in BRANCHES]
-    return isinstance(row, Mapping) and (all(n in row for n in names) or all(n in row for n in TOKEN_COLUMNS))
+    return isinstance(row, Mapping) and any(
+        all(name in row for name in both) and any(row[name] not in (None, "") for name in both)
+        for both in (names, TOKEN_COLUMNS)
+    )
 
 
 class PairMaker:
@@ -63,11 +68,14 @@ class PairMaker:
             raise Unusable(f"identical_branches: chosen and rejected are the same tokens{cut}")
         texts = [self._text(rows[name]) for name in BRANCHES]
         prompt = rows["chosen"].get("prompt")
+        notes = tuple(dict.fromkeys((*chosen.notes, *rejected.notes)))
+        if "history" in rows["chosen"]:  # in which no turn is a response of either branch
+            notes = tuple(note for note in notes if note != "turns_not_learned")
         if isinstance(prompt, str) and None not in texts and self._chat != "always":
-            return Pair(prompt, str(texts[0]), str(texts[1]), chosen, rejected)
+            return Pair(prompt, str(texts[0]), str(texts[1]), chosen, rejected, notes)
         before = self._said(chosen.input_ids[: _response(chosen).start])
         said = {name: self._said(e.input_ids[_response(e)]) for name, e in (("chosen", chosen), ("rejected", rejected))}
-        return Pair(before, said["chosen"], said["rejected"], chosen, rejected)
+        return Pair(before, said["chosen"], said["rejected"], chosen, rejected, notes)
 
     def _branch(self, name: str, row: dict[str, Any], source: str) -> Example:
         try:
@@ -103,7 +111,8 @@ def branch_rows(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
         raise Unusable("not_a_pair: the row has no chosen and rejected (data.columns names them)")
     same = {"id": _value(row, "id", columns)}
     if all(row.get(name) is not None for name in TOKEN_COLUMNS):
-        return {b: {**same, "input_ids": row[f"{b}_input_ids"], "labels": row[f"{b}_labels"]} for b in BRANCHES}
+        own = ("input_ids", "labels", "attention_mask", "position_ids")
+        return {b: {**same, **{name: row.get(f"{b}_{name}") for name in own}} for b in BRANCHES}
     sides = {branch: _side(_value(row, branch, columns), branch) for branch in BRANCHES}
     tools = _value(row, "tools", columns)
     same |= {"tools": tools} if tools is not None else {}
@@ -116,6 +125,8 @@ def branch_rows(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str,
         prompt = messages(turns, "conversations", sharegpt=True)
     elif prompt is None and instruction is not None and all(isinstance(side, str) for side in sides.values()):
         asked = {"instruction": instruction, "input": _value(row, "input", columns)}
+        if earlier := earlier_turns(row, columns):
+            asked["history"] = [{**turn, "weight": 0} for turn in earlier]
         return {branch: {**same, **asked, "output": side} for branch, side in sides.items()}
     prompt, rest = _split(prompt, sides)
     return {branch: {**same, "prompt": prompt, "completion": said} for branch, said in rest.items()}
@@ -133,17 +144,11 @@ def _side(value: Any, branch: str) -> str | list[dict[str, Any]]:
         return value
     turns = [value] if isinstance(value, Mapping) else value
     try:
-        return messages(turns, branch, sharegpt=_is_sharegpt(turns))
+        return messages(turns, branch, sharegpt=is_sharegpt(turns))
     except Unusable as problem:
         if problem.code == "empty_response":
             raise Unusable(f"empty_branch: {str(problem).partition(': ')[2]}") from None
         raise
-
-
-def _is_sharegpt(turns: Any) -> bool:
-    return isinstance(turns, list) and any(
-        isinstance(turn, Mapping) and turn.get("role") is None and turn.get("from") is not None for turn in turns
-    )
 
 
 def _split(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
@@ -155,7 +160,7 @@ def _split(prompt: Any, sides: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
         said = {b: [{"role": "assistant", "content": s}] if isinstance(s, str) else s for b, s in sides.items()}
         return _split(prompt, said)
     if prompt is not None and not isinstance(prompt, str):
-        prompt = messages(prompt, "prompt", sharegpt=_is_sharegpt(prompt))
+        prompt = messages(prompt, "prompt", sharegpt=is_sharegpt(prompt))
     if prompt is not None and all(side[0]["role"] == "assistant" for side in (chosen, rejected)):
         return prompt, dict(sides)
     if isinstance(prompt, list):

@@ -10,7 +10,7 @@ from typing import Any
 
 from alphatoken.pipeline.prepare.chat import REASONING, STAND_IN_TOOL, ChatTemplate, Span, stand_in_call
 from alphatoken.pipeline.prepare.guard import NOT_IN_TEMPLATE, check_landed, check_others, check_tools, lost_reasoning
-from alphatoken.pipeline.prepare.rows import Conversation, Unusable
+from alphatoken.pipeline.prepare.outcome import Conversation, Unusable
 from alphatoken.pipeline.prepare.skeleton import Masked, Piece, Skeleton, free_stem, masked, stand_ins
 from alphatoken.pipeline.prepare.spans import Turn, learn, of_marks, placed, trimmed
 

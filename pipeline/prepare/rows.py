@@ -9,28 +9,33 @@ Columns that are present but null count as absent: this is how Arrow represents 
 """
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
+from alphatoken.pipeline.prepare.columns import (
+    PREFERENCE,
+    SHAPES,
+    columns_of,
+    filled,
+    row_kind,
+    shown,
+    value_of,
+    wrong_type,
+)
 from alphatoken.pipeline.prepare.continuation import continued
+from alphatoken.pipeline.prepare.flags import learned, refuse_bad_answer, without_flags
+from alphatoken.pipeline.prepare.outcome import (
+    ROLES,
+    Conversation,
+    Plain,
+    Pretokenized,
+    TemplateRequired,
+    Unusable,
+)
+from alphatoken.pipeline.prepare.pretokenized import read_tokens
 
 CHAT_CHOICES = ("auto", "always", "never")
-ROLES = ("user", "assistant", "system", "tool", "developer")
-
-# In the order in which a row that fits several shapes is read. Token ids come first because whoever added
-# them meant them to be used; a preference pair often carries a `messages` copy of its chosen side.
-_SHAPES = (
-    ("pretokenized", ("input_ids", "labels")),
-    ("preference_tokens", ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")),
-    ("preference", ("chosen", "rejected")),
-    ("messages", ("messages",)),
-    ("prompt_completion", ("prompt", "completion")),
-    ("instruction", ("instruction", "output")),
-    ("sharegpt", ("conversations",)),
-)
-PREFERENCE = ("preference", "preference_tokens")
-_OTHER_NAMES = {"completion": ("completion", "response")}
 _SHAREGPT_ROLES = {
     **{role: role for role in ROLES},
     "human": "user",
@@ -40,76 +45,7 @@ _SHAREGPT_ROLES = {
 }
 _ALPACA = "Below is an instruction that describes a task{}. Write a response that appropriately completes the request."
 _ALPACA_INPUT = ", paired with an input that provides further context"
-
-
-class Unusable(ValueError):
-    """A row that cannot be used: ``code: what is wrong``, one line, safe to store as UTF-8.
-
-    Takes one argument so that it survives pickling on its way through Ray.
-    """
-
-    def __init__(self, reason: str) -> None:
-        line = " ".join(str(reason).encode("utf-8", "backslashreplace").decode().split())
-        super().__init__(line if len(line) <= 400 else line[:397] + "...")
-
-    @property
-    def code(self) -> str:
-        """The stable first word of the reason, e.g. ``no_response``: what counts are grouped by."""
-        return str(self).partition(":")[0]
-
-
-class TemplateRequired(ValueError):
-    """The data need a chat template and the configuration gives none: wrong for every row, not for one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Conversation:
-    """Messages for the chat template.
-
-    ``messages``: dicts with ``role`` (one of ROLES) and ``content`` (a string; absent only beside
-    ``tool_calls``); other keys are kept for the template. ``tools``: JSON schemas or None. ``respond``: the
-    indices of the assistant messages that are responses, ascending. ``begun``: characters of the first response's
-    content that are the prompt's, where a completion continues an unfinished message.
-    """
-
-    messages: list[dict[str, Any]]
-    tools: list[dict[str, Any]] | None
-    respond: tuple[int, ...]
-    begun: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Plain:
-    """Text taken as it is: ``completion`` (not blank) directly follows ``prompt`` (may be empty)."""
-
-    prompt: str
-    completion: str
-
-
-@dataclass(frozen=True, slots=True)
-class Pretokenized:
-    """Token ids from elsewhere: two lists of int, not yet checked against each other or a vocabulary."""
-
-    input_ids: list[int]
-    labels: list[int]
-
-
-def row_kind(column_names: Iterable[str], columns: Mapping[str, str]) -> str:
-    """The shape that the column names promise.
-
-    One of messages, prompt_completion, instruction, sharegpt, pretokenized, preference, preference_tokens, unknown.
-    ``columns`` maps a canonical name to the user's; where several shapes fit, one whose columns the user named wins.
-    """
-    present = set(column_names)
-    fitting = [
-        (kind, names)
-        for kind, names in _SHAPES
-        if all(any(column in present for column in _columns_of(name, columns)) for name in names)
-    ]
-    for kind, names in fitting:
-        if any(columns.get(name) for name in names):
-            return kind
-    return fitting[0][0] if fitting else "unknown"
+_ALPACA_TURN = {"user": "\n\n### Instruction:\n{}", "assistant": "\n\n### Response:\n{}"}
 
 
 def needs_template(kind: str, row: Mapping[str, Any], columns: Mapping[str, str], chat: str) -> bool:
@@ -118,8 +54,8 @@ def needs_template(kind: str, row: Mapping[str, Any], columns: Mapping[str, str]
         return True
     if kind in ("prompt_completion", "preference"):
         names = ("prompt", "completion") if kind == "prompt_completion" else ("prompt", "chosen", "rejected")
-        lists = any(isinstance(_value(row, name, columns), list) for name in names)
-        turns = kind == "preference" and _value(row, "conversations", columns) is not None
+        lists = any(isinstance(value_of(row, name, columns), list) for name in names)
+        turns = kind == "preference" and value_of(row, "conversations", columns) is not None
         return lists or turns or chat == "always"
     return kind == "instruction" and chat == "always"
 
@@ -156,71 +92,58 @@ def parse_row(
     supervised row, unless it also has the columns of one (which are then read).
     """
     present = [name for name, value in row.items() if value is not None]
-    kind = row_kind(present, columns)
+    kind = shape_of(row, columns)
     if kind in PREFERENCE:
         pair = {
-            c for shape, names in _SHAPES if shape in PREFERENCE for name in names for c in _columns_of(name, columns)
+            c for shape, names in SHAPES if shape in PREFERENCE for name in names for c in columns_of(name, columns)
         }
         kind = row_kind([name for name in present if name not in pair], columns)
         if kind == "unknown":
             raise Unusable("preference_row: a chosen/rejected pair where supervised data is expected (data.format)")
     if kind == "unknown":
         raise Unusable(
-            f"unknown_columns: {_shown(sorted(map(str, present)))} is none of messages, instruction+output, "
-            "prompt+completion|response, conversations, input_ids+labels (data.columns names them)"
+            f"unknown_columns: {shown(sorted(map(str, present)))} is none of messages, instruction+output, "
+            "prompt+completion|response, conversations, input_ids+labels|completion_mask|assistant_masks|loss_mask "
+            "(data.columns names them)"
         )
     require_template(kind, row, columns, chat, has_template)
     templated = has_template and chat != "never"
     try:
         if kind == "pretokenized":
-            return Pretokenized(_integers(row, "input_ids", columns), _integers(row, "labels", columns))
-        if kind == "instruction":
-            return _instruction(row, columns, templated)
-        if kind == "prompt_completion":
-            return _prompt_completion(row, columns, chat)
-        name = "messages" if kind == "messages" else "conversations"
-        turns = messages(_value(row, name, columns), name, sharegpt=kind == "sharegpt")
-        return _conversation(row, columns, turns, first=0, system_by_format=kind == "sharegpt")
+            return read_tokens(row, columns)
+        notes = refuse_bad_answer(row, columns)
+        parsed = _parsed(row, kind, columns, chat, templated)
+        return replace(parsed, notes=(*parsed.notes, *notes)) if notes else parsed
     except RecursionError:
         raise Unusable("too_deep: values nested too deeply to be read") from None
 
 
-def _columns_of(name: str, columns: Mapping[str, str]) -> tuple[str, ...]:
-    given = columns.get(name)
-    return (given,) if given else _OTHER_NAMES.get(name, (name,))
+def _parsed(
+    row: Mapping[str, Any], kind: str, columns: Mapping[str, str], chat: str, templated: bool
+) -> Conversation | Plain:
+    if kind == "instruction":
+        return _instruction(row, columns, templated)
+    if kind == "prompt_completion":
+        return _prompt_completion(row, columns, chat)
+    name = "messages" if kind == "messages" else "conversations"
+    turns = messages(value_of(row, name, columns), name, sharegpt=kind == "sharegpt")
+    return _conversation(row, columns, turns, first=0, system_by_format=kind == "sharegpt")
 
 
-def _value(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> Any:
-    return next((row[column] for column in _columns_of(name, columns) if row.get(column) is not None), None)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 120 else text[:117] + "..."
-
-
-def _wrong(where: str, value: Any, wanted: str) -> Unusable:
-    kind = "null" if value is None else type(value).__name__
-    return Unusable(f"wrong_type: {where} is {kind}, not {wanted}")
+def shape_of(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """The shape of one row, see `row_kind`, from the columns that have a value."""
+    kind = row_kind(filled(row), columns)
+    # A row that would be of a shape but for blank texts is one of that shape, with a better reason than its columns.
+    return kind if kind != "unknown" else row_kind([name for name, value in row.items() if value is not None], columns)
 
 
 def _text(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> str:
-    value = _value(row, name, columns)
+    value = value_of(row, name, columns)
     if value is None:
         return ""
     if not isinstance(value, str):
-        raise _wrong(name, value, "a string")
+        raise wrong_type(name, value, "a string")
     return value
-
-
-def _integers(row: Mapping[str, Any], name: str, columns: Mapping[str, str]) -> list[int]:
-    values = _value(row, name, columns)
-    if not isinstance(values, list):
-        raise _wrong(name, values, "a list of integers")
-    for index, value in enumerate(values):
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise _wrong(f"{name}[{index}]", value, "an integer")
-    return values
 
 
 def _decoded(value: Any, where: str) -> Any:
@@ -230,14 +153,12 @@ def _decoded(value: Any, where: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
-        raise Unusable(f"wrong_type: {where} is a string that is not JSON: {_shown(value)}") from None
+        raise Unusable(f"wrong_type: {where} is a string that is not JSON: {shown(value)}") from None
 
 
-def _without_nulls(value: Any) -> Any:
-    """Drop null entries of dicts: Arrow gives every struct of a column the union of all keys."""
-    if isinstance(value, Mapping):
-        return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-    return [_without_nulls(item) for item in value] if isinstance(value, list) else value
+def _without_nulls(value: Mapping[str, Any]) -> dict[str, Any]:
+    """Null keys of a message say nothing. Those inside tool arguments and schemas do, and are not looked at."""
+    return {key: item for key, item in value.items() if item is not None}
 
 
 def _instruction(row: Mapping[str, Any], columns: Mapping[str, str], templated: bool) -> Conversation | Plain:
@@ -245,20 +166,45 @@ def _instruction(row: Mapping[str, Any], columns: Mapping[str, str], templated: 
     output, system = _text(row, "output", columns), _text(row, "system", columns)
     if not output.strip():
         raise Unusable("empty_response: output is blank")
+    earlier = earlier_turns(row, columns)
+    question = f"{instruction}\n\n{context}" if context.strip() else instruction
     if templated:
-        question = f"{instruction}\n\n{context}" if context.strip() else instruction
-        return _conversation(row, columns, [_said("user", question), _said("assistant", output)], 0, True)
-    # The wording of Stanford Alpaca; a system text takes the place of its opening sentence.
+        return _conversation(row, columns, [*earlier, _said("user", question), _said("assistant", output)], 0, True)
+    # The wording of Stanford Alpaca; a system text takes the place of its opening sentence. As one text has one
+    # response, earlier turns belong to the prompt.
     opening = system or _ALPACA.format(_ALPACA_INPUT if context.strip() else "")
+    before = "".join(_ALPACA_TURN[turn["role"]].format(turn["content"]) for turn in earlier)
     middle = f"\n\n### Input:\n{context}" if context.strip() else ""
-    return Plain(f"{opening}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:\n", output)
+    return Plain(f"{opening}{before}\n\n### Instruction:\n{instruction}{middle}\n\n### Response:\n", output)
+
+
+def earlier_turns(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]]:
+    """The turns before an instruction: pairs of a question and its answer, or messages."""
+    value = _decoded(value_of(row, "history", columns) or None, "history")
+    if not value:
+        return []
+    if not isinstance(value, list):
+        raise wrong_type("history", value, "a list of questions with their answers")
+    if isinstance(value[0], Mapping):
+        turns = messages(value, "history", sharegpt=is_sharegpt(value))
+    else:
+        said = []
+        for index, both in enumerate(value):
+            if not isinstance(both, list) or len(both) != 2:
+                raise Unusable(f"wrong_type: history[{index}] is not a question with its answer: {shown(both)}")
+            said += [_said(role, text) for role, text in zip(("user", "assistant"), both, strict=True)]
+        turns = messages(said, "history")
+    for turn in turns:
+        if turn["role"] not in _ALPACA_TURN or "content" not in turn:
+            raise Unusable(f"wrong_type: history has a message of role {turn['role']} or without text")
+    return turns
 
 
 def _prompt_completion(row: Mapping[str, Any], columns: Mapping[str, str], chat: str) -> Conversation | Plain:
-    prompt, completion = _value(row, "prompt", columns), _value(row, "completion", columns)
+    prompt, completion = value_of(row, "prompt", columns), value_of(row, "completion", columns)
     for name, value in (("prompt", prompt), ("completion", completion)):
         if not isinstance(value, str | list):
-            raise _wrong(name, value, "a string or a list of messages")
+            raise wrong_type(name, value, "a string or a list of messages")
     if isinstance(completion, str) and not completion.strip():
         raise Unusable("empty_response: completion is blank")
     if isinstance(prompt, str) and isinstance(completion, str) and chat != "always":
@@ -269,7 +215,8 @@ def _prompt_completion(row: Mapping[str, Any], columns: Mapping[str, str], chat:
     said = [_said("assistant", completion)] if isinstance(completion, str) else messages(completion, "completion")
     asked, said, begun = continued(asked, said)
     found = _conversation(row, columns, asked + said, first=len(asked), system_by_format=False)
-    return replace(found, begun=begun)
+    # The first response may be another turn, where the one that is continued is not to be learned.
+    return replace(found, begun=begun if found.respond[0] == len(found.messages) - len(said) else 0)
 
 
 def _conversation(
@@ -287,14 +234,21 @@ def _conversation(
     system = _text(row, "system", columns) if system_by_format or columns.get("system") else ""
     if system and turns[0]["role"] not in ("system", "developer"):
         turns, first = [_said("system", system), *turns], first + 1
-    respond = tuple(i for i, turn in enumerate(turns) if i >= first and turn["role"] == "assistant")
-    if not respond:
+    said = [learned(turn, turn["role"]) for turn in turns]
+    answers = [i for i, turn in enumerate(turns) if i >= first and turn["role"] == "assistant"]
+    respond = tuple(i for i in answers if said[i] is not False)
+    if not answers:
         raise Unusable("no_response: no assistant message")
+    if not respond:
+        raise Unusable("no_response: every assistant message is marked as not to be learned (weight, train, loss)")
+    notes: tuple[str, ...] = ("turns_not_learned",) if len(respond) < len(answers) else ()
+    if any(flag and turn["role"] != "assistant" for flag, turn in zip(said, turns, strict=True)):
+        notes += ("flag_not_read",)
     # An empty string is how a text column says that there are no tools.
-    tools = _decoded(_value(row, "tools", columns) or None, "tools")
+    tools = _decoded(value_of(row, "tools", columns) or None, "tools")
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, Mapping) for tool in tools)):
-        raise _wrong("tools", tools, "a list of tool descriptions")
-    return Conversation(turns, _without_nulls(tools) or None, respond)
+        raise wrong_type("tools", tools, "a list of tool descriptions")
+    return Conversation([without_flags(turn) for turn in turns], tools or None, respond, notes)
 
 
 def _said(role: str, content: str) -> dict[str, Any]:
@@ -308,7 +262,7 @@ def messages(value: Any, where: str, sharegpt: bool = False) -> list[dict[str, A
     """
     value = _decoded(value, where)
     if not isinstance(value, list):
-        raise _wrong(where, value, "a list of messages")
+        raise wrong_type(where, value, "a list of messages")
     if not value:
         raise Unusable(f"no_response: {where} is empty")
     return [_message(_renamed(m, f"{where}[{i}]") if sharegpt else m, f"{where}[{i}]") for i, m in enumerate(value)]
@@ -333,31 +287,47 @@ def _renamed(message: Any, where: str) -> Any:
 
 def _message(message: Any, where: str) -> dict[str, Any]:
     if not isinstance(message, Mapping):
-        raise _wrong(where, message, "a message")
+        raise wrong_type(where, message, "a message")
     role = message.get("role")
     if role is None:
         raise Unusable(f"missing_role: {where} has no role")
     if not isinstance(role, str):
-        raise _wrong(f"{where}.role", role, "a string")
+        raise wrong_type(f"{where}.role", role, "a string")
     if role not in ROLES:
-        raise Unusable(f"unknown_role: {where} has role {_shown(role)}, not one of {', '.join(ROLES)}")
+        raise Unusable(f"unknown_role: {where} has role {shown(role)}, not one of {', '.join(ROLES)}")
     result = {
         "role": role,
         **_without_nulls({k: v for k, v in message.items() if k not in ("role", "content")}),
     }
     calls = _decoded(result.pop("tool_calls", None) or None, f"{where}.tool_calls")
     if calls is not None and not (isinstance(calls, list) and all(isinstance(call, Mapping) for call in calls)):
-        raise _wrong(f"{where}.tool_calls", calls, "a list of calls")
+        raise wrong_type(f"{where}.tool_calls", calls, "a list of calls")
     if calls:
-        result["tool_calls"] = calls
+        result["tool_calls"] = [_call(call) for call in calls]
+    learned(result, where)  # refused here, where the message has a name
     content = _content(message.get("content"), where)
     if role == "assistant" and not calls and not (content or "").strip():
         raise Unusable(f"empty_response: {where} is blank")
     if content is None and not (role == "assistant" and calls):
-        raise _wrong(f"{where}.content", None, "text")
+        raise wrong_type(f"{where}.content", None, "text")
     if content is not None:
         result["content"] = content
     return result
+
+
+def _call(call: Mapping[str, Any]) -> dict[str, Any]:
+    """A tool call without the keys that say nothing; its arguments as they are."""
+    said = _without_nulls(call)
+    if isinstance(said.get("function"), Mapping):
+        said["function"] = _without_nulls(said["function"])
+    return said
+
+
+def is_sharegpt(turns: Any) -> bool:
+    """Whether messages are named as in ShareGPT, ``from`` and ``value``."""
+    return isinstance(turns, list) and any(
+        isinstance(turn, Mapping) and turn.get("role") is None and turn.get("from") is not None for turn in turns
+    )
 
 
 def _content(content: Any, where: str) -> str | None:
@@ -365,12 +335,12 @@ def _content(content: Any, where: str) -> str | None:
     if content is None or isinstance(content, str):
         return content
     if not isinstance(content, list):
-        raise _wrong(f"{where}.content", content, "a string or a list of text parts")
+        raise wrong_type(f"{where}.content", content, "a string or a list of text parts")
     for part in content:
         if not isinstance(part, Mapping):
-            raise _wrong(f"a part of {where}.content", part, "a part with type text")
+            raise wrong_type(f"a part of {where}.content", part, "a part with type text")
         if part.get("type") != "text":
-            raise Unusable(f"not_text: {where}.content has a part of type {_shown(part.get('type'))}")
+            raise Unusable(f"not_text: {where}.content has a part of type {shown(part.get('type'))}")
         if not isinstance(part.get("text"), str):
-            raise _wrong(f"the text of a part of {where}.content", part.get("text"), "a string")
+            raise wrong_type(f"the text of a part of {where}.content", part.get("text"), "a string")
     return "".join(part["text"] for part in content)

@@ -9,7 +9,6 @@ from __future__ import annotations
 import csv
 import fnmatch
 import glob
-import gzip
 import io
 import itertools
 import json
@@ -17,12 +16,15 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePath, PurePosixPath
-from typing import IO, Any, cast
+from typing import Any
 
 import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
+from datasets.exceptions import DatasetGenerationError
 
+from alphatoken.pipeline.prepare.compressed import BROKEN, COMPRESSIONS, opened, suffixes
+from alphatoken.pipeline.prepare.typed import structs_of_tools, typed_rows
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_file
 from alphatoken.pipeline.run.redaction import redacted
@@ -33,13 +35,16 @@ FORMATS = {
     ".ndjson": "jsonl",
     ".json": "json",
     ".csv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
     ".arrow": "arrow",
 }
+KNOWN = f"{', '.join(sorted(FORMATS))}, those of text also with {', '.join(COMPRESSIONS)}"
+SHOWN = 4  # names of skipped files in a line
 TEXT = "__row_as_text__"  # the column of text formats
 TOO_MANY_FIELDS = "__too_many_fields__"
 TOO_LONG = "__too_long__"
-READER = 2  # counts up when the rows of a file are read differently, since they are cached
+READER = 3  # counts up when the rows of a file are read differently, since they are cached
 LONGEST_LINE = 64 << 20  # bytes; what has no line break for longer is no row, and must not fill the memory
 
 
@@ -58,9 +63,13 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """All rows of a data set, numbered from 0 over its files in order."""
+    """All rows of a data set, numbered from 0 over its files in order.
+
+    ``remarks``: what is to be said of how they were read, a line each.
+    """
 
     files: tuple[Source, ...]
+    remarks: tuple[str, ...] = ()
 
     @property
     def starts(self) -> list[int]:
@@ -72,7 +81,8 @@ class Sources:
 
     def named(self, names: Sequence[str]) -> Sources:
         """The same files under other names in reports and identifiers."""
-        return Sources(tuple(replace(file, name=name) for file, name in zip(self.files, names, strict=True)))
+        files = tuple(replace(file, name=name) for file, name in zip(self.files, names, strict=True))
+        return replace(self, files=files)
 
     def pieces(self, rows: Sequence[int]) -> list[tuple[str, list[int], pa.Table]]:
         """(file name, row numbers within the file, raw rows) for ascending global row numbers."""
@@ -89,7 +99,7 @@ class Sources:
 def decode(table: pa.Table) -> Iterator[tuple[Any, str | None]]:
     """Rows of a raw table as (row, None), or (raw text, reason) for a row that cannot be read."""
     if table.column_names != [TEXT] or not pa.types.is_large_string(table.schema.field(0).type):
-        yield from _typed(table)
+        yield from typed_rows(table)
         return
     for text in table.column(TEXT).to_pylist():
         try:
@@ -111,40 +121,35 @@ def decode(table: pa.Table) -> Iterator[tuple[Any, str | None]]:
             yield row, None
 
 
-def _typed(table: pa.Table) -> Iterator[tuple[Any, str | None]]:
-    try:
-        rows = table.to_pylist()
-    except (ValueError, OverflowError, pa.ArrowException):  # some value of some row has no Python counterpart
-        for index in range(table.num_rows):
-            one = table.slice(index, 1)
-            try:
-                row = one.to_pylist()[0]
-            except (ValueError, OverflowError, pa.ArrowException) as error:
-                yield str(one.to_string(preview_cols=100)), f"unreadable: {type(error).__name__}: {error}"
-            else:
-                yield row, None
-        return
-    for row in rows:
-        yield row, None
-
-
 def open_sources(key: str, value: Any) -> Sources:
     """Open what ``key`` (data.train or data.validation) names. Raises SettingsWrong naming the file and the remedy."""
     names = list(value) if isinstance(value, list | tuple) else [value]
-    files = [file for name in names for file in _expand(key, str(name))]
-    return Sources(tuple(files))
+    files: list[Source] = []
+    remarks: list[str] = []
+    for name in names:
+        files += _expand(key, str(name), remarks)
+    for file in files:
+        if lossy := structs_of_tools(file.rows.features.arrow_schema):
+            remarks.append(
+                f"{key}: {file.name} has {', '.join(lossy)} as structs, in which null and absent are the same: nulls are "
+                "left out; a column of JSON text keeps them"
+            )
+    return Sources(tuple(files), tuple(remarks))
 
 
-def _expand(key: str, name: str) -> list[Source]:
+def _expand(key: str, name: str, remarks: list[str]) -> list[Source]:
+    """The files that ``name`` means; what is left out of them is added to ``remarks``."""
     if is_remote(name):
-        return _remote(key, name)
+        return _remote(key, name, remarks)
     path = Path(name.removeprefix("file://")).expanduser()
     if path.is_file():
         return [_file(key, path)]
     if path.is_dir():
-        found = [p for p in sorted(path.rglob("*")) if p.is_file() and _wanted(p)]
+        there = [p for p in sorted(path.rglob("*")) if p.is_file()]
+        found = [p for p in there if _wanted(p)]
         if not found:
-            raise SettingsWrong([f"{key}={name}: the directory holds no file of {', '.join(sorted(set(FORMATS)))}"])
+            raise SettingsWrong([f"{key}={name}: the directory holds no file of {KNOWN}"])
+        remarks += _skipped(key, name, [p.relative_to(path) for p in there])
         return [_file(key, p) for p in _inside(key, path, found)]
     if any(c in name for c in "*?["):
         matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
@@ -157,6 +162,17 @@ def _expand(key: str, name: str) -> list[Source]:
     return [_hub(key, name)]
 
 
+def _skipped(key: str, place: str, files: Sequence[PurePath]) -> list[str]:
+    """One line about the files of a directory that are not read; those that hide themselves are no data."""
+    names = [str(p) for p in files if not _wanted(p) and not any(part.startswith(".") for part in p.parts)]
+    names += [str(p) for p in files if p.name.startswith(".") and _format(p)]
+    if not names:
+        return []
+    listed = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
+    many = "1 file" if len(names) == 1 else f"{len(names):,} files"
+    return [f"{key}={place}: {many} skipped: {listed} (read are {KNOWN})"]
+
+
 def _inside(key: str, directory: Path, files: Sequence[Path]) -> Sequence[Path]:
     """The files themselves; raises SettingsWrong for links that lead out of the directory, whose maker may be another."""
     root = directory.resolve()
@@ -166,7 +182,7 @@ def _inside(key: str, directory: Path, files: Sequence[Path]) -> Sequence[Path]:
     return files
 
 
-def _remote(key: str, uri: str) -> list[Source]:
+def _remote(key: str, uri: str, remarks: list[str]) -> list[Source]:
     """Files of an object store; a pattern may stand in the name of the file, as in s3://bucket/data/*.jsonl."""
     place, pattern = uri, "*"
     address, mark, options = uri.partition("?")
@@ -178,8 +194,8 @@ def _remote(key: str, uri: str) -> list[Source]:
         files = [f for f in files if fnmatch.fnmatchcase(f.path.rpartition("/")[2], pattern)]
         wanted = [f for f in files if _wanted(PurePosixPath(f.path))]
         if not wanted:
-            known = ", ".join(sorted(set(FORMATS)))
-            raise SettingsWrong([f"{key}={redacted(uri)}: there is no such file, and none of {known} below it"])
+            raise SettingsWrong([f"{key}={redacted(uri)}: there is no such file, and none of {KNOWN} below it"])
+        remarks += _skipped(key, redacted(uri), [PurePosixPath(f.uri.rpartition("/")[2]) for f in files])
         return [_file(key, file.fetched(), file) for file in wanted]
     except Unreachable as error:
         raise SettingsWrong([f"{key}: {error}"]) from error
@@ -190,32 +206,36 @@ def _wanted(path: PurePath) -> bool:
 
 
 def _format(path: PurePath) -> str | None:
-    return FORMATS.get(Path(path.stem).suffix if path.suffix == ".gz" else path.suffix)
+    suffix, compression = suffixes(path)
+    kind = FORMATS.get(suffix)
+    return kind if kind in _TEXT_ROWS or not compression else None
 
 
 def _file(key: str, path: Path, remote: RemoteFile | None = None) -> Source:
     """``remote``: what ``path`` is a copy of."""
     kind, name = _format(path), remote.uri if remote else str(path)
     if kind is None:
-        raise SettingsWrong(
-            [f"{key}={name}: unknown format; known: {', '.join(sorted(FORMATS))} (also .gz of the text ones)"]
-        )
+        raise SettingsWrong([f"{key}={name}: unknown format; known: {KNOWN}"])
     fingerprint = remote.version if remote else of_file(path)
     given = {"path": str(path), "content": fingerprint, "version": READER}
     try:
         if path.stat().st_size == 0 or _has_no_row(kind, given):
             rows = datasets.Dataset.from_dict({TEXT: []})
         elif kind in ("parquet", "arrow"):
-            rows = datasets.load_dataset(kind, data_files=str(path), split="train")
+            # `datasets` keeps what it has read under the file's name and time; the content is added to the key.
+            content = of_file(path)
+            rows = datasets.load_dataset(kind, f"content-{content}", data_files=str(path), split="train")
         else:
             rows = datasets.Dataset.from_generator(
                 _TEXT_ROWS[kind], gen_kwargs=given,
                 features=datasets.Features({TEXT: datasets.Value("large_string")}),
             )  # fmt: skip
-    except (OSError, ValueError, pa.ArrowException, csv.Error, datasets.exceptions.DatasetGenerationError) as error:
+    except (OSError, ValueError, pa.ArrowException, csv.Error, *BROKEN, DatasetGenerationError) as error:
         cause = error.__cause__ or error
         reason = next((line.strip() for line in str(cause).splitlines() if line.strip()), type(cause).__name__)
         raise SettingsWrong([f"{key}={name}: cannot be read as {kind}: {reason}"]) from error
+    if remote is None and of_file(path) != fingerprint:
+        raise SettingsWrong([f"{key}={name}: was changed while it was read: start again"])
     return Source(name, rows, fingerprint)
 
 
@@ -237,13 +257,9 @@ def _hub(key: str, name: str) -> Source:
     return Source(name, rows, f"hub:{name}:{rows._fingerprint}")
 
 
-def _open(path: str) -> IO[bytes]:
-    return cast("IO[bytes]", gzip.open(path, "rb")) if path.endswith(".gz") else open(path, "rb")
-
-
 # Bytes are carried as latin-1 text, which keeps every byte, so that broken UTF-8 is seen by `decode` and not lost here.
 def _jsonl_rows(path: str, content: str, version: int) -> Iterator[dict[str, str]]:
-    with _open(path) as file:
+    with opened(path) as file:
         while line := file.readline(LONGEST_LINE):
             length = len(line)
             if length == LONGEST_LINE and not line.endswith(b"\n"):
@@ -257,24 +273,28 @@ def _jsonl_rows(path: str, content: str, version: int) -> Iterator[dict[str, str
 
 
 def _json_rows(path: str, content: str, version: int) -> Iterator[dict[str, str]]:
-    with _open(path) as file:
+    with opened(path) as file:
         start = file.read(1 << 16).lstrip(b"\xef\xbb\xbf \t\r\n")[:1]
     if start != b"[":  # one object per line under the other name
         yield from _jsonl_rows(path, content, version)
         return
-    with _open(path) as file:
+    with opened(path) as file:
         rows = json.loads(file.read().removeprefix(b"\xef\xbb\xbf"))
     for row in rows:
         yield {TEXT: json.dumps(row)}
 
 
-def _csv_rows(path: str, content: str, version: int) -> Iterator[dict[str, str]]:
+def _csv_rows(path: str, content: str, version: int, delimiter: str = ",") -> Iterator[dict[str, str]]:
     csv.field_size_limit(1 << 30)
-    with _open(path) as file:
+    with opened(path) as file:
         # Bytes that are not UTF-8 become lone surrogates, which the quarantine names.
         text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        for row in csv.DictReader(text, restkey=TOO_MANY_FIELDS):
+        for row in csv.DictReader(text, restkey=TOO_MANY_FIELDS, delimiter=delimiter):
             yield {TEXT: json.dumps({name: value for name, value in row.items() if name is not None})}
 
 
-_TEXT_ROWS = {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows}
+def _tsv_rows(path: str, content: str, version: int) -> Iterator[dict[str, str]]:
+    yield from _csv_rows(path, content, version, delimiter="\t")
+
+
+_TEXT_ROWS = {"jsonl": _jsonl_rows, "json": _json_rows, "csv": _csv_rows, "tsv": _tsv_rows}

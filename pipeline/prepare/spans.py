@@ -13,7 +13,7 @@ from os.path import commonprefix
 from typing import Any
 
 from alphatoken.pipeline.prepare.chat import ChatTemplate, Span
-from alphatoken.pipeline.prepare.rows import Unusable
+from alphatoken.pipeline.prepare.outcome import Unusable
 from alphatoken.pipeline.prepare.skeleton import Masked, Piece, Skeleton
 
 _UNSTABLE = "template_not_prefix_stable: the chat template {}; add {{% generation %}} markers to it"

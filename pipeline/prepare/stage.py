@@ -25,7 +25,9 @@ from alphatoken.pipeline.prepare.inputs import (
     tokenizer_source,
     training_rows,
 )
-from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, row_kind
+from alphatoken.pipeline.prepare.outcome import NOTES
+from alphatoken.pipeline.prepare.repeated import all_repeat_prompt
+from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, shape_of
 from alphatoken.pipeline.prepare.sources import Sources, decode
 from alphatoken.pipeline.prepare.tokenize import Example
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker, to_table
@@ -52,17 +54,20 @@ def make_prepared(run: Run) -> None:
         run.progress.say(f"prepare: done already, {manifest.stage('prepare')['counts']['rows_used']:,} examples")
         return
     train = raw.train
+    for remark in raw.remarks:
+        run.progress.say(f"prepare: {remark}")
     facts = {"vocabulary": inputs["vocabulary"], **_check(source, settings, train)}
     # Names of files are part of the rows' identifiers: those that the stage was begun with, wherever the files are now.
     manifest.note("prepare", files=manifest.stage("prepare")["counts"].get("files") or [f.name for f in train.files])
     train = train.named(manifest.stage("prepare")["counts"]["files"])
+    columns = settings.data.columns.given()
     arguments = {
         "storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings,
         "preference": raw.preference,
     }  # fmt: skip
     total = train.starts[-1]
     with run.cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(run.cluster, total)) as pool:
-        stage = _Prepare(run, fingerprint, pool)
+        stage = _Prepare(run, fingerprint, pool, settings.data.strips_prompts and all_repeat_prompt(train, columns))
         drawn, counts = stage.hold_out(train, raw.validation)
         rows = training_rows(total, drawn, settings)
         parts = _plan(len(rows), settings.data.shard_examples)
@@ -70,24 +75,30 @@ def make_prepared(run: Run) -> None:
         manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
         counts += stage.shards(train, rows, parts)
     if not counts["train_rows"]:
+        why = remarks.line(counts)
         raise RunFailed(
-            f"data.train: none of the {len(rows)} rows can be used; see the reasons in {storage.path('quarantine')}"
+            f"data.train: none of the {len(rows)} rows can be used{f' ({why})' if why else ''}; see the reasons in "
+            f"{storage.path('quarantine')}"
         )
     reasons = {key.removeprefix("reason/"): n for key, n in sorted(counts.items()) if key.startswith("reason/")}
-    said = {key: n for key, n in counts.items() if remarks.is_remark(key)}
-    plain = {key: n for key, n in sorted(counts.items()) if not key.startswith("reason/") and key not in said}
+    notes = {key.removeprefix("note/"): n for key, n in sorted(counts.items()) if key.startswith("note/")}
+    left_out = {key: n for key, n in counts.items() if remarks.is_remark(key)}
+    plain = {k: n for k, n in sorted(counts.items()) if not k.startswith(("reason/", "note/")) and k not in left_out}
     if raw.validation is None:
         plain["rows_in"] = len(rows) + len(drawn)
         plain["rows_used"] = plain["rows_in"] - plain.get("quarantined", 0)
-    left_out = {"left_out": remarks.as_counts(said)} if said else {}
-    manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **left_out, **plain)
+    said = {"notes": notes, "left_out": remarks.as_counts(left_out)}
+    given = {key: found for key, found in said.items() if found}
+    manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **given, **plain)
+    for line in _said(notes):
+        run.progress.say(f"prepare: {line}")
     run.progress.say(
         f"prepare: {plain['train_rows']:,} training examples in {len(parts)} shard(s), {plain['validation_rows']:,} for "
         f"validation, {plain.get('fisher_rows', 0):,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
         f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({_listed(reasons)})" if reasons else "")
     )
-    if said:
-        run.progress.say(f"prepare: {remarks.line(said)}")
+    if left_out:
+        run.progress.say(f"prepare: {remarks.line(left_out)}")
 
 
 def _missing(storage: Storage, record: dict[str, Any]) -> bool:
@@ -132,7 +143,7 @@ def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str,
         row, reason = next(iter(decode(file.table([0]))))
         if reason is not None:
             continue
-        kind = row_kind(row.keys(), columns)
+        kind = shape_of(row, columns)
         try:
             require_template(kind, row, columns, settings.data.chat_template, bool(tokenizer.chat_template))
         except TemplateRequired as error:
@@ -145,9 +156,9 @@ def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str,
 class _Prepare:
     """One run of the stage."""
 
-    def __init__(self, run: Run, fingerprint: str, pool: WorkerPool) -> None:
+    def __init__(self, run: Run, fingerprint: str, pool: WorkerPool, repeated: bool) -> None:
         self.storage, self.settings, self.progress = run.storage, run.settings, run.progress
-        self.fingerprint, self.pool = fingerprint, pool
+        self.fingerprint, self.pool, self.repeated = fingerprint, pool, repeated
 
     def hold_out(self, train: Sources, validation: Sources | None) -> tuple[set[int], Counter[str]]:
         """Write validation.parquet and fisher.parquet; returns the training rows that they took, and the counts.
@@ -199,7 +210,7 @@ class _Prepare:
         """(row, example or None) in the order of ``rows``."""
         ordered = sorted(rows)
         results: list[Example | None] = []
-        work = PrepareTask(sources.pieces(ordered), None, None, self.fingerprint, "held-out")
+        work = PrepareTask(sources.pieces(ordered), None, None, self.fingerprint, "held-out", self.repeated)
         self.pool.run([Shard("held-out rows", 0)], lambda s: work, lambda s, r: results.extend(r[1]), task)
         by_row = dict(zip(ordered, results, strict=True))
         return [(row, by_row[row]) for row in rows]
@@ -207,7 +218,9 @@ class _Prepare:
     def _validation(self, sources: Sources) -> Counter[str]:
         rows = range(sources.starts[-1])
         written = "prepared/validation.parquet", "quarantine/validation.parquet"
-        work = PrepareTask(sources.pieces(rows), *written, self.fingerprint, "validation")
+        data = self.settings.data
+        repeated = data.strips_prompts and all_repeat_prompt(sources, data.columns.given())
+        work = PrepareTask(sources.pieces(rows), *written, self.fingerprint, "validation", repeated)
         counts = Counter[str]()
         with self.progress.task("prepare: validation", len(rows), "rows") as task:
             self.pool.run([Shard("validation rows", len(rows))], lambda s: work, lambda s, r: counts.update(r[0]), task)
@@ -223,6 +236,7 @@ class _Prepare:
         examples = [example for _, example in found]
         own: dict[str, Any] = {"held_out": [row for row, _ in found], "rows_used": len(examples)}
         own["truncated"] = sum(example.truncated for example in examples)
+        own |= Counter(f"note/{note}" for example in examples for note in example.notes)
         own |= remarks.of_lost(example.source for example in examples if example.lost)
         self.storage.write_table(f"prepared/{name}.parquet", to_table(examples), self.fingerprint, own)
         counts += _held(name, own)
@@ -246,8 +260,9 @@ class _Prepare:
 
         def payload(shard: Shard) -> PrepareTask:
             return PrepareTask(
-                train.pieces(plan[shard.name]), f"prepared/{shard.name}", f"quarantine/{shard.name}", self.fingerprint
-            )
+                train.pieces(plan[shard.name]), f"prepared/{shard.name}", f"quarantine/{shard.name}", self.fingerprint,
+                repeated=self.repeated,
+            )  # fmt: skip
 
         todo = sum(len(plan[part]) for part in missing)
         finished = len(parts) - len(missing)
@@ -266,24 +281,32 @@ class _Prepare:
 def _held(name: str, counts: dict[str, Any]) -> Counter[str]:
     """The stage's counts of rows held out of the training data."""
     found = Counter({f"{name}_rows": counts["rows_used"], "truncated": counts["truncated"]})
-    found.update({key: n for key, n in counts.items() if remarks.is_remark(key)})
+    found.update({key: n for key, n in counts.items() if key.startswith("note/") or remarks.is_remark(key)})
     return Counter({key: n for key, n in found.items() if n})
 
 
 def _of_validation(counts: Mapping[str, Any]) -> Counter[str]:
     """The stage's counts of a validation file of its own."""
-    renamed = Counter(
-        {
-            key
-            if remarks.is_remark(key)
-            else f"reason/validation {key[7:]}"
-            if key.startswith("reason/")
-            else f"validation_{key}": n
-            for key, n in counts.items()
-        }
-    )
+    renamed = Counter({_of_file(key): n for key, n in counts.items()})
     renamed["validation_rows"] = counts["rows_used"]
     return renamed
+
+
+def _of_file(key: str) -> str:
+    if remarks.is_remark(key):
+        return key
+    kind, mark, name = key.partition("/")
+    return f"{kind}/validation {name}" if mark else f"validation_{key}"
+
+
+def _said(notes: Mapping[str, int]) -> list[str]:
+    """A line for each note that rows carry."""
+    lines = []
+    for note, count in notes.items():
+        file, _, name = note.rpartition(" ")
+        line = f"{NOTES.get(name, name)}: {count:,} row(s)"
+        lines.append(f"data.{file}: {line}" if file else line)
+    return lines
 
 
 def _listed(reasons: dict[str, int]) -> str:

@@ -25,7 +25,8 @@ class Example:
 
     ``labels[i]`` is ``input_ids[i]`` where token ``i`` belongs to a response, else -100; both have one
     length, at most max_length. ``labels[0]`` is always -100, because nothing predicts the first token.
-    ``truncated``: tokens were cut from the right. ``lost``: responses whose reasoning the chat template leaves out.
+    ``truncated``: tokens were cut from the right. ``notes``: what happened to the row, to be counted (keys of `NOTES`).
+    ``lost``: responses whose reasoning the chat template leaves out.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Example:
     labels: list[int]
     source: str
     truncated: bool
+    notes: tuple[str, ...] = ()
     lost: int = 0
 
 
@@ -89,7 +91,7 @@ class ExampleMaker:
         found = []
         for i in parsed.respond:
             begun = parsed.begun if i == parsed.respond[0] else 0
-            cut = Conversation(parsed.messages[: i + 1], parsed.tools, (i,), begun)
+            cut = Conversation(parsed.messages[: i + 1], parsed.tools, (i,), () if found else parsed.notes, begun)
             try:
                 found.append(self._example(cut, f"{name}#{i}", source))
             except Unusable as problem:
@@ -127,7 +129,7 @@ class ExampleMaker:
         limit = self._max_length
         if first >= limit:
             raise Unusable(f"no_response: truncated away, it begins at token {first} and data.max_length={limit}")
-        return Example(name, ids[:limit], labels[:limit], source, len(ids) > limit, lost)
+        return Example(name, ids[:limit], labels[:limit], source, len(ids) > limit, parsed.notes, lost)
 
     def _renderer(self, tools: bool) -> Renderer:
         """That of the template which is used with or without tools (some tokenizers have two)."""

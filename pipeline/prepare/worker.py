@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -14,6 +14,7 @@ from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUA
 from alphatoken.pipeline.maths.models import ModelSource, load_tokenizer
 from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
+from alphatoken.pipeline.prepare.repeated import repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import decode
 from alphatoken.pipeline.prepare.tokenize import IGNORED, Example, ExampleMaker
@@ -31,7 +32,8 @@ class PrepareTask:
     """Rows for one worker call. ``part``: the file name to write, or None to send the examples back.
 
     ``role`` matters to preference data alone: "train" rows become pairs; "held-out" ones are pairs too, of which the
-    chosen branch is the example; "validation" rows may also be supervised ones.
+    chosen branch is the example; "validation" rows may also be supervised ones. ``repeated``: every row of the data
+    repeats its prompt, which is taken off.
     """
 
     pieces: Pieces
@@ -39,6 +41,7 @@ class PrepareTask:
     quarantine: str | None
     fingerprint: str
     role: str = "train"
+    repeated: bool = False
 
 
 class PrepareWorker:
@@ -67,7 +70,7 @@ class PrepareWorker:
                 made: list[Any] = []
                 if reason is None:
                     try:
-                        made = self._made(row, f"{name}:{number}", task.role)
+                        made = self._made(row, f"{name}:{number}", task)
                     except TemplateRequired as error:
                         raise RunFailed(f"{name}, row {number}: {error}") from error
                     except Unusable as error:
@@ -87,12 +90,19 @@ class PrepareWorker:
             examples = []
         return counts, examples
 
-    def _made(self, row: Any, source: str, role: str) -> list[Any]:
+    def _made(self, row: Any, source: str, task: PrepareTask) -> list[Any]:
         """The examples of a row: one, or several with data.keep_reasoning; the pair of one."""
-        if self.pair is None or (role == "validation" and not is_pair(row, self.columns)):
-            return self.make.turn_by_turn(row, source) if self.keep_reasoning else [self.make(row, source)]
-        pair = self.pair(row, source)
-        return [pair if role == "train" else pair.chosen]
+        notes: tuple[str, ...] = ()
+        if repeats_prompt(row, self.columns):
+            notes = ("prompt_stripped",) if task.repeated else ("prompt_repeated",)
+            row = without_prompt(row, self.columns) if task.repeated else row
+        made: list[Any]
+        if self.pair is None or (task.role == "validation" and not is_pair(row, self.columns)):
+            made = self.make.turn_by_turn(row, source) if self.keep_reasoning else [self.make(row, source)]
+        else:
+            pair = self.pair(row, source)
+            made = [pair if task.role == "train" else replace(pair.chosen, notes=pair.notes)]
+        return [replace(made[0], notes=(*made[0].notes, *notes)), *made[1:]] if notes else made
 
 
 def to_table(examples: Iterable[Example]) -> pa.Table:
@@ -116,6 +126,7 @@ def _counts(usable: Sequence[Example | Pair], rejected: Sequence[dict[str, Any]]
     counts = Counter(f"reason/{row['reason'].split(':')[0]}" for row in rejected)
     counts["rows_used"] = len(usable)
     counts["quarantined"] = len(rejected)
+    counts.update(f"note/{note}" for example in usable for note in example.notes)
     counts["truncated"] = sum(example.truncated for example in usable)
     sequences = [s for e in usable for s in ((e.chosen, e.rejected) if isinstance(e, Pair) else (e,))]
     lost = dict.fromkeys(sequence.source for sequence in sequences if sequence.lost)  # each row once

@@ -141,8 +141,8 @@ def _look(run: Run, place: MaskPlace, decode: Callable[[int], str]) -> _Picture:
     """One pass over prepared, values and one mask, some rows at a time."""
     summary, inputs = place.summary, run.manifest.stage("value").get("inputs", {})
     columns = [name for name in summary["columns"] if name != "value"]
-    read = [name for name in columns if name != RANDOM]
-    there = [*inputs["columns"], *([KEPT] if is_rehearsed(inputs) else [])] if read else []
+    drawn = [RANDOM] if summary["score"] == "random" else []  # the values themselves, and no column
+    there = [*inputs["columns"], *([KEPT] if is_rehearsed(inputs) else [])] if columns else []
     seed = run.manifest.stage(f"mask/{place.name}")["inputs"].get("run.seed", 0)
     parts = PairedParts(run, ROWS_AT_ONCE, there, seed, place.branch)
     valuing = Valuing(MaskSettings(**summary["settings"]), summary["scales"])
@@ -152,8 +152,8 @@ def _look(run: Run, place: MaskPlace, decode: Callable[[int], str]) -> _Picture:
     with run.progress.task(f"report {place.branch}".rstrip(), total, "rows") as task:
         for part in parts.rows:
             masked = _kept(place, part)
-            for rows, kept in zip(parts.part(part, columns, with_input_ids=True), masked, strict=True):
-                shown = {"value": valuing.values(rows), **rows.components}
+            for rows, kept in zip(parts.part(part, [*columns, *drawn], with_input_ids=True), masked, strict=True):
+                shown = {"value": valuing.values(rows), **{name: rows.components[name] for name in columns}}
                 _count(picture, rows, shown, kept)
                 for index in sorted(wanted & set(range(row, row + len(rows)))):
                     picture.examples.append(_example(rows, shown, kept, index - row, summary, decode))

@@ -21,6 +21,7 @@ from alphatoken.pipeline.settings import STAGES
 
 NAME = "run.json"
 SCHEMA = 2  # 1: values/ of one method, before columns had one meaning each
+LONGEST = 60  # characters of a value in a message
 PACKAGES = ("alphatoken", "torch", "transformers", "tokenizers", "ray", "pyarrow", "datasets", "safetensors")
 OUTPUTS = {
     "prepare": ("prepared", "quarantine"),
@@ -98,7 +99,7 @@ class Manifest:
             if base == "mask":
                 remedy = "choose another mask.name, or start the masks anew with run.overwrite=mask"
             changed = differences(record["inputs"], inputs)
-            lines = [f"{stage}: {key} was {_short(old)}, now {_short(new)}" for key, old, new in changed]
+            lines = [f"{stage}: {key} was {_apart(old, new)}, now {_apart(new, old)}" for key, old, new in changed]
             raise SettingsWrong([*lines, f"{self.storage.root} holds {stage} of other settings: {remedy}"])
         if not record:
             record = {"fingerprint": fingerprint, "inputs": inputs, "state": "running", "seconds": 0.0, "counts": {}}
@@ -166,6 +167,14 @@ def _plain(value: Any) -> Any:
     return value
 
 
+def _apart(value: Any, other: Any) -> str:
+    """``value`` in a line; of two lists that are too long for it what they do not share."""
+    if isinstance(value, list) and isinstance(other, list) and max(len(str(value)), len(str(other))) > LONGEST:
+        own = [repr(item) for item in value if item not in other]
+        return _short(f"[{', '.join(['...', *own])}]")
+    return _short(value)
+
+
 def _short(value: Any) -> str:
     text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

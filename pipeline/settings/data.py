@@ -20,8 +20,15 @@ class ColumnSettings:
     system: str | None = option(None, "name of the system prompt column")
     conversations: str | None = option(None, "name of the ShareGPT column")
     tools: str | None = option(None, "name of the tool list column")
+    history: str | None = option(None, "name of the column with the turns before an instruction")
+    label: str | None = option(None, "name of the column that is false for a bad answer (KTO)")
     input_ids: str | None = option(None, "name of the token id column")
     labels: str | None = option(None, "name of the label column")
+    loss_mask: str | None = option(None, "name of a column that is 1 at response tokens, 0 elsewhere")
+    completion_mask: str | None = option(None, "name of another such column; a token is one in all of them")
+    assistant_masks: str | None = option(None, "name of another such column; a token is one in all of them")
+    attention_mask: str | None = option(None, "name of the column that is 0 at padding")
+    position_ids: str | None = option(None, "name of the column of positions, by which packed rows are known")
     chosen: str | None = option(None, "name of the chosen column")
     rejected: str | None = option(None, "name of the rejected column")
     id: str | None = option(None, "name of the identifier column")
@@ -54,9 +61,17 @@ class DataSettings:
         "where the chat template drops the reasoning of earlier turns: one example for each turn, of which it is the last; "
         "pairs stay as they are",
     )
+    repeated_prompt: str = option(
+        "auto", "auto | keep: a prompt with which the responses of all rows begin is taken off them (auto) or stays"
+    )
     columns: ColumnSettings = field(
         default_factory=ColumnSettings, metadata={"help": "column names, where not the usual ones"}
     )
+
+    @property
+    def strips_prompts(self) -> bool:
+        """Whether a prompt that the responses of all rows repeat is taken off them."""
+        return self.repeated_prompt == "auto"
 
     @property
     def cut(self) -> tuple[int, int] | None:
@@ -70,6 +85,7 @@ class DataSettings:
         """Every reason why these settings cannot be used, one sentence each."""
         found = one_of("data.format", self.format, ("auto", "sft", "preference"))
         found += one_of("data.chat_template", self.chat_template, ("auto", "always", "never"))
+        found += one_of("data.repeated_prompt", self.repeated_prompt, ("auto", "keep"))
         if self.part is not None and self.cut is None:
             found.append(f"data.part={self.part}: must be k/n with 1 <= k <= n, such as 1/4")
         found += at_least("data.max_length", self.max_length, 2)

@@ -30,7 +30,7 @@ class MaskSettings:
         "auto",
         "which tokens come first: paper (adaptation + lambda * stability, Eq. 12) | information | entropy (undecided first) | "
         "loss (low loss first: against wrong tokens) | excess_loss (policy's minus reference's, Rho-1) | exact | random "
-        "| full (keep everything) | auto (information; paper for pairs and for a rehearsal)",
+        "| full (keep everything) | auto (information; paper for pairs, for a rehearsal and where values/ has no information)",
     )
     rho: float = option(0.5, "fraction of the response tokens that is kept")
     stability_weight: float | None = option(
@@ -84,7 +84,7 @@ class MaskSettings:
             ("divide_by_gradient_norm", self.divide_by_gradient_norm),
         ):
             if asked and self.score in WITHOUT_VALUES:
-                found.append(f"mask.{key}={asked}: mask.score={self.score} looks at no values")
+                found.append(f"mask.{key}={asked}: mask.score={self.score} looks at no values: leave it out")
         found += at_least("mask.rare_tokens", self.rare_tokens, 0)
         found += one_of("mask.rule", self.rule, ("top", "positive", "weight"))
         found += at_least("mask.batch_size", self.batch_size, 1)
@@ -99,17 +99,21 @@ class MaskSettings:
                 found.append(f"mask.always_keep={token}: must be eos, a token string or a token id")
         return found
 
-    def resolved(self, paired_or_rehearsed: bool, drift: str | None = None) -> "MaskSettings":
+    def resolved(
+        self, paired_or_rehearsed: bool, drift: str | None = None, there: Collection[str] = ()
+    ) -> "MaskSettings":
         """These settings with what is left open until it is known what the values are of.
 
         ``paired_or_rehearsed``: whether the data is of preference, or the schedule a rehearsal. ``drift``: anchor.drift of
-        the directions; without one there is no stability to weigh.
+        the directions; without one there is no stability to weigh. ``there``: the columns of values/.
 
         A mask that is made once has to hold for a whole training run: `information` says where there is most to learn,
         without stability, whose scale is another one, and without the first token, where learning is forgetting. A
         rehearsal is the paper's own loop, and of a pair only signed values say which branch a token speaks for.
         """
-        score = self.score if self.score != "auto" else "paper" if paired_or_rehearsed else "information"
+        lacking = "information" not in there and set(MASK_SCORES["paper"]) <= set(there)
+        usual = "paper" if paired_or_rehearsed or lacking else "information"
+        score = usual if self.score == "auto" else self.score
         weight = 1.5 if score in ("paper", "exact") and drift != "none" else 0.0
         first = 1 if score == "information" else 0
         return replace(

@@ -84,13 +84,15 @@ class Settings:
         """Why the mask cannot be made from the values that these settings make; for commands that make both."""
         if self.mask.problems() or self.valuation.problems():
             return []  # said already
-        mask = self.mask.resolved(pairs or self.valuation.rehearsed, self.anchor.drift)
-        return mask.missing(self.valuation.columns, self.valuation.scores)
+        there = self.valuation.columns
+        mask = self.mask.resolved(pairs or self.valuation.rehearsed, self.anchor.drift, there)
+        return mask.missing(there, self.valuation.scores)
 
     def anchor_problems(self, pairs: bool) -> list[str]:
         """Why the anchors cannot be made; ``pairs``: whether the data is of preference."""
         # A rehearsal makes its own drift, and weighs it by its own key.
-        weight = 0.0 if self.valuation.rehearsed else self.mask.resolved(pairs).stability_weight or 0.0
+        mask = self.mask.resolved(pairs, there=self.valuation.columns) if not self.valuation.problems() else self.mask
+        weight = 0.0 if self.valuation.rehearsed else mask.stability_weight or 0.0
         return self.anchor.problems(weight, len(self.model.checkpoints))
 
     def _rehearsal_problems(self) -> list[str]:

@@ -5,13 +5,16 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from alphatoken.data_schemas import COMPONENTS, PREPARED, VALUES
+from alphatoken.data_schemas import PREPARED, SCORES, value_columns, values_schema
 from alphatoken.pipeline.anchor.tensors import write_tensors
 from alphatoken.pipeline.maths.models import ModelSource
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings, ValuationSettings
-from alphatoken.pipeline.value.stage import ValueTask, ValueWorker
+from alphatoken.pipeline.value.kinds import Supervised
+from alphatoken.pipeline.value.worker import ValueTask, ValueWorker
+
+COLUMNS = value_columns(tuple(SCORES), exact=True)
 
 
 @pytest.fixture
@@ -37,16 +40,15 @@ def worker(tmp_path, policy):
     storage.write_table("prepared/part.parquet", pa.table(columns, schema=PREPARED), "f")
 
     def make(budget: int) -> ValueWorker:
-        valuation = ValuationSettings(layers=2, window=4, tokens_per_batch=budget)
-        settings = Settings(valuation=valuation).for_data(pairs=False)
-        return ValueWorker(storage, ModelSource(str(policy)), settings, snapshots=[0])
+        settings = Settings(valuation=ValuationSettings(layers=2, window=4, tokens_per_batch=budget, exact=True))
+        return ValueWorker(storage, ModelSource(str(policy)), settings, [0], Supervised(), None)
 
     return storage, make
 
 
 def values(storage: Storage) -> list[dict]:
     table = pq.read_table(storage.path("values/part.parquet"))
-    assert table.schema.equals(VALUES)
+    assert table.schema.equals(values_schema(COLUMNS))
     return table.to_pylist()
 
 
@@ -54,14 +56,15 @@ class _Scarce:
     """A device that holds ``most`` padded tokens: refuses larger batches as the device's allocator would."""
 
     def __init__(self, worker: ValueWorker, most: int) -> None:
-        self.values, self.most, self.refused, self.shapes = worker._values, most, 0, []
+        self.scoring, self.most, self.refused, self.shapes = worker.scoring, most, 0, []
+        self.columns = worker.scoring.columns
 
-    def __call__(self, batch, ids):
+    def __call__(self, batch):
         if batch.shape[0] * batch.shape[1] > self.most:
             self.refused += 1
             raise torch.OutOfMemoryError("CUDA out of memory (as the test says)")
         self.shapes.append(batch.shape)
-        return self.values(batch, ids)
+        return self.scoring(batch)
 
 
 def test_a_batch_that_does_not_fit_is_halved_and_the_values_are_the_same(worker, monkeypatch):
@@ -70,14 +73,15 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_values_are_the_same(worker,
     calm = values(storage)
     tight = make(1000)
     scarce = _Scarce(tight, 70)
-    monkeypatch.setattr(tight, "_values", scarce)
+    monkeypatch.setattr(tight, "scoring", scarce)
     done = []
     tight(ValueTask("part.parquet", "f"), done.append)
     assert scarce.refused >= 1 and all(rows * length <= 70 for rows, length in scarce.shapes)
     assert sum(done) == 9 + 30 + 14 + 22 + 11 + 27 + 16
     for one, other in zip(calm, values(storage), strict=True):
         assert one["id"] == other["id"]
-        for name in (*COMPONENTS, "loss"):
+        for name in COLUMNS:
+            assert any(one[name])
             np.testing.assert_allclose(one[name], other[name], rtol=1e-3, atol=1e-4)
     refused = scarce.refused
     tight(ValueTask("part.parquet", "f"), done.append)
@@ -87,6 +91,6 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_values_are_the_same(worker,
 def test_an_example_that_does_not_fit_alone_is_named(worker, monkeypatch):
     _, make = worker
     tight = make(1000)
-    monkeypatch.setattr(tight, "_values", _Scarce(tight, 20))
+    monkeypatch.setattr(tight, "scoring", _Scarce(tight, 20))
     with pytest.raises(RunFailed, match="row-1.*30 tokens.*data.max_length"):
         tight(ValueTask("part.parquet", "f"), lambda units: None)

@@ -20,9 +20,79 @@ def test_wrong_keys_types_and_groups_are_all_said_at_once(alphatoken, tmp_path):
         "data.max_length=1",
     )
     assert status == 2 and out == ""
-    for text in ("did you mean mask.rho", "valuation.layers=three", "cluster/moon", "mask.rho=2", "data.max_length=1"):
+    for text in (
+        "did you mean mask.rho",
+        "valuation.layers=three",
+        "cluster=moon: no such choice",
+        "mask.rho=2",
+        "data.max_length=1",
+    ):
         assert text in err
     assert not (tmp_path / "r").exists()
+
+
+ONE_LINE = [
+    (["valuation.scores=[paper,magic]"], "valuation.scores=magic: must be one of paper, information, loss, entropy"),
+    (["mask.score=magic"], "mask.score=magic: must be one of auto, paper, information, entropy, loss, excess_loss"),
+    (["mask=magic"], "mask=magic: no such choice; choices: full, half, information, noise, paper, random"),
+    (["valuation=magic"], "valuation=magic: no such choice; choices: alphatoken, direct, paper, rehearsal"),
+    (["mask.score=random", "mask.loss_weight=0.5"], "mask.loss_weight=0.5: mask.score=random looks at no values"),
+    (["mask.score=full", "mask.stability_weight=1"], "mask.stability_weight=1.0: mask.score=full looks at no values"),
+    (["mask=random", "mask.divide_by_gradient_norm=true"], "mask.score=random looks at no values: leave it out"),
+    (["valuation=rehearsal", "valuation.scores=[information,loss]"], "add paper to valuation.scores"),
+    (["valuation=rehearsal", "valuation.reference_loss=true"], "a rehearsal has none, set valuation.schedule=static"),
+]
+
+
+@pytest.mark.parametrize("command", ["run", "mask", "plan", "submit run"])
+@pytest.mark.parametrize(("overrides", "reason"), ONE_LINE, ids=[" ".join(one) for one, _ in ONE_LINE])
+def test_scores_and_presets_that_do_not_exist_or_go_together_are_refused_in_a_line(
+    alphatoken, tmp_path, command, overrides, reason
+):
+    status, out, err = alphatoken(*command.split(), f"run.dir={tmp_path}/r", *overrides)
+    assert status == 2 and out == "" and reason in err, err
+    assert len(err.strip().splitlines()) == 1
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "remedy"),
+    [
+        (["valuation=paper"], "mask.score=information needs the column information", ),
+        (["valuation=paper", "mask.score=entropy"], "set valuation.scores=[paper,loss,entropy]"),
+        (["valuation.scores=[information]", "mask=noise"], "set valuation.scores=[information,loss]"),
+        (["valuation.scores=[information]", "mask.stability_weight=1"], "set valuation.scores=[paper,information]"),
+        (["mask.score=exact"], "set valuation.exact=true"),
+        (["mask.score=excess_loss"], "set valuation.reference_loss=true"),
+        (["valuation.scores=[]"], "set valuation.scores=[information]"),
+    ],
+)  # fmt: skip
+def test_a_mask_of_a_column_that_the_run_will_not_have_is_refused_before_anything_runs(
+    alphatoken, tmp_path, policy, train_file, overrides, remedy
+):
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    status, _, err = alphatoken("run", *same, *overrides)
+    assert status == 2 and remedy in err and len(err.strip().splitlines()) == 1, err
+    assert not (tmp_path / "r/prepared").exists()
+
+
+def test_a_reference_loss_needs_two_models(alphatoken, tmp_path, policy, train_file):
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    status, _, err = alphatoken("run", *same, f"model.reference={policy}", "valuation.reference_loss=true")
+    assert status == 2 and "set model.reference to a model that was trained on good data" in err
+    assert len(err.strip().splitlines()) == 1 and not (tmp_path / "r/prepared").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "mask", "report", "plan"])
+def test_a_run_directory_of_the_former_layout_is_refused_and_not_misread(alphatoken, tmp_path, policy, command):
+    manifest = {"schema": 1, "versions": {}, "configuration": {}, "stages": {}}
+    (tmp_path / "run.json").write_text(json.dumps(manifest))
+    status, out, err = alphatoken(command, f"run.dir={tmp_path}", f"model.policy={policy}")
+    last = err.strip().splitlines()[-1]
+    assert status == 1 and out == "" and "Traceback" not in err
+    assert f"{tmp_path}/run.json" in last and "its schema is 1" in last and "choose another run.dir" in last
+    assert json.loads((tmp_path / "run.json").read_text()) == manifest
+    assert {path.name for path in tmp_path.iterdir()} == {"run.json"}
 
 
 def test_no_drift_with_a_stability_weight_names_the_remedies(alphatoken, tmp_path):
@@ -36,7 +106,7 @@ def test_no_drift_of_pairs_is_refused_as_soon_as_they_are_known_to_be_pairs(
     alphatoken, tmp_path, policy, pairs_file, command
 ):
     data = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={pairs_file}", "data.validation=5"]
-    status, _, err = alphatoken(command, *data, *SMALL, "valuation.estimator=auto", "anchor.drift=none")
+    status, _, err = alphatoken(command, *data, *SMALL, "anchor.drift=none")
     assert status == 2 and "mask.stability_weight=1.5" in err.splitlines()[-1]
     assert not (tmp_path / "r/anchors").exists()
 
@@ -45,7 +115,7 @@ def test_no_drift_of_pairs_is_refused_as_soon_as_they_are_known_to_be_pairs(
     ("override", "reason"),
     [
         (("anchor.drift=none", "mask.stability_weight=0"), "anchor.drift=none leaves no stability"),
-        (("valuation.method=entropy",), "valuation.method=entropy has no stability"),
+        (("valuation.scores=[entropy]", "mask.score=entropy"), "set valuation.scores=[paper,entropy]"),
         (("valuation.schedule=rehearsal",), "a rehearsal decides with least_stable=0.0"),
         (("mask.rho=0.95",), "more than all tokens together"),
     ],
@@ -142,9 +212,15 @@ def test_damaged_parquet_is_named(alphatoken, tmp_path, policy):
     assert status == 2 and "d.parquet" in err and "parquet" in err
 
 
-def test_a_stage_before_its_time_names_the_one_to_run(alphatoken, tmp_path, policy):
-    status, _, err = alphatoken("value", f"run.dir={tmp_path}/r", f"model.policy={policy}")
-    assert status == 1 and "alphatoken anchor" in err
+def test_a_stage_before_its_time_names_the_one_to_run(alphatoken, tmp_path, policy, train_file):
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    for stage, missing in (("anchor", "prepare"), ("value", "prepare"), ("mask", "prepare"), ("report", "mask")):
+        status, _, err = alphatoken(stage, *same)
+        assert status == 1 and f"run `alphatoken {missing}` first" in err
+    assert alphatoken("prepare", *same)[0] == 0
+    for stage, missing in (("value", "anchor"), ("mask", "value"), ("report", "mask")):
+        status, _, err = alphatoken(stage, *same)
+        assert status == 1 and f"run `alphatoken {missing}` first" in err
 
 
 def test_nan_stops_the_run_and_names_example_and_module(alphatoken, tmp_path, policy, reference):

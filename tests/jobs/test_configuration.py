@@ -10,6 +10,7 @@ import pytest
 import ray
 import yaml
 
+from alphatoken.data_schemas import SCORES
 from alphatoken.jobs.cli import COMMANDS
 from alphatoken.jobs.config import groups, keys, load
 from alphatoken.pipeline.run.failure import SettingsWrong
@@ -60,31 +61,50 @@ def test_a_recipe_asks_for_what_it_leaves_to_the_user(recipe):
 
 def test_what_is_left_open_is_what_the_tables_support():
     settings = load([])
-    assert settings.valuation.estimator_for(pairs=False) == "information"
-    assert settings.valuation.estimator_for(pairs=True) == "ghost"  # a pair's values have a sign
-    for other in (
-        "valuation=rehearsal",
-        "valuation.schedule=rehearsal",
-        "valuation.gradient_norm=true",
-        "valuation=paper",
-    ):
-        assert load([other]).for_data(pairs=False).valuation.estimator == "ghost"
-    assert load(["valuation.estimator=exact"]).for_data(pairs=True).valuation.estimator == "exact"
-    for estimator, expected in (("information", (0.0, 1)), ("ghost", (1.5, 0)), ("exact", (1.5, 0)), (None, (1.5, 0))):
-        mask = settings.mask.for_values(estimator)
+    assert settings.valuation.scores == list(SCORES) and settings.mask.score == "auto"
+    assert settings.mask.resolved(False).score == "information"
+    assert (
+        settings.mask.resolved(True).score == "paper"
+    )  # a pair's values have a sign, a rehearsal is the paper's own loop
+    for score, expected in (
+        ("information", (0.0, 1)), ("paper", (1.5, 0)), ("exact", (1.5, 0)), ("entropy", (0.0, 0)), ("loss", (0.0, 0)),
+        ("excess_loss", (0.0, 0)), ("random", (0.0, 0)), ("full", (0.0, 0)),
+    ):  # fmt: skip
+        mask = load([f"mask.score={score}"]).mask.resolved(False)
         assert (mask.stability_weight, mask.skip_first) == expected
+        assert mask.resolved(True) == mask  # settled
+        assert load([f"mask.score={score}"]).mask.resolved(False, "none").stability_weight == 0
     asked = load(["mask.stability_weight=2", "mask.skip_first=3"]).mask
-    assert asked.for_values("information") == asked.for_values("ghost") == asked
-    assert load(["anchor.drift=none"]) and load(["anchor.drift=none", "mask.stability_weight=0", "valuation=paper"])
+    for paired in (False, True):
+        assert (asked.resolved(paired).stability_weight, asked.resolved(paired).skip_first) == (2, 3)
+    assert load(["anchor.drift=none"]) and load(["anchor.drift=none", "mask=paper", "mask.stability_weight=0"])
     with pytest.raises(SettingsWrong, match="leaves no stability"):
-        load(["anchor.drift=none", "valuation=paper"])
+        load(["anchor.drift=none", "mask=paper"])
+
+
+@pytest.mark.parametrize("preset", groups()["mask"])
+def test_presets_of_masks_say_what_their_comment_says(preset):
+    mask = load([f"mask={preset}"]).mask.resolved(False)
+    found = (mask.score, mask.rho, mask.stability_weight, mask.loss_weight, mask.skip_first, mask.scope, mask.normalize)
+    assert (
+        found
+        == {
+            "half": ("information", 0.5, 0.0, 0.0, 1, "dataset", "none"),
+            "information": ("information", 0.5, 0.0, 0.0, 1, "dataset", "none"),
+            "noise": ("information", 0.7, 0.0, 1.0, 1, "dataset", "rms"),
+            "paper": ("paper", 0.5, 1.5, 0.0, 0, "batch", "none"),
+            "random": ("random", 0.5, 0.0, 0.0, 0, "dataset", "none"),
+            "full": ("full", 0.5, 0.0, 0.0, 0, "dataset", "none"),
+        }[preset]
+    )
 
 
 def test_the_papers_setting_is_the_papers():
     settings = load(["experiment=paper_sft", *GIVEN["paper_sft"]])
     assert (settings.valuation.layers, settings.valuation.window) == (3, 32)
-    mask = settings.mask.for_values(settings.valuation.estimator_for(pairs=False))
-    assert (mask.stability_weight, mask.skip_first, mask.rho, mask.batch_size) == (1.5, 0, 0.5, 64)
+    mask = settings.mask.resolved(False)
+    assert (mask.score, mask.stability_weight, mask.skip_first, mask.rho) == ("paper", 1.5, 0, 0.5)
+    assert (mask.scope, mask.batch_size) == ("batch", 64) and "paper" in settings.valuation.scores
     assert (settings.data.validation, settings.anchor.fisher.prompts) == (32, 1000)
 
 

@@ -13,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alphatoken import Directions, TokenValuer
-from alphatoken.data_schemas import PREPARED, VALUES
+from alphatoken.data_schemas import COMPONENTS, PREPARED, SCORES, value_columns, values_schema
 from alphatoken.pipeline.maths.batch import collate
 from tests.conftest import SMALL, chat_row, write_rows
 
-AUTO = "valuation.estimator=auto"
+COLUMNS = value_columns(list(SCORES))
+EVERY_COLUMN = ("valuation.exact=true", "valuation.reference_loss=true")
 
 
 def arguments(run: Path, policy: Path, train: Path, *more: str) -> list[str]:
@@ -33,12 +34,11 @@ def hashes(run: Path) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def done_run(tmp_path_factory, ray_cluster, policy, train_file, validation_file) -> Path:
-    """A run with the default estimator, warm-up drift and a validation file."""
+    """A run with the default scores and mask, warm-up drift and a validation file."""
     from alphatoken.jobs.cli import main
 
     run = tmp_path_factory.mktemp("run")
-    status = main(arguments(run, policy, train_file, f"data.validation={validation_file}", "valuation.estimator=auto"))
-    assert status == 0
+    assert main(arguments(run, policy, train_file, f"data.validation={validation_file}")) == 0
     return run
 
 
@@ -71,13 +71,13 @@ def test_masks_load_with_exactly_three_columns_and_about_half_kept(done_run, tmp
         assert all(m in (-100, w) for m, w in zip(masked["labels"], whole["labels"], strict=True))
         assert masked["labels"][-1] == -100 or whole["labels"][-1] == masked["labels"][-1]
         response = [i for i, label in enumerate(whole["labels"]) if label != -100]
-        assert masked["labels"][response[0]] == -100  # mask.skip_first is 1 where values are of `information`
+        assert masked["labels"][response[0]] == -100  # mask.skip_first is 1 with mask.score=information
 
 
 def test_values_line_up_with_prepared_rows_and_equal_the_library(done_run, policy):
     part = "part-00001-of-00004.parquet"
     prepared, values = pq.read_table(done_run / "prepared" / part), pq.read_table(done_run / "values" / part)
-    assert prepared.schema.equals(PREPARED) and values.schema.equals(VALUES)
+    assert prepared.schema.equals(PREPARED) and values.schema.equals(values_schema(COLUMNS))
     assert prepared["id"].to_pylist() == values["id"].to_pylist()
     model = AutoModelForCausalLM.from_pretrained(policy)
     valuer = TokenValuer(model, Directions.load(done_run / "anchors/snapshot-00"), layers=2, window=4)
@@ -85,9 +85,9 @@ def test_values_line_up_with_prepared_rows_and_equal_the_library(done_run, polic
     batch = collate([r["input_ids"] for r in rows], [r["labels"] for r in rows])
     mask = (torch.arange(batch.shape[1]) < batch.lengths[:, None]).long()
     found = valuer(batch.input_ids, mask, batch.labels)
-    assert set(found) == set(VALUES.names) - {"id"}
+    assert tuple(found) == COLUMNS
     for name, tensor in found.items():
-        assert tensor.dtype == torch.float32 and (name == "stability_direct" or (tensor >= 0).all())
+        assert tensor.dtype == torch.float32 and tensor.any() and (name in COMPONENTS or (tensor >= 0).all())
         for row, stored in enumerate(values[name].to_pylist()):
             length = len(rows[row]["input_ids"])
             assert len(stored) == length
@@ -96,7 +96,7 @@ def test_values_line_up_with_prepared_rows_and_equal_the_library(done_run, polic
             assert not any(outside)
 
 
-def test_loss_column_is_the_cross_entropy_of_the_token_at_the_same_index(done_run, policy):
+def test_loss_and_entropy_are_those_of_the_prediction_of_the_token_at_the_same_index(done_run, policy):
     model = AutoModelForCausalLM.from_pretrained(policy)
     part = "part-00000-of-00004.parquet"
     weights = load_file(done_run / "anchors/snapshot-00/policy.safetensors")
@@ -112,6 +112,8 @@ def test_loss_column_is_the_cross_entropy_of_the_token_at_the_same_index(done_ru
             if label != -100:
                 expected = -log_probability[t - 1, row["input_ids"][t]].item()
                 assert stored["loss"][t] == pytest.approx(expected, rel=1e-4, abs=1e-5)
+                undecided = -(log_probability[t - 1].exp() * log_probability[t - 1]).sum().item()
+                assert stored["entropy"][t] == pytest.approx(undecided, rel=1e-4, abs=1e-5)
 
 
 def test_held_out_rows_are_excluded_from_training(alphatoken, tmp_path, policy, train_file):
@@ -152,29 +154,27 @@ def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, r
     found = []
     for workers in (1, 2):
         run = tmp_path / "run"  # the same place, since ids name the source files
-        more = (f"model.reference={reference}", f"cluster.workers={workers}", "data.validation=6", AUTO)
+        more = (f"model.reference={reference}", f"cluster.workers={workers}", "data.validation=6", *EVERY_COLUMN)
         assert alphatoken(*arguments(run, policy, train_file, *more))[0] == 0
         found.append(hashes(run))
         run.rename(tmp_path / f"run-{workers}")
     assert found[0] == found[1] and len(found[0]) > 10
-    recorded = json.loads((tmp_path / "run-2/run.json").read_text())["configuration"]
-    resolved = (
-        recorded["valuation"]["estimator"],
-        recorded["mask"]["stability_weight"],
-        recorded["mask"]["skip_first"],
-    )
-    assert resolved == ("information", 0.0, 1)
+    schema = pq.read_schema(tmp_path / "run-2/values/part-00000-of-00004.parquet")
+    assert schema.equals(values_schema((*COLUMNS, "adaptation_exact", "stability_exact", "reference_loss")))
+    mask = json.loads((tmp_path / "run-2/run.json").read_text())["configuration"]["mask"]
+    assert (mask["score"], mask["stability_weight"], mask["skip_first"]) == ("information", 0.0, 1)
 
 
 def test_the_same_command_again_skips_everything_and_another_setting_is_refused(
     alphatoken, done_run, policy, train_file, validation_file
 ):
-    same = arguments(done_run, policy, train_file, f"data.validation={validation_file}", "valuation.estimator=auto")
+    same = arguments(done_run, policy, train_file, f"data.validation={validation_file}")
     before = hashes(done_run)
     status, _, err = alphatoken(*same)
     assert status == 0 and err.count("done already") == 4
-    status, _, err = alphatoken(*same, "valuation=paper", "valuation.estimator=ghost")
-    assert status == 2 and "valuation.estimator was information, now ghost" in err and "run.overwrite=value" in err
+    status, _, err = alphatoken(*same, "valuation=paper", "mask.score=paper")
+    assert status == 2 and "run.overwrite=value" in err
+    assert "value: columns was [..., 'information', 'entropy', 'gradient_norm'], now [...]" in err
     status, _, err = alphatoken(*same, "valuation.window=5")
     assert status == 2 and "valuation.window was 4, now 5" in err and "run.overwrite=value" in err
     status, _, err = alphatoken(*same, "mask.rho=0.3")
@@ -195,16 +195,17 @@ def test_another_rho_needs_no_model(alphatoken, done_run):
 
 def test_value_goes_on_with_the_parts_that_are_missing(alphatoken, tmp_path, policy, reference, train_file):
     run = tmp_path / "r"
-    same = arguments(run, policy, train_file, f"model.reference={reference}", "data.validation=6")
+    same = arguments(run, policy, train_file, f"model.reference={reference}", "data.validation=6", *EVERY_COLUMN)
     assert alphatoken(*same)[0] == 0
     before = hashes(run)
     part = run / "values/part-00001-of-00004.parquet"
     part.write_bytes(part.read_bytes()[:100])  # as a broken disk would leave it
+    (run / "reference/part-00003-of-00004.parquet").unlink()
     manifest = json.loads((run / "run.json").read_text())
     manifest["stages"]["value"]["state"] = "running"
     (run / "run.json").write_text(json.dumps(manifest))
     status, _, err = alphatoken("value", *same[1:])
-    assert status == 0 and "3 of 4 shards are complete already" in err
+    assert status == 0 and "3 of 4 shards are complete already" in err, err
     assert hashes(run) == before
 
 

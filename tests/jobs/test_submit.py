@@ -1,4 +1,7 @@
-"""Jobs for real: a Ray head with a dashboard and a second node, started here; submitted from another directory."""
+"""Jobs for real: a Ray head with a dashboard and a second node, started here; submitted from another directory.
+
+The cluster has the dependencies alone: what it runs of AlphaToken is what came with the job.
+"""
 
 import json
 import os
@@ -41,6 +44,16 @@ def free_ports(count: int) -> list[int]:
             one.close()
 
 
+# Read by every Python of the cluster when it starts: takes an editable install of this repository out of its reach.
+WITHOUT_ALPHATOKEN = """
+import sys
+sys.meta_path[:] = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+sys.path[:] = [place for place in sys.path if place != ROOT]
+"""
+# What a project's own files of our names hold: a job that imported one of them would fail.
+RAISES = "raise RuntimeError('the project\\'s own module was imported')\n"
+
+
 def environment() -> dict[str, str]:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     own = {"PATH": path, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONPATH": str(ROOT)}
@@ -48,12 +61,24 @@ def environment() -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def dashboard():
+def bare(tmp_path_factory) -> dict[str, str]:
+    """The environment of a machine that has the dependencies, and not AlphaToken."""
+    place = tmp_path_factory.mktemp("bare")
+    (place / "sitecustomize.py").write_text(f"ROOT = {str(ROOT)!r}\n{WITHOUT_ALPHATOKEN}")
+    found = {**environment(), "PYTHONPATH": str(place)}
+    code = [sys.executable, "-c", "import alphatoken"]
+    asked = subprocess.run(code, env=found, cwd=place, capture_output=True, text=True)
+    assert "No module named 'alphatoken'" in asked.stderr
+    return found
+
+
+@pytest.fixture(scope="module")
+def dashboard(bare):
     """Address of the job API of a two-node cluster."""
     ports = free_ports(3)
     cluster = subprocess.Popen(
         [sys.executable, "-c", START, *map(str, ports)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        env=environment(),
+        env=bare, cwd=bare["PYTHONPATH"],
     )  # fmt: skip
     try:
         assert cluster.stdout is not None and cluster.stdout.readline().strip() == "ready 2"
@@ -64,12 +89,15 @@ def dashboard():
 
 @pytest.fixture
 def elsewhere(tmp_path) -> Path:
-    """A working directory with data, and with something that .gitignore names."""
+    """A project with data, with something that .gitignore names, and with folders and files of our names."""
     (tmp_path / "secret").mkdir()
     (tmp_path / "secret/key").write_text("x")
     (tmp_path / ".gitignore").write_text("secret/\n")
     write_rows(tmp_path / "train.jsonl", [chat_row(i) for i in range(40)])
     write_rows(tmp_path / "secret/train.jsonl", [chat_row(i) for i in range(40)])
+    for name in ("pipeline/__init__.py", "conf/__init__.py", "data_schemas/__init__.py", "jobs.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(RAISES)
     return tmp_path
 
 

@@ -17,14 +17,16 @@ from alphatoken.pipeline.run.storage import Storage
 from tests.conftest import SMALL
 from tests.mask.synthetic_run import masks, write_run
 
-NINE = ["mask.rho=0.3,0.5,0.7", "mask.stability_weight=0,0.5,1.5"]
+NINE = ["mask.score=paper", "mask.rho=0.3,0.5,0.7", "mask.stability_weight=0,0.5,1.5"]
 
 
 def test_points_are_hydras_product_with_the_last_key_fastest():
     points = expand(["mask.rho=range(0.25,1,0.25)", "mask=choice(half,paper)", "run.seed=3"])
     assert [p.name for p in points][:3] == ["rho-0.25_mask-half", "rho-0.25_mask-paper", "rho-0.5_mask-half"]
     assert len(points) == 6 and all("run.seed=3" in p.overrides for p in points)
-    assert [p.name for p in expand(["mask=glob(*)"])] == ["mask-half", "mask-paper"]
+    assert [p.name for p in expand(["mask=glob(*)"])] == [
+        f"mask-{name}" for name in ("full", "half", "information", "noise", "paper", "random")
+    ]  # fmt: skip
     for wrong in (["mask.rho=0.5"], ["mask.rho=interval(0,1)"], ["mask.rho=0.5,"]):
         with pytest.raises(SettingsWrong):
             expand(wrong)
@@ -55,7 +57,7 @@ def test_nine_masks_in_one_process_without_torch_or_ray(tmp_path):
 
 def test_agreement_and_contributions_are_those_of_plain_sets_and_means(alphatoken, tmp_path):
     storage, _, _ = write_run(tmp_path)
-    assert alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.3,0.7")[0] == 0
+    assert alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.score=paper", "mask.rho=0.3,0.7")[0] == 0
     first, second = MaskPlace(storage, "rho-0.3"), MaskPlace(storage, "rho-0.7")
     kept = [
         {
@@ -161,7 +163,9 @@ def test_points_of_the_engine_and_of_the_model_share_what_does_not_depend_on_the
     assert len({(run / f"values/{part}").read_bytes() for run in runs.values()}) == 4
 
     models = f"model.policy={policy},{reference}"
-    status, out, err = alphatoken("run", "-m", f"run.dir={tmp_path}/m", models, *common, "valuation.method=loss")
+    status, out, err = alphatoken(
+        "run", "-m", f"run.dir={tmp_path}/m", models, *common, "valuation.scores=[loss]", "mask.score=loss"
+    )
     assert status == 0, err
     one, other = sorted(p for p in (tmp_path / "m").iterdir() if p.is_dir())
     assert (one / f"prepared/{part}").stat().st_ino == (other / f"prepared/{part}").stat().st_ino  # one tokenizer

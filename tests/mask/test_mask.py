@@ -7,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 
 import datasets
@@ -18,49 +18,74 @@ import pytest
 import yaml
 from rich.console import Console
 
-from alphatoken.data_schemas import COMPONENTS, SCHEMA_KEY, VALUES
+from alphatoken.data_schemas import COMPONENTS, SCHEMA_KEY, values_schema
 from alphatoken.pipeline.mask.left_out import first_of_responses
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.mask.stage import ROWS_AT_ONCE, make_mask
+from alphatoken.pipeline.maths.uniform import uniform
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import ROWS_PER_GROUP, Storage
 from alphatoken.pipeline.settings import MaskSettings
+from alphatoken.pipeline.settings.mask import MASK_SCORES
 from tests.conftest import save_tokenizer
-from tests.mask.synthetic_run import EOS, ROOT, contents, mask, masks, run_of, write_run
+from tests.mask.synthetic_run import COLUMNS, EOS, ROOT, contents, mask, masks, run_of, write_run
 
 
-def naive(prepared, values, sizes, settings: MaskSettings):
+def first_of(row: dict, score: str, t: int, drawn: list) -> float:
+    """What mask.score puts first, of token t."""
+    return {
+        "paper": lambda: row["adaptation_direct"][t] + row["adaptation_causal"][t],
+        "exact": lambda: row["adaptation_exact"][t],
+        "information": lambda: row["information"][t],
+        "entropy": lambda: row["entropy"][t],
+        "loss": lambda: -row["loss"][t],
+        "excess_loss": lambda: row["loss"][t] - row["reference_loss"][t],
+        "random": lambda: drawn[t],
+        "full": lambda: 0.0,
+    }[score]()
+
+
+def terms_of(row: dict, settings: MaskSettings, length: int, seed: int = 0) -> dict[str, list[float]]:
+    """score, stability and loss of every token of an example, before scales."""
+    drawn = uniform(seed, row["id"], length).astype(float).tolist()
+    found: dict[str, list[float]] = {"score": [], "stability": [], "loss": []}
+    for t in range(length):
+        parts = ("exact",) if settings.score == "exact" else ("direct", "causal")
+        stable = sum(row[f"stability_{part}"][t] for part in parts)
+        first, norm = first_of(row, settings.score, t, drawn), row["gradient_norm"][t]
+        if settings.divide_by_gradient_norm:
+            first, stable = (x / norm if norm else 0.0 for x in (first, stable))
+        for name, x in (("score", first), ("stability", stable), ("loss", row["loss"][t])):
+            found[name].append(x)
+    return found
+
+
+def naive(prepared, values, sizes, settings: MaskSettings, seed: int = 0):
     """Kept tokens of every row, the number kept only by always_keep, and only by min_kept."""
-    settings = settings.for_values("ghost")
+    settings = settings.resolved(False)
     inside = [[label != -100 for label in row["labels"]] for row in prepared]
+    terms = [terms_of(row, settings, len(r), seed) for row, r in zip(values, inside, strict=True)]
     scale = {}
-    for name in ("adaptation", "stability"):
-        summed = [
-            a + b
-            for row, r in zip(values, inside, strict=True)
-            for a, b, i in zip(row[f"{name}_direct"], row[f"{name}_causal"], r, strict=True)
-            if i
-        ]
-        rms = math.sqrt(sum(x * x for x in summed) / len(summed))
+    for name in ("score", "stability", "loss"):
+        some = [x for row, r in zip(terms, inside, strict=True) for x, i in zip(row[name], r, strict=True) if i]
+        rms = math.sqrt(sum(x * x for x in some) / len(some))
         scale[name] = rms if settings.normalize == "rms" and rms else 1.0
-    losses = [x for row, r in zip(values, inside, strict=True) for x, i in zip(row["loss"], r, strict=True) if i]
-    scale["loss"] = math.sqrt(sum(x * x for x in losses) / len(losses)) if settings.normalize == "rms" else 1.0
     scored = [
         [
             np.float32(
-                (a + b) / scale["adaptation"]
-                + settings.stability_weight * (c + d) / scale["stability"]
-                - settings.loss_weight * e / scale["loss"]
+                a / scale["score"]
+                + settings.stability_weight * b / scale["stability"]
+                - settings.loss_weight * c / scale["loss"]
             )
-            for a, b, c, d, e in zip(*(row[name] for name in (*COMPONENTS, "loss")), strict=True)
+            for a, b, c in zip(row["score"], row["stability"], row["loss"], strict=True)
         ]
-        for row in values
+        for row in terms
     ]
-    stable = [
-        [np.float32(c + d) for c, d in zip(r["stability_direct"], r["stability_causal"], strict=True)] for r in values
-    ]
+    if settings.score == "full":
+        settings = replace(settings, rho=1.0, rule="top", scope="dataset")
+    stable = [[np.float32(x) for x in row["stability"]] for row in terms]
     ordered = sorted(s for row, r in zip(stable, inside, strict=True) for s, i in zip(row, r, strict=True) if i)
     left_out = math.ceil(Fraction(str(settings.least_stable)) * len(ordered))
     for row, of_row in zip(scored, stable, strict=True):
@@ -115,44 +140,60 @@ def naive(prepared, values, sizes, settings: MaskSettings):
     return kept, always_only, minimum_only
 
 
+WITH_VALUES = [score for score, columns in MASK_SCORES.items() if columns]
+EVERYTHING = {
+    "stability_weight": 2.0, "loss_weight": 0.5, "normalize": "rms", "divide_by_gradient_norm": True, "skip_first": 1,
+    "scope": "batch", "batch_size": 11, "rho": 0.4,
+}  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "settings",
     [
         {},
         {"rho": 0.1, "always_keep": [], "min_kept": 0},
-        {"rho": 0.3, "min_kept": 4},
-        {"rho": 1.0},
-        {"normalize": "rms", "stability_weight": 3.0},
-        {"stability_weight": 0.0},
-        {"scope": "example", "rho": 0.3},
-        {"scope": "example", "min_kept": 3, "normalize": "rms"},
-        {"scope": "batch", "batch_size": 7, "rho": 0.4},
-        {"scope": "batch", "batch_size": 1000, "always_keep": []},
+        {"score": "paper", "rho": 0.3, "min_kept": 4},
+        {"score": "paper", "rho": 1.0},
+        {"score": "paper", "normalize": "rms", "stability_weight": 3.0},
+        {"score": "paper", "stability_weight": 0.0},
+        {"score": "paper", "scope": "example", "rho": 0.3},
+        {"score": "paper", "scope": "example", "min_kept": 3, "normalize": "rms"},
+        {"score": "paper", "scope": "batch", "batch_size": 7, "rho": 0.4},
+        {"score": "paper", "scope": "batch", "batch_size": 1000, "always_keep": []},
         {"scope": "batch", "batch_size": 1, "rho": 0.2, "min_kept": 0},
-        {"scope": "token_id", "rho": 0.3, "rare_tokens": 30},
-        {"scope": "token_id", "rho": 0.7, "rare_tokens": 0, "min_kept": 3, "normalize": "rms"},
+        {"score": "paper", "scope": "token_id", "rho": 0.3, "rare_tokens": 30},
+        {"score": "paper", "scope": "token_id", "rho": 0.7, "rare_tokens": 0, "min_kept": 3, "normalize": "rms"},
         {"scope": "token_id", "rare_tokens": 10_000, "always_keep": []},
-        {"rule": "positive"},
-        {"rule": "positive", "scope": "token_id", "min_kept": 0, "always_keep": []},
-        {"loss_weight": 0.7},
-        {"loss_weight": 2.0, "normalize": "rms", "scope": "token_id"},
-        {"least_stable": 0.1, "stability_weight": 0.0},
-        {"least_stable": 0.5, "always_keep": []},
+        {"score": "paper", "rule": "positive"},
+        {"score": "paper", "rule": "positive", "scope": "token_id", "min_kept": 0, "always_keep": []},
+        {"score": "paper", "loss_weight": 0.7},
+        {"score": "paper", "loss_weight": 2.0, "normalize": "rms", "scope": "token_id"},
+        {"score": "paper", "least_stable": 0.1, "stability_weight": 0.0},
+        {"score": "paper", "least_stable": 0.5, "always_keep": []},
         {"least_stable": 0.4, "scope": "example", "rho": 0.6, "min_kept": 0},
         {"least_stable": 0.3, "scope": "batch", "batch_size": 5, "rho": 0.7, "min_kept": 2},
         {"least_stable": 0.2, "scope": "token_id", "rare_tokens": 30, "always_keep": [], "min_kept": 0},
         {"least_stable": 0.2, "rule": "positive", "min_kept": 0},
-        {"skip_first": 1, "least_stable": 0.1},
+        {"score": "paper", "skip_first": 1, "least_stable": 0.1},
         {"skip_first": 3, "rho": 0.6, "min_kept": 0, "always_keep": []},
         {"skip_first": 2, "scope": "example", "rho": 0.9, "min_kept": 2},
+        *({"score": score, "rho": 0.3} for score in MASK_SCORES),
+        *({"score": score, "stability_weight": 0.7, "normalize": "rms"} for score in WITH_VALUES),
+        *({"score": score, "loss_weight": 0.6, "skip_first": 2, "min_kept": 0} for score in WITH_VALUES),
+        *({"score": score, "divide_by_gradient_norm": True, "always_keep": []} for score in WITH_VALUES),
+        *({"score": score, "scope": "token_id", "rare_tokens": 30, "skip_first": 1} for score in MASK_SCORES),
+        *({"score": score, "least_stable": 0.2, "rho": 0.6, "normalize": "rms"} for score in WITH_VALUES),
+        *({"score": score, **EVERYTHING} for score in WITH_VALUES),
+        *({"score": score, "scope": "batch", "batch_size": 9, "skip_first": 3} for score in ("random", "full")),
+        *({"score": score, "rule": "positive", "min_kept": 0} for score in ("paper", "exact", "excess_loss", "full")),
     ],
     ids=str,
 )
 def test_masks_are_those_of_the_definition(tmp_path, settings):
-    sizes = (40, 0, ROWS_AT_ONCE + 45, 3)
-    storage, prepared, values = write_run(tmp_path, sizes, seed=len(str(settings)))
-    expected, always_only, minimum_only = naive(prepared, values, sizes, MaskSettings(**settings))
-    summary = mask(storage, **settings)
+    sizes, seed = (40, 0, ROWS_AT_ONCE + 45, 3), len(str(settings))
+    storage, prepared, values = write_run(tmp_path, sizes, seed=seed)
+    expected, always_only, minimum_only = naive(prepared, values, sizes, MaskSettings(**settings), seed)
+    summary = mask(storage, **settings, seed=seed)
     found = masks(storage)
     assert len(found) == len(prepared)
     for row, whole, kept in zip(found, prepared, expected, strict=True):
@@ -169,6 +210,9 @@ def test_masks_are_those_of_the_definition(tmp_path, settings):
     assert summary["kept_only_by_always_keep"] == always_only
     assert summary["kept_only_by_min_kept"] == minimum_only
     assert summary["rows_with_nothing_kept"] == sum(not kept for kept in expected)
+    always = {EOS} if "always_keep" not in settings else set()
+    ids = [{row["input_ids"][t] for t in kept} for row, kept in zip(prepared, expected, strict=True)]
+    assert summary["rows_with_only_always_kept"] == sum(bool(own) and own <= always for own in ids)
     assert summary == storage.read_json("masks/default/summary.json")
 
 
@@ -177,7 +221,8 @@ def test_every_turn_of_a_conversation_has_first_tokens_and_a_row_begins_anew():
     response = np.array([turn == "1" for row in turns for turn in row])
     lengths = np.cumsum([0, *map(len, turns)])
     labels = pa.ListArray.from_arrays(pa.array(lengths, pa.int32()), pa.array(np.where(response, 7, -100), pa.int32()))
-    rows = PairedRows(np.zeros(len(turns) + 1, np.int64), labels, response, {}, None)
+    ids = pa.chunked_array([pa.array([str(i) for i in range(len(turns))])])
+    rows = PairedRows(np.zeros(len(turns) + 1, np.int64), labels, response, {}, None, ids)
     for count in (0, 1, 2, 3):
         expected = []
         for row in turns:
@@ -189,40 +234,111 @@ def test_every_turn_of_a_conversation_has_first_tokens_and_a_row_begins_anew():
 
 
 def test_everything_but_the_first_token(tmp_path):
-    storage, prepared, _ = write_run(tmp_path, method="full")
-    summary = mask(storage, skip_first=1, always_keep=[], min_kept=0)
-    assert mask(storage, skip_first=2, stability_weight=0.0, name="m")["decisions_changed_by_stability"] is None
+    storage, prepared, _ = write_run(tmp_path)
+    summary = mask(storage, score="full", skip_first=1, always_keep=[], min_kept=0)
+    assert (
+        mask(storage, score="full", skip_first=2, stability_weight=0.0, name="m")["decisions_changed_by_stability"]
+        is None
+    )
     responses = sum(any(label != -100 for label in row["labels"]) for row in prepared)
     assert summary["left_out"]["first"] == responses == summary["response_tokens"] - summary["kept_tokens"]
     assert f"left out by `mask.skip_first` | {responses}" in storage.read_bytes("masks/default/README.md").decode()
 
 
-def test_what_is_left_open_follows_the_estimator_of_the_values(tmp_path):
+def test_what_is_left_open_follows_the_score(tmp_path):
+    """lambda is 1.5 where signed values of a direction are weighed; information leaves out the first token."""
+    left_open = {score: {"stability_weight": 0.0, "skip_first": 0} for score in MASK_SCORES}
+    left_open["paper"] = left_open["exact"] = {"stability_weight": 1.5, "skip_first": 0}
+    left_open["information"] = {"stability_weight": 0.0, "skip_first": 1}
+    storage, *_ = write_run(tmp_path)
     found = {}
-    for estimator in ("ghost", "exact", "information"):
-        storage, *_ = write_run(tmp_path / estimator, estimator=estimator)
-        found[estimator] = mask(storage), masks(storage)
-        settings = {"stability_weight": 0.0, "skip_first": 1} if estimator == "information" else {}
-        asked = mask(storage, name="asked", **({"stability_weight": 1.5, "skip_first": 0} | settings))
-        assert {**asked["settings"], "name": "default"} == found[estimator][0]["settings"]
-        assert masks(storage, "asked") == found[estimator][1]
-    assert found["exact"][1] == found["ghost"][1] != found["information"][1]
-    assert found["information"][0]["left_out"]["first"] > 0 == found["ghost"][0]["left_out"]["first"]
-    assert any("whatever its label" in note for note in found["information"][0]["notes"])
-    cards = {e: (tmp_path / e / "masks/default/README.md").read_text() for e in found}
-    assert ["by the estimator `information`" in cards[e] for e in found] == [False, False, True]
-    assert any("without a sign" in note for note in mask(storage, name="positive", rule="positive")["notes"])
+    for score, own in left_open.items():
+        found[score] = mask(storage, score=score, name=score), masks(storage, score)
+        asked = mask(storage, score=score, name="asked", **own) if own != left_open["paper"] else None
+        if asked:
+            assert {**asked["settings"], "name": score} == found[score][0]["settings"]
+            assert masks(storage, "asked") == found[score][1]
+            shutil.rmtree(tmp_path / "masks/asked")
+            forget(storage, "mask/asked")
+    assert masks_differ([rows for _, rows in found.values()])
+    usual = mask(storage)
+    assert masks(storage) == found["information"][1] and usual["score"] == "information"
+    assert found["information"][0]["left_out"]["first"] > 0 == found["paper"][0]["left_out"]["first"]
+
+
+def test_left_open_the_score_is_information_where_it_is_there_and_the_papers_where_it_is_not(tmp_path):
+    for index, (columns, score) in enumerate(
+        [(COLUMNS, "information"), ((*COMPONENTS, "loss"), "paper"), (("information",), "information")]
+    ):
+        storage, *_ = write_run(tmp_path / str(index), columns=columns)
+        summary = mask(storage)
+        assert summary["score"] == score == summary["settings"]["score"]
+        mask(storage, score=score, name="asked")
+        assert masks(storage, "asked") == masks(storage)
+    storage, *_ = write_run(tmp_path / "neither", columns=("loss", "entropy"))
+    with pytest.raises(SettingsWrong, match="mask.score=information needs the column information"):
+        mask(storage)
+
+
+def forget(storage, stage):
+    manifest = Manifest(storage)
+    del manifest.content["stages"][stage]
+    storage.write_json("run.json", manifest.content)
+
+
+def masks_differ(found) -> bool:
+    return all(one != other for index, one in enumerate(found) for other in found[index + 1 :])
+
+
+def test_the_card_says_which_score_decided(tmp_path):
+    storage, *_ = write_run(tmp_path)
+    said = {
+        "paper": "AlphaToken values", "information": "by `information`", "exact": "exact derivative",
+        "entropy": "how undecided", "loss": "how likely", "excess_loss": "than the policy", "random": "no values",
+        "full": "no values",
+    }  # fmt: skip
+    for score in MASK_SCORES:
+        mask(storage, score=score, name=score)
+        card = " ".join((tmp_path / f"masks/{score}/README.md").read_text().split())
+        assert [other for other, text in said.items() if text in card] == [
+            other for other in said if said[other] == said[score]
+        ], score
+
+
+@pytest.mark.parametrize("score", ["information", "entropy", "loss", "random"])
+def test_a_score_without_a_sign_and_the_rule_positive_is_said(tmp_path, score):
+    storage, *_ = write_run(tmp_path)
+    notes = mask(storage, score=score, rule="positive")["notes"]
+    assert any(f"mask.score={score}" in note and "no sign" in note for note in notes)
+    for name, own in {"a": {"score": "paper"}, "b": {"score": "excess_loss"}, "c": {"score": "full"}}.items():
+        assert not any("no sign" in note for note in mask(storage, rule="positive", name=name, **own)["notes"])
+
+
+def test_plain_alignment_at_one_model_is_said(tmp_path):
+    for index, (anchor, said) in enumerate(
+        [
+            ({"anchor.precondition": "none", "policy": "m"}, True),
+            ({"anchor.precondition": "adam", "policy": "m"}, False),
+            ({"anchor.precondition": "none", "policy": ["a", "b"]}, False),
+            ({"anchor.precondition": "none", "anchor.snapshots": 3, "policy": "m"}, False),
+        ]
+    ):
+        storage, *_ = write_run(tmp_path / str(index), anchor=anchor)
+        notes = mask(storage, score="paper")["notes"]
+        assert any("plain alignment" in note for note in notes) == said
+        assert not any("plain alignment" in note for note in mask(storage, score="entropy", name="e")["notes"])
 
 
 def test_without_a_drift_there_is_no_stability_to_weigh(tmp_path):
     storage, *_ = write_run(tmp_path, drift="none")
-    assert mask(storage)["settings"]["stability_weight"] == 0.0
+    for score in ("paper", "exact"):
+        assert mask(storage, score=score, name=score)["settings"]["stability_weight"] == 0.0
     with pytest.raises(SettingsWrong, match="mask.stability_weight=0.5: the anchors .* anchor.drift=none"):
         mask(storage, stability_weight=0.5, name="m")
 
 
 def test_a_reference_that_weighs_nothing_is_said_unless_it_was_asked_for(tmp_path):
-    storage, *_ = write_run(tmp_path, drift="checkpoint", estimator="information")
+    storage, *_ = write_run(tmp_path, drift="checkpoint")
     said = [mask(storage, name=f"m{i}", **own)["notes"] for i, own in enumerate(({}, {"stability_weight": 0.0}))]
     assert [any("stability against model.reference" in note for note in notes) for notes in said] == [True, False]
 
@@ -230,20 +346,24 @@ def test_a_reference_that_weighs_nothing_is_said_unless_it_was_asked_for(tmp_pat
 def test_what_first_tokens_take_from_short_answers_and_from_rho_is_said(tmp_path):
     storage, prepared, _ = write_run(tmp_path)
     lengths = [sum(label not in (-100, EOS) for label in row["labels"]) for row in prepared]
-    found = mask(storage, skip_first=2, rho=0.9)
+    found = mask(storage, score="paper", skip_first=2, rho=0.9)
     assert found["left_out"]["examples_without_choice"] == sum(1 <= n <= 2 for n in lengths) > 0
     said = " ".join(found["notes"])
     assert "mask.skip_first=2 leaves fewer tokens than mask.rho=0.9" in said and "set mask.skip_first=0" in said
     assert found["kept_fraction"] < 0.9
-    assert not mask(storage, rho=0.9, name="all")["notes"][1:]  # nothing to say but what values these are
+    (note,) = mask(storage, score="paper", rho=0.9, name="all")["notes"]
+    assert "keep nothing but" in note  # of responses of one token
 
 
 def test_first_tokens_are_no_decision_of_stability(tmp_path):
     storage, *_ = write_run(tmp_path)
     for scope in ("dataset", "example"):
-        summary = mask(storage, skip_first=3, stability_weight=0.0, rho=0.8, scope=scope, name=scope)
+        summary = mask(storage, score="paper", skip_first=3, stability_weight=0.0, rho=0.8, scope=scope, name=scope)
         assert summary["left_out"]["first"] and summary["decisions_changed_by_stability"] == 0
-    assert mask(storage, least_stable=0.3, stability_weight=0.0, name="m")["decisions_changed_by_stability"] > 0
+    assert (
+        mask(storage, score="paper", least_stable=0.3, stability_weight=0.0, name="m")["decisions_changed_by_stability"]
+        > 0
+    )
 
 
 def test_what_is_least_stable_is_counted_and_never_more_than_asked_for(tmp_path):
@@ -257,19 +377,21 @@ def test_what_is_least_stable_is_counted_and_never_more_than_asked_for(tmp_path)
         ],
         np.float32,
     )
-    found = mask(storage, least_stable=0.2)["left_out"]
+    found = mask(storage, score="paper", least_stable=0.2)["left_out"]
     below = np.float32(found["stability_below"])
     assert found["least_stable"] == (stable < below).sum() <= math.ceil(0.2 * len(stable))
     assert (stable <= below).sum() > math.ceil(0.2 * len(stable))  # with its ties it were more
     assert f"{found['least_stable']:,}, stability below" in storage.read_bytes("masks/default/README.md").decode()
-    assert mask(storage, name="without")["left_out"] == {
+    assert mask(storage, score="paper", name="without")["left_out"] == {
         "first": 0, "least_stable": 0, "stability_below": None, "examples_without_choice": 0,
     }  # fmt: skip
 
 
 def test_soft_weights_of_the_least_stable_are_0(tmp_path):
     storage, prepared, values = write_run(tmp_path)
-    below = mask(storage, rule="weight", rho=0.8, least_stable=0.2, always_keep=[])["left_out"]["stability_below"]
+    below = mask(storage, score="paper", rule="weight", rho=0.8, least_stable=0.2, always_keep=[])["left_out"][
+        "stability_below"
+    ]
     unstable = 0
     for row, whole, r in zip(masks(storage), prepared, values, strict=True):
         assert row["labels"] == whole["labels"]
@@ -282,10 +404,10 @@ def test_soft_weights_of_the_least_stable_are_0(tmp_path):
 
 def test_without_any_stability_nothing_is_least_stable(tmp_path):
     storage, *_ = write_run(tmp_path, stability=0.0)
-    summary = mask(storage, least_stable=0.3, stability_weight=0.0)
+    summary = mask(storage, score="paper", least_stable=0.3, stability_weight=0.0)
     assert summary["left_out"]["least_stable"] == 0
     assert any("the same for all tokens" in note for note in summary["notes"])
-    assert summary["kept_tokens"] == mask(storage, stability_weight=0.0, name="without")["kept_tokens"]
+    assert summary["kept_tokens"] == mask(storage, score="paper", stability_weight=0.0, name="without")["kept_tokens"]
 
 
 @pytest.mark.parametrize("scope", ["dataset", "token_id", "batch", "example"])
@@ -293,7 +415,9 @@ def test_without_any_stability_nothing_is_least_stable(tmp_path):
 def test_soft_weights_stand_beside_labels_that_keep_everything(tmp_path, scope, rho):
     sizes = (40, 0, 300)
     storage, prepared, values = write_run(tmp_path, sizes)
-    summary = mask(storage, rule="weight", scope=scope, rho=rho, batch_size=50, always_keep=[], rare_tokens=30)
+    summary = mask(
+        storage, score="paper", rule="weight", scope=scope, rho=rho, batch_size=50, always_keep=[], rare_tokens=30
+    )
     groups: dict = {}
     first_of_part = [0] * 40 + [40] * 300
     for index, (row, whole, value) in enumerate(zip(masks(storage), prepared, values, strict=True)):
@@ -329,7 +453,7 @@ def test_soft_weights_stand_beside_labels_that_keep_everything(tmp_path, scope, 
 
 def test_always_kept_tokens_weigh_one(tmp_path):
     storage, prepared, _ = write_run(tmp_path)
-    summary = mask(storage, rule="weight", rho=0.3)
+    summary = mask(storage, score="paper", rule="weight", rho=0.3)
     rows = [*zip(masks(storage), prepared, strict=True)]
     eos = [w for row, _ in rows for w, label in zip(row["loss_weight"], row["labels"], strict=True) if label == EOS]
     assert eos and set(eos) == {1.0} and 0 < summary["loss_weight"]["raised_by_always_keep"] <= len(eos)
@@ -340,7 +464,9 @@ def test_always_kept_tokens_weigh_one(tmp_path):
 
 def test_thresholds_of_token_ids_are_summed_up_and_ties_counted_per_id(tmp_path):
     storage, *_ = write_run(tmp_path, (400,))
-    summary = mask(storage, scope="token_id", rare_tokens=40, stability_weight=0.0, always_keep=[], min_kept=0)
+    summary = mask(
+        storage, score="paper", scope="token_id", rare_tokens=40, stability_weight=0.0, always_keep=[], min_kept=0
+    )
     assert summary["threshold"] is None
     assert summary["thresholds"]["groups"] == summary["token_id_groups"]["groups"] > 3
     assert summary["thresholds"]["min"] < summary["thresholds"]["max"]
@@ -356,36 +482,104 @@ def test_bytes_do_not_depend_on_how_rows_are_read(tmp_path, monkeypatch, setting
     for rows in (7, 256):
         monkeypatch.setattr("alphatoken.pipeline.mask.stage.ROWS_AT_ONCE", rows)
         storage, *_ = write_run(tmp_path / str(rows), (300, 0, 20))
-        mask(storage, normalize="rms", loss_weight=0.5, rare_tokens=20, **settings)
+        mask(storage, score="paper", normalize="rms", loss_weight=0.5, rare_tokens=20, **settings)
         found.append([pq.read_table(storage.path(f)) for f in storage.names("masks/default") if "train" in f])
     assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("settings", [{}, {"rule": "positive"}, {"rule": "weight"}, {"scope": "token_id"}], ids=str)
-def test_the_method_full_keeps_everything_whatever_the_rule(tmp_path, settings):
-    storage, prepared, _ = write_run(tmp_path, method="full")
-    summary = mask(storage, rho=0.2, **settings)
+def test_full_keeps_everything_whatever_the_rule(tmp_path, settings):
+    storage, prepared, _ = write_run(tmp_path)
+    summary = mask(storage, score="full", rho=0.2, **settings)
     assert [row["labels"] for row in masks(storage)] == [row["labels"] for row in prepared]
-    assert summary["kept_fraction"] == 1.0 and summary["method"] == "full"
-    assert any("valuation.method=full" in note for note in summary["notes"])
-    assert "the method `full`" in (tmp_path / "masks/default/README.md").read_text()
+    assert summary["kept_fraction"] == 1.0 and summary["score"] == "full"
+    assert any("mask.score=full" in note for note in summary["notes"])
+    assert "`mask.score=full`" in (tmp_path / "masks/default/README.md").read_text()
     if "rule" in settings and settings["rule"] == "weight":
         assert summary["loss_weight"]["mean"] == 1.0
+
+
+@pytest.mark.parametrize("score", ["random", "full"])
+@pytest.mark.parametrize("rule", ["top", "weight"])
+def test_what_looks_at_no_values_needs_none(tmp_path, score, rule):
+    """A run that prepare alone has seen, and the same mask where values are there."""
+    found = []
+    for name, columns in (("without", ()), ("with", COLUMNS)):
+        storage, prepared, _ = write_run(tmp_path / name, columns=columns)
+        assert storage.exists("values") == bool(columns)
+        summary = mask(storage, score=score, rule=rule, rho=0.4, skip_first=1)
+        assert set(summary["columns"]) == {"value"}
+        assert summary["response_tokens"] == sum(label != -100 for row in prepared for label in row["labels"])
+        found.append((masks(storage), summary["kept_tokens"]))
+    assert found[0] == found[1]
+
+
+def test_random_follows_the_seed_and_no_other_score_does(tmp_path):
+    found = {"random": [], "information": []}
+    for seed in (0, 1, 0):
+        for score, rows in found.items():
+            storage, *_ = write_run(tmp_path / f"{len(rows)}-{score}")
+            mask(storage, score=score, seed=seed)
+            rows.append(contents(storage))
+    assert found["random"][0] == found["random"][2] and found["information"][0] == found["information"][1]
+    kept = [masks(Storage(str(tmp_path / f"{i}-random"))) for i in range(2)]
+    assert kept[0] != kept[1]
+    with pytest.raises(SettingsWrong, match="run.seed was 0, now 1"):
+        mask(Storage(str(tmp_path / "0-random")), score="random", seed=1)
+    assert mask(Storage(str(tmp_path / "0-information")), seed=1, score="information")  # is done already
+
+
+def test_random_keeps_rho_of_all_tokens_and_of_every_kind(tmp_path):
+    storage, prepared, values = write_run(tmp_path, (2000,))
+    summary = mask(storage, score="random", rho=0.3, always_keep=[], min_kept=0)
+    assert summary["kept_fraction"] == pytest.approx(0.3, abs=1e-3)
+    labels = [label for row in prepared for label in row["labels"]]
+    kept = [label != -100 for row in masks(storage) for label in row["labels"]]
+    information = [x for row in values for x in row["information"]]
+    some = [(x, k) for x, k, label in zip(information, kept, labels, strict=True) if label != -100]
+    means = [np.mean([x for x, k in some if k == which]) for which in (True, False)]
+    assert means[0] == pytest.approx(means[1], rel=0.03)
+
+
+def test_examples_that_keep_nothing_but_what_is_always_kept_are_counted_and_said(tmp_path):
+    """By hand over the written labels; a note where they are more than 2 % of the examples."""
+    storage, *_ = write_run(tmp_path, (400, 300))
+    said = {}
+    for rho in (0.02, 0.1, 0.3, 0.5, 0.9, 1.0):
+        summary = mask(storage, score="paper", rho=rho, name=f"rho={rho}", min_kept=0)
+        kept = [{label for label in row["labels"] if label != -100} for row in masks(storage, f"rho={rho}")]
+        only = sum(labels == {EOS} for labels in kept)
+        assert summary["rows_with_only_always_kept"] == only
+        said[rho] = any("keep nothing but the tokens of mask.always_keep" in note for note in summary["notes"])
+        assert said[rho] == (only > 0.02 * 700)
+        card = (tmp_path / f"masks/rho={rho}/README.md").read_text()
+        assert f"keep nothing but `mask.always_keep` | {only:,} |" in card
+    assert said[0.02]
+    without = mask(storage, score="paper", rho=0.02, name="none", always_keep=[])
+    assert without["rows_with_only_always_kept"] == 0
+    assert not any("keep nothing but" in note for note in without["notes"])
+
+
+def test_the_summary_has_the_columns_that_values_have(tmp_path):
+    for index, columns in enumerate([("loss",), ("information", "loss"), COLUMNS]):
+        storage, *_ = write_run(tmp_path / str(index), columns=columns)
+        assert list(mask(storage, score="loss")["columns"]) == [*columns, "value"]
 
 
 def test_kept_fraction_is_rho_up_to_ties_and_exceptions(tmp_path):
     storage, *_ = write_run(tmp_path, (300, 300))
     for rho in (0.1, 0.5, 0.9):
-        summary = mask(storage, rho=rho, always_keep=[], min_kept=0, name=f"rho-{rho}")
+        summary = mask(storage, score="paper", rho=rho, always_keep=[], min_kept=0, name=f"rho-{rho}")
         assert rho <= summary["kept_fraction"] < rho + 0.02
 
 
 def test_statistics_are_those_of_the_columns(tmp_path):
     storage, prepared, values = write_run(tmp_path)
-    summary = mask(storage, rho=0.3)
+    summary = mask(storage, score="paper", rho=0.3)
     inside = np.array([label != -100 for row in prepared for label in row["labels"]])
     kept = np.array([label != -100 for row in masks(storage) for label in row["labels"]])[inside]
-    columns = {name: np.array([v for row in values for v in row[name]])[inside] for name in COMPONENTS}
+    columns = {name: np.array([v for row in values for v in row[name]])[inside] for name in COLUMNS}
+    assert set(summary["columns"]) == {*COLUMNS, "value"}
     value = sum(columns[n] for n in COMPONENTS[:2]) + 1.5 * sum(columns[n] for n in COMPONENTS[2:])
     for name, column in {**columns, "value": value}.items():
         found = summary["columns"][name]
@@ -401,13 +595,14 @@ def test_statistics_are_those_of_the_columns(tmp_path):
     passed = value.astype(np.float32) >= np.float32(summary["threshold"])
     changed = passed != (adaptation >= np.sort(adaptation)[::-1][rank - 1])
     assert summary["decisions_changed_by_stability"] == pytest.approx(changed.mean(), abs=1e-9)
-    assert summary["scales"] == {"adaptation": 1.0, "stability": 1.0} and summary["notes"] == []
+    assert summary["scales"] == {"score": 1.0, "stability": 1.0}
+    assert all("keep nothing but" in note for note in summary["notes"])
 
 
 def test_group_thresholds_are_summed_up(tmp_path):
     sizes = (40, 33)
     storage, prepared, values = write_run(tmp_path, sizes)
-    summary = mask(storage, scope="example", stability_weight=0.0)
+    summary = mask(storage, score="paper", scope="example", stability_weight=0.0)
     per_row = []
     for row, value in zip(prepared, values, strict=True):
         both = zip(value[COMPONENTS[0]], value[COMPONENTS[1]], row["labels"], strict=True)
@@ -423,18 +618,20 @@ def test_group_thresholds_are_summed_up(tmp_path):
 
 def test_zero_stability_keeps_scale_one_and_says_so(tmp_path):
     storage, *_ = write_run(tmp_path, stability=0.0)
-    summary = mask(storage, normalize="rms")
-    assert summary["scales"]["stability"] == 1.0 and summary["scales"]["adaptation"] != 1.0
+    summary = mask(storage, score="paper", normalize="rms")
+    assert summary["scales"]["stability"] == 1.0 and summary["scales"]["score"] != 1.0
     assert any("stability is zero" in note for note in summary["notes"])
     assert "stability is zero" in (tmp_path / "masks/default/README.md").read_text()
 
 
 def test_many_ties_are_said(tmp_path):
     storage, prepared, values = write_run(tmp_path, (20,))
-    flat = [{"id": v["id"], **{n: [0.0] * len(v["loss"]) for n in (*COMPONENTS, "loss")}} for v in values]
+    flat = [{"id": v["id"], **{n: [0.0] * len(v["loss"]) for n in COLUMNS}} for v in values]
     fingerprint = Manifest(storage).stage("value")["fingerprint"]
-    storage.write_table("values/part-00000-of-00001.parquet", pa.Table.from_pylist(flat, VALUES), fingerprint)
-    summary = mask(storage)
+    storage.write_table(
+        "values/part-00000-of-00001.parquet", pa.Table.from_pylist(flat, values_schema(COLUMNS)), fingerprint
+    )
+    summary = mask(storage, score="paper")
     assert summary["kept_fraction"] == 1.0 and any("tie" in note for note in summary["notes"])
 
 
@@ -558,10 +755,10 @@ def test_a_failure_while_writing_leaves_no_part_behind(tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return original(*arguments)
 
-    from alphatoken.pipeline.mask import stage
+    from alphatoken.pipeline.mask import supervised
 
-    original = stage.mask_columns
-    monkeypatch.setattr(stage, "mask_columns", broken)
+    original = supervised.mask_columns
+    monkeypatch.setattr(supervised, "mask_columns", broken)
     with pytest.raises(KeyboardInterrupt):
         mask(storage)
     assert os.listdir(tmp_path / "masks/default") == []
@@ -586,7 +783,7 @@ def test_file_uris_are_run_directories_too(tmp_path):
     mask(storage)
     storage, *_ = write_run(tmp_path / "again")
     uri = Storage((tmp_path / "again").as_uri())
-    assert asdict(MaskSettings().for_values("ghost")) == mask(uri)["settings"]
+    assert asdict(MaskSettings().resolved(False)) == mask(uri)["settings"]
     assert contents(uri) == contents(Storage(str(tmp_path / "run")))
 
 

@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from alphatoken.data_schemas import BRANCHES, COMPONENTS, preference_masks_schema
+from alphatoken.data_schemas import BRANCHES, COMPONENTS, SCORES, preference_masks_schema, value_columns
 from alphatoken.pipeline.maths.preference import margin, masked_preference_loss, pair_weight
+from alphatoken.pipeline.maths.uniform import uniform
 
 COLUMNS = [
     "prompt", "chosen", "rejected",
@@ -30,22 +31,61 @@ def rows(run: Path, name: str) -> list[dict]:
     return [row for part in parts(run, name) for row in part]
 
 
-def naive(run: Path, branch: str, groups: list[list[int]], rho: float, weight: float, eos: int) -> list[list[int]]:
+def score_of(row: dict, branch: str, score: str) -> list[float]:
+    """What mask.score puts first, of every token of a branch."""
+    column = {name.removeprefix(f"{branch}_"): values for name, values in row.items() if name.startswith(branch)}
+    if score == "random":
+        return uniform(0, f"{row['id']} ({branch})", len(column["loss"])).astype(float).tolist()
+    made = {
+        "paper": lambda: [a + b for a, b in zip(*(column[name] for name in COMPONENTS[:2]), strict=True)],
+        "information": lambda: column["information"],
+        "entropy": lambda: column["entropy"],
+        "loss": lambda: [-x for x in column["loss"]],
+    }
+    return made[score]()
+
+
+def naive(
+    run: Path, branch: str, groups: list[list[int]], rho: float, weight: float, eos: int, score: str = "paper"
+) -> list[list[int]]:
     """Labels of one branch: the best ``ceil(rho * n)`` tokens of each group of rows, ties, and EOS."""
     prepared, values = rows(run, "prepared"), rows(run, "values")
     labels = [list(row[f"{branch}_labels"]) for row in prepared]
     for group in groups:
         scored = {}
         for row in group:
-            columns = [values[row][f"{branch}_{name}"] for name in COMPONENTS]
-            for t, (a, b, c, d) in enumerate(zip(*columns, strict=True)):
+            stable = [values[row][f"{branch}_{name}"] for name in COMPONENTS[2:]]
+            for t, (first, c, d) in enumerate(zip(score_of(values[row], branch, score), *stable, strict=True)):
                 if labels[row][t] != -100:
-                    scored[row, t] = np.float32((a + b) + weight * (c + d))
+                    scored[row, t] = np.float32(first + weight * (c + d))
         border = sorted(scored.values(), reverse=True)[math.ceil(rho * len(scored)) - 1]
         for (row, t), value in scored.items():
             if value < border and labels[row][t] != eos:
                 labels[row][t] = -100
     return labels
+
+
+@pytest.mark.parametrize("score", ["information", "entropy", "loss", "random"])
+def test_every_score_chooses_within_each_branch(alphatoken, preference_run, policy, score):
+    """Columns without a sign speak of the token alone; which branch it is in does not turn them round."""
+    name = f"by-{score}"
+    more = [f"mask.score={score}", "mask.skip_first=0", "mask.rho=0.3", "mask.min_kept=0", f"mask.name={name}"]
+    status, _, err = alphatoken("mask", f"run.dir={preference_run}", *more)
+    assert status == 0, err
+    everything = [list(range(sum(len(part) for part in parts(preference_run, "prepared"))))]
+    eos = AutoTokenizer.from_pretrained(policy).eos_token_id
+    masks = rows(preference_run, f"masks/{name}")
+    for branch in BRANCHES:
+        expected = naive(preference_run, branch, everything, 0.3, 0.0, eos, score)
+        assert [row[f"{branch}_labels"] for row in masks] == expected
+
+
+def test_of_pairs_auto_is_the_papers_signed_value(preference_run):
+    summary = json.loads((preference_run / "masks/default/summary.json").read_text())
+    assert summary["score"] == "paper" and summary["settings"]["score"] == "paper"
+    assert summary["settings"]["stability_weight"] == 1.5 and summary["settings"]["skip_first"] == 0
+    columns = set(value_columns(tuple(SCORES))) | {"value"}
+    assert all(set(branch["columns"]) == columns for branch in summary["branches"].values())
 
 
 @pytest.mark.parametrize("scope", ["dataset", "example", "batch"])

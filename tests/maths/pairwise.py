@@ -54,9 +54,13 @@ def gpt_oss_gate(inner: torch.Tensor) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Recorded:
-    """One sequence of length T: losses by predicting position, h (T, d_in) and d (T, d_out) by matrix, A (T, T)."""
+    """One sequence of length T: losses by predicting position, h (T, d_in) and d (T, d_out) by matrix, A (T, T).
+
+    ``log_probability`` (T, V): what follows each position.
+    """
 
     losses: dict[int, float]
+    log_probability: torch.Tensor
     seen: dict[Key, tuple[torch.Tensor, torch.Tensor]]
     attention: dict[str, torch.Tensor]  # name of the value projection -> probabilities averaged over heads
     gradients: dict[str, torch.Tensor]  # plain autograd's gradient of every parameter
@@ -143,7 +147,34 @@ def record(twin: nn.Module, layout: Layout, layers: int, ids: Sequence[int], lab
         (found,) = (_probabilities[m] for m in twin.get_submodule(name).modules() if m in _probabilities)
         attention[f"{name}.{layout.value}.weight"] = found[0].mean(dim=0)
     gradients = {n: p.grad.clone() for n, p in twin.named_parameters() if p.grad is not None}
-    return Recorded({p: loss.item() for p, loss in losses.items()}, seen, attention, gradients)
+    log_probability = logits.detach().log_softmax(-1)
+    return Recorded({p: loss.item() for p, loss in losses.items()}, log_probability, seen, attention, gradients)
+
+
+def moved_logits(
+    twin: nn.Module, layout: Layout, layers: int, ids: Sequence[int], direction: dict[Key, torch.Tensor]
+) -> torch.Tensor:
+    """The derivative u (T, V) of all logits along a direction in the scored matrices, by a backward pass of a backward pass.
+
+    The gradient of sum(v * logits) is linear in v; its product with the direction, differentiated by v, is u.
+    """
+    stack = twin.get_submodule(layout.layers)
+    with ExitStack() as hooks:
+        if layout.experts is not None:
+            for i in range(len(stack) - layers, len(stack)):
+                name = f"{layout.layers}.{i}.{layout.experts}"
+                hooks.enter_context(_looped(twin, layout, name, lambda *_: None))
+        logits = twin(input_ids=torch.tensor([list(ids)]), use_cache=False).logits[0]
+    v = torch.zeros_like(logits, requires_grad=True)
+    names = sorted({name for name, _ in direction})
+    parameters = [twin.get_parameter(name) for name in names]
+    gradients = torch.autograd.grad(logits, parameters, v, create_graph=True, allow_unused=True)
+    product = (0 * v).sum()
+    for name, gradient in zip(names, gradients, strict=True):
+        for key, matrix in direction.items():
+            if key[0] == name and gradient is not None:
+                product = product + (_of_expert(gradient, layout, key) * matrix).sum()
+    return torch.autograd.grad(product, v)[0]
 
 
 @contextmanager
@@ -203,10 +234,25 @@ def fisher(completions: Sequence[Recorded]) -> dict[Key, torch.Tensor]:
 
 def weight_of(twin: nn.Module, layout: Layout, key: Key) -> torch.Tensor:
     """The matrix itself as (d_out, d_in)."""
-    weight = twin.get_parameter(key[0]).detach()
-    if weight.ndim == 3:
-        return weight[key[1]].T if layout.experts_transposed else weight[key[1]]
-    return weight.T if layout.transposed else weight
+    return _of_expert(twin.get_parameter(key[0]).detach(), layout, key)
+
+
+def _of_expert(stored: torch.Tensor, layout: Layout, key: Key) -> torch.Tensor:
+    """One matrix (d_out, d_in) of a parameter, or of something of its shape."""
+    if stored.ndim == 3:
+        return stored[key[1]].T if layout.experts_transposed else stored[key[1]]
+    return stored.T if layout.transposed else stored
+
+
+def adaptation(validation: Sequence[Recorded]) -> dict[Key, torch.Tensor]:
+    """G = mean over validation positions of d h^T, by matrix, one position after the other."""
+    pairs = [(one, v) for one in validation for v in one.losses]
+    total: dict[Key, torch.Tensor] = {}
+    for one, v in pairs:
+        for key, (entering, error) in one.seen.items():
+            matrix = total.setdefault(key, torch.zeros(error.shape[1], entering.shape[1], dtype=torch.float64))
+            matrix += torch.outer(error[v], entering[v]) / len(pairs)
+    return total
 
 
 def fisher_drift(
@@ -244,6 +290,23 @@ def position_values(
             out["stability_direct"][p] += (error[p][:, None] * drift[key] * entering[p][None]).sum()
             if causal:
                 out["stability_causal"][p] += (reached[p][:, None] * drift[key][rows] * entering[p][None]).sum()
+    return out
+
+
+def prediction_values(one: Recorded, moved: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What is said of the prediction at every position, (T,) each: information u'F u, entropy, gradient norm.
+
+    ``moved`` u (T, V): of ``moved_logits``. F = diag(p) - p p', written down as a matrix.
+    """
+    names = ("information", "entropy", "gradient_norm")
+    out = {name: torch.zeros(one.length, dtype=torch.float64) for name in names}
+    for p in range(one.length):
+        probability = one.log_probability[p].exp()
+        fisher_matrix = torch.diag(probability) - torch.outer(probability, probability)
+        out["information"][p] = moved[p] @ fisher_matrix @ moved[p]
+        out["entropy"][p] = -(probability * one.log_probability[p]).sum()
+        squares = sum(float(d[p] @ d[p]) * float(h[p] @ h[p]) for h, d in one.seen.values())
+        out["gradient_norm"][p] = squares**0.5
     return out
 
 

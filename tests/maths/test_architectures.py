@@ -11,12 +11,19 @@ import transformers as hf
 from torch import nn
 
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
-from alphatoken.pipeline.maths.directions import Directions
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from tests.maths import pairwise
-from tests.maths.comparison import Sequences, assert_same, directions, expected, sequences, validation_gradient
+from tests.maths.comparison import (
+    Sequences,
+    assert_same,
+    directions,
+    expected,
+    sequences,
+    the_same_twice,
+    validation_gradient,
+)
 from tests.maths.tiny_models import COMMON, FAMILIES, LLAMA, model_of, nearby, randomised
 
 LAYERS, WINDOW = 2, 6
@@ -33,7 +40,7 @@ def compare(policy: nn.Module, layout: pairwise.Layout, attention: str = "sdpa",
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_components_and_loss_equal_the_pairwise_definition(family: str) -> None:
+def test_every_column_equals_the_pairwise_definition(family: str) -> None:
     relative = 1e-6 if family == "deepseek_v3" else 1e-9  # its router computes in float32 whatever the model's dtype
     compare(model_of(family, seed=1), FAMILIES[family].layout, relative=relative)
 
@@ -251,7 +258,7 @@ def test_a_quantised_map_in_a_scored_layer_is_left_out_and_counted(buffer: bool,
     assert coverage.total - coverage.scored == 24 * 36
     some = sequences([12, 7], 3)
     gradient = validation_gradient(policy, LAYERS, [some.batch()])
-    values = TokenValuer(policy, Directions({"a": gradient}), LAYERS, WINDOW).value(some.batch(), some.batch().real())
+    values = TokenValuer(policy, the_same_twice(gradient), LAYERS, WINDOW).value(some.batch(), some.batch().real())
     for module in policy.modules():
         if isinstance(module, nn.Linear) and not isinstance(module, _Int8Linear):
             module.weight.requires_grad_(True)
@@ -260,7 +267,7 @@ def test_a_quantised_map_in_a_scored_layer_is_left_out_and_counted(buffer: bool,
         policy.zero_grad()
         F.cross_entropy(logits, torch.tensor(some.labels[row][1:]), reduction="sum", ignore_index=-100).backward()
         wanted = sum((policy.get_parameter(n).grad * g).sum() for n, g in gradient.items())
-        assert float(values["a_direct"][row].sum()) == pytest.approx(float(wanted), rel=1e-6)
+        assert float(values["adaptation_direct"][row].sum()) == pytest.approx(float(wanted), rel=1e-6)
 
 
 def test_a_quantised_value_projection_is_refused_for_the_causal_path_alone() -> None:
@@ -269,8 +276,8 @@ def test_a_quantised_value_projection_is_refused_for_the_causal_path_alone() -> 
     attention.v_proj = _Int8Linear(attention.v_proj, False, torch.int8)
     gradient = validation_gradient(policy, LAYERS, [sequences([9], 1).batch()])
     with pytest.raises(UnsupportedModel, match="value is not made by one of its linear maps.*valuation.window=0"):
-        TokenValuer(policy, Directions({"a": gradient}), LAYERS, WINDOW)
-    TokenValuer(policy, Directions({"a": gradient}), LAYERS, 0).value(sequences([9], 1).batch())
+        TokenValuer(policy, the_same_twice(gradient), LAYERS, WINDOW)
+    TokenValuer(policy, the_same_twice(gradient), LAYERS, 0).value(sequences([9], 1).batch())
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -283,11 +290,11 @@ def test_a_quantised_lower_layer_is_fine(dtype: torch.dtype) -> None:
     assert scored_layers(policy, LAYERS).coverage.fraction == 1.0
     some = sequences([12, 7], 3)
     gradient = validation_gradient(policy, LAYERS, [some.batch()])
-    values = TokenValuer(policy, Directions({"a": gradient}), LAYERS, WINDOW).value(some.batch(), some.batch().real())
+    values = TokenValuer(policy, the_same_twice(gradient), LAYERS, WINDOW).value(some.batch(), some.batch().real())
     logits = policy(input_ids=torch.tensor([some.ids[0]])).logits[0, :-1]
     F.cross_entropy(logits, torch.tensor(some.labels[0][1:]), reduction="sum", ignore_index=-100).backward()
     wanted = sum((policy.get_parameter(n).grad * g).sum() for n, g in gradient.items())
-    assert float(values["a_direct"][0].sum()) == pytest.approx(float(wanted), rel=1e-6)
+    assert float(values["adaptation_direct"][0].sum()) == pytest.approx(float(wanted), rel=1e-6)
 
 
 def test_a_model_quantised_throughout_is_refused() -> None:

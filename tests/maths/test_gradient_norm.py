@@ -11,22 +11,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from alphatoken.pipeline.maths import contraction
-from alphatoken.pipeline.maths.directions import Directions
-from alphatoken.pipeline.maths.masking import objective, token_values
+from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.masking import score_of, stability_of, token_values
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from tests.maths import pairwise
-from tests.maths.comparison import Sequences, sequences
+from tests.maths.comparison import Sequences, sequences, the_same_twice
 from tests.maths.tiny_models import FAMILIES, LLAMA, model_of
 
 LAYERS, WINDOW = 2, 6
 TRAIN = sequences([15, 6, 11, 4], 3)
 
 
-def valuer(model: nn.Module, dtype: torch.dtype = torch.float64) -> TokenValuer:
-    from alphatoken.pipeline.maths.decoder import scored_layers
-
-    some = {name: torch.ones_like(weight) for name, weight in scored_layers(model, LAYERS).weights().items()}
-    return TokenValuer(model, Directions({"adaptation": some}), LAYERS, WINDOW, gradient_norm=True)
+def valuer(model: nn.Module) -> TokenValuer:
+    """It looks at no direction."""
+    return TokenValuer(model, None, LAYERS, WINDOW, scores=["gradient_norm"])
 
 
 class PerPosition(nn.Module):
@@ -82,12 +80,13 @@ def test_every_map_and_every_chosen_expert_counts_once(family: str) -> None:
 
 def test_it_bounds_the_direct_value_and_knows_no_causal_path() -> None:
     model, batch = model_of("llama", seed=1), TRAIN.batch()
-    own = valuer(model)
-    found = own.value(batch)
-    length = sum(float(m.square().sum()) for m in own.named["adaptation"].values()) ** 0.5
+    some = {name: torch.ones_like(weight) for name, weight in scored_layers(model, LAYERS).weights().items()}
+    found = TokenValuer(model, the_same_twice(some), LAYERS, WINDOW).value(batch)
+    length = sum(float(m.square().sum()) for m in some.values()) ** 0.5
     assert bool((found["adaptation_direct"].abs() <= found["gradient_norm"] * length * (1 + 1e-9)).all())
-    own.window, own.values = 0, {}
-    assert torch.equal(own.value(batch)["gradient_norm"], found["gradient_norm"])
+    for window in (0, WINDOW):
+        own = TokenValuer(model, the_same_twice(some), LAYERS, window, scores=["paper", "gradient_norm"])
+        torch.testing.assert_close(own.value(batch)["gradient_norm"], found["gradient_norm"], rtol=1e-12, atol=0)
 
 
 def test_it_depends_neither_on_the_workspace_nor_on_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,17 +107,6 @@ def test_gradients_whose_square_is_no_float32_have_a_norm() -> None:
     assert bool((found[response] > 0).all()) and float(found.max()) < 1e-10
 
 
-def test_columns_are_as_before_unless_asked_and_the_exact_estimator_refuses() -> None:
-    model = model_of("llama", seed=1)
-    own = valuer(model)
-    plain = TokenValuer(model, Directions(own.named), LAYERS, WINDOW).value(TRAIN.batch())
-    asked = own.value(TRAIN.batch())
-    assert set(asked) - set(plain) == {"gradient_norm"}
-    assert all(torch.equal(asked[name], column) for name, column in plain.items())
-    with pytest.raises(ValueError, match="gradient_norm"):
-        TokenValuer(model, Directions(own.named), LAYERS, estimator="exact", gradient_norm=True)
-
-
 def test_values_per_unit_of_gradient_norm_leave_the_loss_alone_and_are_zero_without_a_gradient() -> None:
     columns = {
         "adaptation_direct": np.array([2.0, 1.0, 0.0, 3.0], np.float32),
@@ -128,7 +116,8 @@ def test_values_per_unit_of_gradient_norm_leave_the_loss_alone_and_are_zero_with
         "loss": np.array([1.0, 2.0, 3.0, 4.0], np.float32),
         "gradient_norm": np.array([2.0, 0.5, 0.0, 0.0], np.float32),
     }
-    assert objective(columns, "adaptation", per_norm=True).tolist() == [2.0, 2.0, 0.0, 0.0]
-    scales = {"adaptation": 2.0, "stability": 1.0, "loss": 4.0}
-    found = token_values(columns, 3.0, scales, loss_weight=2.0, per_norm=True)
+    assert score_of(columns, "paper", per_norm=True).tolist() == [2.0, 2.0, 0.0, 0.0]
+    assert stability_of(columns, "paper", per_norm=True).tolist() == [0.5, 2.0, 0.0, 0.0]
+    scales = {"score": 2.0, "stability": 1.0, "loss": 4.0}
+    found = token_values(columns, "paper", 3.0, scales, loss_weight=2.0, per_norm=True)
     assert found.tolist() == [1.0 + 1.5 - 0.5, 1.0 + 6.0 - 1.0, -1.5, -2.0]

@@ -16,10 +16,13 @@ from alphatoken.pipeline.maths.masking import (
     keep,
     keep_flat,
     rank_of,
+    score_of,
+    stability_of,
     threshold_of,
     thresholds_in_groups,
     token_values,
 )
+from alphatoken.pipeline.settings.mask import MASK_SCORES
 
 ANY_FLOAT = st.floats(width=32, allow_nan=False, allow_infinity=True, allow_subnormal=True)
 FEW = st.sampled_from([0.0, -0.0, 1.0, -1.0, 1e-45, -1e-45, 0.5, math.inf, -math.inf])
@@ -107,13 +110,38 @@ def test_value_is_scaled_adaptation_plus_weighted_stability_rounded_once():
     rng = np.random.default_rng(2)
     names = ("adaptation_direct", "adaptation_causal", "stability_direct", "stability_causal")
     parts = {name: rng.standard_normal(500).astype(np.float32) for name in names}
-    found = token_values(parts, 1.5, {"adaptation": 3.0, "stability": 0.7})
+    found = token_values(parts, "paper", 1.5, {"score": 3.0, "stability": 0.7})
     rows = zip(*(parts[name].tolist() for name in names), strict=True)
     assert found.dtype == np.float32
     assert found.tolist() == [float(np.float32((a + b) / 3.0 + 1.5 * (c + d) / 0.7)) for a, b, c, d in rows]
     for scale in (0.0, math.inf, math.nan):
         with pytest.raises(ValueError, match="scales"):
-            token_values(parts, 1.5, {"adaptation": 1.0, "stability": scale})
+            token_values(parts, "paper", 1.5, {"score": 1.0, "stability": scale})
+    without = token_values(parts, "paper", 0.0, {"score": 3.0})  # a term that weighs nothing needs no scale
+    pairs = zip(*(parts[name].tolist() for name in names[:2]), strict=True)
+    assert without.tolist() == [float(np.float32((a + b) / 3.0)) for a, b in pairs]
+
+
+def test_every_score_is_its_definition_and_looks_at_its_columns_alone():
+    rng = np.random.default_rng(4)
+    names = ("adaptation_direct", "adaptation_causal", "adaptation_exact", "information", "entropy", "loss", "random")
+    c = {name: rng.standard_normal(50).astype(np.float32) for name in (*names, "reference_loss")}
+    wide = {name: column.astype(np.float64) for name, column in c.items()}
+    expected = {
+        "paper": wide["adaptation_direct"] + wide["adaptation_causal"], "exact": wide["adaptation_exact"],
+        "information": wide["information"], "entropy": wide["entropy"], "loss": -wide["loss"],
+        "excess_loss": wide["loss"] - wide["reference_loss"], "random": wide["random"], "full": np.zeros(50),
+    }  # fmt: skip
+    assert set(expected) == set(MASK_SCORES)
+    for score, wanted in expected.items():
+        own = {name: c[name] for name in (*MASK_SCORES[score], *["random"][: score == "random"])} or {"loss": c["loss"]}
+        found = score_of(own, score)
+        assert found.dtype == np.float64 and found.tolist() == wanted.tolist(), score
+    stability = {name: rng.standard_normal(50).astype(np.float32) for name in ("stability_direct", "stability_causal")}
+    both = [column.astype(np.float64) for column in stability.values()]
+    for score in expected.keys() - {"exact"}:
+        assert stability_of(stability, score).tolist() == (both[0] + both[1]).tolist()
+    assert stability_of({"stability_exact": c["loss"]}, "exact").tolist() == wide["loss"].tolist()
 
 
 def naive_keep(values, response, threshold, always, min_kept):

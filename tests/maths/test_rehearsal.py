@@ -12,6 +12,7 @@ from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.rehearsal import LANES, RehearsedModel, kept_in_batch, lanes_of
+from alphatoken.pipeline.maths.valuer import ALL
 from tests.maths.comparison import sequences
 from tests.maths.tiny_models import FAMILIES
 
@@ -28,13 +29,13 @@ def directions(scored, seed: int) -> dict[str, dict[str, torch.Tensor]]:
     return {n: {k: torch.randn(w.shape, generator=generator) for k, w in scored.weights().items()} for n in NAMES}
 
 
-@pytest.mark.parametrize("estimator", ["ghost", "exact"])
+@pytest.mark.parametrize(("scores", "exact"), [(["paper", "loss"], False), (["paper", "loss"], True), (ALL, False)])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gpt_oss"])
-def test_lower_layers_run_once_and_other_weights_change_nothing_below(family: str, estimator: str) -> None:
+def test_lower_layers_run_once_and_other_weights_change_nothing_below(family: str, scores: list, exact: bool) -> None:
     model = model_of(family)
     scored = scored_layers(model, 2)
     other = {name: w + 0.01 * torch.randn_like(w) for name, w in scored.weights().items()}
-    rehearsed, batch = RehearsedModel(scored, 4, "sdpa", estimator), sequences([9, 14, 6], seed=1).batch()
+    rehearsed, batch = RehearsedModel(scored, 4, "sdpa", scores, exact), sequences([9, 14, 6], seed=1).batch()
     masked = Batch(batch.input_ids, batch.labels.clone(), batch.lengths)
     masked.labels[:, ::2] = IGNORED
     valuer = rehearsed.valuer(directions(scored, 5))
@@ -50,10 +51,11 @@ def test_lower_layers_run_once_and_other_weights_change_nothing_below(family: st
     assert len(calls) == 2
     twin = copy.deepcopy(model)
     twin.load_state_dict({**twin.state_dict(), **other})
-    own = RehearsedModel(scored_layers(twin, 2), 4, "sdpa", estimator)
+    own = RehearsedModel(scored_layers(twin, 2), 4, "sdpa", scores, exact)
     plain = own.valuer(directions(scored, 5)).value(batch)
+    assert tuple(found) == valuer.columns
     for name, column in found.items():
-        assert torch.equal(column, plain[name]), name
+        assert column.any() and torch.equal(column, plain[name]), name
     for name, total in reused.total.items():
         assert torch.equal(total, fresh.total[name])
     assert all(torch.equal(w, model.state_dict()[n]) for n, w in scored.weights().items())
@@ -62,7 +64,11 @@ def test_lower_layers_run_once_and_other_weights_change_nothing_below(family: st
 def test_the_whole_gradient_is_that_of_autograd_and_a_direction_leaves_the_prompt_out() -> None:
     model = model_of("llama")
     scored, batch = scored_layers(model, 2), sequences([9, 14, 6], seed=1).batch()
-    rehearsed, whole, direction = RehearsedModel(scored, 4, "sdpa", "ghost"), OuterSum(scored), OuterSum(scored)
+    rehearsed, whole, direction = (
+        RehearsedModel(scored, 4, "sdpa", ["paper", "loss"], False),
+        OuterSum(scored),
+        OuterSum(scored),
+    )
     weights = dict(scored.weights())
     rehearsed.add_gradient(whole, weights, batch, [], direction=False)
     rehearsed.add_gradient(direction, weights, batch, [], direction=True)
@@ -78,7 +84,7 @@ def test_the_whole_gradient_is_that_of_autograd_and_a_direction_leaves_the_promp
 def test_a_nan_names_its_example_also_where_lower_layers_are_reused() -> None:
     model = model_of("llama")
     scored, batch = scored_layers(model, 2), sequences([9, 14, 6], seed=1).batch()
-    rehearsed, hidden = RehearsedModel(scored, 4, "sdpa", "ghost"), []
+    rehearsed, hidden = RehearsedModel(scored, 4, "sdpa", ["paper", "loss"], False), []
     weights = dict(scored.weights())
     rehearsed.add_gradient(OuterSum(scored), weights, batch, hidden, direction=False)
     token = int(batch.input_ids[1, 2])

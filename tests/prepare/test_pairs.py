@@ -4,7 +4,7 @@ import pytest
 
 from alphatoken.pipeline.prepare.pairs import PairMaker, branch_rows
 from alphatoken.pipeline.prepare.rows import Unusable
-from tests.conftest import save_tokenizer
+from tests.conftest import CHATML, save_tokenizer
 
 ASKED = {"role": "user", "content": "the quick fox"}
 GOOD = {"role": "assistant", "content": "jumps over a lazy dog"}
@@ -159,3 +159,51 @@ def test_branches_that_differ_only_beyond_the_cut_are_identical(tokenizer):
     assert make(tokenizer, row).chosen.input_ids != make(tokenizer, row).rejected.input_ids
     with pytest.raises(Unusable, match=r"^identical_branches: .*data\.max_length"):
         make(tokenizer, row, max_length=5)
+
+
+REPEATED = [{"prompt": "the quick", "chosen": "the quick fox", "rejected": f"the quick {w}"} for w in ("dog", "owls")]
+OWN = {"prompt": "an old", "chosen": " oak", "rejected": " tree"}
+
+
+def test_a_prompt_that_all_pairs_repeat_stands_once(reader):
+    read = reader.rows([*REPEATED, {"prompt": "", "chosen": " oak", "rejected": " tree"}, {"text": "no pair"}])
+    assert read.notes == {"prompt_stripped": 2} and list(read.refused) == [3]
+    assert (read.text(0, "chosen_"), read.responses(0, "chosen_")) == ("the quick fox<|im_end|>", [" fox<|im_end|>"])
+    assert read.used[1]["prompt"] == "the quick" and read.used[1]["rejected"] == " owls"
+
+
+def test_a_prompt_that_some_pairs_repeat_is_kept_and_counted(reader):
+    read = reader.rows([*REPEATED, OWN])
+    assert read.notes == {"prompt_repeated": 2}
+    assert read.used[0]["chosen"] == "the quick fox" and read.responses(2, "chosen_") == [" oak<|im_end|>"]
+
+
+def test_a_prompt_that_one_branch_alone_repeats_is_kept(reader):
+    read = reader.rows([{**OWN, "chosen": "an old oak"}])
+    assert read.notes == {} and read.used[0]["chosen"] == "an old oak"
+
+
+def test_a_prompt_that_all_completions_repeat_stands_once_unless_it_is_to_be_kept(reader):
+    rows = [{"q": "the quick", "response": "the quick fox"}, {"q": "an old", "response": "an old oak"}]
+    read = reader.rows(rows, columns={"prompt": "q"})
+    assert read.text(1) == "an old oak<|im_end|>" and read.responses(1) == [" oak<|im_end|>"]
+    kept = reader.rows(rows, columns={"prompt": "q"}, repeated_prompt="keep")
+    assert kept.notes == {"prompt_repeated": 2} and kept.text(1) == "an oldan old oak<|im_end|>"
+
+
+def test_a_pair_that_adds_nothing_to_the_prompt_is_refused(reader):
+    read = reader.rows([*REPEATED, {**REPEATED[0], "rejected": "the quick"}])
+    assert read.refused == {2: "empty_branch: rejected is blank"}
+
+
+def test_turns_before_the_instruction_of_a_pair_belong_to_the_prompt(reader):
+    row = {
+        "instruction": "the quick fox",
+        "chosen": "a lazy dog",
+        "rejected": "owls",
+        "history": [["an old oak", "tree"]],
+    }
+    for template, before in ((CHATML, "assistant\ntree<|im_end|>"), (None, "### Response:\ntree")):
+        read = reader.rows([row], template)
+        assert before in read.text(0, "chosen_") and before in read.text(0, "rejected_")
+        assert read.responses(0, "chosen_") == ["a lazy dog<|im_end|>"] and read.notes == {}

@@ -3,6 +3,8 @@
 import json
 import pickle
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from alphatoken.pipeline.prepare.rows import (
@@ -75,8 +77,9 @@ def test_json_text_is_decoded_for_messages_and_tools():
     assert parse({"messages": [USER, SAID], "tools": "[]"}).tools is None
 
 
-def test_a_tool_call_needs_no_content_and_arrow_nulls_are_dropped():
-    call = {**CALL, "id": None, "function": {**CALL["function"], "arguments": {"a": 2, "b": 2, "c": None}}}
+def test_a_tool_call_needs_no_content_and_null_keys_say_nothing_but_in_its_arguments():
+    called = {**CALL, "function": {**CALL["function"], "arguments": {"a": 2, "b": 2, "c": None}}}
+    call = {**called, "id": None, "function": {**called["function"], "strict": None}}
     turns = [
         {**USER, "tool_calls": None, "name": None},
         {"role": "assistant", "content": None, "tool_calls": [call]},
@@ -84,7 +87,7 @@ def test_a_tool_call_needs_no_content_and_arrow_nulls_are_dropped():
         {**SAID, "tool_calls": []},
     ]
     parsed = parse({"messages": turns})
-    assert parsed.messages == [USER, {"role": "assistant", "tool_calls": [CALL]}, turns[2], SAID]
+    assert parsed.messages == [USER, {"role": "assistant", "tool_calls": [called]}, turns[2], SAID]
     assert parsed.respond == (1, 3)
 
 
@@ -105,7 +108,7 @@ def test_sharegpt_names_become_roles():
         "assistant",
     ]
     assert parsed.messages[2] == {"role": "assistant", "tool_calls": [CALL]}
-    assert parsed.messages[4] == {**SAID, "weight": 1}
+    assert parsed.messages[4] == SAID
     assert parsed.respond == (2, 4)
     assert parse({"conversations": [USER, SAID]}).messages == [USER, SAID]
 
@@ -284,3 +287,41 @@ def test_a_reason_is_one_short_storable_line_and_survives_pickling():
     reason = Unusable("unknown_role: '\ud800'\n" + "x" * 1000)
     assert pickle.loads(pickle.dumps(reason)).code == "unknown_role"
     assert len(str(reason)) <= 400 and "\n" not in str(reason) and str(reason).encode("utf-8")
+
+
+ALPACA = {"instruction": "Add.", "input": "2 2", "output": "4"}
+HISTORIES = [
+    [["2+2?", "4"], ["3+3?", "6"]],
+    json.dumps([["2+2?", "4"], ["3+3?", "6"]]),
+    [USER, SAID, {"role": "user", "content": "3+3?"}, {"role": "assistant", "content": "6"}],
+    [{"from": role, "value": text} for role, text in zip(["human", "gpt"] * 2, ["2+2?", "4", "3+3?", "6"], strict=True)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("history", HISTORIES, ids=["pairs", "text", "messages", "sharegpt"])
+def test_the_history_of_an_instruction_is_its_earlier_turns(history):
+    parsed = parse({**ALPACA, "history": history, "system": "Be brief."})
+    assert [m["content"] for m in parsed.messages] == ["Be brief.", "2+2?", "4", "3+3?", "6", "Add.\n\n2 2", "4"]
+    assert parsed.respond == (2, 4, 6)
+    plain = parse({**ALPACA, "history": history}, has_template=False)
+    assert plain.prompt.partition("completes the request.")[2] == (
+        "\n\n### Instruction:\n2+2?\n\n### Response:\n4\n\n### Instruction:\n3+3?\n\n### Response:\n6"
+        "\n\n### Instruction:\nAdd.\n\n### Input:\n2 2\n\n### Response:\n"
+    )
+    assert plain.completion == "4"
+
+
+def test_history_comes_through_files_of_every_kind(reader, tmp_path):
+    rows = [{**ALPACA, "history": [["the quick", "fox"]]}, {**ALPACA, "history": []}, {**ALPACA, "history": None}]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "x.parquet")
+    (tmp_path / "x.csv").write_text(
+        'instruction,output,history\nAdd.,4,"[[""the quick"", ""fox""]]"\nAdd.,4,\nAdd.,4,[]\n'
+    )
+    for read in (reader.rows(rows), reader(tmp_path / "x.parquet"), reader(tmp_path / "x.csv")):
+        assert [read.responses(row) for row in range(3)] == [["fox<|im_end|>", "4<|im_end|>"], *[["4<|im_end|>"]] * 2]
+
+
+@pytest.mark.parametrize("history", [3, "x", [["2+2?"]], [["2+2?", "4", "5"]], [["2+2?", 4]], ["2+2?"], [["2+2?", ""]]])
+def test_a_history_that_is_none_is_refused(history):
+    with pytest.raises(Unusable, match=r"history"):
+        parse({**ALPACA, "history": history})

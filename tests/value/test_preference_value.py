@@ -10,13 +10,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alphatoken.data_schemas import COMPONENTS, PREFERENCE_PREPARED, PREFERENCE_REFERENCE, PREFERENCE_VALUES, PREPARED
+from alphatoken.data_schemas import (
+    COMPONENTS,
+    PREFERENCE_PREPARED,
+    PREFERENCE_REFERENCE,
+    PREPARED,
+    SCORES,
+    preference_values_schema,
+    value_columns,
+)
 from tests.conftest import PREFERENCE, SMALL, chat_row, pair_row, write_rows
 from tests.maths import pairwise
 from tests.maths.tiny_models import LLAMA
 
 BETA = 0.3  # as in PREFERENCE
 LAYERS, WINDOW = 2, 4  # as in SMALL
+COLUMNS = value_columns(list(SCORES))
 
 
 def run(directory: Path, policy: Path, pairs: Path, *more: str) -> Path:
@@ -47,7 +56,8 @@ def response_logps(model, ids: list[int], labels: list[int]) -> list[float]:
 
 def test_files_have_the_columns_and_sizes_of_the_contract(preference_run):
     for name, schema in (
-        ("prepared", PREFERENCE_PREPARED), ("values", PREFERENCE_VALUES), ("reference", PREFERENCE_REFERENCE),
+        ("prepared", PREFERENCE_PREPARED), ("values", preference_values_schema(COLUMNS)),
+        ("reference", PREFERENCE_REFERENCE),
     ):  # fmt: skip
         assert table(preference_run, name).schema.equals(schema)
         assert table(preference_run, name)["id"].to_pylist() == table(preference_run, "prepared")["id"].to_pylist()
@@ -74,30 +84,34 @@ def test_omega_and_the_reference_against_whole_models(preference_run, policy, re
         assert value["omega"] == pytest.approx(BETA / (1 + np.exp(s)), rel=1e-4)
 
 
-def test_both_branches_are_the_pairwise_definition_signed_and_scaled(preference_run, policy):
+def test_both_branches_are_the_pairwise_definition_with_signs_and_scales_where_a_step_has_them(preference_run, policy):
     twin = pairwise.oracle(AutoModelForCausalLM.from_pretrained(policy))
     held_out = pq.read_table(preference_run / "prepared/validation.parquet").to_pylist()
     against = [pairwise.record(twin, LLAMA, LAYERS, row["input_ids"], row["labels"]) for row in held_out]
+    adaptation = pairwise.adaptation(against)
     stability = load_file(preference_run / "anchors/snapshot-00/stability.safetensors")
     drift = {(name, 0): tensor.double() for name, tensor in stability.items()}
     prepared, values = (
         table(preference_run, "prepared").to_pylist()[:3],
         table(preference_run, "values").to_pylist()[:3],
     )
-    expected: dict[str, list[float]] = {name: [] for name in COMPONENTS}
-    found: dict[str, list[float]] = {name: [] for name in COMPONENTS}
+    expected: dict[str, list[float]] = {name: [] for name in COLUMNS}
+    found: dict[str, list[float]] = {name: [] for name in COLUMNS}
     for pair, value in zip(prepared, values, strict=True):
         for branch, sign in (("chosen", 1), ("rejected", -1)):
             ids, labels = pair[f"{branch}_input_ids"], pair[f"{branch}_labels"]
             recorded = pairwise.record(twin, LLAMA, LAYERS, ids, labels)
             positions = pairwise.position_values(twin.config, LLAMA, recorded, against, drift, WINDOW)
+            moved = pairwise.moved_logits(twin, LLAMA, LAYERS, ids, adaptation)
+            positions |= pairwise.prediction_values(recorded, moved)
             tokens = pairwise.token_values(positions, recorded)
-            for name in COMPONENTS:
-                expected[name] += (sign * value["omega"] * tokens[name]).tolist()
+            factors = dict.fromkeys(COMPONENTS, sign * value["omega"]) | {"gradient_norm": value["omega"]}
+            for name in COLUMNS:
+                expected[name] += (factors.get(name, 1.0) * tokens[name]).tolist()
                 found[name] += value[f"{branch}_{name}"]
                 outside = [v for v, label in zip(value[f"{branch}_{name}"], labels, strict=True) if label == -100]
                 assert not any(outside)
-    for name in COMPONENTS:
+    for name in COLUMNS:
         scale = max(map(abs, expected[name]))
         assert scale > 0
         np.testing.assert_allclose(np.array(found[name]) / scale, np.array(expected[name]) / scale, atol=1e-5)

@@ -12,12 +12,12 @@ import torch
 from rich.console import Console
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from alphatoken.data_schemas import PREPARED
+from alphatoken.data_schemas import PREPARED, SCORES
 from alphatoken.pipeline.anchor.tensors import write_tensors
-from alphatoken.pipeline.cluster.batched_worker import CPU_TOKENS
 from alphatoken.pipeline.cluster.host import Resources
 from alphatoken.pipeline.cluster.pool import WorkerPool
 from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.models import ModelSource, load_model, load_tokenizer
@@ -27,9 +27,10 @@ from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings, ValuationSettings
 from alphatoken.pipeline.settings.data import DataSettings
-from alphatoken.pipeline.value.stage import ValueTask, ValueWorker
+from alphatoken.pipeline.value.kinds import Supervised
+from alphatoken.pipeline.value.worker import ValueTask, ValueWorker
 
-SETTINGS = Settings(valuation=ValuationSettings(layers=2, window=4, tokens_per_batch=120, estimator="ghost"))
+SETTINGS = Settings(valuation=ValuationSettings(layers=2, window=4, tokens_per_batch=120))
 PARTS = ("part-0.parquet", "part-1.parquet", "part-2.parquet")
 
 
@@ -81,31 +82,40 @@ class _Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize("estimator", ["ghost", "information"])
+class _Counting:
+    """In place of a worker's scoring: notes what each batch asks of the device."""
+
+    def __init__(self, scoring, copies: list[str]) -> None:
+        self.scoring, self.columns, self.copies, self.batches = scoring, scoring.columns, copies, []
+
+    def __call__(self, batch):
+        before = len(self.copies)
+        with _Waits() as waits:
+            found = self.scoring(batch)
+        self.batches.append((self.copies[before:], waits.count, {array.base is not None for array in found.values()}))
+        return found
+
+
+@pytest.mark.parametrize(
+    ("scores", "exact"),
+    [(["paper"], False), (["information"], False), (["loss", "entropy"], False), (list(SCORES), False), ([], True)],
+    ids=["paper", "information", "head", "all", "exact"],
+)
 @pytest.mark.parametrize("snapshots", [1, 2])
-def test_a_batch_comes_to_the_host_in_one_copy(storage, policy, monkeypatch, snapshots, estimator):
-    settings = replace(SETTINGS, valuation=replace(SETTINGS.valuation, estimator=estimator))
-    worker = ValueWorker(storage, ModelSource(str(policy)), settings, list(range(snapshots)))
-    copies, batches = [], []
+def test_a_batch_comes_to_the_host_in_one_copy(storage, policy, monkeypatch, snapshots, scores, exact):
+    settings = replace(SETTINGS, valuation=replace(SETTINGS.valuation, scores=scores, exact=exact))
+    worker = ValueWorker(storage, ModelSource(str(policy)), settings, list(range(snapshots)), Supervised(), None)
+    copies: list[str] = []
     for way in ("cpu", "numpy", "tolist"):
         own = getattr(torch.Tensor, way)
         monkeypatch.setattr(
             torch.Tensor, way, lambda self, *a, own=own, way=way: (copies.append(way), own(self, *a))[1]
         )
-    values = worker._values
-
-    def counted(batch, ids):
-        before = len(copies)
-        with _Waits() as waits:
-            found = values(batch, ids)
-        batches.append((copies[before:], waits.count, {array.base is not None for array in found.values()}))
-        return found
-
-    monkeypatch.setattr(worker, "_values", counted)
+    worker.scoring = counting = _Counting(worker.scoring, copies)
     worker(ValueTask(PARTS[0], "f"), lambda units: None)
-    assert len(batches) >= 3
+    assert len(counting.batches) >= 3
     # all columns are parts of one array; besides, one yes or no per snapshot: whether every number is finite
-    assert [found for found in batches if found != (["cpu", "numpy"], snapshots, {True})] == []
+    assert [found for found in counting.batches if found != (["cpu", "numpy"], snapshots, {True})] == []
 
 
 class _Noting(ValueWorker):
@@ -114,22 +124,18 @@ class _Noting(ValueWorker):
     def __init__(self, **arguments):
         super().__init__(**arguments)
         pa.array(["this imports pandas, once"])
-        note, read = self._note, self.storage.read_table
+        note, read, score = self._note, self.storage.read_table, self.batches.score
 
         def noted(path, *more):
             note(path.removeprefix("prepared/"), "read")
             return read(path, *more)
 
-        self.storage.read_table = noted
+        def scored(sequences, names, of_batch, advance):
+            found = score(sequences, names, lambda batch: (time.sleep(0.4), of_batch(batch))[1], advance)
+            note(sequences.ids[0].removesuffix(" row 0"), "computed")
+            return found
 
-    def score(self, ids, *more):
-        found = super().score(ids, *more)
-        self._note(ids[0].removesuffix(" row 0"), "computed")
-        return found
-
-    def _values(self, batch, ids):
-        time.sleep(0.4)
-        return super()._values(batch, ids)
+        self.storage.read_table, self.batches.score = noted, scored
 
     def _note(self, part: str, what: str) -> None:
         with open(self.storage.path(f"notes-{what}-{part}"), "w") as file:
@@ -137,7 +143,10 @@ class _Noting(ValueWorker):
 
 
 def test_the_next_shard_is_read_while_one_computes_and_before_the_last_is_written(ray_cluster, storage, policy):
-    arguments = {"storage": storage, "source": ModelSource(str(policy)), "settings": SETTINGS, "snapshots": [0]}
+    arguments = {
+        "storage": storage, "source": ModelSource(str(policy)), "settings": SETTINGS, "snapshots": [0],
+        "kind": Supervised(), "reference": None,
+    }  # fmt: skip
     results = {}
     with (
         Progress(Console(file=open("/dev/null", "w"))) as progress,

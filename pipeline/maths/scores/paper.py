@@ -23,11 +23,10 @@ class Paper:
         self, scored: ScoredLayers, directions: Directions | None, window: int, attention: str, given: str | None
     ) -> None:
         assert directions is not None
-        self.dtype = scored.maps[0].parameter.dtype
         self.values = value_projections(scored, attention) if window > 0 else {}
         named = {name: directions.named[name] for name in NAMES}
         self.directions = StackedDirections(scored, named, set(self.values), given)
 
     def visitor(self, positions: torch.Tensor, shape: tuple[int, int]) -> Contraction:
         """See LayerScore."""
-        return Contraction(self.directions, self.values, Positions(positions, shape), self.dtype)
+        return Contraction(self.directions, self.values, Positions(positions, shape))

@@ -1,4 +1,4 @@
-"""valuation.gradient_norm and mask.divide_by_gradient_norm through the command line."""
+"""The column gradient_norm and mask.divide_by_gradient_norm through the command line."""
 
 import json
 from pathlib import Path
@@ -9,12 +9,12 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from alphatoken import Directions, TokenValuer
-from alphatoken.data_schemas import COMPONENTS, preference_values_schema, values_schema
+from alphatoken.data_schemas import COMPONENTS, SCORES, value_columns, values_schema
 from alphatoken.pipeline.maths.batch import collate
 from alphatoken.pipeline.maths.masking import rank_of
 from tests.conftest import SMALL
 
-ASKED = ("valuation.gradient_norm=true", "data.validation=6")
+COLUMNS = value_columns(list(SCORES))
 
 
 def table(run: Path, kind: str) -> list[dict]:
@@ -26,22 +26,23 @@ def run(tmp_path_factory, ray_cluster, policy, train_file) -> tuple[Path, list[s
     from alphatoken.jobs.cli import main
 
     place = tmp_path_factory.mktemp("norms")
-    same = [f"run.dir={place}", f"model.policy={policy}", f"data.train={train_file}", *SMALL, *ASKED]
+    same = [f"run.dir={place}", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=6"]
     same += ["anchor.snapshots=2", "anchor.drift=warmup", "anchor.warmup.learning_rate=0.01"]
-    assert main(["run", *same, "mask.divide_by_gradient_norm=true", "mask.always_keep=[]", "mask.min_kept=0"]) == 0
+    own = ["mask.score=paper", "mask.divide_by_gradient_norm=true", "mask.always_keep=[]", "mask.min_kept=0"]
+    assert main(["run", *same, *own]) == 0
     return place, same
 
 
 def test_the_column_is_the_mean_over_snapshots_of_the_librarys(run, policy):
     place, _ = run
     rows, found = table(place, "prepared"), table(place, "values")
-    assert pq.read_schema(sorted((place / "values").glob("*.parquet"))[0]).equals(values_schema(gradient_norm=True))
+    assert pq.read_schema(sorted((place / "values").glob("*.parquet"))[0]).equals(values_schema(COLUMNS))
     batch = collate([r["input_ids"] for r in rows], [r["labels"] for r in rows])
     model = AutoModelForCausalLM.from_pretrained(policy)
     norms = []
     for index in range(2):
         own = Directions.load(place / f"anchors/snapshot-{index:02d}")
-        norms.append(TokenValuer(model, own, 2, 4, gradient_norm=True).value(batch)["gradient_norm"].numpy())
+        norms.append(TokenValuer(model, own, 2, 4, scores=["gradient_norm"]).value(batch)["gradient_norm"].numpy())
     assert not np.allclose(norms[0], norms[1], rtol=0.05)
     for row, stored in enumerate(found):
         own = stored["gradient_norm"]
@@ -72,45 +73,36 @@ def test_other_masks_of_the_run_read_the_values_as_ever(alphatoken, run):
     assert status == 0, err
     status, _, err = alphatoken("run", *same, "mask.name=plain")
     assert status == 0 and "value: done already" in err
-    assert "gradient_norm" not in json.loads((place / "masks/plain/summary.json").read_text())["columns"]
+    summary = json.loads((place / "masks/plain/summary.json").read_text())
+    assert not summary["settings"]["divide_by_gradient_norm"] and not any("norm" in note for note in summary["notes"])
 
 
 def test_without_the_column_division_is_refused_in_one_line_before_anything_runs(
     alphatoken, tmp_path, policy, train_file
 ):
     same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=6"]
-    status, _, err = alphatoken("run", *same, "mask.divide_by_gradient_norm=true")
-    assert status == 2 and len(err.strip().splitlines()) == 1 and "valuation.gradient_norm=true" in err
+    same.append("valuation=paper")
+    divided, remedy = "mask.divide_by_gradient_norm=true", "set valuation.scores=[paper,loss,gradient_norm]"
+    status, _, err = alphatoken("run", *same, "mask.score=paper", divided)
+    assert status == 2 and len(err.strip().splitlines()) == 1 and remedy in err
     assert not (tmp_path / "r/prepared").exists()
-    assert alphatoken("run", *same)[0] == 0
-    status, _, err = alphatoken("mask", *same, "mask.name=n", "mask.divide_by_gradient_norm=true")
-    assert (
-        status == 2
-        and "no column gradient_norm" in err.strip().splitlines()[-1]
-        and not (tmp_path / "r/masks/n").exists()
-    )
+    assert alphatoken("run", *same, "mask.score=paper")[0] == 0
+    status, _, err = alphatoken("mask", *same, "mask.name=n", "mask.score=paper", divided)
+    assert status == 2 and len(err.strip().splitlines()) == 1
+    assert f"{divided} needs the column gradient_norm" in err and f"{remedy} and value anew" in err
+    assert not (tmp_path / "r/masks/n").exists()
 
 
-@pytest.mark.parametrize("wrong", ["valuation.estimator=exact", "valuation.method=loss"])
-def test_what_forms_no_gradient_has_no_norm(alphatoken, tmp_path, policy, train_file, wrong):
-    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, *ASKED, wrong]
-    status, _, err = alphatoken("run", *same)
-    assert status == 2 and "valuation.gradient_norm=true" in err and "forms no gradient" in err
-
-
-def test_of_pairs_omega_leaves_the_quotient(alphatoken, tmp_path, policy, reference, pairs_file, preference_run):
-    run = tmp_path / "r"
-    same = [f"run.dir={run}", f"model.policy={policy}", f"model.reference={reference}", f"data.train={pairs_file}"]
-    same += [*SMALL, "valuation.beta=0.3", "data.validation=5", "valuation.gradient_norm=true"]
-    status, _, err = alphatoken("run", *same, "mask.divide_by_gradient_norm=true")
+def test_of_pairs_omega_leaves_the_quotient(alphatoken, policy, preference_run):
+    status, _, err = alphatoken("mask", f"run.dir={preference_run}", "mask.divide_by_gradient_norm=true", "mask.name=d")
     assert status == 0, err
-    assert pq.read_schema(sorted((run / "values").glob("*.parquet"))[0]).equals(preference_values_schema(True))
-    rows, found = table(run, "prepared"), table(run, "values")
+    summary = json.loads((preference_run / "masks/d/summary.json").read_text())
+    assert all(any("gradient_norm" in note for note in one["notes"]) for one in summary["branches"].values())
+    rows, found = table(preference_run, "prepared"), table(preference_run, "values")
     model = AutoModelForCausalLM.from_pretrained(policy)
-    own = TokenValuer(model, Directions.load(run / "anchors/snapshot-00"), 2, 4, gradient_norm=True)
-    for row, stored, other in zip(rows, found, table(preference_run, "values"), strict=True):
+    own = TokenValuer(model, Directions.load(preference_run / "anchors/snapshot-00"), 2, 4)
+    for row, stored in zip(rows, found, strict=True):
         for branch, sign in (("chosen", 1), ("rejected", -1)):
-            assert stored[f"{branch}_adaptation_direct"] == other[f"{branch}_adaptation_direct"]
             plain = own.value(collate([row[f"{branch}_input_ids"]], [row[f"{branch}_labels"]]))
             norm, direct = np.array(stored[f"{branch}_gradient_norm"]), np.array(stored[f"{branch}_adaptation_direct"])
             np.testing.assert_allclose(norm, stored["omega"] * plain["gradient_norm"][0].numpy(), rtol=1e-3, atol=1e-9)

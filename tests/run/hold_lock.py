@@ -1,4 +1,4 @@
-"""Hold the lock of a run directory until killed:  python -m tests.faults.hold_lock ROOT"""
+"""Hold the lock of a run directory until killed:  python -m tests.run.hold_lock ROOT"""
 
 import sys
 import time

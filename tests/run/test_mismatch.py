@@ -122,4 +122,4 @@ def test_a_start_anew_that_is_interrupted_is_finished_by_the_next_command(alphat
 def test_a_manifest_that_cannot_be_read_is_named(alphatoken, tmp_path, policy, train_file):
     (tmp_path / "run.json").write_text('{"schema": 1, "stages"')
     status, _, err = alphatoken("prepare", f"run.dir={tmp_path}", f"model.policy={policy}", f"data.train={train_file}")
-    assert status == 1 and "run.json is not a manifest" in err and "run.dir" in err
+    assert status == 1 and "run.json cannot be gone on with (JSONDecodeError" in err and "choose another run.dir" in err

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from alphatoken.data_schemas import COMPONENTS, REHEARSED_VALUES
+from alphatoken.data_schemas import COMPONENTS, SCORES, value_columns, values_schema
 from alphatoken.pipeline.cluster import cluster
 from alphatoken.pipeline.cluster.pool import WorkerPool
 from alphatoken.pipeline.prepare.draw import draw_order
@@ -110,9 +110,10 @@ def test_a_rehearsal_equals_a_plain_loop_in_one_process(
         theirs = np.concatenate([row[name] for row in wanted])
         assert np.abs(theirs).max() > 0
         np.testing.assert_allclose(ours, theirs, rtol=2e-3, atol=2e-4 * np.abs(theirs).max(), err_msg=name)
+    schema = values_schema((*COMPONENTS, "loss"), rehearsed=True)
     for row, plain in zip(stored, wanted, strict=True):
         assert row["kept"] == plain["kept"].tolist()
-    assert pq.read_schema(run / "values/part-00000-of-00002.parquet").equals(REHEARSED_VALUES)
+    assert pq.read_schema(run / "values/part-00000-of-00002.parquet").equals(schema)
     eos = json.loads((run / "run.json").read_text())["stages"]["prepare"]["counts"]["eos_token_ids"]
     for row, values, mask in zip(prepared, stored, masks, strict=True):
         always = [token in eos for token in row["input_ids"]]
@@ -140,7 +141,7 @@ def test_learning_lowers_the_validation_loss_and_values_differ_from_static_ones(
     assert counts["rehearsal"]["kept_tokens"] == kept
     static = tmp_path / "static"
     common = arguments(static, policy, train_file, "valuation.schedule=static", "anchor.drift=none")
-    assert alphatoken("run", *common, "mask.stability_weight=0")[0] == 0
+    assert alphatoken("run", *common, "mask.score=paper", "mask.stability_weight=0")[0] == 0
     ours, theirs = rows_of(run, "values"), rows_of(static, "values")
     by_id = {row["id"]: row for row in theirs}
     assert by_id.keys() == {row["id"] for row in ours}
@@ -162,13 +163,16 @@ class AllReady(WorkerPool):
         super().run(shards, payload, done, task)
 
 
-@pytest.mark.parametrize("estimator", ["ghost", "exact"])
-def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, train_file, estimator, monkeypatch):
+EVERY_COLUMN = [f"valuation.scores=[{','.join(SCORES)}]", "valuation.exact=true"]
+
+
+@pytest.mark.parametrize("every", [False, True], ids=["paper", "every"])
+def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, train_file, every, monkeypatch):
     monkeypatch.setattr(cluster, "WorkerPool", AllReady)
     found = []
     for workers in (1, 2):
         run = tmp_path / "run"  # the same place, since ids name the source files
-        more = (f"cluster.workers={workers}", f"valuation.estimator={estimator}", "valuation.rehearsal.batch_size=9")
+        more = (f"cluster.workers={workers}", "valuation.rehearsal.batch_size=9", *(EVERY_COLUMN if every else []))
         status, _, err = alphatoken("run", *arguments(run, policy, train_file, *more))
         assert status == 0, err
         found.append(hashes(run))
@@ -176,6 +180,26 @@ def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, t
         assert len(logs) == workers and all(" values " in log and " gradient " in log for log in logs)
         run.rename(tmp_path / f"run-{workers}")
     assert found[0] == found[1] and len(found[0]) > 10
+    columns = value_columns(list(SCORES), exact=True) if every else (*COMPONENTS, "loss")
+    schema = pq.read_schema(tmp_path / "run-2/values/part-00000-of-00004.parquet")
+    assert schema.equals(values_schema(columns, rehearsed=True))
+    rows = rows_of(tmp_path / "run-2", "values")
+    assert all(any(any(row[name]) for row in rows) for name in columns)
+
+
+def test_other_columns_do_not_change_what_a_rehearsal_decides(alphatoken, tmp_path, policy, few_rows):
+    found = []
+    for name, more in (("paper", []), ("every", EVERY_COLUMN)):
+        status, _, err = alphatoken("run", *arguments(tmp_path / name, policy, few_rows, *more))
+        assert status == 0, err
+        found.append(rows_of(tmp_path / name, "values"))
+    for row, other in zip(*found, strict=True):
+        assert row["id"] == other["id"] and row["kept"] == other["kept"]
+        for name in (*COMPONENTS, "loss"):
+            scale = np.abs(row[name]).max()
+            np.testing.assert_allclose(other[name], row[name], rtol=1e-3, atol=1e-4 * scale, err_msg=name)
+        inside = np.array(row["loss"]) != 0
+        assert (np.array(other["information"])[inside] >= 0).all() and (np.array(other["entropy"])[inside] > 0).all()
 
 
 def without_page(run: Path) -> dict[str, str]:
@@ -193,14 +217,15 @@ def test_the_same_command_again_skips_it_and_another_setting_is_refused(alphatok
     assert without_page(tmp_path / "r") == before and not (tmp_path / "r/values/rehearsal").exists()
     status, _, err = alphatoken("run", *same, "valuation.rehearsal.refresh=2")
     assert status == 2 and "valuation.rehearsal.refresh was 1, now 2" in err
-    status, _, err = alphatoken("run", *same, "valuation.schedule=static", "valuation.method=random")
-    assert status == 2 and "run.overwrite=value" in err
+    status, _, err = alphatoken("run", *same, "valuation.schedule=static", "mask.score=paper")
+    assert status == 2 and "run.overwrite=anchor" in err
     status, _, err = alphatoken("value", *same, "valuation.schedule=static")
     assert status == 2 and "run.overwrite=anchor" in err
     status, _, err = alphatoken("mask", f"run.dir={tmp_path / 'r'}", "mask.rho=0.3", "mask.name=m")
     assert status == 2 and "mask.rho=0.3: a rehearsal decides with rho=0.5" in err
-    status, _, err = alphatoken("mask", f"run.dir={tmp_path / 'r'}", "mask.rule=weight", "mask.name=m")
-    assert status == 2 and "mask.rule=weight" in err
+    for wrong in ("mask.rule=weight", "mask.score=loss", "mask.score=random"):
+        status, _, err = alphatoken("mask", f"run.dir={tmp_path / 'r'}", wrong, "mask.name=m")
+        assert status == 2 and f"{wrong}: a rehearsal decides with" in err and len(err.strip().splitlines()) == 1
     status, out, err = alphatoken(
         "mask", f"run.dir={tmp_path / 'r'}", "mask.name=m", "mask.always_keep=[]", "mask.min_kept=0"
     )
@@ -214,8 +239,11 @@ def test_what_does_not_go_together_is_said_before_anything_starts(alphatoken, tm
     wrong += ["valuation.rehearsal.refresh=0"]
     status, _, err = alphatoken("run", *arguments(tmp_path / "r", policy, few_rows, *wrong))
     assert status == 2 and all(each in err for each in wrong) and len(err.strip().splitlines()) == len(wrong)
-    status, _, err = alphatoken("run", *arguments(tmp_path / "r", policy, few_rows, "valuation.method=loss"))
-    assert status == 2 and "valuation.method=alphatoken, not loss" in err
+    status, _, err = alphatoken("run", *arguments(tmp_path / "r", policy, few_rows, "valuation.scores=[loss]"))
+    assert status == 2 and "add paper to valuation.scores" in err and len(err.strip().splitlines()) == 1
+    more = "valuation.reference_loss=true"
+    status, _, err = alphatoken("run", *arguments(tmp_path / "r", policy, few_rows, more))
+    assert status == 2 and f"{more}: a rehearsal has none" in err and len(err.strip().splitlines()) == 1
     for more in ([], ["data.format=preference"]):
         status, _, err = alphatoken("run", *arguments(tmp_path / "r", policy, pairs_file, *more))
         assert status == 2 and "not available for preference pairs" in err.strip().splitlines()[-1]

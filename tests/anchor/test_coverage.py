@@ -68,6 +68,6 @@ def test_a_model_without_forward_mode_derivatives_is_refused_before_the_fisher(a
         policy
     )
     command = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL]
-    status, _, err = alphatoken("run", *command, "data.validation=6", "valuation.estimator=auto")
-    assert status == 1 and "set valuation.estimator=ghost" in err
+    status, _, err = alphatoken("run", *command, "data.validation=6", "valuation.window=0")
+    assert status == 1 and "set valuation.scores=[paper,loss,entropy,gradient_norm]" in err
     assert not (tmp_path / "r/anchors/fisher.safetensors").exists()

@@ -8,14 +8,17 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from alphatoken.data_schemas import COMPONENTS, VALUES
+from alphatoken.data_schemas import SCORES, value_columns, values_schema
 from alphatoken.pipeline.anchor import stage as anchor
 from alphatoken.pipeline.value import checkpoints as checkpoint_values
 from tests.conftest import PREFERENCE, SMALL, save_model
 from tests.jobs.test_run import hashes
 
-NUMBERS = (*COMPONENTS, "loss", "gradient_norm")
-OWN = ("data.validation=6", "anchor.snapshot_scale=rms", "valuation.gradient_norm=true")
+NUMBERS = value_columns(list(SCORES), exact=True, reference_loss=True)
+OWN = (
+    "data.validation=6", "anchor.snapshot_scale=rms", "valuation.exact=true", "valuation.reference_loss=true",
+)  # fmt: skip
+ONLY_LOSS = ["valuation.scores=[loss]", "valuation.exact=false", "valuation.reference_loss=false", "mask.score=loss"]
 
 
 @pytest.fixture(scope="module")
@@ -172,7 +175,7 @@ def test_plan_report_replay_and_sweep_know_lists(alphatoken, made, tmp_path, pol
     [
         (["anchor.drift=warmup"], "anchor.drift=warmup: the 2 checkpoints of model.policy are a trajectory already"),
         (["anchor.snapshots=2"], "anchor.snapshots=2: the 2 checkpoints of model.policy are the snapshots"),
-        (["valuation.method=loss", "valuation.gradient_norm=false"], "valuation.method=loss scores at one model"),
+        (ONLY_LOSS, "valuation.scores=[loss] score at one model"),
         (["model.reference=null"], "set model.reference to the model whose knowledge should stay"),
     ],
 )
@@ -204,7 +207,8 @@ def test_a_list_of_one_is_the_model_itself(alphatoken, made, policy, reference, 
     status, _, err = alphatoken("run", *same)
     assert status == 0 and all(f"{stage}: done already" in err for stage in ("prepare", "anchor", "value"))
     schema = pq.read_schema(run / "values/part-00000-of-00004.parquet")
-    assert schema.metadata[b"alphatoken.schema"] == VALUES.metadata[b"alphatoken.schema"]
+    assert schema.equals(values_schema(NUMBERS))
+    assert schema.metadata[b"alphatoken.schema"] == values_schema(NUMBERS).metadata[b"alphatoken.schema"]
 
 
 def test_pairs_are_the_mean_of_each_checkpoints_own_signed_values_and_omegas(
@@ -220,7 +224,7 @@ def test_pairs_are_the_mean_of_each_checkpoints_own_signed_values_and_omegas(
     for both, one, two in zip(found["both"], rows(preference_run / "values"), found["later"], strict=True):
         assert both["omega"] == pytest.approx((one["omega"] + two["omega"]) / 2, rel=1e-5)
         for branch in ("chosen", "rejected"):
-            for name in (*COMPONENTS, "loss"):
+            for name in value_columns(list(SCORES)):
                 wanted = (np.array(one[f"{branch}_{name}"]) + np.array(two[f"{branch}_{name}"])) / 2
                 scale = max(1e-9, np.abs(wanted).max())
                 np.testing.assert_allclose(np.array(both[f"{branch}_{name}"]) / scale, wanted / scale, atol=2e-6)

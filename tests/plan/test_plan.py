@@ -8,6 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from alphatoken import Directions, TokenValuer
+from alphatoken.data_schemas import SCORES
 from alphatoken.pipeline.maths.costs import (
     ghost_flops,
     meta_model,
@@ -19,11 +20,11 @@ from alphatoken.pipeline.maths.costs import (
     value_flops,
 )
 from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.forward import token_losses_of
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions
-from alphatoken.pipeline.maths.selectors.forward import losses_and_entropies
 from alphatoken.pipeline.prepare.example import example_data
 from benchmarks.example_batches import batches_of, load_example
 from tests.conftest import SMALL
@@ -54,22 +55,27 @@ def example():
     return model, batch, costs
 
 
-@pytest.mark.parametrize(("estimator", "window"), [("ghost", 32), ("ghost", 0), ("exact", 32)])
-def test_value_flops(example, estimator, window):
+@pytest.mark.parametrize(
+    ("scores", "exact", "window"),
+    [
+        (["paper", "loss"], False, 32), (["paper", "loss"], False, 0), (["information"], False, 32),
+        (["loss", "entropy"], False, 32), (["gradient_norm"], False, 32), (list(SCORES), False, 32), ([], True, 32),
+        (list(SCORES), True, 32),
+    ],
+)  # fmt: skip
+def test_value_flops(example, scores, exact, window):
     model, batch, costs = example
     weights = scored_layers(model, 3).weights()
     directions = Directions(
         {n: {k: torch.ones_like(w) for k, w in weights.items()} for n in ("adaptation", "stability")}
     )
-    valuer = TokenValuer(model, directions, 3, window, estimator=estimator)
     shapes = shapes_of([batch.shape], len(batch.predicting()))
-    planned = value_flops(costs, shapes, window, estimator=estimator)
-    assert planned == pytest.approx(counted(lambda: valuer.value(batch)), rel=0.1)
-    if estimator == "exact":  # without a drift
-        directions.named["stability"] = {k: torch.zeros_like(w) for k, w in weights.items()}
-        valuer = TokenValuer(model, directions, 3, window, estimator=estimator)
-        planned = value_flops(costs, shapes, window, estimator=estimator, moving=1)
-        assert planned == pytest.approx(counted(lambda: valuer.value(batch)), rel=0.1)
+    for drift in (True, False) if exact else (True,):
+        if not drift:
+            directions.named["stability"] = {k: torch.zeros_like(w) for k, w in weights.items()}
+        valuer = TokenValuer(model, directions, 3, window, scores=scores, exact=exact)
+        planned = value_flops(costs, shapes, window, scores=scores, exact=exact, drift=drift)
+        assert planned == pytest.approx(counted(lambda valuer=valuer: valuer.value(batch)), rel=0.1)
 
 
 def test_anchor_flops(example):
@@ -86,28 +92,35 @@ def test_anchor_flops(example):
 def test_pairs_add_a_pass_of_the_reference_and_after_a_warm_up_one_of_the_policys_upper_layers(example):
     model, batch, costs = example
     shapes = shapes_of([batch.shape], len(batch.predicting()))
-    reference = counted(lambda: losses_and_entropies(model, batch, "sdpa"))
+    reference = counted(lambda: token_losses_of(model, batch, "sdpa"))
     assert pair_flops(costs, shapes, "checkpoint", True) == pytest.approx(reference, rel=0.1)
     with lower_layers_once(scored_layers(model, 3)):
-        losses_and_entropies(model, batch, "sdpa")
-        upper = counted(lambda: losses_and_entropies(model, batch, "sdpa"))
+        token_losses_of(model, batch, "sdpa")
+        upper = counted(lambda: token_losses_of(model, batch, "sdpa"))
     assert pair_flops(costs, shapes, "warmup", True) == pytest.approx(reference + upper, rel=0.1)
     assert pair_flops(costs, shapes, "checkpoint", False) == 0
 
 
-def test_other_methods_cost_the_passes_of_the_models_that_they_run(alphatoken, policy, reference, train_file):
+def test_fewer_scores_cost_the_passes_of_the_models_that_they_run(alphatoken, policy, reference, train_file):
     plans = {}
-    for method, models in (("random", 0), ("full", 0), ("loss", 1), ("excess_loss", 2)):
-        command = [f"model.policy={policy}", f"model.reference={reference}", f"data.train={train_file}", *SMALL]
-        status, out, err = alphatoken("plan", *command, f"valuation.method={method}", "--json")
+    for score, scores, more, models in (
+        ("random", "", [], 0), ("full", "", [], 0), ("loss", "loss", [], 1), ("entropy", "loss,entropy", [], 1),
+        ("excess_loss", "loss", ["valuation.reference_loss=true"], 2),
+    ):  # fmt: skip
+        command = [f"model.policy={policy}", f"model.reference={reference}", f"data.train={train_file}", *SMALL, *more]
+        command += [f"valuation.scores=[{scores}]", f"mask.score={score}"]
+        status, out, err = alphatoken("plan", *command, "--json")
         assert status == 0, err
-        plans[method] = plan = json.loads(out)
+        plans[score] = plan = json.loads(out)
         value = plan["flops"]["value"]
-        assert plan["flops"]["anchor"]["flops"] == plan["storage"]["anchors"] == 0
+        assert plan["flops"]["anchor"]["flops"] == plan["storage"]["anchors"] == plan["data"]["fisher_prompts"] == 0
         assert plan["flops"]["total"] == value["flops"] == pytest.approx(models * value["forward"], rel=0.3)
+        assert len(plan["model"]["columns"]) == len([one for one in scores.split(",") if one]) + len(more)
     assert plans["excess_loss"]["flops"]["total"] == 2 * plans["loss"]["flops"]["total"] > 0
     everything, half = plans["full"]["storage"], plans["random"]["storage"]
-    assert everything["values"] < half["values"] and everything["masks, each"] > half["masks, each"]
+    assert everything["masks, each"] > half["masks, each"]
+    sizes = [plans[score]["storage"]["values"] for score in ("random", "loss", "entropy")]
+    assert sizes == sorted(sizes) and len(set(sizes)) == 3
 
 
 def test_sizes_of_a_run_over_pairs(alphatoken, preference_run):

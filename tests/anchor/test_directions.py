@@ -11,10 +11,11 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from alphatoken import Directions, TokenValuer
-from alphatoken.data_schemas import COMPONENTS
+from alphatoken.data_schemas import SCORES, value_columns
 from alphatoken.pipeline.maths.batch import collate
 from tests.conftest import SMALL
 
+COLUMNS = value_columns(list(SCORES), exact=True)
 SNAPSHOTS = ("anchor.snapshots=3", "anchor.warmup.learning_rate=0.01")
 
 
@@ -43,31 +44,30 @@ def prepared(run: Path) -> list[dict]:
 
 
 def values(run: Path) -> dict[str, np.ndarray]:
-    """Component -> all response tokens' values."""
+    """Column -> all response tokens' values."""
     rows = prepared(run)
     stored = [row for file in sorted((run / "values").glob("part-*")) for row in pq.read_table(file).to_pylist()]
     response = [np.array(row["labels"]) != -100 for row in rows]
     return {
         name: np.concatenate([np.array(row[name])[r] for row, r in zip(stored, response, strict=True)])
-        for name in COMPONENTS
+        for name in stored[0].keys() - {"id"}
     }
 
 
-def alone(run: Path, policy: Path, index: int, estimator: str = "ghost") -> dict[str, np.ndarray]:
+def alone(run: Path, policy: Path, index: int) -> dict[str, np.ndarray]:
     """One snapshot by itself, through the library."""
     model, rows = AutoModelForCausalLM.from_pretrained(policy), prepared(run)
-    valuer = TokenValuer(
-        model, Directions.load(run / f"anchors/snapshot-{index:02d}"), layers=2, window=4, estimator=estimator
-    )
+    valuer = TokenValuer(model, Directions.load(run / f"anchors/snapshot-{index:02d}"), layers=2, window=4, exact=True)
     batch = collate([r["input_ids"] for r in rows], [r["labels"] for r in rows])
     found = valuer.value(batch)
-    return {name: found[name][batch.labels != -100].numpy() for name in COMPONENTS}
+    return {name: found[name][batch.labels != -100].numpy() for name in COLUMNS}
 
 
 def test_values_are_the_mean_over_snapshots_that_are_each_run_alone(made, policy):
-    run = made(*SNAPSHOTS)
+    run = made(*SNAPSHOTS, "valuation.exact=true")
     single, mean = [alone(run, policy, index) for index in range(3)], values(run)
-    for name in COMPONENTS:
+    assert mean.keys() == set(COLUMNS)
+    for name in COLUMNS:
         wanted = np.mean([one[name] for one in single], axis=0)
         np.testing.assert_allclose(mean[name], wanted, rtol=1e-3, atol=1e-5 * np.abs(wanted).max())
         assert not np.allclose(mean[name], single[0][name], rtol=0.05)
@@ -98,15 +98,18 @@ def test_scaled_snapshots_are_divided_by_their_root_mean_square(made):
                     torch.testing.assert_close(direction[key] * scale, tensor, rtol=1e-4, atol=1e-7)
 
 
-@pytest.mark.parametrize("estimator", ["ghost", "information"])
-def test_the_scale_is_that_of_the_values_over_the_sample(made, policy, estimator):
+@pytest.mark.parametrize("more", [[], ["valuation.scores=[information]"]], ids=["all", "information"])
+def test_the_scale_is_that_of_the_papers_values_over_the_sample_whatever_is_valued(made, policy, more):
     """All training rows are the sample here, so each scaled snapshot has root mean square one over the data set."""
-    more = [] if estimator == "ghost" else [f"valuation.estimator={estimator}"]  # quadratic in the direction
     run = made("anchor.snapshot_scale=rms", "anchor.warmup.examples=40", "anchor.warmup.steps=2", *more)
-    found = alone(run, policy, 0, estimator)
+    found = alone(run, policy, 0)
     for name in ("adaptation", "stability"):
         total = found[f"{name}_direct"].astype(np.float64) + found[f"{name}_causal"]
         assert np.sqrt(np.mean(total**2)) == pytest.approx(1.0, rel=1e-3)
+    stored = values(run)
+    assert stored.keys() == (set(value_columns(["information"])) if more else set(value_columns(list(SCORES))))
+    for name, column in stored.items():
+        np.testing.assert_allclose(column, found[name], rtol=1e-3, atol=1e-5 * np.abs(column).max())
 
 
 @pytest.mark.parametrize("kind", ["adam", "kfac"])
@@ -135,8 +138,8 @@ def test_preconditioning_without_a_drift_needs_a_fisher_and_makes_one(made):
 
 
 def test_the_default_keeps_half_and_no_first_token(alphatoken, made):
-    run = made("valuation.estimator=auto", "anchor.drift=none")
-    assert (values(run)["adaptation_direct"] > 0).all() and not values(run)["stability_direct"].any()
+    run = made("anchor.drift=none")
+    assert (values(run)["information"] > 0).all() and not values(run)["stability_direct"].any()
     status, out, err = alphatoken("mask", f"run.dir={run}", "mask.always_keep=[]")
     assert status == 0, err
     masks = [

@@ -52,7 +52,7 @@ def test_a_refused_command_touches_nothing_and_no_point_of_a_sweep_gets_in(tmp_p
 
 def test_a_killed_owner_on_this_machine_is_seen_at_once(storage, tmp_path, object_store):
     root = storage.root if storage.local else object_store.uri(f"locks/{tmp_path.name}")
-    owner = python("tests.faults.hold_lock", root)
+    owner = python("tests.run.hold_lock", root)
     until(lambda: storage.names(DIRECTORY) and json.loads(storage.read_bytes(storage.names(DIRECTORY)[0]))["holds"], 60)
     with pytest.raises(RunFailed, match=f"process {owner.pid} on"):
         RunLock(storage).__enter__()
