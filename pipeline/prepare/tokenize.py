@@ -17,6 +17,7 @@ from alphatoken.pipeline.prepare.responses import Renderer
 from alphatoken.pipeline.prepare.rows import CHAT_CHOICES, Conversation, Plain, Pretokenized, Unusable, parse_row
 
 IGNORED = -100
+_AS_IT_IS = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +37,19 @@ class Example:
     truncated: bool
     notes: tuple[str, ...] = ()
     lost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An Example that is not tokenized yet: ``text`` with the characters of its responses, or ``tokens``, ids and labels."""
+
+    id: str
+    source: str
+    notes: tuple[str, ...]
+    text: str = ""
+    spans: tuple[Span, ...] = ()
+    lost: int = 0
+    tokens: tuple[list[int], list[int]] | None = None
 
 
 class ExampleMaker:
@@ -75,29 +89,40 @@ class ExampleMaker:
         Raises `Unusable` for a row that cannot be used, `TemplateRequired` where the configuration cannot
         work, and ValueError for a plain completion when the tokenizer has no EOS token.
         """
-        parsed, name = self._parsed(row, source)
-        return self._example(parsed, name, source)
+        return usable(self.finished([self._draft(*self._parsed(row, source), source)]))[0]
 
-    def turn_by_turn(self, row: Mapping[str, Any], source: str) -> list[Example]:
-        """The Examples of one row: one, or one for each response where the template leaves reasoning out of the whole.
+    def drafts(self, row: Mapping[str, Any], source: str, turn_by_turn: bool = False) -> list[Draft]:
+        """The row as text, for `finished`: one draft. Raises as a call does.
 
-        Many templates keep the reasoning of the last turn alone; then each turn is the last of an Example of its own, whose
-        id has the message's number appended. Raises as a call does.
+        ``turn_by_turn``: one for each response where the template leaves reasoning out of the whole. Many templates keep
+        that of the last turn alone; so each turn is the last of a draft of its own, its message's number after the row's id.
         """
         parsed, name = self._parsed(row, source)
-        whole = self._example(parsed, name, source)
-        if not isinstance(parsed, Conversation) or not whole.lost or len(parsed.respond) == 1:
+        whole = self._draft(parsed, name, source)
+        if not turn_by_turn or not whole.lost or not isinstance(parsed, Conversation) or len(parsed.respond) == 1:
             return [whole]
-        found = []
+        found: list[Draft] = []
         for i in parsed.respond:
             begun = parsed.begun if i == parsed.respond[0] else 0
             cut = Conversation(parsed.messages[: i + 1], parsed.tools, (i,), () if found else parsed.notes, begun)
+            found.append(self._draft(cut, f"{name}#{i}", source))
+        return found
+
+    def finished(self, drafts: Sequence[Draft]) -> list[Example | Unusable]:
+        """The Example of each draft, or why there is none; tokenized together, which costs less."""
+        texts = [draft.text for draft in drafts if draft.tokens is None]
+        encoded = iter(_all_encoded(self._tokenizer, texts))
+        found: list[Example | Unusable] = []
+        for draft in drafts:
             try:
-                found.append(self._example(cut, f"{name}#{i}", source))
+                tokens = draft.tokens
+                if tokens is None:
+                    ids, offsets = _or_raised(next(encoded))
+                    tokens = ids, _labels(ids, self._own(ids, offsets, draft.text), draft.spans)
+                found.append(self._example(draft, *tokens))
             except Unusable as problem:
-                if problem.code != "no_response":  # a later turn of a long conversation, cut off as in the whole
-                    raise
-        return found or [whole]
+                found.append(problem)
+        return found
 
     def _parsed(self, row: Mapping[str, Any], source: str) -> tuple[Conversation | Plain | Pretokenized, str]:
         """What the row holds, and its id."""
@@ -107,17 +132,14 @@ class ExampleMaker:
         has_template = "default" in template if isinstance(template, dict) else bool(template)
         return parse_row(row, self._columns, self._chat, has_template), self._id(row, source)
 
-    def _example(self, parsed: Conversation | Plain | Pretokenized, name: str, source: str) -> Example:
-        lost = 0
+    def _draft(self, parsed: Conversation | Plain | Pretokenized, name: str, source: str) -> Draft:
         if isinstance(parsed, Conversation):
             rendered = self._renderer(bool(parsed.tools))(parsed)
-            lost = rendered.lost
-            ids, offsets = _encoded(self._tokenizer, rendered.text)
-            labels = _labels(ids, self._own(ids, offsets, rendered.text), rendered.spans)
-        elif isinstance(parsed, Plain):
-            ids, labels = self._plain(parsed)
-        else:
-            ids, labels = self._pretokenized(parsed)
+            return Draft(name, source, parsed.notes, rendered.text, tuple(rendered.spans), rendered.lost)
+        tokens = self._plain(parsed) if isinstance(parsed, Plain) else self._pretokenized(parsed)
+        return Draft(name, source, parsed.notes, tokens=tokens)
+
+    def _example(self, draft: Draft, ids: list[int], labels: list[int]) -> Example:
         labels[:1] = [IGNORED] * len(ids[:1])
         for token in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token < self._vocab_size:
@@ -129,7 +151,8 @@ class ExampleMaker:
         limit = self._max_length
         if first >= limit:
             raise Unusable(f"no_response: truncated away, it begins at token {first} and data.max_length={limit}")
-        return Example(name, ids[:limit], labels[:limit], source, len(ids) > limit, parsed.notes, lost)
+        cut = len(ids) > limit
+        return Example(draft.id, ids[:limit], labels[:limit], draft.source, cut, draft.notes, draft.lost)
 
     def _renderer(self, tools: bool) -> Renderer:
         """That of the template which is used with or without tools (some tokenizers have two)."""
@@ -196,11 +219,48 @@ class ExampleMaker:
         return ids, labels
 
 
-def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
+def usable(found: Sequence[Example | Unusable]) -> list[Example]:
+    """The Examples of one row. Raises `Unusable` where it cannot be used.
+
+    Of several turns those that begin after data.max_length are left out, as truncation leaves them out of a whole.
+    """
+    kept = [example for example in found if isinstance(example, Example)]
+    for problem in found:
+        if isinstance(problem, Unusable) and (not kept or problem.code != "no_response"):
+            raise problem
+    return kept
+
+
+_Encoded = tuple[list[int], list[Span]]
+
+
+def _all_encoded(tokenizer: Any, texts: Sequence[str]) -> list[_Encoded | Unusable]:
+    """As `_encoded`, of several texts; a reason for each that the tokenizer refuses."""
+    if len(texts) > 1:
+        try:
+            encoded = tokenizer(list(texts), return_offsets_mapping=True, **_AS_IT_IS)
+            return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+        except Exception:  # one of them is refused, which one is found below
+            pass
+    found: list[_Encoded | Unusable] = []
+    for text in texts:
+        try:
+            found.append(_encoded(tokenizer, text))
+        except Unusable as problem:
+            found.append(problem)
+    return found
+
+
+def _or_raised(encoded: _Encoded | Unusable) -> _Encoded:
+    if isinstance(encoded, Unusable):
+        raise encoded
+    return encoded
+
+
+def _encoded(tokenizer: Any, text: str) -> _Encoded:
     """Ids and character offsets of a text, without the special tokens that the tokenizer would add."""
-    options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
     try:
-        encoded = tokenizer(valid(text, "the text"), return_offsets_mapping=True, **options)
+        encoded = tokenizer(valid(text, "the text"), return_offsets_mapping=True, **_AS_IT_IS)
     except Unusable:
         raise
     except Exception as problem:  # whatever a tokenizer refuses is this row's problem, and reported

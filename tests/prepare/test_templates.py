@@ -9,7 +9,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from alphatoken.pipeline.prepare.rows import Unusable
-from alphatoken.pipeline.prepare.tokenize import ExampleMaker
+from alphatoken.pipeline.prepare.tokenize import ExampleMaker, usable
 from tests.prepare.chat_templates import (
     CHATML,
     DEEPSEEK_V3,
@@ -49,7 +49,8 @@ def made(name_or_family, row, turns=False):
         _MAKERS[family.template] = tokenizer, ExampleMaker(tokenizer, 4096, "auto", {}, len(tokenizer))
     tokenizer, make = _MAKERS[family.template]
     if turns:
-        return [(responses(tokenizer, e), e) for e in make.turn_by_turn(row, "a")]
+        examples = usable(make.finished(make.drafts(row, "a", turn_by_turn=True)))
+        return [(responses(tokenizer, example), example) for example in examples]
     example = make(row, "a")
     return responses(tokenizer, example), example
 
