@@ -99,9 +99,12 @@ class _Marks:
         What stands before the last closing tag is reasoning. Blanks where the halves meet stay inside the marks, so that
         the place where they meet is known.
         """
-        if not halves[0] and (thoughts is None or role != "assistant"):
-            return self.mark(Piece(i, role, halves[1]))
-        cut = thoughts.split if thoughts is not None and role == "assistant" else lambda text: [text]
+        whole = "".join(halves)
+        if thoughts is None or role != "assistant" or not any(end in whole for end in THOUGHT_ENDS):
+            thoughts = None
+        if thoughts is None and not halves[0]:
+            return self.mark(Piece(i, role, whole))
+        cut = thoughts.split if thoughts is not None else lambda text: [text]
         before, after = (cut(halves[0]) if halves[0] else []), cut(halves[1])
         parts = before + after
         last = max((k for k, part in enumerate(parts) if part in THOUGHT_ENDS), default=-1)

@@ -26,6 +26,7 @@ class Turn:
     ``lead``: the template's text between piece ``before`` (None: the beginning) and the response; None where the response
     begins with piece ``first``. ``last``: the response's own last piece, which ``tail`` follows within the response; None
     where tool calls end it. Then ``follow`` stands between its end and piece ``then`` (None: the end of the text).
+    ``opened``: what the generation prompt says after ``lead``, where the message's own text goes on with it.
     """
 
     message: int
@@ -36,6 +37,7 @@ class Turn:
     tail: str
     then: int | None
     follow: str
+    opened: str = ""
 
 
 def learn(
@@ -53,21 +55,21 @@ class _Learner:
     def turn(self, i: int) -> Turn:
         own = [n for n in self._skeleton.landed if self._view.pieces[n].message == i]
         first, last = (own[0], own[-1]) if own else (None, None)
-        before, lead = self._lead(i, first)
+        before, lead, opened = self._lead(i, first)
         message = self._view.messages[i]
         if message.get("tool_calls") or last is None:
             then, follow = self._follow(i, last if last is not None else before)
-            return Turn(i, before, lead, first, None, "", then, follow)
-        return Turn(i, before, lead, first, last, self._tail(i, last, before), None, "")
+            return Turn(i, before, lead, first, None, "", then, follow, opened)
+        return Turn(i, before, lead, first, last, self._tail(i, last, before), None, "", opened)
 
     def _rendered(self, count: int, prompt: bool = False) -> Skeleton:
         return Skeleton.of(self._template.text(self._view.messages[:count], self._tools, prompt), self._stem)
 
-    def _lead(self, i: int, first: int | None) -> tuple[int | None, str | None]:
+    def _lead(self, i: int, first: int | None) -> tuple[int | None, str | None, str]:
         """A generation prompt may say more than the template writes before a finished turn (an opened <think>), or less;
         then the response begins where the two part."""
         if i == 0 and first is not None:
-            return None, None  # nothing precedes it, so nothing prompts it
+            return None, None, ""  # nothing precedes it, so nothing prompts it
         asked = self._rendered(i, prompt=True) if i else Skeleton(("",), ())
         before = self._skeleton.neighbour(first, -1) if first is not None else (asked.landed or (None,))[-1]
         if before is not None and before not in self._skeleton.landed:
@@ -76,12 +78,14 @@ class _Learner:
         shared = _parting(stands, prompt, self._template.specials)
         opened = "think" in prompt[max(0, shared - 10) :].lower()
         if shared == len(prompt) or (first is not None and shared == len(stands)) or (shared and opened):
-            return before, stands[:shared]
+            thought = self._template.thoughts
+            own = thought is not None and thought.match((self._view.messages[i].get("content") or "").lstrip())
+            return before, stands[:shared], prompt[shared:] if own else ""
         # Messages that follow may have changed how the one before ends; the header is then what the prompt adds.
         unprompted = self._rendered(i).literals[-1] if i else ""
         header = prompt[len(unprompted) :] if prompt.startswith(unprompted) else ""
         if header and first is not None and stands.endswith(header):
-            return before, stands
+            return before, stands, ""
         raise self._unstable(f"renders what comes before message {i} differently once it follows")
 
     def _tail(self, i: int, last: int, before: int | None) -> str:
@@ -147,6 +151,7 @@ def placed(
         ):
             return None
         start = (0 if turn.before is None else spans[turn.before][1]) + len(turn.lead)
+        start += len(turn.opened) if text.startswith(turn.opened, start) else 0
     if turn.last is not None:
         if turn.last not in spans or not skeleton.after(turn.last).startswith(turn.tail):
             return None

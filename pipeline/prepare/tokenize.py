@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from tokenizers import Encoding
+
 from alphatoken.pipeline.prepare.chat import ChatTemplate, Span, valid
 from alphatoken.pipeline.prepare.responses import Renderer
 from alphatoken.pipeline.prepare.rows import CHAT_CHOICES, Conversation, Plain, Pretokenized, Unusable, parse_row
@@ -117,8 +119,8 @@ class ExampleMaker:
             try:
                 tokens = draft.tokens
                 if tokens is None:
-                    ids, offsets = _or_raised(next(encoded))
-                    tokens = ids, _labels(ids, self._own(ids, offsets, draft.text), draft.spans)
+                    ids, tokenized = _or_raised(next(encoded))
+                    tokens = ids, self._labels(ids, tokenized, draft)
                 found.append(self._example(draft, *tokens))
             except Unusable as problem:
                 found.append(problem)
@@ -164,16 +166,17 @@ class ExampleMaker:
             self._renderers[tools] = Renderer(ChatTemplate(self._tokenizer, source, self._specials))
         return self._renderers[tools]
 
-    def _own(self, ids: list[int], offsets: list[Span], text: str) -> list[Span]:
-        """The offsets, those of tokens that take in blanks beside them narrowed to the token itself."""
+    def _labels(self, ids: list[int], tokenized: Encoding, draft: Draft) -> list[int]:
+        """The labels of a draft's tokens."""
         if self._greedy.isdisjoint(ids):
-            return offsets
-        narrowed = []
-        for token, (start, end) in zip(ids, offsets, strict=True):
-            if token in self._greedy and (said := text[start:end]).strip():
+            return _labels(ids, tokenized, draft.spans)
+        # Offsets of tokens that take in the blanks beside them are narrowed to the token itself.
+        offsets = []
+        for token, (start, end) in zip(ids, tokenized.offsets, strict=True):
+            if token in self._greedy and (said := draft.text[start:end]).strip():
                 start, end = end - len(said.lstrip()), start + len(said.rstrip())
-            narrowed.append((start, end))
-        return narrowed
+            offsets.append((start, end))
+        return _labels_by_offsets(ids, offsets, draft.spans)
 
     def _id(self, row: Mapping[str, Any], source: str) -> str:
         named = self._columns.get("id")
@@ -206,8 +209,8 @@ class ExampleMaker:
         if self._eos is None:
             raise ValueError("model.policy's tokenizer has no EOS token to end a completion with: set eos_token")
         text = row.prompt + row.completion
-        ids, offsets = _encoded(self._tokenizer, text)
-        labels = _labels(ids, offsets, [(len(row.prompt), len(text))])
+        ids, tokenized = _encoded(self._tokenizer, text)
+        labels = _labels(ids, tokenized, [(len(row.prompt), len(text))])
         ids, labels = self._opening + ids, [IGNORED] * len(self._opening) + labels
         while self._bos is not None and ids[:2] == [self._bos] * 2:  # the text may begin with it as well
             del ids[0], labels[0]
@@ -231,15 +234,15 @@ def usable(found: Sequence[Example | Unusable]) -> list[Example]:
     return kept
 
 
-_Encoded = tuple[list[int], list[Span]]
+_Encoded = tuple[list[int], Encoding]  # which has the offsets, and looks up single ones much faster than it lists all
 
 
 def _all_encoded(tokenizer: Any, texts: Sequence[str]) -> list[_Encoded | Unusable]:
     """As `_encoded`, of several texts; a reason for each that the tokenizer refuses."""
     if len(texts) > 1:
         try:
-            encoded = tokenizer(list(texts), return_offsets_mapping=True, **_AS_IT_IS)
-            return list(zip(encoded["input_ids"], encoded["offset_mapping"], strict=True))
+            encoded = tokenizer(list(texts), **_AS_IT_IS)
+            return list(zip(encoded["input_ids"], encoded.encodings, strict=True))
         except Exception:  # one of them is refused, which one is found below
             pass
     found: list[_Encoded | Unusable] = []
@@ -258,20 +261,32 @@ def _or_raised(encoded: _Encoded | Unusable) -> _Encoded:
 
 
 def _encoded(tokenizer: Any, text: str) -> _Encoded:
-    """Ids and character offsets of a text, without the special tokens that the tokenizer would add."""
+    """Ids and the whole encoding of a text, without the special tokens that the tokenizer would add."""
     try:
-        encoded = tokenizer(valid(text, "the text"), return_offsets_mapping=True, **_AS_IT_IS)
+        encoded = tokenizer(valid(text, "the text"), **_AS_IT_IS)
     except Unusable:
         raise
     except Exception as problem:  # whatever a tokenizer refuses is this row's problem, and reported
         raise Unusable(f"tokenizer_refused: {type(problem).__name__}: {problem}") from problem
-    return list(encoded["input_ids"]), list(encoded["offset_mapping"])
+    return list(encoded["input_ids"]), encoded.encodings[0]
 
 
-def _labels(ids: list[int], offsets: list[Span], spans: Sequence[Span]) -> list[int]:
-    """The ids of the tokens that cover a character of ``spans``, -100 elsewhere.
+def _labels(ids: list[int], tokenized: Encoding, spans: Sequence[Span]) -> list[int]:
+    """The ids of the tokens that cover a character of ``spans``, -100 elsewhere."""
+    labels = [IGNORED] * len(ids)
+    for start, end in spans:
+        first, past = tokenized.char_to_token(start), tokenized.char_to_token(end)
+        if first is None or past is None:  # no token has this character: a blank between tokens, or the end of the text
+            return _labels_by_offsets(ids, tokenized.offsets, spans)
+        if tokenized.token_to_chars(past)[0] < end:
+            past += 1
+        labels[first:past] = ids[first:past]
+    return labels
 
-    A token without width is a space of which the tokenizer reports only the end: the character before. ``offsets`` ascend.
+
+def _labels_by_offsets(ids: list[int], offsets: list[Span], spans: Sequence[Span]) -> list[int]:
+    """As `_labels`. A token without width is a space of which the tokenizer reports only the end: the character
+    before. ``offsets`` ascend.
     """
     labels = [IGNORED] * len(ids)
     for start, end in spans:

@@ -234,7 +234,9 @@ def test_steps_whose_reasoning_a_later_question_removes_are_found(build):
 def test_an_answer_that_looks_like_the_opened_thought_keeps_its_first_characters(build):
     tokenizer = build(OPENED_THOUGHT)
     example = maker(tokenizer)(chat("What is it?", "<thing>", "So?", "<think>\nfour"), "a")
-    assert responses(tokenizer, example)[0] == "<thing><|im_end|>"
+    assert responses(tokenizer, example) == ["<thing><|im_end|>", "<think>\nfour<|im_end|>"]
+    thought = maker(tokenizer)(chat("So?", "<think>\nhm</think>four"), "a")
+    assert responses(tokenizer, thought) == ["hm</think>four<|im_end|>"]  # the prompt opens it
 
 
 def test_turns_that_change_once_others_follow_are_found_all_the_same(build):
