@@ -112,7 +112,8 @@ class _Learner:
             rest = rest.replace(special, "")
         if rest.strip():  # the last turn alone has something before its calls (a <think> block)
             more = through[shared:]
-            shared += next((len(more) - k for k in range(len(more)) if stands.startswith(more[k:], shared)), -shared)
+            same = next((more[k:] for k in range(len(more)) if stands.startswith(more[k:], shared)), "")
+            shared = shared + len(same) if same.strip() and _called(self._view.messages[i]) in same else 0
         if not shared:
             raise self._unstable(f"renders message {i} differently once others follow")
         place = 0 if previous is None else self._skeleton.landed.index(previous) + 1
@@ -188,6 +189,13 @@ def trimmed(text: str, start: int, end: int, specials: Sequence[str]) -> int:
     """The end of a range up to its last special token (end of turn), where only blanks follow that."""
     kept = text[start:end].rstrip()
     return start + len(kept) if kept.endswith(tuple(specials)) else end
+
+
+def _called(message: Mapping[str, Any]) -> str:
+    """The name of the last function that a message calls, '' without any."""
+    call = (message.get("tool_calls") or ({},))[-1]
+    inner = call.get("function") if isinstance(call.get("function"), Mapping) else call
+    return str(inner.get("name") or "")
 
 
 def _leading(text: str, specials: Sequence[str]) -> str:
