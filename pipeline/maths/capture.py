@@ -18,7 +18,7 @@ from torch import nn
 from alphatoken.pipeline.maths.attention import BandBlock, intercepted
 from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
 from alphatoken.pipeline.maths.experts import tapped_experts
-from alphatoken.pipeline.maths.tangents import Tangents, tangent_of, with_tangent, without_tangent
+from alphatoken.pipeline.maths.tangents import Tangents, along_too, tangent_of, with_tangent, without_tangent
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,13 +115,25 @@ def captured(
         hidden = args[0] if args else kwargs["hidden_states"]
         hidden_shape[:] = [(hidden.shape[0], hidden.shape[1])]
 
+    entered: dict[str, torch.Tensor | None] = {}
+
+    def part(linear: LinearMap) -> Callable:
+        def forward_pre_hook(module: nn.Module, args: tuple) -> tuple:
+            # torch would make the product with the value once more for a dual number.
+            entered[linear.name] = tangent_of(args[0])
+            return (without_tangent(args[0]), *args[1:])
+
+        return forward_pre_hook
+
     def hook(linear: LinearMap) -> Callable:
         def forward_hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
             batch, length = hidden_shape[0]
             if args[0].shape[:-1].numel() != batch * length:
                 raise UnsupportedModel(f"{owner}: {linear.name} is not applied once to every position of the batch")
             seen.add(linear.name)
-            return tap(linear, 0, args[0], output, None, (batch, length))
+            tapped = tap(linear, 0, args[0], output, None, (batch, length))
+            before = entered.pop(linear.name, None)
+            return tapped if before is None else along_too(tapped, linear.product(before))
 
         return forward_hook
 
@@ -143,6 +155,8 @@ def captured(
             stack.callback(layer.register_forward_pre_hook(remember_shape, with_kwargs=True).remove)
         for linear in scored.maps:
             if not linear.experts:
+                if along:
+                    stack.callback(linear.module.register_forward_pre_hook(part(linear)).remove)
                 stack.callback(linear.module.register_forward_hook(hook(linear)).remove)
         yield
         unseen = [m.name for m in scored.maps if not m.experts and m.name not in seen]

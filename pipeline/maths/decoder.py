@@ -37,6 +37,11 @@ class LinearMap:
         """The weight itself, in the shape in which the model stores it."""
         return getattr(self.module, self.name.rpartition(".")[2])
 
+    @torch.no_grad()
+    def product(self, rows: torch.Tensor) -> torch.Tensor:
+        """W h without a bias, (..., d_in) -> (..., d_out), of a map that is a single matrix."""
+        return rows @ (self.parameter if self.transposed else self.parameter.mT)
+
 
 @dataclass(frozen=True, slots=True)
 class Coverage:

@@ -158,10 +158,14 @@ def read_head(
                     logits = head(part.requires_grad_(backward))
                 own = logits.detach()
                 work = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
-                derived = {name: _derived(head, part, tangent) for name, tangent in tangents.items()}
+                if start == 0:  # before the head runs again for the derivative
+                    weight = plain_weight(part, logits)
             else:
                 own = _product(part, weight, memory, "logits")
                 work = own.to(torch.promote_types(own.dtype, torch.float32))
+            if weight is None:
+                derived = {name: _derived(head, part, tangent) for name, tangent in tangents.items()}
+            else:
                 derived = {name: _product(tangent, weight, memory, name) for name, tangent in tangents.items()}
             found.append(_read(work, wanted, readings, derived, memory))
             if backward:
@@ -169,8 +173,6 @@ def read_head(
                 gradients.append(
                     errors @ weight if weight is not None else torch.autograd.grad(logits, part, errors)[0]
                 )
-            if start == 0:
-                weight = plain_weight(part, logits)
     return torch.cat(found, dim=1), torch.cat(gradients) if backward else None
 
 

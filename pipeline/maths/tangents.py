@@ -55,6 +55,14 @@ def with_tangent(value: torch.Tensor, moved: torch.Tensor, before: torch.Tensor 
     return forward_ad.make_dual(value, moved if before is None else moved.add_(before))
 
 
+def along_too(dual: torch.Tensor, more: torch.Tensor) -> torch.Tensor:
+    """``dual`` with ``more`` added to its derivative, in place."""
+    tangent = tangent_of(dual)
+    assert tangent is not None
+    tangent.add_(more)
+    return dual
+
+
 def without_tangent(tensor: torch.Tensor) -> torch.Tensor:
     """The value of a dual number, with its graph."""
     return forward_ad.unpack_dual(tensor).primal

@@ -14,44 +14,44 @@ from alphatoken.pipeline.prepare.columns import columns_of, value_of
 from alphatoken.pipeline.prepare.rows import shape_of
 from alphatoken.pipeline.prepare.sources import Sources, decode
 
-BATCH = 1000  # rows in memory at a time
+BATCH = 256  # rows in memory at a time
 
 
 def repeats_prompt(row: Any, columns: Mapping[str, str]) -> bool | None:
-    """Whether the response (of pairs both branches) begins with the prompt; None for a row of which this cannot be asked."""
-    prompt, responses = _texts(row, columns)
-    return all(response.startswith(prompt) for response in responses) if prompt.strip() and responses else None
+    """Whether the response (of pairs both branches) begins with the prompt; None for a row without either, or unreadable."""
+    names = _response_names(row, columns) if isinstance(row, Mapping) else None
+    if names is None:
+        return None
+    prompt, *responses = (value_of(row, name, columns) for name in ("prompt", *names))
+    if not responses or not all(isinstance(text, str) for text in (prompt, *responses)):
+        return False  # messages: a shape in which a prompt that stands in both is known
+    return all(response.startswith(prompt) for response in responses) if prompt.strip() else None
 
 
 def without_prompt(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
     """A row that repeats its prompt, with responses that go on from it."""
-    prompt, responses = _texts(row, columns)
-    names = [next(c for c in columns_of(n, columns) if row.get(c) is not None) for n in _response_names(row, columns)]
-    return {**row, **{name: text[len(prompt) :] for name, text in zip(names, responses, strict=True)}}
+    cut = len(value_of(row, "prompt", columns))
+    names = _response_names(row, columns) or ()
+    own = [next(c for c in columns_of(name, columns) if row.get(c) is not None) for name in names]
+    return {**row, **{column: row[column][cut:] for column in own}}
 
 
 def all_repeat_prompt(data: Sources, columns: Mapping[str, str]) -> bool:
-    """Whether every row that has a prompt and a response repeats it. Stops reading at the first that does not."""
+    """Whether every row that has a prompt repeats it. Stops at the first that does not, or where none has one for long."""
     found = False
     for file in data.files:
         for start in range(0, len(file.rows), BATCH):
-            table = file.table(range(start, min(start + BATCH, len(file.rows))))
-            for row, reason in decode(table):
+            for row, reason in decode(file.table(range(start, min(start + BATCH, len(file.rows))))):
                 said = repeats_prompt(row, columns) if reason is None else None
                 if said is False:
                     return False
                 found = found or said is True
+            if not found and start + BATCH < len(file.rows):
+                return False
     return found
 
 
-def _texts(row: Any, columns: Mapping[str, str]) -> tuple[str, list[str]]:
-    """Prompt and responses of a row of plain strings; no responses for another."""
-    if not isinstance(row, Mapping):
-        return "", []
-    texts = [value_of(row, name, columns) for name in ("prompt", *_response_names(row, columns))]
-    strings = [text for text in texts if isinstance(text, str)]
-    return (strings[0], strings[1:]) if len(strings) == len(texts) else ("", [])
-
-
-def _response_names(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, ...]:
-    return {"preference": BRANCHES, "prompt_completion": ("completion",)}.get(shape_of(row, columns), ())
+def _response_names(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, ...] | None:
+    """The responses of a row with plain prompts; none of another shape, None of a row that has no shape."""
+    kind = shape_of(row, columns)
+    return None if kind == "unknown" else {"preference": BRANCHES, "prompt_completion": ("completion",)}.get(kind, ())

@@ -58,7 +58,7 @@ def test_scores_and_presets_that_do_not_exist_or_go_together_are_refused_in_a_li
 @pytest.mark.parametrize(
     ("overrides", "remedy"),
     [
-        (["valuation=paper"], "mask.score=information needs the column information", ),
+        (["valuation.scores=[loss]"], "mask.score=information needs the column information"),
         (["valuation=paper", "mask.score=entropy"], "set valuation.scores=[paper,loss,entropy]"),
         (["valuation.scores=[information]", "mask=noise"], "set valuation.scores=[information,loss]"),
         (["valuation.scores=[information]", "mask.stability_weight=1"], "set valuation.scores=[paper,information]"),

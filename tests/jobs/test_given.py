@@ -108,7 +108,6 @@ def test_in_a_sweep_the_points_that_say_otherwise_fail_by_name(alphatoken, made)
     ("overrides", "reason", "remedy"),
     [
         (["mask.score=information"], "mask.score=information needs the column information", "valuation.scores=[paper,information,loss]"),
-        ([], "mask.score=information needs the column information", "valuation.scores=[paper,information,loss]"),
         (["mask.score=entropy"], "mask.score=entropy needs the column entropy", "valuation.scores=[paper,loss,entropy]"),
         (["mask.score=exact"], "mask.score=exact needs the column adaptation_exact", "valuation.exact=true"),
         (["mask.score=excess_loss"], "mask.score=excess_loss needs the column reference_loss", "valuation.reference_loss=true"),

@@ -184,7 +184,7 @@ def test_columns_are_asked_for_beside_those_that_are_there_in_their_order(tmp_pa
 )
 def test_weights_on_top_of_a_score_that_looks_at_no_values_are_refused(score, key, value):
     (said,) = MaskSettings(score=score, **{key: value}).problems()
-    assert said == f"mask.{key}={value}: mask.score={score} looks at no values"
+    assert said == f"mask.{key}={value}: mask.score={score} looks at no values: leave it out"
 
 
 def test_an_unknown_score_is_refused_with_the_choices():

@@ -207,3 +207,19 @@ def test_turns_before_the_instruction_of_a_pair_belong_to_the_prompt(reader):
         read = reader.rows([row], template)
         assert before in read.text(0, "chosen_") and before in read.text(0, "rejected_")
         assert read.responses(0, "chosen_") == ["a lazy dog<|im_end|>"] and read.notes == {}
+
+
+def test_whether_prompts_are_repeated_is_known_from_the_first_row_that_does_not(reader, monkeypatch):
+    from alphatoken.pipeline.prepare import repeated
+
+    read, decode = [], repeated.decode
+    monkeypatch.setattr(repeated, "decode", lambda table: (read.append(row) or row for row in decode(table)))
+    chat = [{"messages": [ASKED, GOOD]}]
+    for rows, few in (
+        ([*REPEATED[:1], OWN, *REPEATED * 500], 2),
+        (chat * 1000, 1),
+        ([{**OWN, "prompt": ""}] * 1000, 256),
+    ):
+        read.clear()
+        reader.rows(rows)
+        assert len(read) == few
