@@ -70,13 +70,14 @@ class ChatTemplate:
         if not self.marked:
             return self.text(messages, tools), []
         formed = [{k: v for k, v in m.items() if v is not None} for m in self._formed(messages)]
-        options = {"chat_template": self.source, "return_assistant_tokens_mask": True}
+        options: dict[str, Any] = {"chat_template": self.source, "return_assistant_tokens_mask": True}
         try:
-            texts, marks = render_jinja_template([formed], tools=tools, **options, **self._tokenizer.special_tokens_map)
+            made: Any = render_jinja_template([formed], tools=tools, **options, **self._tokenizer.special_tokens_map)
         except ImportError:
             raise
         except Exception as problem:  # templates raise anything, on purpose and by accident; it is reported
             raise _refused(problem) from problem
+        texts, marks = made
         return valid(texts[0], "the text"), [(start, end) for start, end in marks[0] if start < end]
 
     def _text(self, formed: Messages, tools: Any = None, prompt: bool = False) -> str:
@@ -126,7 +127,7 @@ class ChatTemplate:
         if role != "user" and self._reads_parts("user"):
             asked["content"] = _as_parts("q")  # type: ignore[assignment]
         said: dict[str, Any] = {"role": role, "content": _as_parts(_PROBE) if parts else _PROBE}
-        around = {
+        around: dict[str, Messages] = {
             "user": [said], "assistant": [asked, said],
             "tool": [asked, {"role": "assistant", "tool_calls": [stand_in_call()]}, {**said, "tool_call_id": _CALL_ID}],
         }  # fmt: skip

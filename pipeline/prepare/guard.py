@@ -68,7 +68,8 @@ def check_tools(text: str, messages: Messages, tools: Sequence[Mapping[str, Any]
     called = [call for message in messages for call in message.get("tool_calls") or ()]
     for what, given in (("tool calls", called), ("tools", tools or ())):
         for one in given:
-            inner = one.get("function") if isinstance(one.get("function"), Mapping) else one
+            function = one.get("function")
+            inner = function if isinstance(function, Mapping) else one
             name = inner.get("name")
             if isinstance(name, str) and name not in text:
                 raise _refusal(f"{LEFT_OUT} {what}")

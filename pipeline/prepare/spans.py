@@ -143,7 +143,7 @@ def placed(
     if opening is not None:
         start = opening
     elif turn.lead is None:
-        if turn.first not in spans:
+        if turn.first is None or turn.first not in spans:
             return None
         start = spans[turn.first][0]
     else:
@@ -193,8 +193,9 @@ def trimmed(text: str, start: int, end: int, specials: Sequence[str]) -> int:
 
 def _called(message: Mapping[str, Any]) -> str:
     """The name of the last function that a message calls, '' without any."""
-    call = (message.get("tool_calls") or ({},))[-1]
-    inner = call.get("function") if isinstance(call.get("function"), Mapping) else call
+    call: Mapping[str, Any] = (message.get("tool_calls") or ({},))[-1]
+    function = call.get("function")
+    inner = function if isinstance(function, Mapping) else call
     return str(inner.get("name") or "")
 
 

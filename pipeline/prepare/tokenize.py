@@ -278,7 +278,8 @@ def _labels(ids: list[int], tokenized: Encoding, spans: Sequence[Span]) -> list[
         first, past = tokenized.char_to_token(start), tokenized.char_to_token(end)
         if first is None or past is None:  # no token has this character: a blank between tokens, or the end of the text
             return _labels_by_offsets(ids, tokenized.offsets, spans)
-        if tokenized.token_to_chars(past)[0] < end:
+        reach = tokenized.token_to_chars(past)
+        if reach is not None and reach[0] < end:
             past += 1
         labels[first:past] = ids[first:past]
     return labels
