@@ -85,6 +85,7 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         "data.shard_examples": data.shard_examples,
         **({"data.part": data.part} if data.part else {}),
         "data.chat_template": data.chat_template,
+        **({"data.keep_reasoning": True} if data.keep_reasoning else {}),
         "data.columns": data.columns.given(),
         **({} if data.strips_prompts else {"data.repeated_prompt": data.repeated_prompt}),
         "anchor.fisher.prompts": settings.anchor.fisher.prompts if settings.makes_fisher else 0,

@@ -46,7 +46,8 @@ class Conversation:
     ``messages``: dicts with ``role`` (one of ROLES) and ``content`` (a string; absent only beside
     ``tool_calls``); other keys are kept for the template. ``tools``: JSON schemas or None. ``respond``: the
     indices of the assistant messages that are responses, ascending; every assistant message after the first
-    of them is one too, but for those that are marked as not to be learned.
+    of them is one too, but for those that are marked as not to be learned. ``begun``: characters of the first response's
+    content that are the prompt's, where a completion continues an unfinished message.
     ``notes``: what happened to the row on its way, to be counted (keys of `NOTES`).
     """
 
@@ -54,6 +55,7 @@ class Conversation:
     tools: list[dict[str, Any]] | None
     respond: tuple[int, ...]
     notes: tuple[str, ...] = ()
+    begun: int = 0
 
 
 @dataclass(frozen=True, slots=True)

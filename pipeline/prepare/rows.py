@@ -23,6 +23,7 @@ from alphatoken.pipeline.prepare.columns import (
     value_of,
     wrong_type,
 )
+from alphatoken.pipeline.prepare.continuation import continued
 from alphatoken.pipeline.prepare.flags import learned, refuse_bad_answer, without_flags
 from alphatoken.pipeline.prepare.outcome import (
     ROLES,
@@ -212,7 +213,10 @@ def _prompt_completion(row: Mapping[str, Any], columns: Mapping[str, str], chat:
         return Plain(prompt, completion)
     asked = [_said("user", prompt)] if isinstance(prompt, str) else messages(prompt, "prompt")
     said = [_said("assistant", completion)] if isinstance(completion, str) else messages(completion, "completion")
-    return _conversation(row, columns, asked + said, first=len(asked), system_by_format=False)
+    asked, said, begun = continued(asked, said)
+    found = _conversation(row, columns, asked + said, first=len(asked), system_by_format=False)
+    # The first response may be another turn, where the one that is continued is not to be learned.
+    return replace(found, begun=begun if found.respond[0] == len(found.messages) - len(said) else 0)
 
 
 def _conversation(

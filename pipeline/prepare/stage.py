@@ -16,6 +16,7 @@ from alphatoken.pipeline.cluster.pool import WorkerPool
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
+from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.draw import draw_order
 from alphatoken.pipeline.prepare.inputs import (
     fisher_prompts,
@@ -74,18 +75,21 @@ def make_prepared(run: Run) -> None:
         manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
         counts += stage.shards(train, rows, parts)
     if not counts["train_rows"]:
+        why = remarks.line(counts)
         raise RunFailed(
-            f"data.train: none of the {len(rows)} rows can be used; see the reasons in {storage.path('quarantine')}"
+            f"data.train: none of the {len(rows)} rows can be used{f' ({why})' if why else ''}; see the reasons in "
+            f"{storage.path('quarantine')}"
         )
     reasons = {key.removeprefix("reason/"): n for key, n in sorted(counts.items()) if key.startswith("reason/")}
     notes = {key.removeprefix("note/"): n for key, n in sorted(counts.items()) if key.startswith("note/")}
-    plain = {key: n for key, n in sorted(counts.items()) if not key.startswith(("reason/", "note/"))}
+    left_out = {key: n for key, n in counts.items() if remarks.is_remark(key)}
+    plain = {k: n for k, n in sorted(counts.items()) if not k.startswith(("reason/", "note/")) and k not in left_out}
     if raw.validation is None:
         plain["rows_in"] = len(rows) + len(drawn)
         plain["rows_used"] = plain["rows_in"] - plain.get("quarantined", 0)
-    manifest.finish(
-        "prepare", time.monotonic() - started, reasons=reasons, **({"notes": notes} if notes else {}), **plain
-    )
+    said = {"notes": notes, "left_out": remarks.as_counts(left_out)}
+    given = {key: found for key, found in said.items() if found}
+    manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **given, **plain)
     for line in _said(notes):
         run.progress.say(f"prepare: {line}")
     run.progress.say(
@@ -93,6 +97,8 @@ def make_prepared(run: Run) -> None:
         f"validation, {plain.get('fisher_rows', 0):,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
         f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({_listed(reasons)})" if reasons else "")
     )
+    if left_out:
+        run.progress.say(f"prepare: {remarks.line(left_out)}")
 
 
 def _missing(storage: Storage, record: dict[str, Any]) -> bool:
@@ -231,6 +237,7 @@ class _Prepare:
         own: dict[str, Any] = {"held_out": [row for row, _ in found], "rows_used": len(examples)}
         own["truncated"] = sum(example.truncated for example in examples)
         own |= Counter(f"note/{note}" for example in examples for note in example.notes)
+        own |= remarks.of_lost(example.source for example in examples if example.lost)
         self.storage.write_table(f"prepared/{name}.parquet", to_table(examples), self.fingerprint, own)
         counts += _held(name, own)
 
@@ -274,7 +281,7 @@ class _Prepare:
 def _held(name: str, counts: dict[str, Any]) -> Counter[str]:
     """The stage's counts of rows held out of the training data."""
     found = Counter({f"{name}_rows": counts["rows_used"], "truncated": counts["truncated"]})
-    found.update({key: n for key, n in counts.items() if key.startswith("note/")})
+    found.update({key: n for key, n in counts.items() if key.startswith("note/") or remarks.is_remark(key)})
     return Counter({key: n for key, n in found.items() if n})
 
 
@@ -286,6 +293,8 @@ def _of_validation(counts: Mapping[str, Any]) -> Counter[str]:
 
 
 def _of_file(key: str) -> str:
+    if remarks.is_remark(key):
+        return key
     kind, mark, name = key.partition("/")
     return f"{kind}/validation {name}" if mark else f"validation_{key}"
 

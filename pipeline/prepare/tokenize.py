@@ -1,37 +1,25 @@
 """One raw row becomes one supervised Example: token ids, and labels on exactly the tokens of the responses.
 
 Text is tokenized once, as a whole, with character offsets. The responses are found as character ranges of the
-rendered text, and a token that covers any character of a response belongs to it. Nothing is ever searched for
-by the response's wording. Where the ranges come from:
-
-- a template with generation markers (``{% generation %}``) says so itself;
-- otherwise the text is rendered again up to each response: it begins where the rendering of what precedes it,
-  with the generation prompt, ends, and stops where the rendering that includes it ends;
-- a template that renders a turn differently once others follow (Qwen3 removes past reasoning) ends a response
-  at its EOS token, which must be the only one before the next message's own text.
+rendered text (`responses`), and a token that covers any character of a response belongs to it. Nothing is ever searched
+for by the response's wording.
 
 A response includes its end-of-turn token; template whitespace after that is not part of it.
 """
 
-import re
-from collections.abc import Mapping
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime
-from itertools import groupby
-from os.path import commonprefix
 from typing import Any
 
+from tokenizers import Encoding
+
+from alphatoken.pipeline.prepare.chat import ChatTemplate, Span, valid
+from alphatoken.pipeline.prepare.responses import Renderer
 from alphatoken.pipeline.prepare.rows import CHAT_CHOICES, Conversation, Plain, Pretokenized, Unusable, parse_row
 
 IGNORED = -100
-Span = tuple[int, int]
-
-_MARKER = re.compile(r"\{%-?\s*generation\s*-?%\}")
-_UNSTABLE = "template_not_prefix_stable: the chat template {}; add {{% generation %}} markers to it"
-# Some templates write today's date. The same inputs must give the same tokens tomorrow, so their clock stands
-# still at the date that Llama's own template falls back to. (A function cannot be handed to a template.)
-_CLOCK = "".join(f" | replace('%{code}', '{datetime(2024, 7, 26).strftime('%' + code)}')" for code in "aAbBdHIjmMpSyY")
-_STOPPED_CLOCK = f"{{%- macro strftime_now(format) -%}}{{{{ format | replace('%-', '%'){_CLOCK} }}}}{{%- endmacro -%}}"
+_AS_IT_IS = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +29,7 @@ class Example:
     ``labels[i]`` is ``input_ids[i]`` where token ``i`` belongs to a response, else -100; both have one
     length, at most max_length. ``labels[0]`` is always -100, because nothing predicts the first token.
     ``truncated``: tokens were cut from the right. ``notes``: what happened to the row, to be counted (keys of `NOTES`).
+    ``lost``: responses whose reasoning the chat template leaves out.
     """
 
     id: str
@@ -49,6 +38,20 @@ class Example:
     source: str
     truncated: bool
     notes: tuple[str, ...] = ()
+    lost: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Draft:
+    """An Example that is not tokenized yet: ``text`` with the characters of its responses, or ``tokens``, ids and labels."""
+
+    id: str
+    source: str
+    notes: tuple[str, ...]
+    text: str = ""
+    spans: tuple[Span, ...] = ()
+    lost: int = 0
+    tokens: tuple[list[int], list[int]] | None = None
 
 
 class ExampleMaker:
@@ -75,8 +78,11 @@ class ExampleMaker:
         self._columns = dict(columns)
         self._vocab_size = vocab_size
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        added = {index for index, token in tokenizer.added_tokens_decoder.items() if token.special}
-        self._special = frozenset(added | set(tokenizer.all_special_ids))
+        added = tokenizer.added_tokens_decoder
+        self._specials = sorted({t.content for t in added.values() if t.special} | set(tokenizer.all_special_tokens))
+        # Their offsets take in the blanks beside them, which are other texts.
+        self._greedy = frozenset(index for index, token in added.items() if token.lstrip or token.rstrip)
+        self._renderers: dict[bool, Renderer] = {}
         self._opening = self._tokens_put_first()
 
     def __call__(self, row: Mapping[str, Any], source: str) -> Example:
@@ -85,18 +91,57 @@ class ExampleMaker:
         Raises `Unusable` for a row that cannot be used, `TemplateRequired` where the configuration cannot
         work, and ValueError for a plain completion when the tokenizer has no EOS token.
         """
+        return usable(self.finished([self._draft(*self._parsed(row, source), source)]))[0]
+
+    def drafts(self, row: Mapping[str, Any], source: str, turn_by_turn: bool = False) -> list[Draft]:
+        """The row as text, for `finished`: one draft. Raises as a call does.
+
+        ``turn_by_turn``: one for each response where the template leaves reasoning out of the whole. Many templates keep
+        that of the last turn alone; so each turn is the last of a draft of its own, its message's number after the row's id.
+        """
+        parsed, name = self._parsed(row, source)
+        whole = self._draft(parsed, name, source)
+        if not turn_by_turn or not whole.lost or not isinstance(parsed, Conversation) or len(parsed.respond) == 1:
+            return [whole]
+        found: list[Draft] = []
+        for i in parsed.respond:
+            begun = parsed.begun if i == parsed.respond[0] else 0
+            cut = Conversation(parsed.messages[: i + 1], parsed.tools, (i,), () if found else parsed.notes, begun)
+            found.append(self._draft(cut, f"{name}#{i}", source))
+        return found
+
+    def finished(self, drafts: Sequence[Draft]) -> list[Example | Unusable]:
+        """The Example of each draft, or why there is none; tokenized together, which costs less."""
+        texts = [draft.text for draft in drafts if draft.tokens is None]
+        encoded = iter(_all_encoded(self._tokenizer, texts))
+        found: list[Example | Unusable] = []
+        for draft in drafts:
+            try:
+                tokens = draft.tokens
+                if tokens is None:
+                    ids, tokenized = _or_raised(next(encoded))
+                    tokens = ids, self._labels(ids, tokenized, draft)
+                found.append(self._example(draft, *tokens))
+            except Unusable as problem:
+                found.append(problem)
+        return found
+
+    def _parsed(self, row: Mapping[str, Any], source: str) -> tuple[Conversation | Plain | Pretokenized, str]:
+        """What the row holds, and its id."""
         if not isinstance(row, Mapping):
             raise Unusable(f"wrong_type: the row is {type(row).__name__}, not an object with columns")
         template = self._tokenizer.chat_template
         has_template = "default" in template if isinstance(template, dict) else bool(template)
-        parsed = parse_row(row, self._columns, self._chat, has_template)
+        return parse_row(row, self._columns, self._chat, has_template), self._id(row, source)
+
+    def _draft(self, parsed: Conversation | Plain | Pretokenized, name: str, source: str) -> Draft:
         if isinstance(parsed, Conversation):
-            chat = _Chat(self._tokenizer, parsed)
-            ids, labels = chat.ids, chat.labels(self._special)
-        elif isinstance(parsed, Plain):
-            ids, labels = self._plain(parsed)
-        else:
-            ids, labels = self._pretokenized(parsed)
+            rendered = self._renderer(bool(parsed.tools))(parsed)
+            return Draft(name, source, parsed.notes, rendered.text, tuple(rendered.spans), rendered.lost)
+        tokens = self._plain(parsed) if isinstance(parsed, Plain) else self._pretokenized(parsed)
+        return Draft(name, source, parsed.notes, tokens=tokens)
+
+    def _example(self, draft: Draft, ids: list[int], labels: list[int]) -> Example:
         labels[:1] = [IGNORED] * len(ids[:1])
         for token in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token < self._vocab_size:
@@ -108,7 +153,30 @@ class ExampleMaker:
         limit = self._max_length
         if first >= limit:
             raise Unusable(f"no_response: truncated away, it begins at token {first} and data.max_length={limit}")
-        return Example(self._id(row, source), ids[:limit], labels[:limit], source, len(ids) > limit, parsed.notes)
+        cut = len(ids) > limit
+        return Example(draft.id, ids[:limit], labels[:limit], draft.source, cut, draft.notes, draft.lost)
+
+    def _renderer(self, tools: bool) -> Renderer:
+        """That of the template which is used with or without tools (some tokenizers have two)."""
+        if tools not in self._renderers:
+            try:
+                source = str(self._tokenizer.get_chat_template(tools=[{}] if tools else None))
+            except ValueError as problem:
+                raise Unusable(f"template_error: {problem}") from problem
+            self._renderers[tools] = Renderer(ChatTemplate(self._tokenizer, source, self._specials))
+        return self._renderers[tools]
+
+    def _labels(self, ids: list[int], tokenized: Encoding, draft: Draft) -> list[int]:
+        """The labels of a draft's tokens."""
+        if self._greedy.isdisjoint(ids):
+            return _labels(ids, tokenized, draft.spans)
+        # Offsets of tokens that take in the blanks beside them are narrowed to the token itself.
+        offsets = []
+        for token, (start, end) in zip(ids, tokenized.offsets, strict=True):
+            if token in self._greedy and (said := draft.text[start:end]).strip():
+                start, end = end - len(said.lstrip()), start + len(said.rstrip())
+            offsets.append((start, end))
+        return _labels_by_offsets(ids, offsets, draft.spans)
 
     def _id(self, row: Mapping[str, Any], source: str) -> str:
         named = self._columns.get("id")
@@ -116,7 +184,7 @@ class ExampleMaker:
         if value is None or value == "":
             return source
         if isinstance(value, str | int) and not isinstance(value, bool):
-            return _valid(str(value), "id")
+            return valid(str(value), "id")
         if named:
             raise Unusable(f"wrong_type: id is {type(value).__name__}, not a string or an integer")
         return source  # a column `id` that nobody asked for may hold anything
@@ -141,8 +209,8 @@ class ExampleMaker:
         if self._eos is None:
             raise ValueError("model.policy's tokenizer has no EOS token to end a completion with: set eos_token")
         text = row.prompt + row.completion
-        ids, offsets = _encoded(self._tokenizer, text)
-        labels = _labels(ids, offsets, [(len(row.prompt), len(text))])
+        ids, tokenized = _encoded(self._tokenizer, text)
+        labels = _labels(ids, tokenized, [(len(row.prompt), len(text))])
         ids, labels = self._opening + ids, [IGNORED] * len(self._opening) + labels
         while self._bos is not None and ids[:2] == [self._bos] * 2:  # the text may begin with it as well
             del ids[0], labels[0]
@@ -154,157 +222,81 @@ class ExampleMaker:
         return ids, labels
 
 
-class _Chat:
-    """One conversation rendered and tokenized: ``text``, ``ids`` and their character ``offsets``."""
+def usable(found: Sequence[Example | Unusable]) -> list[Example]:
+    """The Examples of one row. Raises `Unusable` where it cannot be used.
 
-    def __init__(self, tokenizer: Any, row: Conversation) -> None:
-        self._tokenizer, self._row = tokenizer, row
-        self._template = self._checked_template()
-        self.text = self._render(row.messages)
-        self.ids, self._offsets = _encoded(tokenizer, self.text)
+    Of several turns those that begin after data.max_length are left out, as truncation leaves them out of a whole.
+    """
+    kept = [example for example in found if isinstance(example, Example)]
+    for problem in found:
+        if isinstance(problem, Unusable) and (not kept or problem.code != "no_response"):
+            raise problem
+    return kept
 
-    def labels(self, special: frozenset[int]) -> list[int]:
-        """Labels of the responses; ``special``: ids of which the last in a response is its end of turn."""
-        marked = _MARKER.search(self._template)
-        spans = self._marked() if marked else [self._span(i) for i in self._row.respond]
-        return _labels(self.ids, self._offsets, [self._trimmed(span, special) for span in spans])
 
-    def _checked_template(self) -> str:
+_Encoded = tuple[list[int], Encoding]  # which has the offsets, and looks up single ones much faster than it lists all
+
+
+def _all_encoded(tokenizer: Any, texts: Sequence[str]) -> list[_Encoded | Unusable]:
+    """As `_encoded`, of several texts; a reason for each that the tokenizer refuses."""
+    if len(texts) > 1:
         try:
-            template = str(self._tokenizer.get_chat_template(tools=self._row.tools))
-        except ValueError as problem:
-            raise Unusable(f"template_error: {problem}") from problem
-        called = any("tool_calls" in message for message in self._row.messages)
-        for name, given in (("tool_calls", called), ("tools", self._row.tools)):
-            # A template that does not know them leaves them out without a word.
-            if given and name not in template:
-                raise Unusable(f"tools_not_in_template: the row has {name}, the chat template does not")
-        return _STOPPED_CLOCK + template if "strftime_now" in template else template
-
-    def _apply(self, messages: list[dict[str, Any]], **options: Any) -> Any:
+            encoded = tokenizer(list(texts), **_AS_IT_IS)
+            return list(zip(encoded["input_ids"], encoded.encodings, strict=True))
+        except Exception:  # one of them is refused, which one is found below
+            pass
+    found: list[_Encoded | Unusable] = []
+    for text in texts:
         try:
-            return self._tokenizer.apply_chat_template(
-                messages, tools=self._row.tools, chat_template=self._template, **options
-            )
-        except ImportError:
-            raise
-        except Exception as problem:  # templates raise anything, on purpose and by accident; it is reported
-            raise Unusable(f"template_error: {type(problem).__name__}: {problem}") from problem
-
-    def _render(self, messages: list[dict[str, Any]], prompt: bool = False) -> str:
-        """The template's text for ``messages`` (not empty). ``prompt``: with the generation prompt."""
-        return _valid(self._apply(messages, add_generation_prompt=prompt, tokenize=False), "the text")
-
-    def _marked(self) -> list[Span]:
-        """Response ranges by the template's generation markers.
-
-        Assistant turns of a prompt are marked too; they lie before the first response and are cut off there.
-        """
-        options = {"return_dict": True, "return_assistant_tokens_mask": True}
-        marks = self._apply(self._row.messages, **options)["assistant_masks"]
-        begin, before = 0, self._row.messages[: self._row.respond[0]]
-        if any(message["role"] == "assistant" for message in before):
-            rendered = self._render(before)
-            if not self.text.startswith(rendered):
-                raise Unusable(_UNSTABLE.format("renders the prompt differently once a response follows"))
-            begin = len(rendered)
-        # Turns that are marked as not to be learned are marked by the template all the same.
-        respond, left_out = self._row.respond, []
-        for i in range(respond[0], len(self._row.messages)):
-            if self._row.messages[i]["role"] == "assistant" and i not in respond:
-                left_out.append(self._span(i))
-        spans = []
-        for marked, run in groupby(zip(marks, self._offsets, strict=True), key=lambda pair: pair[0]):
-            covered = [offset for _, offset in run]
-            if marked and covered[-1][1] > begin and not any(s <= covered[0][0] < e for s, e in left_out):
-                spans.append((max(begin, covered[0][0]), covered[-1][1]))
-        return spans
-
-    def _span(self, i: int) -> Span:
-        """The characters of response ``i``, by rendering what comes before it and then it as well."""
-        start, messages = self._start(i), self._row.messages
-        if i + 1 == len(messages):
-            return start, len(self.text)
-        through = self._render(messages[: i + 1])
-        if self.text.startswith(through) and len(through) > start:
-            return start, len(through)
-        # The turn is rendered differently now that others follow. Its EOS lies between its start and the next
-        # message's own text; where there is more than one, any choice would be a guess.
-        limit = len(commonprefix([self.text, *self._probes(i + 1)]))
-        ends = self._ends((start, limit), frozenset([self._tokenizer.eos_token_id]))
-        if len(ends) != 1:
-            what = f"renders message {i} differently once others follow, {len(ends)} EOS tokens in it"
-            raise Unusable(_UNSTABLE.format(what))
-        return start, ends[0]
-
-    def _start(self, i: int) -> int:
-        """Where response ``i`` begins: after the generation prompt.
-
-        A generation prompt may say more than the template writes before a finished turn (an opened <think>).
-        Then the response begins where the two part, whatever the response says. Where the messages before are
-        rendered differently by now, it begins where that prompt ends just ahead of what changes with it.
-        A conversation that opens with a response has no generation prompt: it begins after what the template
-        writes before any.
-        """
-        if i == 0:
-            return len(commonprefix([self.text, *self._probes(i)]))
-        messages = self._row.messages
-        prompt = self._render(messages[:i], prompt=True)
-        if self.text.startswith(prompt):
-            return len(prompt)
-        before, probes = self._render(messages[:i]), self._probes(i)
-        common = commonprefix([prompt, *probes])
-        if self.text.startswith(before) and common.startswith(before) and self.text.startswith(common):
-            return len(common)
-        # Only messages that follow can have changed those before; after the last one nothing does.
-        header, common = prompt[len(before) :], commonprefix(probes)
-        opened = header and prompt.startswith(before) and common.endswith(header)
-        if opened and self.text.startswith(common) and i + 1 < len(messages):
-            return len(common)
-        what = f"renders what comes before message {i} differently once it follows"
-        raise Unusable(_UNSTABLE.format(what))
-
-    def _probes(self, i: int) -> list[str]:
-        """The text with message ``i`` saying something else, twice: what they share is not its content."""
-        messages, role = self._row.messages, self._row.messages[i]["role"]
-        return [self._render([*messages[:i], {"role": role, "content": said}, *messages[i + 1 :]]) for said in "xy"]
-
-    def _ends(self, span: Span, wanted: frozenset[int]) -> list[int]:
-        """Where the tokens with ``wanted`` ids end that lie within ``span``."""
-        placed = zip(self.ids, self._offsets, strict=True)
-        return [e for token, (s, e) in placed if token in wanted and span[0] <= s < e <= span[1]]
-
-    def _trimmed(self, span: Span, special: frozenset[int]) -> Span:
-        """The range up to its last special token (end of turn), where only whitespace follows that."""
-        ends = self._ends(span, special)
-        return (span[0], ends[-1]) if ends and not self.text[ends[-1] : span[1]].strip() else span
+            found.append(_encoded(tokenizer, text))
+        except Unusable as problem:
+            found.append(problem)
+    return found
 
 
-def _encoded(tokenizer: Any, text: str) -> tuple[list[int], list[Span]]:
-    """Ids and character offsets of a text, without the special tokens that the tokenizer would add."""
-    options = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+def _or_raised(encoded: _Encoded | Unusable) -> _Encoded:
+    if isinstance(encoded, Unusable):
+        raise encoded
+    return encoded
+
+
+def _encoded(tokenizer: Any, text: str) -> _Encoded:
+    """Ids and the whole encoding of a text, without the special tokens that the tokenizer would add."""
     try:
-        encoded = tokenizer(_valid(text, "the text"), return_offsets_mapping=True, **options)
+        encoded = tokenizer(valid(text, "the text"), **_AS_IT_IS)
     except Unusable:
         raise
     except Exception as problem:  # whatever a tokenizer refuses is this row's problem, and reported
         raise Unusable(f"tokenizer_refused: {type(problem).__name__}: {problem}") from problem
-    return list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
+    return list(encoded["input_ids"]), encoded.encodings[0]
 
 
-def _labels(ids: list[int], offsets: list[Span], spans: list[Span]) -> list[int]:
-    """The ids of the tokens that cover a character of ``spans``, -100 elsewhere.
+def _labels(ids: list[int], tokenized: Encoding, spans: Sequence[Span]) -> list[int]:
+    """The ids of the tokens that cover a character of ``spans``, -100 elsewhere."""
+    labels = [IGNORED] * len(ids)
+    for start, end in spans:
+        first, past = tokenized.char_to_token(start), tokenized.char_to_token(end)
+        if first is None or past is None:  # no token has this character: a blank between tokens, or the end of the text
+            return _labels_by_offsets(ids, tokenized.offsets, spans)
+        reach = tokenized.token_to_chars(past)
+        if reach is not None and reach[0] < end:
+            past += 1
+        labels[first:past] = ids[first:past]
+    return labels
 
-    A token without width is a space of which the tokenizer reports only the end: the character before.
+
+def _labels_by_offsets(ids: list[int], offsets: list[Span], spans: Sequence[Span]) -> list[int]:
+    """As `_labels`. A token without width is a space of which the tokenizer reports only the end: the character
+    before. ``offsets`` ascend.
     """
-    covers = [any(min(start, end - 1) < e and s < end for s, e in spans) for start, end in offsets]
-    return [token if covered else IGNORED for token, covered in zip(ids, covers, strict=True)]
-
-
-def _valid(text: str, what: str) -> str:
-    """The text itself; raises `Unusable` where it is not Unicode, which neither tokenizers nor Arrow take."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as problem:
-        raise Unusable(f"bad_unicode: {what} has a lone surrogate at character {problem.start}") from problem
-    return text
+    labels = [IGNORED] * len(ids)
+    for start, end in spans:
+        first, past = bisect_left(offsets, (start,)), bisect_left(offsets, (end,))
+        while first and offsets[first - 1][1] > start:  # begins before the response and reaches into it
+            first -= 1
+        while first < past and offsets[first][1] <= start:
+            first += 1
+        while past < len(offsets) and offsets[past] == (end, end):
+            past += 1
+        labels[first:past] = ids[first:past]
+    return labels

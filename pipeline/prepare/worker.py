@@ -6,22 +6,25 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
 from alphatoken.pipeline.maths.models import ModelSource, load_tokenizer
+from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.repeated import repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import decode
-from alphatoken.pipeline.prepare.tokenize import IGNORED, Example, ExampleMaker
+from alphatoken.pipeline.prepare.tokenize import IGNORED, Draft, Example, ExampleMaker, usable
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 
+TOGETHER = 64  # rows that are tokenized in one call
 LONGEST_RAW = 1 << 20  # characters of a row that the quarantine keeps
 Pieces = list[tuple[str, list[int], pa.Table]]
 
@@ -55,50 +58,78 @@ class PrepareWorker:
         arguments = tokenizer, data.max_length, data.chat_template, self.columns, vocabulary
         self.make = ExampleMaker(*arguments)
         self.pair = PairMaker(*arguments) if preference else None
+        self.keep_reasoning = data.keep_reasoning
 
     def __call__(
         self, task: PrepareTask, advance: Callable[[int], None]
     ) -> tuple[dict[str, Any], list[Example | None]]:
-        """Returns the counts, and for a task without a part the examples in row order (None: not usable)."""
+        """Returns the counts, and for a task without a part one example per row in row order (None: not usable)."""
         examples: list[Any] = []
+        made: list[Any] = []
         rejected: list[dict[str, Any]] = []
-        for name, numbers, table in task.pieces:
-            for number, (row, reason) in zip(numbers, decode(table), strict=True):
-                example = None
-                if reason is None:
-                    try:
-                        example = self._made(row, f"{name}:{number}", task)
-                    except TemplateRequired as error:
-                        raise RunFailed(f"{name}, row {number}: {error}") from error
-                    except Unusable as error:
-                        reason = str(error)
-                if reason is not None:
-                    rejected.append({"file": name, "row": number, "reason": _storable(reason), "raw": _raw(row)})
-                examples.append(example)
-                advance(1)
-        usable = [e for e in examples if e is not None]
+        rows = (
+            (name, number, row, reason)
+            for name, numbers, table in task.pieces
+            for number, (row, reason) in zip(numbers, decode(table), strict=True)
+        )
+        while chunk := list(islice(rows, TOGETHER)):
+            for (name, number, row, _), found in zip(chunk, self._made(chunk, task), strict=True):
+                if isinstance(found, str):
+                    rejected.append({"file": name, "row": number, "reason": _storable(found), "raw": _raw(row)})
+                    found = []
+                made += found
+                examples.append(found[-1] if found else None)
+            advance(len(chunk))
         if task.quarantine and rejected:
             self.storage.write_table(task.quarantine, pa.Table.from_pylist(rejected, QUARANTINE), task.fingerprint)
-        counts = _counts(usable, rejected)
+        counts = _counts(made, rejected)
         if task.part:  # after its quarantine, so that a part that is there has both
             pairs = self.pair is not None and task.role == "train"
-            table = (to_pair_table if pairs else to_table)(usable)
+            table = (to_pair_table if pairs else to_table)(made)
             self.storage.write_table(task.part, table, task.fingerprint, counts)
             examples = []
         return counts, examples
 
-    def _made(self, row: Any, source: str, task: PrepareTask) -> Example | Pair:
+    def _made(self, rows: Sequence[tuple[str, int, Any, str | None]], task: PrepareTask) -> list[list[Any] | str]:
+        """The examples or the pair of each of ``rows`` (file, number, row, why it cannot be read), or a reason.
+
+        A row gives one, or with data.keep_reasoning several.
+        """
+        begun = [self._drafted(*row, task) for row in rows]
+        finished = iter(self.make.finished([d for drafts, _ in begun if isinstance(drafts, list) for d in drafts]))
+        found: list[list[Any] | str] = []
+        for drafts, notes in begun:
+            if isinstance(drafts, str):
+                found.append(drafts)
+                continue
+            try:
+                own = [drafts] if isinstance(drafts, Example | Pair) else usable([next(finished) for _ in drafts])
+            except Unusable as error:
+                found.append(str(error))
+                continue
+            found.append([replace(own[0], notes=(*own[0].notes, *notes)), *own[1:]] if notes else own)
+        return found
+
+    def _drafted(
+        self, name: str, number: int, row: Any, reason: str | None, task: PrepareTask
+    ) -> tuple[list[Draft] | Example | Pair | str, tuple[str, ...]]:
+        """A row's drafts, or what is made of its pair, or a reason; and notes on it."""
         notes: tuple[str, ...] = ()
-        if repeats_prompt(row, self.columns):
-            notes = ("prompt_stripped",) if task.repeated else ("prompt_repeated",)
-            row = without_prompt(row, self.columns) if task.repeated else row
-        made: Example | Pair
-        if self.pair is None or (task.role == "validation" and not is_pair(row, self.columns)):
-            made = self.make(row, source)
-        else:
+        if reason is not None:
+            return reason, notes
+        source = f"{name}:{number}"
+        try:
+            if repeats_prompt(row, self.columns):
+                notes = ("prompt_stripped",) if task.repeated else ("prompt_repeated",)
+                row = without_prompt(row, self.columns) if task.repeated else row
+            if self.pair is None or (task.role == "validation" and not is_pair(row, self.columns)):
+                return self.make.drafts(row, source, self.keep_reasoning), notes
             pair = self.pair(row, source)
-            made = pair if task.role == "train" else replace(pair.chosen, notes=pair.notes)
-        return replace(made, notes=(*made.notes, *notes)) if notes else made
+            return (pair if task.role == "train" else replace(pair.chosen, notes=pair.notes)), notes
+        except TemplateRequired as error:
+            raise RunFailed(f"{name}, row {number}: {error}") from error
+        except Unusable as error:
+            return str(error), notes
 
 
 def to_table(examples: Iterable[Example]) -> pa.Table:
@@ -125,6 +156,8 @@ def _counts(usable: Sequence[Example | Pair], rejected: Sequence[dict[str, Any]]
     counts.update(f"note/{note}" for example in usable for note in example.notes)
     counts["truncated"] = sum(example.truncated for example in usable)
     sequences = [s for e in usable for s in ((e.chosen, e.rejected) if isinstance(e, Pair) else (e,))]
+    lost = dict.fromkeys(sequence.source for sequence in sequences if sequence.lost)  # each row once
+    counts.update(remarks.of_rejected(rejected) | remarks.of_lost(lost))
     counts["tokens"] = sum(len(sequence.input_ids) for sequence in sequences)
     counts["response_tokens"] = sum(label != IGNORED for sequence in sequences for label in sequence.labels)
     return dict(counts)

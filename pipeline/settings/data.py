@@ -56,6 +56,11 @@ class DataSettings:
     max_length: int = option(2048, "tokens; longer examples are truncated from the right and counted")
     shard_examples: int = option(1024, "examples per shard: the unit of work, of retry and of resume")
     chat_template: str = option("auto", "auto | always | never: whether rows go through the tokenizer's chat template")
+    keep_reasoning: bool = option(
+        False,
+        "where the chat template drops the reasoning of earlier turns: one example for each turn, of which it is the last; "
+        "pairs stay as they are",
+    )
     repeated_prompt: str = option(
         "auto", "auto | keep: a prompt with which the responses of all rows begin is taken off them (auto) or stays"
     )

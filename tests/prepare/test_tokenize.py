@@ -234,25 +234,36 @@ def test_steps_whose_reasoning_a_later_question_removes_are_found(build):
 def test_an_answer_that_looks_like_the_opened_thought_keeps_its_first_characters(build):
     tokenizer = build(OPENED_THOUGHT)
     example = maker(tokenizer)(chat("What is it?", "<thing>", "So?", "<think>\nfour"), "a")
-    assert responses(tokenizer, example)[0] == "<thing><|im_end|>"
+    assert responses(tokenizer, example) == ["<thing><|im_end|>", "<think>\nfour<|im_end|>"]
+    thought = maker(tokenizer)(chat("So?", "<think>\nhm</think>four"), "a")
+    assert responses(tokenizer, thought) == ["hm</think>four<|im_end|>"]  # the prompt opens it
 
 
-def test_without_a_clear_end_the_row_is_refused(build):
+def test_turns_that_change_once_others_follow_are_found_all_the_same(build):
     forgotten = chat("What is it?", "An answer.", "So?", "four")
-    with pytest.raises(Unusable, match=r"^template_not_prefix_stable: .*\{% generation %\} markers"):
-        maker(build(FORGETFUL, eos="</s>"))(forgotten, "a")
-    ambiguous = chat("What is it?", "One.<|im_end|> Two.", "So?", "four")
-    with pytest.raises(Unusable, match=r"^template_not_prefix_stable: .* 2 EOS tokens"):
-        maker(build(FORGETFUL))(ambiguous, "a")
-    backwards = CHATML.replace("for m in messages", "for m in messages[::-1]")
-    with pytest.raises(Unusable, match=r"^template_not_prefix_stable: .* 0 EOS tokens"):
-        maker(build(backwards))(forgotten, "a")
-    with pytest.raises(Unusable, match=r"^template_not_prefix_stable: .*what comes before message 1"):
-        maker(build(backwards))(chat("What is it?", "four"), "a")
+    last = "<think>\n\n</think>\n\nfour<|im_end|>"
+    for eos in ("</s>", "<|im_end|>"):
+        tokenizer = build(FORGETFUL, eos=eos)
+        assert responses(tokenizer, maker(tokenizer)(forgotten, "a")) == ["An answer.<|im_end|>", last]
+    tokenizer = build(FORGETFUL)
+    ended_twice = chat("What is it?", "One.<|im_end|> Two.", "So?", "four")
+    assert responses(tokenizer, maker(tokenizer)(ended_twice, "a"))[0] == "One.<|im_end|> Two.<|im_end|>"
     numbered = MARKED.replace("{% for", "{{ messages | length }}{% for", 1)
-    with pytest.raises(Unusable, match=r"^template_not_prefix_stable: .*the prompt"):
-        turns = forgotten["messages"]
-        maker(build(numbered))({"prompt": turns[:3], "completion": turns[3:]}, "a")
+    for template in (numbered, numbered.replace("{% generation %}", "").replace("{% endgeneration %}", "")):
+        tokenizer, turns = build(template), forgotten["messages"]
+        example = maker(tokenizer)({"prompt": turns[:3], "completion": turns[3:]}, "a")
+        assert responses(tokenizer, example) == ["four<|im_end|>"]
+
+
+def test_without_a_place_for_each_text_the_row_is_refused(build):
+    backwards = CHATML.replace("for m in messages", "for m in messages[::-1]")
+    with pytest.raises(Unusable, match=r"^not_in_template: .* puts `assistant` messages in another order"):
+        maker(build(backwards))(chat("What is it?", "An answer.", "So?", "four"), "a")
+    header = CHATML.replace("'<|im_start|>' + m['role']", "'<|start|>' + (loop.length | string) + m['role']")
+    with pytest.raises(
+        Unusable, match=r"^template_not_prefix_stable: .*what comes before message 1.*generation %\} markers"
+    ):
+        maker(build(header))(chat("What is it?", "four"), "a")
 
 
 def test_a_conversation_may_open_with_a_response_but_its_first_token_has_no_label(build):
