@@ -14,10 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from alphatoken.pipeline.maths.attention import BLOCK
+from alphatoken.pipeline.maths.attention_blocks import BLOCK
 from alphatoken.pipeline.maths.batch import by_token_budget
-from alphatoken.pipeline.maths.decoder import ScoredLayers, is_stacked_experts, scored_layers
+from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers
 from alphatoken.pipeline.maths.head import CHUNK_BYTES
+from alphatoken.pipeline.maths.linear_maps import is_stacked_experts
 
 DIRECTIONS = 2  # adaptation and stability
 

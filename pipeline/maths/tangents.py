@@ -16,7 +16,8 @@ from contextlib import contextmanager
 import torch
 import torch.autograd.forward_ad as forward_ad
 
-from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.linear_maps import LinearMap
 
 _LEVEL = threading.Lock()
 
