@@ -68,17 +68,22 @@ class ScoredLayers:
 def decoder_of(model: nn.Module) -> nn.Module:
     """The module that maps token ids to hidden states: the one below the LM head that holds the input embeddings."""
     ways: list[Any] = [getattr(model, "get_decoder", None), lambda: getattr(model, "base_model", None)]
-    try:
-        embeddings = model.get_input_embeddings()  # type: ignore[operator]  # an nn.Module to mypy
-    except (AttributeError, NotImplementedError):
-        embeddings = None
+    embeddings = _of(model, "get_input_embeddings")
     for way in ways:
         decoder = way() if way is not None else None
         if decoder is None or decoder is model or embeddings is None:
             continue
         if any(module is embeddings for module in decoder.modules()):
-            return decoder
+            # An image-text model may hold a whole causal LM.
+            return decoder if _of(decoder, "get_output_embeddings") is None else decoder_of(decoder)
     raise UnsupportedModel(f"{type(model).__name__} has no decoder below a language-model head: load it as a causal LM")
+
+
+def _of(model: Any, getter: str) -> nn.Module | None:
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
