@@ -25,7 +25,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alphatoken.pipeline.maths.attention_blocks import Attended, AttentionBlocks, BandBlock, Moved
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, decoder_of
-from alphatoken.pipeline.maths.tangents import tangent_of, without_tangent
+from alphatoken.pipeline.maths.tangents import tangent_of, usual_kernels, without_tangent
 
 KERNELS = ("sdpa", "flash_attention_2", "eager")
 
@@ -166,17 +166,11 @@ def _attention(
         output = attended.output()
     else:
         assert original is not None
-        plain = {**given, **({"position_bias": attended.bias} if "position_bias" in given else {})}
-        output, _ = original(
-            module,
-            attended.query,
-            attended.key,
-            attended.value,
-            attended.mask,
-            dropout=dropout,
-            scaling=scaling,
-            **plain,
-        )
+        plain = {**given, **({"position_bias": parts[3]} if "position_bias" in given else {})}
+        with usual_kernels():
+            output, _ = original(
+                module, *parts[:3], parts[4], dropout=dropout, scaling=scaling, **plain
+            )  # fmt: skip
     return (output if moved is None else forward_ad.make_dual(output, blocks.derivative())), None
 
 

@@ -121,8 +121,7 @@ def captured(
     owner = type(scored.model).__name__
 
     def remember_shape(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        hidden_shape[:] = [(hidden.shape[0], hidden.shape[1])]
+        hidden_shape[:] = [tuple(kwargs["input_ids"].shape)]  # some hidden states have a dimension more
 
     entered: dict[str, torch.Tensor | None] = {}
 
@@ -161,8 +160,7 @@ def captured(
         stack.enter_context(intercepted(scored.model, kernel, listen))
         if stacked:
             stack.enter_context(tapped_experts(scored.model, {module for module, _ in stacked}, expert_tap))
-        for layer in scored.layers[:1]:
-            stack.callback(layer.register_forward_pre_hook(remember_shape, with_kwargs=True).remove)
+        stack.callback(scored.decoder.register_forward_pre_hook(remember_shape, with_kwargs=True).remove)
         for linear in scored.maps:
             if not linear.experts:
                 if along:

@@ -194,6 +194,8 @@ def _seen(scored: ScoredLayers) -> tuple[tuple[LinearMap, ...], bool]:
                 again = _last_hidden_state(scored)
         except UnsupportedModel:  # whatever a layer says that misses what another should have left
             return maps, False
+    if not bool(torch.isfinite(whole).all()):
+        return maps, True  # said where an example can be named
     return maps, bool(torch.allclose(again, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().mean())))
 
 

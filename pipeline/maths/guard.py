@@ -143,7 +143,17 @@ def _own_pass(scored: ScoredLayers, row: Sequence[int]) -> tuple[torch.Tensor, t
         stack.enter_context(frozen(model))
         stack.enter_context(torch.no_grad())  # `frozen` turns gradients on
         stack.callback(scored.decoder.register_forward_hook(keep).remove)
-        logits = model(input_ids=ids, use_cache=False, **some).logits[0, -KEPT - 1 :]
+        try:
+            logits = model(input_ids=ids, use_cache=False, **some).logits[0, -KEPT - 1 :]
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as error:  # whatever it says that wants an image, a sound or another model's states
+            reason = str(error).partition("\n")[0]
+            raise UnsupportedModel(
+                f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {reason})"
+            ) from error
+    if len(logits) != min(ids.shape[1], KEPT + 1):
+        raise UnsupportedModel(f"{type(model).__name__} predicts {len(logits)} tokens for a row of {ids.shape[1]}")
     losses = F.cross_entropy(
         logits[:-1].to(torch.promote_types(logits.dtype, torch.float32)), ids[0, -len(logits) + 1 :], reduction="none"
     )
@@ -181,11 +191,11 @@ def _engine_pass(
 
 
 def _outputs_of(layers: Sequence[nn.Module], run: Callable[[], object]) -> dict[nn.Module, torch.Tensor]:
-    """What every layer returned last while ``run`` ran."""
+    """What every layer returned first while ``run`` ran: later its lower layers may hand through."""
     found: dict[nn.Module, torch.Tensor] = {}
 
     def keep(module: nn.Module, args: tuple, output: Any) -> None:
-        found[module] = (output[0] if isinstance(output, tuple) else output).detach()
+        found.setdefault(module, (output[0] if isinstance(output, tuple) else output).detach())
 
     with ExitStack() as stack:
         for layer in layers:
