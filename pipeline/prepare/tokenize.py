@@ -19,7 +19,10 @@ from alphatoken.pipeline.prepare.responses import Renderer
 from alphatoken.pipeline.prepare.rows import CHAT_CHOICES, Conversation, Plain, Pretokenized, Unusable, parse_row
 
 IGNORED = -100
-_AS_IT_IS = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+_AS_IT_IS = {
+    "add_special_tokens": False, "truncation": False, "padding": False, "verbose": False,
+    "return_attention_mask": False, "return_token_type_ids": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

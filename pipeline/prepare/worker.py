@@ -159,7 +159,7 @@ def _counts(usable: Sequence[Example | Pair], rejected: Sequence[dict[str, Any]]
     lost = dict.fromkeys(sequence.source for sequence in sequences if sequence.lost)  # each row once
     counts.update(remarks.of_rejected(rejected) | remarks.of_lost(lost))
     counts["tokens"] = sum(len(sequence.input_ids) for sequence in sequences)
-    counts["response_tokens"] = sum(label != IGNORED for sequence in sequences for label in sequence.labels)
+    counts["response_tokens"] = sum(len(sequence.labels) - sequence.labels.count(IGNORED) for sequence in sequences)
     return dict(counts)
 
 
