@@ -47,15 +47,16 @@ class PrepareTask:
 
 
 class PrepareWorker:
-    """Tokenizes raw rows; holds the tokenizer and the place to write to."""
+    """Tokenizes raw rows; holds the tokenizer and the place to write to. Arguments as `ExampleMaker`'s."""
 
     def __init__(
-        self, storage: Storage, source: ModelSource, vocabulary: int, settings: Settings, preference: bool
-    ) -> None:
+        self, storage: Storage, source: ModelSource, vocabulary: int, settings: Settings, preference: bool,
+        positions: int | None = None,
+    ) -> None:  # fmt: skip
         data = settings.data
         self.storage, self.columns = storage, data.columns.given()
         tokenizer = load_tokenizer(here(source, weights=False))
-        arguments = tokenizer, data.max_length, data.chat_template, self.columns, vocabulary
+        arguments = tokenizer, data.max_length, data.chat_template, self.columns, vocabulary, positions
         self.make = ExampleMaker(*arguments)
         self.pair = PairMaker(*arguments) if preference else None
         self.keep_reasoning = data.keep_reasoning
