@@ -125,16 +125,21 @@ def test_only_the_wanted_turns_are_responses():
         assert found == family.expected(["One.", "Two."])[-1:], name
 
 
-@pytest.mark.parametrize("family,role", [(PHI_3, "tool"), (PHI_3, "developer"), (DEEPSEEK_V3, "developer")])
+def variant(template, **changes):
+    return Family(template, CHATML.specials, "<|im_end|>", CHATML.expected, **changes)
+
+
+NO_SYSTEM = variant(CHATML.template.replace("in messages", "in messages if m.role != 'system'"))
+
+
+@pytest.mark.parametrize(
+    "family,role", [(PHI_3, "tool"), (PHI_3, "developer"), (DEEPSEEK_V3, "developer"), (NO_SYSTEM, "system")]
+)
 def test_what_a_template_leaves_out_is_said(family, role):
     row = conversation([("What is it?", "four")])
     row["messages"].insert(1 if role == "tool" else 0, said(role, "four"))
     with pytest.raises(Unusable, match=rf"^not_in_template: the chat template leaves out `{role}` messages$"):
         made(family, row)
-
-
-def variant(template, **changes):
-    return Family(template, CHATML.specials, "<|im_end|>", CHATML.expected, **changes)
 
 
 PARTS = variant(
@@ -208,6 +213,21 @@ def test_reasoning_that_a_template_drops_is_counted_and_kept_turn_by_turn():
     assert second == found[1:] and two.lost == 0 and two.id == "r#3"
     ((only, whole),) = made(QWEN_3, conversation(THOUGHTS[1:]), turns=True)
     assert only == found[1:] and whole.lost == 0 and whole.id == "a"
+
+
+def test_reasoning_of_a_turn_that_calls_is_counted_once_a_question_follows_and_kept_turn_by_turn():
+    row = {**with_call({"x": 1}), "id": "r"}
+    row["messages"][2]["reasoning_content"] = "hm"
+    found, example = made(QWEN_3, row)
+    assert found[0] == "<think>\nhm\n</think>\n\n" + QWEN_3.called and example.lost == 0
+    row["messages"] += [said("user", "And else?"), said("assistant", "five")]
+    found, example = made(QWEN_3, row)
+    assert found[0] == QWEN_3.called and example.lost == 1
+    turns = made(QWEN_3, row, turns=True)
+    assert [(texts, one.lost, one.id) for texts, one in turns] == [
+        (["<think>\nhm\n</think>\n\n" + QWEN_3.called], 0, "r#2"), ([QWEN_3.answered], 0, "r#4"),
+        (["<think>\n\n</think>\n\nfive<|im_end|>"], 0, "r#6"),
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", FAMILIES)
