@@ -230,6 +230,16 @@ def test_reasoning_of_a_turn_that_calls_is_counted_once_a_question_follows_and_k
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("name", WITH_CALLS)
+@pytest.mark.parametrize("asked", [False, True])
+def test_reasoning_of_a_turn_that_calls_is_in_its_response_or_counted(name, asked):
+    row = with_call({"x": 1}, [said("user", "And else?"), said("assistant", "five")] if asked else ())
+    row["messages"][2]["reasoning_content"] = "hm"
+    found, example = made(name, row)
+    assert ("hm" in found[0]) == (example.lost == 0) and len(found) == 2 + asked
+    assert found[0].endswith(FAMILIES[name].called.removeprefix("\n<think></think>"))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_reasoning_is_part_of_a_response_or_counted(name):
     family, answers = FAMILIES[name], ["One.", "Two."]
