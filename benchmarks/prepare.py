@@ -2,8 +2,8 @@
 
 Chat rows of about 400 tokens, made from the embedded example. The tokenizer alone goes over the same texts, rendered with
 the same template beforehand, in two processes; then the command `prepare` runs on two CPUs. CPU time is that of all
-processes together, and is the figure to compare where the machine has other work; the start of Ray is in the command's
-seconds, not in the stage's.
+processes together; the start of Ray is in the command's seconds, not in the stage's. `--in-turn` compares one worker with
+the tokenizer in one process, in CPU time and in turn: what a row costs, whatever else the machine does, without any start.
 """
 
 from __future__ import annotations
@@ -25,7 +25,12 @@ from typing import Any
 import psutil
 from transformers import AutoTokenizer
 
+from alphatoken.pipeline.maths.models import ModelSource, load_config
 from alphatoken.pipeline.prepare.example import example_data, example_model
+from alphatoken.pipeline.prepare.sources import open_sources
+from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import Settings
 
 PROCESSES = 2
 TOGETHER = 64  # texts of a call, as prepare has them
@@ -177,14 +182,49 @@ def measure(rows: int, place: Path) -> None:
           f"{cost.tokens / rows:.0f} tokens a row written |", flush=True)  # fmt: skip
 
 
+def in_turn(rows: int, repeats: int, place: Path) -> None:
+    """Print what one worker's shard of ``rows`` rows costs beside the tokenizer alone: least CPU seconds of each."""
+    model = str(example_model(print))
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    given = list(chat_rows(rows))
+    texts = [tokenizer.apply_chat_template(row["messages"], tokenize=False) for row in given]
+    data = place / "rows.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+    source, pieces = ModelSource(model), open_sources("data.train", str(data)).pieces(range(rows))
+    vocabulary = load_config(source).vocab_size
+    worker = PrepareWorker(Storage(str(place / "run")), source, vocabulary, Settings(), preference=False)
+    works: dict[str, Callable[[], object]] = {
+        "the tokenizer alone, a text a call": lambda: _one_by_one(tokenizer, texts),
+        f"the tokenizer alone, {TOGETHER} texts a call": lambda: _together(tokenizer, texts),
+        "the template alone": lambda: _by_template(tokenizer, given),
+        "a worker of `prepare`, from raw rows to the written shard": lambda: worker(
+            PrepareTask(pieces, "prepared/x", "quarantine/x", "f"), lambda units: None
+        ),
+    }
+    least = dict.fromkeys(works, float("inf"))
+    for _ in range(repeats):
+        for name, work in works.items():
+            started = time.process_time()
+            work()
+            least[name] = min(least[name], time.process_time() - started)
+    one, together = list(least.values())[:2]
+    for name, seconds in least.items():
+        print(f"| {name} | | {seconds:.2f} | {seconds / one:.2f}; {seconds / together:.2f} of {TOGETHER} a call | "
+              f"{rows:,} rows, least of {repeats}, in turn |", flush=True)  # fmt: skip
+
+
 def main() -> None:
     """Print the table for every number of rows that is asked for."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, nargs="+", default=[10_000, 100_000])
+    parser.add_argument("--in-turn", type=int, metavar="REPEATS", help="instead: a shard of 1,024 rows in one process")
     options = parser.parse_args()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     print("| | seconds | CPU seconds | ratio | |\n|---|---|---|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as place:
+        if options.in_turn:
+            in_turn(1024, options.in_turn, Path(place))
+            return
         for rows in options.rows:
             measure(rows, Path(place))
 
