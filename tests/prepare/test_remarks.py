@@ -84,6 +84,7 @@ def test_prepare_says_in_one_line_what_a_template_leaves_out(alphatoken, tmp_pat
     )  # fmt: skip
     assert status == 0, err
     (line,) = [line for line in (out + err).splitlines() if "leaves out" in line]
-    assert line.startswith("prepare: the chat template leaves out `tool` messages in 2 rows (such as rows.jsonl:1; ")
+    example = f"(such as {data}:1; in quarantine)"
+    assert line == f"prepare: the chat template leaves out `tool` messages in 2 rows {example}"
     counts = json.loads((tmp_path / "r/run.json").read_text())["stages"]["prepare"]["counts"]
     assert counts["left_out"] == {"the chat template leaves out `tool` messages": 2}
