@@ -74,7 +74,7 @@ def _named(model: Any, kernel: str) -> Iterator[None]:
         return
     try:
         decoder.set_attn_implementation(wanted)
-    except ImportError as error:
+    except (ImportError, ValueError) as error:
         reason = str(error).partition(". ")[0]
         raise UnsupportedModel(f"attention={kernel} cannot be used: {reason}; set model.attention=sdpa") from error
     try:
