@@ -49,9 +49,9 @@ class MaskInputs:
 def mask_inputs(run: Run) -> MaskInputs:
     """Raises SettingsWrong for what cannot be made of these values, and RunFailed where a stage before is not done."""
     asked, manifest = run.settings.mask, run.manifest
+    prepared = manifest.require("prepare", "mask")
     needs_values = manifest.pairs or bool(_resolved(run).columns()) or is_rehearsed(_value_inputs(run))
     values = manifest.require("value", "mask") if needs_values else None
-    prepared = manifest.require("prepare", "mask")
     rehearsed = is_rehearsed(_value_inputs(run)) and needs_values
     settings = as_rehearsed(asked, _value_inputs(run)) if rehearsed else asked
     drift = manifest.stage("anchor").get("inputs", {}).get("anchor.drift")
@@ -102,8 +102,8 @@ def _notes(run: Run, settings: MaskSettings, always: np.ndarray, drift: str | No
         found.append("the tokenizer names no end-of-sequence token, so that mask.always_keep=eos keeps none")
     if settings.score == "paper" and not rehearsed and _is_plain_alignment(run):
         found.append(PLAIN_ALIGNMENT)
-    unasked = run.settings.mask.stability_weight is None and not settings.stability_weight
-    if drift == "checkpoint" and settings.score == "information" and unasked:
+    # Also where 0 was asked for: a replay asks for what had been resolved, and its mask has the same bytes.
+    if drift == "checkpoint" and settings.score == "information" and not settings.stability_weight:
         found.append(REFERENCE_UNUSED)
     weighed = settings.stability_weight or settings.loss_weight
     if settings.rule == "positive" and settings.score not in (*SIGNED_SCORES, "full") and not weighed:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,7 +65,8 @@ def head_of(scored: HeadedModel, outputs: Any) -> Iterator[Callable[[torch.Tenso
 
 def chunk_rows(model: Any, hidden: torch.Tensor) -> int:
     """Rows of hidden states per chunk, so that one chunk of logits takes at most CHUNK_BYTES."""
-    vocabulary = model.get_output_embeddings().weight.shape[0]
+    head = model.get_output_embeddings()
+    vocabulary = model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
     return max(16, CHUNK_BYTES // (vocabulary * max(4, hidden.element_size())))
 
 
@@ -236,11 +237,8 @@ def watched(model: Any) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch
         same = _same_memory(entering, hidden) and _same_memory(leaving, logits) and leaving._version == version
         return module.weight.detach() if same and module.weight.dtype == hidden.dtype else None
 
-    hook = module.register_forward_hook(remember)
-    try:
+    with nullcontext() if module is None else module.register_forward_hook(remember):
         yield plain_weight
-    finally:
-        hook.remove()
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -89,4 +89,4 @@ def test_the_page_of_pairs_shows_both_branches(preference_run, alphatoken):
 
 def test_a_report_before_its_time_names_the_command(alphatoken, tmp_path):
     status, _, err = alphatoken("report", f"run.dir={tmp_path}/none")
-    assert status == 1 and "alphatoken value" in err
+    assert status == 1 and "alphatoken mask" in err
