@@ -19,7 +19,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", metavar="TYPE", help="these model types alone")
     parser.add_argument("--write", type=Path, metavar="FILE", help="write the table here, such as docs/models.md")
     parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--faults", type=Path, metavar="FILE", help="write what is not right, with tracebacks, here")
+    parser.add_argument(
+        "--faults", type=Path, metavar="FILE", help="write what is not right, with tracebacks, here, row by row"
+    )
     asked = parser.parse_args()
     warnings.filterwarnings("ignore")
     kinds = [kind for kind in model_types() if not asked.only or kind.name in asked.only]
@@ -30,11 +32,11 @@ def main() -> int:
         rows.append(row)
         said = "; ".join(part for part in (row.reason, *row.notes) if part)
         print(f"{len(rows)}/{len(kinds)} {row.title}: {row.outcome}{f': {said}' if said else ''}", flush=True)
+        if asked.faults:
+            asked.faults.write_text(_faults(rows))
     print(counted(rows))
     if asked.write:
         asked.write.write_text(page(rows))
-    if asked.faults:
-        asked.faults.write_text(_faults(rows))
     return int(any(row.outcome in (WRONG, RAW) for row in rows))
 
 

@@ -7,7 +7,6 @@ implementation that it would itself use, autograd through it and hooks on its mo
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -81,7 +80,9 @@ def is_causal(model: nn.Module, ids: torch.Tensor) -> bool:
     return bool((before - after).abs().max() <= 1e-9 * before.abs().max())
 
 
-def want(model: nn.Module, scored: Scored, directions: Mapping[str, Direction], ids: torch.Tensor, labels: torch.Tensor) -> Wanted:
+def want(
+    model: nn.Module, scored: Scored, directions: Mapping[str, Direction], ids: torch.Tensor, labels: torch.Tensor
+) -> Wanted:
     """Everything but the causal columns."""
     model.requires_grad_(False)
     parameters = {name: model.get_parameter(name).requires_grad_(True) for name in scored.modules}
@@ -90,7 +91,8 @@ def want(model: nn.Module, scored: Scored, directions: Mapping[str, Direction], 
 
     def keep(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: torch.Tensor) -> torch.Tensor:
-            output.retain_grad()
+            if not output.requires_grad:
+                return output  # of a part that only chooses, such as an indexer
             calls.setdefault(name, []).append((args[0].detach(), output))
             return output.clone()  # the model may write to it
 
@@ -213,39 +215,6 @@ def _difference(
     one, two = at(STEP) - at(-STEP), at(2 * STEP) - at(-2 * STEP)
     at(0.0)
     return (8 * one - two) / (12 * STEP)
-
-
-def attention_of(model: Any, scored: Scored, ids: torch.Tensor) -> dict[int, torch.Tensor] | None:
-    """Layer -> attention probabilities (T, T) averaged over heads, of the model in eager attention.
-
-    Read off the outputs of its attention modules. None where eager attention is not there or predicts something else.
-    """
-    twin = copy.deepcopy(model)
-    plain = runs_on_text(model, ids)
-    found: dict[int, list[torch.Tensor]] = {}
-
-    def read(layer: int) -> Callable:
-        def hook(module: nn.Module, args: tuple, output: Any) -> None:
-            for one in output if isinstance(output, tuple) else ():
-                if isinstance(one, torch.Tensor) and one.ndim == 4 and one.shape[2] == len(ids) <= one.shape[3]:
-                    found.setdefault(layer, []).append(one.detach()[0, :, :, : len(ids)].mean(0))
-                    return
-
-        return hook
-
-    try:
-        twin.set_attn_implementation("eager")
-        for index, name in enumerate(scored.layers):
-            for path, module in twin.get_submodule(name).named_modules():
-                if path:
-                    module.register_forward_hook(read(index))
-        with torch.no_grad():
-            other = logits_of(twin, ids)
-    except Exception:
-        return None
-    if (other - plain).abs().max() > 1e-9 * plain.abs().max():
-        return None
-    return {layer: several[0] for layer, several in found.items() if len({id(s) for s in several}) == len(several)}
 
 
 def causal(

@@ -66,9 +66,9 @@ _EXACT: dict[int, str] = {
         feed_forward_size n_inner mlp_dim intermediate_size_mlp dense_intermediate_size shared_intermediate_size
         decoder_intermediate_size projection_intermediate_size alignment_intermediate_size""",
     VOCABULARY: """vocab_size vocab_size_per_layer_input decoder_vocab_size unpadded_vocab_size
-        encoder_hash_byte_group_vocab ngram_vocab_size_base codebook_size num_embeddings additional_vocab_size
+        encoder_hash_byte_group_vocab ngram_vocab_size_base additional_vocab_size
         mel_vocab_size audio_vocab_size_""",
-    LONGEST: """max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions
+    LONGEST: """codebook_size num_embeddings max_position_embeddings n_positions n_ctx max_seq_len max_target_positions max_source_positions
         context_length model_max_length max_2d_position_embeddings num_position_embeddings position_embedding_size
         original_max_position_embeddings""",
 }  # fmt: skip
@@ -110,8 +110,8 @@ def tail(entries: list, count: int = LAYERS) -> list:
             continue
         entry = next(e for e in entries if repr(e) == kind)
         shown = [repr(e) for e in chosen]
-        double = [i for i in reversed(range(len(chosen))) if shown.count(shown[i]) > 1]
-        if not double:
+        doubles = [i for i in (count - 2, count - 1, *reversed(range(count - 2))) if shown.count(shown[i]) > 1]
+        if not doubles:
             break
-        chosen[double[-1] if len(double) > 2 else double[0]] = entry
+        chosen[doubles[0]] = entry
     return chosen

@@ -19,9 +19,10 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-from benchmarks.models.sizes import FIRST_SPECIAL, LAYERS, heads_of, is_special, shrunk, tail
-from benchmarks.models.special import SPECIAL
+from benchmarks.models.sizes import EXACT, FIRST_SPECIAL, LAYERS, heads_of, is_special, shrunk, tail
+from benchmarks.models.special import SPECIAL, Nested
 
+FILLED = {"num_key_value_heads": 2} | {n: EXACT[n] for n in ("head_dim", "num_experts_per_tok", "n_routed_experts")}
 MOST_PARAMETERS = 12_000_000
 
 
@@ -40,7 +41,11 @@ class ModelType:
     @property
     def title(self) -> str:
         """The type's name; with its class where the type has two."""
-        return self.name if not self.image or self.name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES else f"{self.name} (image)"
+        return (
+            self.name
+            if not self.image or self.name not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+            else f"{self.name} (image)"
+        )
 
 
 def model_types() -> list[ModelType]:
@@ -57,15 +62,12 @@ def build(kind: ModelType) -> Any:
     if owner is None:
         raise NotSmall(f"transformers has no {kind.owner}")
     try:
-        config = small_config(CONFIG_MAPPING[kind.name], SPECIAL.get(kind.name, {}))
-        accepted = owner.config_class
-        if accepted is not None and not isinstance(config, accepted):
-            inner = [v for v in vars(config).values() if isinstance(v, accepted)]
-            config = inner[0] if inner else config  # a text model of a type that is configured with an image tower
-        with torch.device("meta"):
-            count = sum(p.numel() for p in owner(config).parameters())
-    except Exception as error:
-        raise NotSmall(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+        config, count = _counted(owner, kind, fill=False)
+    except Exception:
+        try:  # with fields that have no usual value
+            config, count = _counted(owner, kind, fill=True)
+        except Exception as error:
+            raise NotSmall(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     if count > MOST_PARAMETERS:
         raise NotSmall(f"{count:,} parameters with every known field at its smallest")
     with torch.random.fork_rng():
@@ -76,8 +78,22 @@ def build(kind: ModelType) -> Any:
     return model
 
 
-def small_config(config_class: type, changes: Mapping[str, Any]) -> PreTrainedConfig:
-    """A small configuration; ``changes``: field -> value, for a configuration that it holds a mapping of such."""
+def _counted(owner: Any, kind: ModelType, fill: bool) -> tuple[PreTrainedConfig, int]:
+    """A configuration that the class can be made of, and the number of its parameters."""
+    config = small_config(CONFIG_MAPPING[kind.name], SPECIAL.get(kind.name, {}), fill)
+    accepted = owner.config_class
+    if accepted is not None and not isinstance(config, accepted):
+        inner = [v for v in vars(config).values() if isinstance(v, accepted)]
+        config = inner[0] if inner else config  # a text model of a type that is configured with an image tower
+    with torch.device("meta"):
+        return config, sum(p.numel() for p in owner(config).parameters())
+
+
+def small_config(config_class: type, changes: Mapping[str, Any], fill: bool = False) -> PreTrainedConfig:
+    """A small configuration; ``changes``: field -> value, for a configuration that it holds ``Nested`` ones.
+
+    ``fill``: fields that stay None in the usual configuration get a size as well.
+    """
     plain = {k: v for k, v in changes.items() if not isinstance(v, Nested)}
     try:
         usual = config_class()
@@ -93,10 +109,10 @@ def small_config(config_class: type, changes: Mapping[str, Any]) -> PreTrainedCo
     given: dict[str, Any] = {}
     special = FIRST_SPECIAL
     for name, value in fields.items():
-        inner = getattr(usual, name, None)
+        inner = None if usual is None else vars(usual).get(name)
         if isinstance(inner, PreTrainedConfig):
             nested = changes.get(name)
-            given[name] = small_config(type(inner), nested if isinstance(nested, Nested) else {})
+            given[name] = small_config(type(inner), nested if isinstance(nested, Nested) else {}, fill)
         elif is_special(name) and isinstance(value, int):
             given[name], special = (0 if name == "pad_token_id" else special), special + 1
         elif is_special(name) and isinstance(value, list | tuple):
@@ -107,14 +123,14 @@ def small_config(config_class: type, changes: Mapping[str, Any]) -> PreTrainedCo
             given[name] = shrunk(name, value, heads)
         elif isinstance(value, list | tuple) and layers > LAYERS and len(value) == layers:
             given[name] = tail(list(value))
+        elif isinstance(value, list | tuple) and value and all(type(v) is int for v in value):
+            given[name] = type(value)(shrunk(name.removesuffix("s"), v, heads) for v in value)
+        elif fill and value is None and name in FILLED and inner is None:
+            given[name] = FILLED[name]
     given |= plain
     small = config_class(**given)
     again = {} if usual is None else _missing_kinds(usual, small, layers, changes)
     return config_class(**(given | again)) if again else small
-
-
-class Nested(dict):
-    """Changes of a configuration that is held by another."""
 
 
 def _layers_of(config: Any) -> int:
