@@ -17,7 +17,17 @@ from alphatoken.pipeline.maths.value_projection import value_projections
 from alphatoken.pipeline.maths.valuer import ALL, TokenValuer, check_model
 from benchmarks.models.double import Double
 from benchmarks.models.eager import attention_of
-from benchmarks.models.oracle import DIRECTIONS, NotText, Scored, Wanted, causal, is_causal, runs_on_text, want
+from benchmarks.models.oracle import (
+    DIRECTIONS,
+    NotText,
+    Scored,
+    Wanted,
+    causal,
+    is_causal,
+    padding_changes,
+    runs_on_text,
+    want,
+)
 from benchmarks.models.small import ModelType, NotSmall, build
 
 LAYERS, WINDOW = 2, 6
@@ -128,8 +138,12 @@ def _survey(kind: ModelType, row: dict[str, str]) -> Row:
         if len(rows[0].unused) == len(what.modules):
             return Row(**facts, outcome=WRONG, reason="none of the scored weights enters the loss")
     wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
+    if wrong and (change := padding_changes(plain, ids[1])) > TOLERANCE:
+        notes[f"padding on the right changes the model's own logits by {change:.1e}"] = None
+        facts["notes"] = tuple(notes)
     if wrong:
-        return Row(**facts, outcome=WRONG, reason=", ".join(f"{n} {e:.1e}" for n, e in wrong.items()))
+        said_before = f" ({refusal})" if refusal else ""
+        return Row(**facts, outcome=WRONG, reason=", ".join(f"{n} {e:.1e}" for n, e in wrong.items()) + said_before)
     if "information" not in found:
         return Row(**facts, outcome=REFUSED, reason=f"{refusal} (all other columns are right)")
     return Row(**facts, outcome=RIGHT if layers else PARTLY, reason=refusal)

@@ -80,6 +80,12 @@ def is_causal(model: nn.Module, ids: torch.Tensor) -> bool:
     return bool((before - after).abs().max() <= 1e-9 * before.abs().max())
 
 
+def padding_changes(model: nn.Module, ids: torch.Tensor) -> float:
+    """How much of the largest logit padding on the right changes, in the untouched model itself."""
+    alone, padded = runs_on_text(model, ids), runs_on_text(model, torch.cat([ids, torch.zeros_like(ids)]))
+    return float((padded[: len(ids)] - alone).abs().max() / alone.abs().max())
+
+
 def want(
     model: nn.Module, scored: Scored, directions: Mapping[str, Direction], ids: torch.Tensor, labels: torch.Tensor
 ) -> Wanted:

@@ -20,7 +20,7 @@ _EXACT: dict[int, str] = {
         n_layers_per_attn_res_block num_global_layers num_residual_layers num_lstm_layers moe_layer_interval
         expert_layer_offset attn_layer_offset loop_layer_index_start""",
     2: """num_experts_per_tok num_experts_per_token moe_topk moe_k index_topk_blocks num_kv_shared_layers
-        n_recurrent_layers num_layers_per_stack o_groups linear_num_key_heads num_lm_heads index_n_heads
+        n_recurrent_layers num_layers_per_stack o_groups linear_num_key_heads num_lm_heads
         attn_layer_period expert_layer_period layer_group_size global_attn_every_n_layers index_kpool
         zero_expert_num adapter_rank loop_gate_rank hc_lowrank
         num_res_blocks num_codebooks num_quantizers compress_ratio swa_num_key_value_heads
@@ -48,7 +48,8 @@ _EXACT: dict[int, str] = {
         kv_lora_rank mamba_chunk_size chunk_size audio_token_size patch_size_ router_hidden_size
         dim_model_base mup_base_width_ o_lora_rank ple_embed_dim split_ngram_parts num_groups_""",
     12: "q_lora_rank shared_expert_size",
-    16: "qk_head_dim mamba_dim",
+    # An indexer of few heads scores many keys with the same zero, and which of them are the first depends on the length.
+    16: "qk_head_dim mamba_dim index_n_heads",
     24: """moe_intermediate_size expert_ffn_hidden_size share_expert_dim shared_expert_intermediate_size
         shared_experts_intermediate_size moe_shared_expert_intermediate_size moe_hidden_size_""",
     28: "image_size crop_size max_image_size resolution max_img_size",
@@ -85,8 +86,6 @@ def shrunk(name: str, value: int, heads: int) -> int:
         return 4 if value >= heads else min(2, value)
     if name in EXACT:
         return min(EXACT[name], value) if value >= 0 else value
-    if name == "additional_vocab_size":
-        return value
     return 32 if value > 64 and _WIDTHS.search(name) else value
 
 

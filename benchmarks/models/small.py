@@ -109,10 +109,12 @@ def small_config(config_class: type, changes: Mapping[str, Any], fill: bool = Fa
     given: dict[str, Any] = {}
     special = FIRST_SPECIAL
     for name, value in fields.items():
-        inner = None if usual is None else vars(usual).get(name)
-        if isinstance(inner, PreTrainedConfig):
-            nested = changes.get(name)
-            given[name] = small_config(type(inner), nested if isinstance(nested, Nested) else {}, fill)
+        nested = changes.get(name)
+        nested = dict(nested) if isinstance(nested, Nested) else {}
+        named = nested.pop("model_type", None)
+        inner = type(vars(usual).get(name)) if usual is not None else CONFIG_MAPPING[named] if named else None
+        if inner is not None and issubclass(inner, PreTrainedConfig):
+            given[name] = small_config(inner, nested, fill)
         elif is_special(name) and isinstance(value, int):
             given[name], special = (0 if name == "pad_token_id" else special), special + 1
         elif is_special(name) and isinstance(value, list | tuple):
@@ -125,7 +127,7 @@ def small_config(config_class: type, changes: Mapping[str, Any], fill: bool = Fa
             given[name] = tail(list(value))
         elif isinstance(value, list | tuple) and value and all(type(v) is int for v in value):
             given[name] = type(value)(shrunk(name.removesuffix("s"), v, heads) for v in value)
-        elif fill and value is None and name in FILLED and inner is None:
+        elif fill and value is None and name in FILLED:
             given[name] = FILLED[name]
     given |= plain
     small = config_class(**given)

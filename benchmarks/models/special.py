@@ -10,7 +10,7 @@ from typing import Any
 
 
 class Nested(dict):
-    """Changes of a configuration that is held by another."""
+    """Changes of a configuration that is held by another; with its ``model_type`` where the usual one cannot be asked."""
 
 
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
@@ -18,7 +18,7 @@ _SECTIONED = {"text_config": Nested(rope_parameters=_SECTIONS)}
 _SLIDING = ["sliding_attention", "full_attention"] * 2
 _SHARED = {"layer_types": _SLIDING, "num_kv_shared_layers": 2}
 _INDEXER = {
-    "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
+    "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
 }  # fmt: skip
 _VOCABULARY = {f"<|extra_{number}|>": 90 for number in (200, 201)} | {"<image>": 85}
 _BY_KIND = {kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")}
@@ -52,14 +52,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "gemma3n_text": {**_SHARED, "activation_sparsity_pattern": [0.5, 0.0, 0.5, 0.0]},
     "gemma4_text": _SHARED,
     "gemma4_unified_text": _SHARED,
-    "gemma4_assistant": {"text_config": Nested(hidden_size_per_layer_input=0)},
+    "gemma4_assistant": {"text_config": Nested(model_type="gemma4_text", hidden_size_per_layer_input=0, vocab_size_per_layer_input=0)},
     "glm46v": _SECTIONED,
     "glm4v": _SECTIONED,
     "glm4v_moe": {"text_config": Nested(rope_parameters={**_SECTIONS, "partial_rotary_factor": 0.5}, head_dim=16)},
     "glm_ocr": _SECTIONED,
     "glmga": _SECTIONED,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 5},
-    "granite4_vision": {"deepstack_layer_map": [[-1, 0]]},
+    "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "vision_config": Nested(hidden_size=64), "downsample_rate": "1/2"},
     "hunyuan_vl": _SECTIONED,
     "hy_v4_vl": _SECTIONED,
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},

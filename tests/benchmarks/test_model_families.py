@@ -1,0 +1,28 @@
+"""The survey of benchmarks/models on the families that people fine-tune and on those that are built unlike the others.
+
+`python -m benchmarks.models` asks every model type of the installed transformers; here are those whose outcome is promised.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from benchmarks.models.compare import PARTLY, REFUSED, RIGHT, survey
+from benchmarks.models.small import model_types
+
+KINDS = {kind.title: kind for kind in model_types()}
+EXPECTED = {
+    RIGHT: """llama qwen2 qwen3 mistral phi3 gemma2 gemma3_text gpt2 gpt_neox olmo2 mixtral qwen3_moe gpt_oss deepseek_v3
+        deepseek_v2 afmoe granite_swa gemma3 gemma4 mistral3 llava internvl smolvlm""",
+    PARTLY: "jetmoe nemotron_h diffllama mpt gpt_neo",
+    REFUSED: "t5gemma2 florence2",
+}
+FAMILIES = [(title, outcome) for outcome, titles in EXPECTED.items() for title in titles.split()]
+
+
+@pytest.mark.parametrize(("title", "outcome"), FAMILIES, ids=[title for title, _ in FAMILIES])
+def test_a_familys_values_are_what_plain_autograd_says(title: str, outcome: str) -> None:
+    row = survey(KINDS[title])
+    assert row.outcome == outcome, f"{title}: {row.outcome}: {row.reason} {row.notes}\n{row.trace}"
+    if outcome == RIGHT:
+        assert row.causal == "2 of 2" and "causal path not compared" not in row.notes
