@@ -75,10 +75,12 @@ def survey(kind: ModelType) -> Row:
 
 
 def said(error: BaseException) -> str:
-    """An exception in one line, with the place that raised it."""
-    last = traceback.extract_tb(error.__traceback__)[-1]
-    place = "/".join(last.filename.split("/")[-2:])
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({place}:{last.lineno})"
+    """An exception in one line, with the place that raised it and the engine's line that led there."""
+    frames = [("/".join(f.filename.split("/")[-2:]), f.lineno) for f in traceback.extract_tb(error.__traceback__)]
+    places = [f"{place}:{line}" for place, line in frames]
+    engine = [spot for spot, (place, _) in zip(places, frames, strict=True) if place.startswith(("maths/", "scores/"))]
+    led = f", from {engine[-1]}" if engine and engine[-1] != places[-1] else ""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]} ({places[-1]}{led})"
 
 
 def some_rows() -> tuple[list[torch.Tensor], list[torch.Tensor]]:

@@ -17,6 +17,10 @@ EXPECTED = {
     PARTLY: "jetmoe nemotron_h diffllama mpt gpt_neo",
     REFUSED: "t5gemma2 florence2",
 }
+# Not promised yet; move each to its outcome as the engine learns it.
+TO_REPAIR = """deepseek_v32 glm_moe_dsa minimax_m3_vl minimax_m3_vl_text deepseek_v4 gemma3n_text gemma4_text llama4
+    llama4_text mllama falcon modernbert-decoder longcat_flash hrm_text blt qwen3_next qwen3_5 qwen3_5_moe mamba2 falcon_h1
+    bamba granitemoehybrid olmo_hybrid kimi_linear qwen2_5_vl qwen3_vl bart bert paligemma"""
 FAMILIES = [(title, outcome) for outcome, titles in EXPECTED.items() for title in titles.split()]
 
 
@@ -26,3 +30,8 @@ def test_a_familys_values_are_what_plain_autograd_says(title: str, outcome: str)
     assert row.outcome == outcome, f"{title}: {row.outcome}: {row.reason} {row.notes}\n{row.trace}"
     if outcome == RIGHT:
         assert row.causal == "2 of 2" and "causal path not compared" not in row.notes
+
+
+def test_every_family_is_a_type_of_the_installed_transformers_and_stands_once() -> None:
+    titles = [title for title, _ in FAMILIES] + TO_REPAIR.split()
+    assert len(set(titles)) == len(titles) and set(titles) <= set(KINDS)
