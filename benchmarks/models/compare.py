@@ -13,6 +13,7 @@ import torch
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, scored_layers
 from alphatoken.pipeline.maths.directions import Directions
+from alphatoken.pipeline.maths.guard import Guard
 from alphatoken.pipeline.maths.value_projection import value_projections
 from alphatoken.pipeline.maths.valuer import ALL, TokenValuer, check_model
 from benchmarks.models.double import Double
@@ -30,7 +31,7 @@ from benchmarks.models.oracle import (
 )
 from benchmarks.models.small import ModelType, NotSmall, build
 
-LAYERS, WINDOW = 2, 6
+LAYERS, WINDOW, KERNEL = 2, 6, "sdpa"
 LENGTHS = (23, 14)
 TOLERANCE = 1e-6
 
@@ -108,6 +109,7 @@ def _survey(kind: ModelType, row: dict[str, str]) -> Row:
     except NotText as error:
         reason = f"does not run on text alone: {error}"
     scored = scored_layers(model, LAYERS)
+    Guard(scored, KERNEL, WINDOW)([row.tolist() for row in ids])
     generator = torch.Generator().manual_seed(7)
     named = {
         d: {n: torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in scored.weights().items()}
@@ -129,8 +131,7 @@ def _survey(kind: ModelType, row: dict[str, str]) -> Row:
         errors[f"sum of {d}_direct"] = _sum_error(everywhere[f"{d}_direct"], rows, d)
     layers = 0
     if window:
-        values = _value_rows(scored)
-        layers = len(values)
+        values, layers = _value_rows(scored), valuer.causal_layers
         errors |= _causal_errors(plain, found, rows, named, what, values, ids, labels, notes) if layers else {}
     facts |= {"causal": f"{layers} of {LAYERS}", "error": max(errors.values()), "notes": tuple(notes)}
     if rows[0].unused:
@@ -158,8 +159,8 @@ def _valued(
     scores, window, exact, refusal = ALL, WINDOW, True, ""
     for _ in range(3):
         try:
-            check_model(scored, scores, window, "sdpa", exact)
-            valuer = TokenValuer(model, directions, LAYERS, window, scores=scores, exact=exact)
+            check_model(scored, scores, window, KERNEL, exact)
+            valuer = TokenValuer(model, directions, LAYERS, window, KERNEL, scores, exact)
             return valuer, valuer.value(batch), window, refusal
         except UnsupportedModel as error:
             if window and "valuation.window=0" in str(error):
@@ -179,18 +180,17 @@ def described(scored: ScoredLayers) -> Scored:
         {m.name: names[m.module] for m in scored.maps},
         {m.name: m.transposed for m in scored.maps},
         {m.name: m.experts for m in scored.maps},
-        {m.name: m.layer for m in scored.maps},
         tuple(names[layer] for layer in scored.layers),
     )
 
 
-def _value_rows(scored: ScoredLayers) -> dict[str, torch.Tensor]:
-    """Parameter -> rows that are values, as the engine finds them by differentiation."""
-    found = {}
-    for name, projection in value_projections(scored, "sdpa").items():
+def _value_rows(scored: ScoredLayers) -> dict[str, tuple[torch.Tensor, str]]:
+    """Parameter -> rows that are values and the attention's name, as the engine finds them by differentiation."""
+    found, names = {}, {module: name for name, module in scored.model.named_modules()}
+    for name, projection in value_projections(scored, KERNEL).items():
         parameter = projection.map.parameter
         width = parameter.shape[1] if projection.map.transposed else parameter.shape[0]
-        found[name] = projection.of(torch.arange(width))
+        found[name] = projection.of(torch.arange(width)), names[projection.attention]
     return found
 
 
@@ -230,7 +230,7 @@ def _causal_errors(
     rows: list[Wanted],
     named: Mapping[str, Mapping[str, torch.Tensor]],
     what: Scored,
-    values: Mapping[str, torch.Tensor],
+    values: Mapping[str, tuple[torch.Tensor, str]],
     ids: list[torch.Tensor],
     labels: list[torch.Tensor],
     notes: dict[str, None],

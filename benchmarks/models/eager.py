@@ -21,39 +21,42 @@ from benchmarks.models.oracle import Scored, logits_of, runs_on_text
 _NAME = "eager_attention_forward"
 
 
-def attention_of(model: Any, scored: Scored, ids: torch.Tensor) -> dict[int, torch.Tensor] | None:
-    """Layer -> (T, T) averaged over heads. None where eager attention is not there or predicts something else."""
+def attention_of(model: Any, scored: Scored, ids: torch.Tensor) -> dict[str, torch.Tensor] | None:
+    """Attention module of a scored layer -> (T, T) averaged over heads.
+
+    None where eager attention is not there or predicts something else.
+    """
     twin = copy.deepcopy(model)
     plain = runs_on_text(model, ids)
-    of_function: dict[int, list[torch.Tensor]] = {}
-    of_module: dict[int, list[torch.Tensor]] = {}
-    layer_of = {m: i for i, name in enumerate(scored.layers) for m in twin.get_submodule(name).modules()}
+    of_function: dict[str, list[torch.Tensor]] = {}
+    of_module: dict[str, list[torch.Tensor]] = {}
+    names = {m: n for layer in scored.layers for n, m in twin.get_submodule(layer).named_modules(prefix=layer)}
 
-    def read(layer: int) -> Callable:
+    def read(name: str) -> Callable:
         def hook(module: nn.Module, args: tuple, output: Any) -> None:
             for one in output if isinstance(output, tuple) else ():
                 if isinstance(one, torch.Tensor) and one.ndim == 4 and one.shape[2] == len(ids) <= one.shape[3]:
-                    of_module.setdefault(layer, []).append(one.detach()[0, :, :, : len(ids)].mean(0))
+                    of_module.setdefault(name, []).append(one.detach()[0, :, :, : len(ids)].mean(0))
                     return
 
         return hook
 
     def see(module: nn.Module, matrix: torch.Tensor) -> None:
-        if module in layer_of:
-            of_function.setdefault(layer_of[module], []).append(matrix[:, : len(ids)])
+        if module in names:
+            of_function.setdefault(names[module], []).append(matrix[:, : len(ids)])
 
     try:
         twin.set_attn_implementation("eager")
-        for module, layer in layer_of.items():
-            module.register_forward_hook(read(layer))
-        with torch.no_grad(), _shown(list(layer_of), see):
+        for module, name in names.items():
+            module.register_forward_hook(read(name))
+        with torch.no_grad(), _shown(list(names), see):
             other = logits_of(twin, ids)
     except Exception:
         return None
     if (other - plain).abs().max() > 1e-9 * plain.abs().max():
         return None
-    found = {layer: several[0] for layer, several in of_module.items()}
-    return found | {layer: several[0] for layer, several in of_function.items() if len(several) == 1}
+    once = {name: several[0] for name, several in of_module.items() if len(several) == 1}
+    return once | {name: several[0] for name, several in of_function.items() if len(several) == 1}
 
 
 @contextmanager

@@ -32,7 +32,6 @@ class Scored:
     modules: Mapping[str, str]
     transposed: Mapping[str, bool]
     experts: Mapping[str, int]
-    layer: Mapping[str, int]
     layers: tuple[str, ...]
 
 
@@ -227,22 +226,22 @@ def causal(
     wanted: Wanted,
     directions: Mapping[str, Direction],
     scored: Scored,
-    attention: Mapping[int, torch.Tensor],
-    values: Mapping[str, torch.Tensor],
+    attention: Mapping[str, torch.Tensor],
+    values: Mapping[str, tuple[torch.Tensor, str]],
     window: int,
 ) -> dict[str, torch.Tensor] | None:
-    """e' M_v h at every position, e_p = sum over 0 < k - p <= W of A[k, p] d_k; ``values``: the projections' rows.
+    """e' M_v h at every position, e_p = sum over 0 < k - p <= W of A[k, p] d_k; ``values``: by
+    parameter, the projection's rows and the attention module that it feeds.
 
-    None where a layer's attention or its projection was not seen.
+    None where an attention or its projection was not seen.
     """
     length = len(next(iter(wanted.columns.values())))
     found = {f"{d}_causal": torch.zeros(length) for d in directions}
     distance = torch.arange(length)[:, None] - torch.arange(length)[None]
-    for name, rows in values.items():
-        layer = scored.layer[name]
-        if layer not in attention or name not in wanted.inputs:
+    for name, (rows, module) in values.items():
+        if module not in attention or name not in wanted.inputs:
             return None
-        band = attention[layer].masked_fill((distance <= 0) | (distance > window), 0.0)
+        band = attention[module].masked_fill((distance <= 0) | (distance > window), 0.0)
         reached = band.T @ wanted.errors[name][:, rows]
         for d in directions:
             matrix = directions[d][name]

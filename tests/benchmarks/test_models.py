@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +13,7 @@ import torch
 from alphatoken.pipeline.maths import attention, contraction
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from benchmarks.models import apart
-from benchmarks.models.compare import PARTLY, RAW, RIGHT, WRONG, Row, survey
+from benchmarks.models.compare import PARTLY, RAW, REFUSED, RIGHT, WRONG, Row, survey
 from benchmarks.models.oracle import is_causal
 from benchmarks.models.sizes import tail
 from benchmarks.models.small import ModelType, build, model_types
@@ -49,15 +51,15 @@ def test_a_column_that_is_off_by_a_hundred_thousandth_is_wrong(column: str, monk
     assert row.outcome == WRONG and row.reason.startswith((column, f"{column} ")), row
 
 
-def test_attention_that_ignores_its_sliding_window_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
-    masked = attention._Scores._masked
+def test_attention_that_forgets_its_soft_cap_is_refused_by_the_guard(monkeypatch: pytest.MonkeyPatch) -> None:
+    make = attention._attended
 
-    def forgetful(self: attention._Scores, logits: torch.Tensor, *args: int) -> torch.Tensor:
-        return masked(attention._Scores(self.query, self.key, None, self.scale, None, None, None), logits, *args)
+    def forgetful(*args: Any) -> Any:
+        return replace(make(*args), softcap=None)
 
-    monkeypatch.setattr(attention._Scores, "_masked", forgetful)
+    monkeypatch.setattr(attention, "_attended", forgetful)
     row = survey(ModelType("gemma2", "Gemma2ForCausalLM", False))
-    assert row.outcome == WRONG and "loss" in row.reason
+    assert row.outcome == REFUSED and "not the model's own" in row.reason, row
 
 
 def test_a_causal_path_along_the_wrong_rows_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
