@@ -101,7 +101,7 @@ def some_rows() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
 
 def _survey(kind: ModelType, row: dict[str, str]) -> Row:
     model = build(kind)
-    plain = copy.deepcopy(model)
+    plain, untouched = copy.deepcopy(model), copy.deepcopy(model)  # some models keep states of their last pass
     ids, labels = some_rows()
     reason = None
     try:
@@ -132,7 +132,7 @@ def _survey(kind: ModelType, row: dict[str, str]) -> Row:
     layers = 0
     if window:
         values, layers = _value_rows(scored), valuer.causal_layers
-        errors |= _causal_errors(plain, found, rows, named, what, values, ids, labels, notes) if layers else {}
+        errors |= _causal_errors(untouched, found, rows, named, what, values, ids, labels, notes) if layers else {}
     facts |= {"causal": f"{layers} of {LAYERS}", "error": max(errors.values()), "notes": tuple(notes)}
     if rows[0].unused:
         names = f"{len(rows[0].unused)} of {len(what.modules)} scored weights"

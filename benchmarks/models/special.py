@@ -16,7 +16,7 @@ class Nested(dict):
 _SECTIONS = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 1, 1]}
 _SECTIONED = {"text_config": Nested(rope_parameters=_SECTIONS)}
 _SLIDING = ["sliding_attention", "full_attention"] * 2
-_SHARED = {"layer_types": _SLIDING, "num_kv_shared_layers": 2}
+_SHARED = {"layer_types": _SLIDING, "num_kv_shared_layers": 1}
 _INDEXER = {
     "indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8, "indexer_compress_ratio": 2,
 }  # fmt: skip
@@ -31,6 +31,7 @@ _BLOCKS = {"layer_types": ["minimax_m3_sparse", "full_attention", "minimax_m3_sp
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "apertus1p5": {"image_token_offset": 10, "audio_token_offset": 74, "text_config": Nested(vocab_size=199)},
+    "bamba": {"attn_layer_indices": [2]},
     "chameleon": {"vocabulary_map": _VOCABULARY},
     "cohere_compass": {"text_config": Nested(rope_parameters=_BY_KIND)},
     "cohere_compass_text": {"rope_parameters": _BY_KIND},
@@ -60,8 +61,10 @@ SPECIAL: dict[str, dict[str, Any]] = {
     "glmga": _SECTIONED,
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": 5},
     "granite4_vision": {"deepstack_layer_map": [[-1, 0]], "vision_config": Nested(hidden_size=64), "downsample_rate": "1/2"},
+    "granitemoehybrid": {"layers_block_type": ["mamba", "mamba", "attention", "mamba"]},
     "hunyuan_vl": _SECTIONED,
     "hy_v4_vl": _SECTIONED,
+    "kimi_linear": {"layer_types": ["linear_attention"] * 2 + ["full_attention", "linear_attention"]},
     "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv", "full_attention"]},
     "mamba2": {"num_heads": 8},
     "minimax_m3_vl": {"text_config": Nested(_BLOCKS)},
