@@ -20,7 +20,8 @@ class with random weights, the last {layers} layers scored, window {window}. The
 entropy by a plain forward, exact and information by a backward pass of a backward pass, direct and the gradient norm by
 hooks on the model's own linear maps (and, for all types, the direct column added up over every position against the
 gradient's product with the direction), the causal path by the attention probabilities of the model in eager attention.
-From the engine the oracle takes the names of what is scored and the rows of the value projections, no number; the guard of every run is asked first.
+From the engine the oracle takes the names of what is scored and the rows of the value projections, no number; the guard
+of every run is asked first.
 What models raise to float32 is computed in float64 on both sides, so that rounding hides nothing.
 
 - **right**: every column within {tolerance:.0e} of the column's largest value.
