@@ -69,6 +69,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     """The module that maps token ids to hidden states: the one below the LM head that holds the input embeddings."""
     ways: list[Any] = [getattr(model, "get_decoder", None), lambda: getattr(model, "base_model", None)]
     embeddings = _of(model, "get_input_embeddings")
+    ways += [lambda child=child: child for child in model.children() if child is not embeddings]
     for way in ways:
         decoder = way() if way is not None else None
         if decoder is None or decoder is model or embeddings is None:
@@ -135,6 +136,8 @@ def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
         prefix = f"{name}.{first + index}"
         for path, module in stack[first + index].named_modules(prefix=prefix):
             found += linear_maps_of(path, module, index)
+    below = {id(parameter) for layer in stack[:first] for parameter in layer.parameters()}
+    found = [linear for linear in found if id(linear.parameter) not in below]  # a block that a lower layer uses as well
     structure = ScoredLayers(
         model, decoder_of(model), tuple(stack[first:]), tuple(stack[:first]), tuple(found), Coverage(0, 0, (), 0)
     )
