@@ -1,0 +1,102 @@
+"""The head of a model seen twice: errors of the summed loss, and how they change when the hidden states move.
+
+    losses l_i(z_i),   errors e_i = dl_i / dz_i,   curvature: v_i = (d e_i / d z_i) u_i
+
+For a head that is one matrix Wh this is v = s Wh with s = p (q - sum of p q), q = u Wh^T, p the softmax. `tokens x
+vocabulary` is held for one chunk at a time, in both passes; the model's own treatment of the logits is kept.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from alphatoken.pipeline.maths.head import (
+    PROBE_ROWS,
+    HeadedModel,
+    HeadMemory,
+    Predictions,
+    chunk_rows,
+    head_of,
+    read_head,
+    watched,
+)
+
+
+class TwiceDifferentiableHead:
+    """The head over n predicting positions of one pass. After a second backward pass ``moved`` (n, d) is what came down.
+
+    ``outputs``: what the decoder returned. ``targets`` (n,): the tokens that follow. ``memory``: for logits.
+    """
+
+    def __init__(self, scored: HeadedModel, outputs: Any, targets: torch.Tensor, memory: HeadMemory) -> None:
+        self.scored, self.outputs, self.targets, self.memory = scored, outputs, targets, memory
+        self.losses = torch.zeros(0)
+        self.moved: torch.Tensor | None = None
+
+    def errors(self, hidden: torch.Tensor) -> torch.Tensor:
+        """(n, d) -> the gradient (n, d) of the summed loss by the hidden states, itself differentiable once."""
+        return _Errors.apply(hidden, self)
+
+    def first(self, hidden: torch.Tensor) -> torch.Tensor:
+        """The errors without a graph; leaves the losses (n,) in nats."""
+        found, gradient = read_head(
+            self.scored, self.outputs, hidden, self.targets, [Predictions.losses], memory=self.memory
+        )
+        assert gradient is not None
+        self.losses = found[0]
+        return gradient
+
+    def second(self, hidden: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:
+        """The derivative (n, d) of the errors where the hidden states move along ``moved`` (n, d)."""
+        self.moved = moved
+        found: list[torch.Tensor] = []
+        weight: torch.Tensor | None = None  # the head's, where it is this matrix alone
+        rows = chunk_rows(self.scored.model, hidden)
+        starts = [0, *range(min(PROBE_ROWS, rows), len(hidden), rows), len(hidden)]
+        with head_of(self.scored, self.outputs) as head, watched(self.scored.model) as plain_weight:
+            for start, stop in zip(starts[:-1], starts[1:], strict=True):
+                part, along = hidden.detach()[start:stop], moved[start:stop]
+                if weight is not None:
+                    found.append(self._product(part, along, weight))
+                    continue
+                with torch.enable_grad():
+                    logits = head(part.requires_grad_(True))
+                    if start == 0:
+                        weight = plain_weight(part, logits)
+                    wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                    loss = F.cross_entropy(wide, self.targets[start:stop], reduction="sum")
+                    (errors,) = torch.autograd.grad(loss, part, create_graph=True)
+                    found.append(torch.autograd.grad(errors, part, along)[0])
+        return torch.cat(found)
+
+    def _product(self, hidden: torch.Tensor, moved: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        def logits(name: str, rows: torch.Tensor) -> torch.Tensor:
+            found = torch.mm(rows, weight.mT, out=self.memory.take(name, len(rows), len(weight), rows))
+            return found.to(torch.promote_types(found.dtype, torch.float32))
+
+        probability, slope = logits("logits", hidden), logits("moved", moved)
+        probability.sub_(probability.amax(dim=1, keepdim=True)).exp_()
+        probability.div_(probability.sum(dim=1, keepdim=True))
+        slope.mul_(probability)
+        slope.addcmul_(probability, slope.sum(dim=1, keepdim=True), value=-1)
+        return slope.to(hidden.dtype) @ weight
+
+
+class _Errors(torch.autograd.Function):
+    """Hidden states -> errors; backward: the curvature of the loss along what comes down."""
+
+    @staticmethod
+    def forward(ctx, hidden, head):  # type: ignore[no-untyped-def]  # torch types neither ctx nor this
+        ctx.head = head
+        ctx.save_for_backward(hidden)
+        return head.first(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, moved):  # type: ignore[no-untyped-def]  # as above
+        (hidden,) = ctx.saved_tensors
+        return ctx.head.second(hidden, moved), None

@@ -1,0 +1,144 @@
+"""A second backward pass over the first: the Hessian of a batch's loss times directions in the scored weights.
+
+    L(W) = sum over the batch's tokens of l_i(W),   g = grad L,   H r = grad <g(W), r>
+
+The first backward pass leaves a graph of the gradient g of the scored weights; for each direction r a backward pass over
+that graph gives H r. What comes down to the errors at the head on its way is the derivative of the hidden states along r,
+so that the derivative of every token's own loss along r, <grad l_i, r>, is read there and costs one product.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from alphatoken.pipeline.maths.attention import intercepted
+from alphatoken.pipeline.maths.batch import IGNORED, Batch
+from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
+from alphatoken.pipeline.maths.experts import tapped_experts
+from alphatoken.pipeline.maths.frozen import frozen
+from alphatoken.pipeline.maths.head import HeadMemory
+from alphatoken.pipeline.maths.head_curvature import TwiceDifferentiableHead
+
+Tensors = Mapping[str, torch.Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Curvature:
+    """Of one batch. ``losses`` (n,): in the order of ``batch.predicting()``, nats.
+
+    ``products``: direction -> parameter -> H r, of the weight's shape, for the SUM of the losses. ``along``: direction ->
+    (n,), each token's <grad l_i, r>, nats per unit of r.
+    """
+
+    losses: torch.Tensor
+    products: dict[str, dict[str, torch.Tensor]]
+    along: dict[str, torch.Tensor]
+
+
+@contextmanager
+def _twice_differentiable(scored: ScoredLayers, kernel: str) -> Iterator[list[nn.Parameter]]:
+    """The scored weights require gradients, and everything on the way has a second derivative, inside the block.
+
+    Fused attention kernels have none, so that attention takes the plain one: its probabilities are held.
+    """
+    experts = {m.module for m in scored.maps if m.experts}
+    parameters = [m.parameter for m in scored.maps]
+
+    def as_it_is(module: nn.Module, name: str, expert: int, entering: Any, output: Any, rows: Any) -> torch.Tensor:
+        return output
+
+    with ExitStack() as stack:
+        stack.enter_context(frozen(scored.model))
+        stack.enter_context(intercepted(scored.model, "eager" if kernel == "eager" else "sdpa", None))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if experts:
+            stack.enter_context(tapped_experts(scored.model, experts, as_it_is))
+        for parameter in parameters:
+            stack.callback(parameter.requires_grad_, False)
+            parameter.requires_grad_(True)
+        yield parameters
+
+
+def curvature_pass(
+    scored: ScoredLayers,
+    batch: Batch,
+    directions: Mapping[str, Tensors],
+    kernel: str = "sdpa",
+    memory: HeadMemory | None = None,
+) -> Curvature:
+    """H r and every token's <grad l_i, r> for each of ``directions`` (name -> parameter -> r), at the present weights.
+
+    The first backward pass is shared; each direction costs a backward pass over both. Products are in at least float32.
+    """
+    positions = batch.predicting()
+    zeros = {m.name: torch.zeros_like(m.parameter, dtype=_wide(m.parameter)) for m in scored.maps}
+    if not len(positions):
+        none = torch.zeros(0, device=batch.input_ids.device)
+        return Curvature(none, dict.fromkeys(directions, zeros), dict.fromkeys(directions, none))
+    targets = batch.labels.flatten()[positions + 1]
+    names = [m.name for m in scored.maps]
+    products, along = {}, {}
+    with _twice_differentiable(scored, kernel) as parameters:
+        decoder: Any = scored.decoder
+        outputs = decoder(input_ids=batch.input_ids, use_cache=False)
+        hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
+        head = TwiceDifferentiableHead(scored, outputs, targets, memory or HeadMemory())
+        errors = head.errors(hidden)
+        gradients = torch.autograd.grad(hidden, parameters, errors, create_graph=True, allow_unused=True)
+        _refuse_once_differentiable(gradients)
+        used = [i for i, gradient in enumerate(gradients) if gradient is not None]  # an expert may see no token
+        last = list(directions)[-1:]
+        for name, direction in directions.items():
+            moving = [direction[names[i]].to(parameters[i].device, parameters[i].dtype) for i in used]
+            found = torch.autograd.grad(
+                [gradients[i] for i in used], parameters, moving, retain_graph=[name] != last, allow_unused=True
+            )
+            products[name] = {
+                key: zeros[key] if product is None else product.to(zeros[key].dtype)
+                for key, product in zip(names, found, strict=True)
+            }
+            assert head.moved is not None
+            along[name] = (errors.detach().to(head.losses.dtype) * head.moved).sum(dim=1)
+    return Curvature(head.losses, products, along)
+
+
+def _refuse_once_differentiable(gradients: Sequence[torch.Tensor | None]) -> None:
+    """torch goes silently past an operation that says of itself that it has no second derivative: find it first."""
+    waiting = [gradient.grad_fn for gradient in gradients if gradient is not None]
+    seen = set(waiting)
+    while waiting:
+        node = waiting.pop()
+        if node is None:
+            continue
+        if node.name().endswith("Error"):
+            raise UnsupportedModel("an operation of its scored layers can be differentiated once only")
+        following = {next_node for next_node, _ in node.next_functions} - seen
+        seen |= following
+        waiting += following
+
+
+def check_second_derivative(scored: ScoredLayers, kernel: str) -> None:
+    """Raise UnsupportedModel where the scored layers have no second derivative; passes two tokens through."""
+    ids = torch.arange(2, device=scored.maps[0].parameter.device)[None]
+    batch = Batch(ids, torch.where(ids > 0, ids, IGNORED), torch.full((1,), 2, device=ids.device))
+    try:
+        curvature_pass(scored, batch, {"probe": scored.weights()}, kernel)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, UnsupportedModel) as error:  # whatever an operation says that has no second derivative
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedModel(
+            f"its scored layers cannot be differentiated twice ({type(error).__name__}: {reason}): set "
+            "anchor.direction=gradient"
+        ) from error
+
+
+def _wide(tensor: torch.Tensor) -> torch.dtype:
+    return torch.promote_types(tensor.dtype, torch.float32)

@@ -1,0 +1,111 @@
+"""The unrolled direction: the adjoint of a simulated training run (method.md; MAGIC, arXiv 2504.16430).
+
+For an objective J(W_T), with P_t and c_t held constant, the sweep goes back through the run:
+
+    lambda = grad J(W_T), mu = 0;  for t = T-1 .. 0:   mu -= P_t * lambda;   r_t = (1 - b1) c_t mu;
+                                                        lambda += H_t r_t;    mu = b1 mu
+
+Minus the derivative of J by the weight of token i of batch t in the loss is -1/N_t <grad l_i(W_t) - g_t, r_t>: a Ghost
+Dot-Product with the direction -r_t at the weights W_t. Several objectives share one sweep.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.capture import swapped
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.head import HeadMemory
+from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.second_order import curvature_pass
+from alphatoken.pipeline.maths.simulated import Descent, Diverged, Taped, Tensors
+
+
+@dataclass(slots=True)
+class Adjoint:
+    """Of one objective: ``weights`` lambda and ``momentum`` mu by parameter name, changed in place by the sweep."""
+
+    weights: Tensors
+    momentum: Tensors
+
+    @classmethod
+    def at_the_end(cls, gradient: Mapping[str, torch.Tensor]) -> Adjoint:
+        """Before the sweep: ``gradient`` is that of J at W_T, in at least float32."""
+        own = {name: tensor.clone() for name, tensor in gradient.items()}
+        return cls(own, {name: torch.zeros_like(tensor) for name, tensor in own.items()})
+
+
+@dataclass(frozen=True, slots=True)
+class Swept:
+    """One step t of the sweep. ``residuals``: objective -> r_t by parameter name.
+
+    ``values``: objective -> (n,), minus the derivative of J by the weight of each labelled token of batch t, nats, in the
+    order of the batch's passes and their ``predicting()``; above 0: learning the token lowers J. ``losses`` (n,).
+    """
+
+    residuals: dict[str, Tensors]
+    values: dict[str, torch.Tensor]
+    losses: torch.Tensor
+
+
+def sweep(
+    scored: ScoredLayers,
+    descent: Descent,
+    batches: Sequence[Sequence[Batch]],
+    tape: Callable[[int], Taped],
+    adjoints: Mapping[str, Adjoint],
+    kernel: str,
+    found: Callable[[int, Swept], None],
+    start: int | None = None,
+) -> None:
+    """Go back over the steps below ``start`` (None: all of them), ``adjoints`` being those after it.
+
+    ``tape(t)``: the step as ``simulate`` kept it. ``found(t, swept)`` is called when ``adjoints`` are those before step t.
+    The model itself stays as it is. Raises Diverged naming the step.
+    """
+    memory, decay = HeadMemory(), descent.decay
+    for step in reversed(range(len(batches) if start is None else start)):
+        taped = tape(step)
+        residuals: dict[str, Tensors] = {}
+        for objective, adjoint in adjoints.items():
+            for name, tensor in adjoint.weights.items():
+                adjoint.momentum[name] -= taped.scaled(name, tensor)
+            residuals[objective] = {n: (1 - decay) * taped.clip * mu for n, mu in adjoint.momentum.items()}
+        passes = []
+        with swapped(scored, taped.weights):
+            for batch in batches[step]:
+                curvature = curvature_pass(scored, batch, residuals, kernel, memory)
+                passes.append((curvature.losses, curvature.along))
+                for objective, products in curvature.products.items():
+                    for name, product in products.items():
+                        adjoints[objective].weights[name].add_(product, alpha=1 / max(1, taped.tokens))
+        for adjoint in adjoints.values():
+            for mu in adjoint.momentum.values():
+                mu.mul_(decay)
+        _check(adjoints, step, len(batches))
+        along = {objective: torch.cat([one[objective] for _, one in passes]) for objective in adjoints}
+        values = {o: (one.mean() - one) / max(1, taped.tokens) for o, one in along.items() if len(one)}
+        found(step, Swept(residuals, values, torch.cat([losses for losses, _ in passes])))
+
+
+def loss_gradient(scored: ScoredLayers, batches: Sequence[Batch], kernel: str) -> tuple[Tensors, float, int]:
+    """The gradient of the mean loss over all labelled tokens by the scored weights, that loss in nats, and their number.
+
+    All positions enter, the prompt's as well: it is the derivative itself, not the paper's pairing.
+    """
+    total, loss, tokens = OuterSum(scored), 0.0, 0
+    for batch in batches:
+        losses = ghost_pass(scored, batch, total, kernel)
+        loss, tokens = loss + float(losses.double().sum()), tokens + len(losses)
+    return {name: tensor / max(1, tokens) for name, tensor in total.total.items()}, loss / max(1, tokens), tokens
+
+
+def _check(adjoints: Mapping[str, Adjoint], step: int, steps: int) -> None:
+    for objective, adjoint in adjoints.items():
+        if not all(bool(torch.isfinite(tensor).all()) for tensor in adjoint.weights.values()):
+            raise Diverged(f"NaN or infinity in the sweep back for {objective} at step {step + 1} of {steps}")
