@@ -55,14 +55,19 @@ def anchor_inputs(settings: Settings, models: Models, prepare: Mapping[str, Any]
     inputs["anchor.precondition"] = anchor.precondition
     if anchor.precondition != "none":
         inputs["anchor.damping"] = anchor.damping
-    inputs["anchor.snapshot_scale"] = anchor.snapshot_scale
-    if anchor.snapshot_scale != "none":  # made from values of a sample
+    inputs["anchor.snapshot_scale"] = "rms" if anchor.scaled else "none"
+    if anchor.scaled:  # made from values of a sample
         inputs["valuation.window"] = settings.valuation.window
         inputs["anchor.warmup.examples"] = anchor.warmup.examples
     if drift != "none" or anchor.precondition != "none":
         inputs["anchor.fisher.max_new_tokens"] = anchor.fisher.max_new_tokens
         inputs["anchor.fisher.temperature"] = anchor.fisher.temperature
-    if drift == "warmup":
+    if anchor.unrolled:
+        inputs["anchor.direction"] = anchor.direction
+        for name in ("orders", "steps", "examples", "batch_size", "learning_rate", "snapshots"):
+            inputs[f"anchor.unroll.{name}"] = getattr(anchor.unroll, name)
+        # Where the reference is the policy the run itself is the drift.
+    elif drift == "warmup":
         inputs["anchor.snapshots"] = anchor.snapshots
         for name in ("steps", "learning_rate", "examples", "batch_size"):
             inputs[f"anchor.warmup.{name}"] = getattr(anchor.warmup, name)
@@ -73,7 +78,7 @@ def fisher_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """Those of ``anchor_inputs`` that the Fisher depends on: runs that differ in the others can share it."""
     other = (
         "policy", "anchor.drift", "anchor.snapshot", "anchor.warmup.", "anchor.precondition", "anchor.damping",
-        "valuation.window",
+        "valuation.window", "anchor.direction", "anchor.unroll.",
     )  # fmt: skip
     found = {key: value for key, value in inputs.items() if not key.startswith(other)}
     if "held_out" in found:  # its prompts are the same for every part of the data

@@ -16,6 +16,8 @@ import torch
 from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
 from alphatoken.pipeline.anchor import coverage as coverage_report
 from alphatoken.pipeline.anchor.inputs import anchor_inputs, drift_of, fisher_inputs
+from alphatoken.pipeline.anchor.orders import check_validation, unroll_orders
+from alphatoken.pipeline.anchor.places import FACTORS, FISHER, GRADIENT, PARTIAL, POLICY, REFERENCE
 from alphatoken.pipeline.anchor.tensors import (
     carried,
     counts_of,
@@ -24,15 +26,7 @@ from alphatoken.pipeline.anchor.tensors import (
     read_tensors,
     write_tensors,
 )
-from alphatoken.pipeline.anchor.worker import (
-    FACTORS,
-    FISHER,
-    GRADIENT,
-    PARTIAL,
-    REFERENCE,
-    AnchorTask,
-    AnchorWorker,
-)
+from alphatoken.pipeline.anchor.worker import AnchorTask, AnchorWorker
 from alphatoken.pipeline.cluster.pool import WorkerPool
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
@@ -61,22 +55,25 @@ def make_anchors(run: Run) -> None:
     inputs = anchor_inputs(settings, models, prepared["inputs"], drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}
     fingerprint = manifest.begin("anchor", inputs, configuration)
-    if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), drift):
+    own_weights = settings.anchor.moves(drift)
+    if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), own_weights):
         storage.remove(PARTIAL)  # where the run was killed before it came to that
         run.progress.say("anchor: done already")
         return
+    if settings.anchor.unrolled:  # before a worker starts
+        check_validation(prepared["counts"]["validation_rows"])
     counts = _Anchor(run, fingerprint, drift).make()
     manifest.finish("anchor", time.monotonic() - started, drift=drift, **counts)
     storage.remove(PARTIAL)
 
 
-def _missing(storage: Storage, record: dict[str, Any], drift: str) -> bool:
-    """Whether a file of the finished stage is gone or damaged."""
+def _missing(storage: Storage, record: dict[str, Any], own_weights: bool) -> bool:
+    """Whether a file of the finished stage is gone or damaged; ``own_weights``: snapshots bring them."""
     expected = {}
     if "fisher" in record["counts"]:
         expected[FISHER] = digest(fisher_inputs(record["inputs"]))
     for index in range(record["counts"]["snapshots"]):
-        for kind in ("adaptation", "stability", *(["policy"] if drift == "warmup" else [])):
+        for kind in ("adaptation", "stability", *(["policy"] if own_weights else [])):
             expected[f"anchors/snapshot-{index:02d}/{kind}.safetensors"] = record["fingerprint"]
     return any(fingerprint_of(storage, name) != fingerprint for name, fingerprint in expected.items())
 
@@ -108,7 +105,7 @@ class _Anchor:
                     counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights)
         else:
             with self._pool(checkpoints[0]) as pool:
-                snapshots = self._snapshots(pool)
+                snapshots = self._unrolled(pool, counts) if self.settings.anchor.unrolled else self._snapshots(pool)
                 counts["snapshots"] = len(snapshots)
                 for index, weights in enumerate(snapshots):
                     counts[f"snapshot-{index:02d}"] = self._snapshot(pool, index, weights)
@@ -164,31 +161,35 @@ class _Anchor:
             return [first]
         warmup, seed = self.settings.anchor.warmup, self.settings.run.seed
         examples = self._draw(warmup.examples)
-        name = "anchors/snapshot-{index:02d}/policy.safetensors"
-        names = [name.format(index=index) for index in range(self.settings.anchor.snapshots)]
+        names = [POLICY.format(index=index) for index in range(self.settings.anchor.snapshots)]
         if all(counts_of(self.storage, each, self.fingerprint) is not None for each in names):
             return names
         with self.progress.task("anchor: warm-up", warmup.steps, "steps") as task:
             shard = Shard("warm-up", warmup.steps)
-            work = AnchorTask("warmup", name, examples, seed, fingerprint=self.fingerprint)
+            work = AnchorTask("warmup", POLICY, examples, seed, fingerprint=self.fingerprint)
             pool.run([shard], lambda s: work, lambda s, r: None, task)
         return names
 
+    def _unrolled(self, pool: WorkerPool, counts: dict[str, Any]) -> list[str]:
+        """As ``_snapshots`` for unrolled runs; adds what came of each order to ``counts``."""
+        self._one(pool, AnchorTask("weights", f"{PARTIAL}/policy.safetensors", NO_ROWS), "policy weights")
+        examples, validation = self._draw(self.settings.anchor.unroll.examples), self._validation()
+        counts |= unroll_orders(self.run, pool, self.fingerprint, self.drift, examples, validation)
+        return [POLICY.format(index=index) for index in range(self.settings.anchor.points(self.drift))]
+
+    def _validation(self) -> Sequences:
+        return self._read("prepared/validation.parquet")
+
     def _snapshot(self, pool: WorkerPool, index: int, weights: str) -> dict[str, Any]:
         """Write both directions of one snapshot."""
-        drift = self.drift
-        own = weights if drift == "warmup" else None
-        validation = self._read("prepared/validation.parquet")
-        counts, totals = self._sum(
-            pool, f"gradient-{index:02d}", validation, own, "anchor: validation gradient", "examples"
-        )
-        if not counts["positions"]:
-            raise RunFailed("the validation set has no response token: give other rows with data.validation")
-        gradient = {name: total / counts["positions"] for name, total in totals.items()}
-        write_tensors(self.storage, GRADIENT.format(index=index), gradient, {})
-        anchor = self.settings.anchor
-        sample = self._draw(anchor.warmup.examples) if anchor.snapshot_scale == "rms" else NO_ROWS
-        metadata = {**self._metadata(), "validation_positions": str(counts["positions"]), "drift": drift}
+        drift, anchor = self.drift, self.settings.anchor
+        counts = {} if anchor.unrolled else self._gradient(pool, index, weights)
+        sample = self._draw(anchor.warmup.examples) if anchor.scaled else NO_ROWS
+        metadata = {**self._metadata(), "drift": drift}
+        if anchor.unrolled:
+            metadata["direction"] = anchor.direction
+        else:
+            metadata["validation_positions"] = str(counts["positions"])
         place = f"anchors/snapshot-{index:02d}"
         work = AnchorTask(
             "directions",
@@ -200,11 +201,25 @@ class _Anchor:
             metadata=metadata,
         )
         made = self._one(pool, work, "directions")  # adaptation.safetensors is written first
+        if anchor.unrolled:
+            return made
         loss = counts["loss"] / counts["positions"]
         self.progress.say(
             f"anchor: snapshot {index}, validation loss {loss:.4f} nats over {counts['positions']:,} tokens, drift {drift}"
         )
         return {"validation_positions": counts["positions"], "validation_loss": loss, **made}
+
+    def _gradient(self, pool: WorkerPool, index: int, weights: str) -> dict[str, Any]:
+        """Write the validation gradient of one snapshot for its directions; returns positions and summed loss."""
+        own = weights if self.drift == "warmup" else None
+        counts, totals = self._sum(
+            pool, f"gradient-{index:02d}", self._validation(), own, "anchor: validation gradient", "examples"
+        )
+        if not counts["positions"]:
+            raise RunFailed("the validation set has no response token: give other rows with data.validation")
+        gradient = {name: total / counts["positions"] for name, total in totals.items()}
+        write_tensors(self.storage, GRADIENT.format(index=index), gradient, {})
+        return counts
 
     def _sum(
         self, pool: WorkerPool, what: str, sequences: Sequences, weights: str | None, title: str, unit: str

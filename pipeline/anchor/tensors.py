@@ -12,12 +12,18 @@ from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
 
 
-def write_tensors(storage: Storage, name: str, tensors: Mapping[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Write float32 tensors, sorted by name so that equal tensors give equal bytes.
+def write_tensors(
+    storage: Storage,
+    name: str,
+    tensors: Mapping[str, torch.Tensor],
+    metadata: dict[str, str],
+    dtype: torch.dtype = torch.float32,
+) -> None:
+    """Write tensors in ``dtype``, sorted by name so that equal tensors give equal bytes.
 
     Raises RunFailed for NaN and infinity, naming the tensor.
     """
-    ordered = {key: tensors[key].detach().to("cpu", torch.float32).contiguous() for key in sorted(tensors)}
+    ordered = {key: tensors[key].detach().to("cpu", dtype).contiguous() for key in sorted(tensors)}
     for key, tensor in ordered.items():
         if not bool(torch.isfinite(tensor).all()):
             raise RunFailed(f"NaN or infinity in {key} while making {name}: check the model or its dtype")

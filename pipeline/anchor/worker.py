@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import random
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -14,7 +13,10 @@ import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.engine import Engine
-from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
+from alphatoken.pipeline.anchor.places import FACTORS, FISHER, GRADIENT, PARTIAL, REFERENCE, STABILITY, TOKENS_PER_PASS
+from alphatoken.pipeline.anchor.saving import Saving
+from alphatoken.pipeline.anchor.tensors import carried, read_tensors, write_tensors
+from alphatoken.pipeline.anchor.unrolled import Held, UnrolledRun
 from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget, response_start
 from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
@@ -25,6 +27,7 @@ from alphatoken.pipeline.maths.models import ModelSource, load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions
+from alphatoken.pipeline.maths.second_order import check_second_derivative
 from alphatoken.pipeline.maths.valuer import TokenValuer, check_model
 from alphatoken.pipeline.maths.warmup import snapshot_steps, warm_up
 from alphatoken.pipeline.run.failure import RunFailed
@@ -32,19 +35,13 @@ from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 
-PARTIAL = "anchors/partial"  # what is needed until the stage is done
-FISHER = "anchors/fisher.safetensors"
-FACTORS = f"{PARTIAL}/factors.safetensors"
-REFERENCE = f"{PARTIAL}/reference.safetensors"
-GRADIENT = PARTIAL + "/gradient-{index:02d}.safetensors"
-TOKENS_PER_PASS = 4096
 PROMPTS_PER_BATCH = 16
 WARMUP_STATE = f"{PARTIAL}/warm-up.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class AnchorTask:
-    """``what``: weights | fisher | warmup | gradient | directions; ``output``: the file to write."""
+    """``what``: weights | fisher | warmup | gradient | unroll | directions; ``output``: the file to write."""
 
     what: str
     output: str  # for a warm-up, with {index} in the place of the snapshot's number
@@ -52,7 +49,8 @@ class AnchorTask:
     seed: int = 0  # of this task alone
     weights: str | None = None  # a file with the scored weights to use instead of the model's own
     fingerprint: str = ""  # what the output carries
-    index: int = 0  # of the snapshot
+    index: int = 0  # of the snapshot; of an unrolled run, of its order
+    held: Held | None = None  # the validation rows of an unrolled run
     drift: str = "none"
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -68,6 +66,8 @@ class AnchorWorker:
         try:  # before the Fisher, and not when there are directions for a TokenValuer
             own = settings.valuation
             check_model(self.scored, own.scores, own.window, self.kernel, own.exact)
+            if settings.anchor.unrolled:
+                check_second_derivative(self.scored, self.kernel)
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
         self.engine = Engine(self.scored, settings, source.path)
@@ -77,7 +77,7 @@ class AnchorWorker:
         """Run one task; returns counts, which the output carries as well."""
         work = {
             "weights": self._weights, "fisher": self._fisher, "warmup": self._warmup, "gradient": self._gradient,
-            "directions": self._directions,
+            "unroll": self._unroll, "directions": self._directions,
         }  # fmt: skip
         with self.device_lock:
             self.engine(task.sequences.input_ids)
@@ -139,7 +139,7 @@ class AnchorWorker:
             if steps in snapshots:
                 self._save(task, task.output.format(index=snapshots[steps]), masters)
 
-        saving = Saving(self, task)
+        saving = Saving(self.storage, WARMUP_STATE, task.fingerprint)
         # In copies of the weights: the model itself stays what the checkpoint says, should this be done again here.
         copies = {name: weight.clone() for name, weight in self.scored.weights().items()}
         try:
@@ -168,16 +168,26 @@ class AnchorWorker:
         self._save(task, task.output, total.total, counts)
         return counts
 
+    def _unroll(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        assert task.held is not None
+        self.engine([*task.held.made.input_ids, *task.held.left_out.input_ids])
+        run = UnrolledRun(self.storage, self.settings, self.scored, task.sequences, task.held)
+        counts = run(task.index, task.drift, task.fingerprint, advance)
+        self._save(task, task.output, {}, counts)
+        return counts
+
     def _directions(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write both directions of one snapshot, preconditioned and scaled as asked; returns norms and scales."""
         anchor = self.settings.anchor
         assert task.weights is not None
         there = read_tensors(self.storage, task.weights)
         named = {"adaptation": read_tensors(self.storage, GRADIENT.format(index=task.index))}
-        needs_fisher = task.drift != "none" or anchor.precondition == "adam"
+        needs_fisher = (task.drift != "none" and not anchor.unrolled) or anchor.precondition == "adam"
         fisher = read_tensors(self.storage, FISHER) if needs_fisher else {}
         if task.drift == "none":
             named["stability"] = {name: torch.zeros_like(weight) for name, weight in there.items()}
+        elif anchor.unrolled:
+            named["stability"] = read_tensors(self.storage, STABILITY.format(index=task.index))
         else:
             before = read_tensors(self.storage, REFERENCE)
             _same_shapes(there, before)
@@ -193,8 +203,8 @@ class AnchorWorker:
                     moved = kfac(tensors[linear.name].to(self.device), factors, linear, anchor.damping)
                     tensors[linear.name] = moved.cpu()
         scales = dict.fromkeys(named, 1.0)
-        if anchor.snapshot_scale == "rms":
-            own = there if task.drift == "warmup" else None
+        if anchor.scaled:
+            own = there if anchor.moves(task.drift) else None
             scales = self._root_mean_squares(Directions(named, own), task.sequences)
             for name, tensors in named.items():
                 tensors.update({key: tensor / scales[name] for key, tensor in tensors.items()})
@@ -227,27 +237,6 @@ class AnchorWorker:
         self, task: AnchorTask, name: str, tensors: dict[str, torch.Tensor], counts: dict[str, Any] | None = None
     ) -> None:
         write_tensors(self.storage, name, tensors, carried(task.fingerprint, counts or {}))
-
-
-class Saving:
-    """Keeps the state of a warm-up in one file, as often as a tenth of its time allows."""
-
-    def __init__(self, worker: AnchorWorker, task: AnchorTask) -> None:
-        self.storage, self.name, self.fingerprint = worker.storage, WARMUP_STATE, task.fingerprint
-        self.ready_at = 0.0
-
-    def last_state(self) -> tuple[int, dict[str, torch.Tensor]] | None:
-        """Steps done and state of the interrupted warm-up; None to start from the beginning."""
-        counts = counts_of(self.storage, self.name, self.fingerprint)
-        return (counts["steps"], read_tensors(self.storage, self.name)) if counts else None
-
-    def __call__(self, steps: int, state: dict[str, torch.Tensor]) -> None:
-        """Save, unless the last time is too short ago for what a save costs."""
-        started = time.monotonic()
-        if started >= self.ready_at:
-            write_tensors(self.storage, self.name, state, carried(self.fingerprint, {"steps": steps}))
-            now = time.monotonic()
-            self.ready_at = now + 9 * (now - started)
 
 
 def _norm(tensors: dict[str, torch.Tensor]) -> float:

@@ -114,4 +114,5 @@ def _notes(run: Run, settings: MaskSettings, always: np.ndarray, drift: str | No
 def _is_plain_alignment(run: Run) -> bool:
     inputs = run.manifest.stage("anchor").get("inputs", {})
     several = inputs.get("anchor.snapshots", 1) > 1 or isinstance(inputs.get("policy"), list)  # of checkpoints
-    return inputs.get("anchor.precondition") == "none" and not several
+    one_step = inputs.get("anchor.direction", "gradient") == "gradient"
+    return inputs.get("anchor.precondition") == "none" and one_step and not several

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from alphatoken.pipeline.anchor.coverage import as_json, warning
+from alphatoken.pipeline.anchor.places import TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.stage import SUMS
-from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH, TOKENS_PER_PASS
+from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.maths.batch import response_start
 from alphatoken.pipeline.maths.costs import (

@@ -14,8 +14,8 @@ from typing import Any
 import pyarrow.fs as pafs
 
 from alphatoken.pipeline.anchor.inputs import anchor_inputs, drift_of, fisher_inputs
+from alphatoken.pipeline.anchor.places import FISHER
 from alphatoken.pipeline.anchor.tensors import read_metadata
-from alphatoken.pipeline.anchor.worker import FISHER
 from alphatoken.pipeline.prepare.inputs import open_data, prepare_inputs
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.manifest import OUTPUTS, Manifest

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from alphatoken.pipeline.settings.option import at_least, auto_or_at_least, one_of, option
+from alphatoken.pipeline.settings.unroll import UnrollSettings
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +31,14 @@ class WarmupSettings:
 class AnchorSettings:
     """Configuration group ``anchor``."""
 
+    direction: str = option(
+        "gradient",
+        "gradient: what a token does to the objectives in one step | unrolled: what it does to them at the END of a "
+        "simulated training run (anchor.unroll); each snapshot is divided by its values' root mean square",
+    )
+    unroll: UnrollSettings = field(
+        default_factory=UnrollSettings, metadata={"help": "the run of anchor.direction=unrolled"}
+    )
     drift: str = option(
         "auto", "auto (checkpoint where policy and reference differ, else warmup) | checkpoint | warmup | none"
     )
@@ -39,6 +48,26 @@ class AnchorSettings:
     snapshot_scale: str = option("none", "none | rms: divide each snapshot's values by their root mean square first")
     precondition: str = option("none", "none | adam (diagonal) | kfac: what the directions are divided by")
     damping: float = option(0.1, "of the preconditioner, as a fraction of its mean eigenvalue")
+
+    @property
+    def unrolled(self) -> bool:
+        """Whether directions are carried back through a simulated run."""
+        return self.direction == "unrolled"
+
+    @property
+    def scaled(self) -> bool:
+        """Whether each snapshot is divided by its values' root mean square."""
+        return self.snapshot_scale == "rms" or self.unrolled
+
+    def moves(self, drift: str) -> bool:
+        """Whether snapshots bring scored weights of their own; ``drift``: the resolved one."""
+        return drift == "warmup" or self.unrolled
+
+    def points(self, drift: str, checkpoints: int = 1) -> int:
+        """How many snapshots there are; ``drift``: the resolved one."""
+        if self.unrolled:
+            return self.unroll.orders * self.unroll.snapshots
+        return self.snapshots if drift == "warmup" else checkpoints
 
     def problems(self, stability_weight: float, checkpoints: int = 1) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each.
@@ -78,8 +107,28 @@ class AnchorSettings:
             )
         if self.snapshots > self.warmup.steps + 1:
             found.append(f"anchor.snapshots={self.snapshots}: a warm-up of {self.warmup.steps} steps has fewer points")
+        found += self._unrolled_problems(checkpoints)
         found += one_of("anchor.snapshot_scale", self.snapshot_scale, ("none", "rms"))
         found += one_of("anchor.precondition", self.precondition, ("none", "adam", "kfac"))
         if not self.damping > 0:
             found.append(f"anchor.damping={self.damping}: must be above 0")
+        return found
+
+    def _unrolled_problems(self, checkpoints: int) -> list[str]:
+        """What anchor.direction=unrolled does not go together with."""
+        found = one_of("anchor.direction", self.direction, ("gradient", "unrolled"))
+        if not self.unrolled:
+            return found
+        found += self.unroll.problems()
+        if checkpoints > 1:
+            found.append("anchor.direction=unrolled simulates a run from one model: give one model.policy, no list")
+        if self.precondition != "none":
+            found.append(
+                f"anchor.precondition={self.precondition}: anchor.direction=unrolled is preconditioned by the run's own "
+                "optimizer: set anchor.precondition=none"
+            )
+        if self.snapshots != 1:
+            found.append(
+                f"anchor.snapshots={self.snapshots}: those of anchor.direction=unrolled are anchor.unroll.snapshots"
+            )
         return found

@@ -103,6 +103,7 @@ class Settings:
         if len(self.model.checkpoints) > 1:
             found.append("valuation.schedule=rehearsal starts at one model: give one model.policy, no list")
         for key, value, only in (
+            ("anchor.direction", self.anchor.direction, "gradient"),
             ("anchor.precondition", self.anchor.precondition, "none"),
             ("anchor.snapshots", self.anchor.snapshots, 1),
             ("anchor.snapshot_scale", self.anchor.snapshot_scale, "none"),

@@ -18,8 +18,8 @@ import numpy as np
 import torch
 
 from alphatoken.data_schemas import COMPONENTS
+from alphatoken.pipeline.anchor.places import FISHER
 from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
-from alphatoken.pipeline.anchor.worker import FISHER
 from alphatoken.pipeline.cluster.pool import Shared, WorkerPool
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS

@@ -1,0 +1,92 @@
+"""The unrolled runs of a stage: which rows they take, one shard per order, and what is said of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from alphatoken.pipeline.anchor.places import PARTIAL, POLICY
+from alphatoken.pipeline.anchor.tensors import counts_of
+from alphatoken.pipeline.anchor.unrolled import Held
+from alphatoken.pipeline.anchor.worker import AnchorTask
+from alphatoken.pipeline.cluster.pool import WorkerPool
+from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.maths.batch import Sequences
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.run import Run
+from alphatoken.pipeline.settings.unroll import ENOUGH_VALIDATION, LEAST_VALIDATION
+
+HALVES = 3  # units per step: the simulated run, the sweep back, and the run without the lowest tokens
+
+
+def check_validation(rows: int) -> str | None:
+    """What to say of ``rows`` validation rows, None where they are enough. Raises SettingsWrong for too few."""
+    if rows < LEAST_VALIDATION:
+        raise SettingsWrong(
+            [
+                f"anchor.direction=unrolled with {rows} validation rows fits them and not the task: give data.validation at "
+                f"least {LEAST_VALIDATION}, better {ENOUGH_VALIDATION}, or set anchor.direction=gradient"
+            ]
+        )
+    if rows < ENOUGH_VALIDATION:
+        return (
+            f"warning: {rows} validation rows are few for anchor.direction=unrolled, which fits the rows that it is given: "
+            f"better {ENOUGH_VALIDATION}"
+        )
+    return None
+
+
+def check_examples(rows: int, batch_size: int) -> None:
+    """Raises SettingsWrong where the training rows do not make one batch."""
+    if rows < batch_size:
+        raise SettingsWrong(
+            [f"anchor.unroll.batch_size={batch_size}, but there are {rows} training examples: give a smaller one"]
+        )
+
+
+def unroll_orders(
+    run: Run, pool: WorkerPool, fingerprint: str, drift: str, examples: Sequences, validation: Sequences
+) -> dict[str, dict[str, Any]]:
+    """Make every order that is not complete yet, each by one worker; returns the counts of each by name."""
+    unroll, progress = run.settings.anchor.unroll, run.progress
+    if said := check_validation(len(validation)):
+        progress.say(f"anchor: {said}")
+    check_examples(len(examples), unroll.batch_size)
+    held = Held.of(validation)
+    tasks = {
+        f"order-{order:02d}": AnchorTask(
+            "unroll",
+            f"{PARTIAL}/unroll-{order:02d}.safetensors",
+            examples,
+            fingerprint=fingerprint,
+            index=order,
+            drift=drift,
+            held=held,
+        )
+        for order in range(unroll.orders)
+    }
+    found: dict[str, dict[str, Any]] = {}
+    for index, (name, task) in enumerate(tasks.items()):
+        policies = [POLICY.format(index=index * unroll.snapshots + i) for i in range(unroll.snapshots)]
+        counts = counts_of(run.storage, task.output, fingerprint)
+        if counts is not None and all(counts_of(run.storage, one, fingerprint) is not None for one in policies):
+            found[name] = counts
+    missing = [Shard(name, HALVES * unroll.steps) for name in tasks if name not in found]
+    if len(missing) < len(tasks):
+        progress.say(f"anchor: {len(tasks) - len(missing)} of {len(tasks)} unrolled runs are complete already")
+    with progress.task("anchor: unrolled runs", sum(shard.units for shard in missing), "steps") as shown:
+        pool.run(missing, lambda s: tasks[s.name], lambda s, r: found.__setitem__(s.name, r), shown)
+    for name in tasks:
+        progress.say(f"anchor: {name.replace('-', ' ')}: {_told(found[name], len(held.made), len(held.left_out))}")
+    return {name: found[name] for name in tasks}
+
+
+def _told(counts: dict[str, Any], made: int, left_out: int) -> str:
+    """How far the validation loss falls when the run leaves out the tokens of the lowest values, on both sets of rows."""
+    own, other = (counts[f"{rows}_after"] - counts[f"{rows}_masked"] for rows in ("made", "left_out"))
+    share = "none on the rows that made it" if not own > 0 else f"{other / own:.0%} of it"
+    tape = "" if counts["tape_every"] == 1 else f"; every {counts['tape_every']}th state was kept"
+    return (
+        f"validation loss {counts['made_before']:.4f} to {counts['made_after']:.4f} nats; without the lowest tenth of the "
+        f"tokens it ends {own:+.4f} lower on the {made} rows that made the direction, {other:+.4f} on {left_out} others "
+        f"({share}){tape}"
+    )

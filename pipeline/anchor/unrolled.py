@@ -1,0 +1,238 @@
+"""One unrolled run: a simulated training run over the examples in one order, the sweep back over it, and what came of it.
+
+Both halves go on from where they were saved. After the sweep the run is made once more without the tokens of the lowest
+values, and how far both objectives' validation losses fall by that is told, apart for rows that made the direction and
+for rows that did not: with few rows the direction fits those rows and not the task.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alphatoken.pipeline.anchor.places import FISHER, GRADIENT, PARTIAL, POLICY, REFERENCE, STABILITY, TOKENS_PER_PASS
+from alphatoken.pipeline.anchor.saving import Saving
+from alphatoken.pipeline.anchor.tape import Tape, kept_every, least_bytes
+from alphatoken.pipeline.anchor.tensors import carried, read_tensors, write_tensors
+from alphatoken.pipeline.maths.batch import IGNORED, Batch, Sequences, by_token_budget
+from alphatoken.pipeline.maths.capture import swapped
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.directions import fisher_drift
+from alphatoken.pipeline.maths.forward import token_losses_of
+from alphatoken.pipeline.maths.simulated import Descent, Diverged, SimulatedRun, Taped, Tensors, simulate
+from alphatoken.pipeline.maths.unroll import Adjoint, Swept, loss_gradient, sweep
+from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import Settings
+
+PLACES = {"adaptation": GRADIENT, "stability": STABILITY}
+LEFT_OUT = 10  # every tenth validation row makes no direction
+DROPPED = 0.1  # of the tokens, when the run is made again without the lowest
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Validation rows that make directions, and rows that do not."""
+
+    made: Sequences
+    left_out: Sequences
+
+    @classmethod
+    def of(cls, validation: Sequences) -> Held:
+        """Every tenth row is left out."""
+        apart = range(LEFT_OUT - 1, len(validation), LEFT_OUT)
+        return cls(validation.take([i for i in range(len(validation)) if i not in apart]), validation.take(apart))
+
+
+def points_of(steps: int, snapshots: int) -> list[int]:
+    """Before which of ``steps`` steps each snapshot is taken: the middle of each of ``snapshots`` equal parts."""
+    return [(2 * index + 1) * steps // (2 * snapshots) for index in range(snapshots)]
+
+
+def order_of(examples: int, wanted: int, seed: int, order: int) -> list[int]:
+    """``wanted`` indices of ``examples``: epochs, each in an order of its own, that depends on seed and ``order`` alone."""
+    generator = random.Random(f"{seed} {order}")
+    found: list[int] = []
+    while len(found) < wanted:
+        epoch = list(range(examples))
+        generator.shuffle(epoch)
+        found += epoch
+    return found[:wanted]
+
+
+class UnrolledRun:
+    """Makes one order with the model of ``scored`` at its own weights. Raises RunFailed."""
+
+    def __init__(
+        self, storage: Storage, settings: Settings, scored: ScoredLayers, examples: Sequences, held: Held
+    ) -> None:
+        self.storage, self.settings, self.scored, self.held = storage, settings, scored, held
+        self.unroll, self.kernel, self.examples = settings.anchor.unroll, settings.model.attention, examples
+        self.device = next(scored.model.parameters()).device
+        self.descent = Descent("adam", self.unroll.learning_rate, self.unroll.steps)
+        self.start = {name: weight.float().clone() for name, weight in scored.weights().items()}
+        self.batches: list[list[Batch]] = []
+
+    def __call__(self, order: int, drift: str, fingerprint: str, advance: Callable[[int], None]) -> dict[str, Any]:
+        """Write the policy and minus the residuals of every snapshot of this order; returns the counts.
+
+        ``advance`` is called with 1 for every step of the simulated run, of the sweep and of the run made again.
+        """
+        self.batches = self._batches(order)
+        weights = sum(tensor.numel() for tensor in self.start.values())
+        every = kept_every(self.unroll.steps, weights, self.unroll.tape_bytes)
+        if every is None:
+            raise RunFailed(
+                f"anchor.unroll.tape_bytes={self.unroll.tape_bytes}: a run of {self.unroll.steps} steps over {weights:,} "
+                f"scored weights needs at least {least_bytes(self.unroll.steps, weights)}; or give fewer anchor.unroll.steps"
+            )
+        try:
+            return self._made(order, drift, fingerprint, every, advance)
+        except Diverged as error:
+            raise RunFailed(
+                f"anchor.unroll, order {order}: {error}; try a smaller anchor.unroll.learning_rate"
+            ) from error
+
+    def _made(
+        self, order: int, drift: str, fingerprint: str, every: int, advance: Callable[[int], None]
+    ) -> dict[str, Any]:
+        steps, first = self.unroll.steps, order * self.unroll.snapshots
+        snapshots = {step: first + i for i, step in enumerate(points_of(steps, self.unroll.snapshots))}
+        forward = Saving(self.storage, f"{PARTIAL}/unroll-forward-{order:02d}.safetensors", fingerprint)
+        marks = carried(fingerprint, {})
+
+        def again(begin: int, stop: int) -> None:
+            start = (begin, read_tensors(self.storage, tape.state_name(begin))) if begin else None
+            simulate(
+                self.scored, SimulatedRun(self.start, self.descent, start), self.batches, self.kernel, tape.put, stop
+            )  # fmt: skip
+
+        tape = Tape(self.storage, order, fingerprint, self.start, steps, every, again)
+        run = SimulatedRun(self.start, self.descent, forward.last_state())
+        advance(run.done)
+
+        def keep(step: int, taped: Taped) -> None:
+            if every == 1:
+                tape.put(step, taped)
+            if step in snapshots:
+                write_tensors(self.storage, POLICY.format(index=snapshots[step]), taped.weights, marks)
+
+        def after(done: int) -> None:
+            if every > 1 and done < steps and done % every == 0:
+                write_tensors(self.storage, tape.state_name(done), run.state(), marks)
+            forward(done, run.state(), last=done == steps)
+            advance(1)
+
+        simulate(self.scored, run, self.batches, self.kernel, keep, after=after)
+        found = self._swept(order, drift, fingerprint, tape, run.masters(), snapshots, advance)
+        return {**found, "tape_every": every, "examples": len(self.examples), "steps": steps}
+
+    def _swept(
+        self,
+        order: int,
+        drift: str,
+        fingerprint: str,
+        tape: Tape,
+        end: Tensors,
+        snapshots: dict[int, int],
+        advance: Callable[[int], None],
+    ) -> dict[str, Any]:
+        saving = Saving(self.storage, f"{PARTIAL}/unroll-sweep-{order:02d}.safetensors", fingerprint)
+        saved, marks, values = saving.last_state(), carried(fingerprint, {}), {}
+        step = self.unroll.steps
+        if saved is not None:
+            step, state = saved
+            values = {int(key.split("/")[1]): one for key, one in state.items() if key.startswith("values/")}
+            adjoints = {name: _restored(state, name, self.start) for name in _objectives(drift)}
+            advance(self.unroll.steps - step)
+        else:
+            adjoints = {name: Adjoint.at_the_end(one) for name, one in self._ends(drift, end).items()}
+
+        def found(step: int, swept: Swept) -> None:
+            values[step] = swept.values["adaptation"]
+            if step in snapshots:
+                for objective, residual in swept.residuals.items():
+                    minus = {name: -tensor for name, tensor in residual.items()}
+                    write_tensors(self.storage, PLACES[objective].format(index=snapshots[step]), minus, marks)
+            state = {f"values/{t:05d}": one for t, one in values.items()}
+            for name, adjoint in adjoints.items():
+                state |= {f"weights/{name}/{key}": tensor for key, tensor in adjoint.weights.items()}
+                state |= {f"momentum/{name}/{key}": tensor for key, tensor in adjoint.momentum.items()}
+            saving(step, state, last=step == 0)
+            advance(1)
+
+        sweep(self.scored, self.descent, self.batches, tape, adjoints, self.kernel, found, step)
+        tokens = sum(len(one) for one in values.values())
+        return {"tokens": tokens, **self._falls(end, values, advance)}
+
+    def _ends(self, drift: str, end: Tensors) -> dict[str, Tensors]:
+        """The gradient of each objective at the end of the run."""
+        with swapped(self.scored, end):
+            gradient, _, tokens = loss_gradient(self.scored, self._passes(self.held.made), self.kernel)
+        if not tokens:
+            raise RunFailed("the validation set has no response token: give other rows with data.validation")
+        found = {"adaptation": gradient}
+        if drift != "none":
+            fisher, reference = (read_tensors(self.storage, name) for name in (FISHER, REFERENCE))
+            found["stability"] = {
+                name: fisher_drift(fisher[name].to(weight), weight, reference[name].to(weight))
+                for name, weight in end.items()
+            }
+        return found
+
+    def _falls(self, end: Tensors, values: dict[int, torch.Tensor], advance: Callable[[int], None]) -> dict[str, float]:
+        """Validation losses before the run, at its end, and at the end of the run without the lowest tokens."""
+        every = torch.cat([values[step] for step in sorted(values)])
+        lowest = float(every.sort().values[int(DROPPED * len(every))]) if len(every) else 0.0
+        kept = [_without(passes, values.get(step, every[:0]) >= lowest) for step, passes in enumerate(self.batches)]
+        run = SimulatedRun(self.start, self.descent)
+        simulate(self.scored, run, kept, self.kernel, lambda t, taped: None, after=lambda done: advance(1))
+        found = {}
+        for rows, sequences in (("made", self.held.made), ("left_out", self.held.left_out)):
+            for when, weights in (("before", self.start), ("after", end), ("masked", run.masters())):
+                found[f"{rows}_{when}"] = self._loss(sequences, weights)
+        return found
+
+    def _loss(self, sequences: Sequences, weights: Tensors) -> float:
+        loss, tokens = 0.0, 0
+        with swapped(self.scored, weights):
+            for batch in self._passes(sequences):
+                losses = token_losses_of(self.scored.model, batch, self.kernel)
+                loss, tokens = loss + float(losses.double().sum()), tokens + len(batch.predicting())
+        return loss / max(1, tokens)
+
+    def _batches(self, order: int) -> list[list[Batch]]:
+        """Of every step the passes that make up its batch."""
+        size, steps = self.unroll.batch_size, self.unroll.steps
+        rows = order_of(len(self.examples), size * steps, self.settings.run.seed, order)
+        return [self._passes(self.examples.take(rows[t * size : (t + 1) * size])) for t in range(steps)]
+
+    def _passes(self, sequences: Sequences) -> list[Batch]:
+        groups = by_token_budget([len(ids) for ids in sequences.input_ids], TOKENS_PER_PASS)
+        return [sequences.take(group).batch().to(self.device) for group in groups]
+
+
+def _objectives(drift: str) -> list[str]:
+    return ["adaptation", *(["stability"] if drift != "none" else [])]
+
+
+def _restored(state: Tensors, objective: str, like: Tensors) -> Adjoint:
+    parts = [{n: state[f"{kind}/{objective}/{n}"].to(w) for n, w in like.items()} for kind in ("weights", "momentum")]
+    return Adjoint(*parts)
+
+
+def _without(passes: Sequence[Batch], kept: torch.Tensor) -> list[Batch]:
+    """The same passes where the labels of tokens that are not ``kept`` (n,), over all of them in order, are ignored."""
+    found, start = [], 0
+    for batch in passes:
+        predicting = batch.predicting()
+        own = kept[start : start + len(predicting)].to(predicting.device)
+        start += len(predicting)
+        labels = batch.labels.flatten().clone()
+        labels[predicting[~own] + 1] = IGNORED
+        found.append(Batch(batch.input_ids, labels.view_as(batch.labels), batch.lengths))
+    return found

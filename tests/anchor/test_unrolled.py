@@ -1,0 +1,205 @@
+"""anchor.direction=unrolled through the command line on a tiny model: the same bytes however it was run, and what it says."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from alphatoken.pipeline.anchor import unrolled
+from alphatoken.pipeline.anchor.tape import kept_every, least_bytes, tape_bytes
+from alphatoken.pipeline.anchor.unrolled import order_of, points_of
+from tests.conftest import SMALL, chat_row, write_rows
+
+UNROLLED = [
+    "anchor=unrolled", "anchor.unroll.steps=6", "anchor.unroll.examples=16", "anchor.unroll.batch_size=4",
+    "anchor.unroll.snapshots=2", "anchor.unroll.learning_rate=0.01", "data.shard_examples=20",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def rows_file(tmp_path_factory) -> Path:
+    return write_rows(tmp_path_factory.mktemp("data") / "validation.jsonl", [chat_row(i) for i in range(500, 520)])
+
+
+@pytest.fixture(scope="module")
+def common(policy, train_file, rows_file) -> list[str]:
+    return [f"model.policy={policy}", f"data.train={train_file}", f"data.validation={rows_file}", *SMALL, *UNROLLED]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory, ray_cluster, common):
+    """Prepare and anchor with overrides, once per set of them."""
+    from alphatoken.jobs.cli import main
+
+    runs: dict[tuple[str, ...], Path] = {}
+
+    def make(*overrides: str) -> Path:
+        if overrides not in runs:
+            run = tmp_path_factory.mktemp("unrolled")
+            for stage in ("prepare", "anchor"):
+                assert main([stage, f"run.dir={run}", *common, *overrides]) == 0
+            runs[overrides] = run
+        return runs[overrides]
+
+    return make
+
+
+def anchors(run: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(run)): p.read_bytes() for p in sorted((run / "anchors").rglob("*.safetensors"))}
+
+
+def counts(run: Path) -> dict:
+    return json.loads((run / "run.json").read_text())["stages"]["anchor"]["counts"]
+
+
+def test_each_order_has_its_snapshots_and_the_value_stage_takes_their_mean(made, common, alphatoken):
+    run = made()
+    places = [run / f"anchors/snapshot-{index:02d}" for index in range(4)]
+    assert counts(run)["snapshots"] == 4 and not (run / "anchors/partial").exists()
+    for place in places:
+        for kind in ("adaptation", "stability", "policy"):
+            found = load_file(place / f"{kind}.safetensors")
+            assert all(bool(t.any()) and bool(torch.isfinite(t).all()) for t in found.values())
+    start, later, other = (load_file(places[i] / "policy.safetensors") for i in (0, 1, 2))
+    assert not any(torch.equal(start[name], later[name]) for name in start)
+    assert not any(torch.equal(start[name], other[name]) for name in start)  # after one step over other rows
+    status, _, err = alphatoken("value", f"run.dir={run}", *common)
+    assert status == 0, err
+    rows = [row for file in sorted((run / "values").glob("part-*")) for row in pq.read_table(file).to_pylist()]
+    assert any(any(row["adaptation_direct"]) for row in rows) and any(any(row["stability_direct"]) for row in rows)
+    status, out, err = alphatoken("mask", f"run.dir={run}", "mask=paper", *common)
+    assert status == 0, err
+    assert "plain alignment" not in out + err
+
+
+@pytest.mark.parametrize(
+    "other", [("cluster.workers=1",), ("cluster.workers=2",), ("anchor.unroll.tape_bytes=500000",)], ids=str
+)
+def test_the_same_bytes_whatever_the_workers_and_the_bound_of_the_tape(made, other):
+    one, two = made(), made(*other)
+    assert anchors(one).keys() == anchors(two).keys()
+    for name, content in anchors(one).items():
+        assert content == anchors(two)[name], name
+    every = {counts(two)[f"order-{order:02d}"]["tape_every"] for order in range(2)}
+    assert every == ({1} if "tape" not in other[0] else {3})
+
+
+@pytest.mark.parametrize("half", ["forward", "sweep"])
+def test_a_killed_run_goes_on_from_its_last_saved_step(made, common, alphatoken, tmp_path, monkeypatch, half):
+    """The task itself is cut off in the middle of a half, in this process, and begun again."""
+    from alphatoken.pipeline.anchor import saving
+    from alphatoken.pipeline.anchor.tensors import counts_of
+    from alphatoken.pipeline.anchor.worker import AnchorTask, AnchorWorker
+    from alphatoken.pipeline.maths.models import ModelSource
+    from alphatoken.pipeline.prepare.reader import sequences_of
+    from alphatoken.pipeline.run.storage import Storage
+    from alphatoken.data_schemas import PREPARED
+    from alphatoken.pipeline.settings import Settings
+    from dataclasses import replace
+
+    whole = made()
+    shutil.copytree(whole, tmp_path / "run")
+    storage = Storage(str(tmp_path / "run"))
+    for index in range(4):
+        storage.remove(f"anchors/snapshot-{index:02d}")
+    settings = Settings()
+    unroll = replace(
+        settings.anchor.unroll, steps=6, examples=16, batch_size=4, snapshots=2, learning_rate=0.01
+    )  # fmt: skip
+    settings = replace(
+        settings,
+        anchor=replace(settings.anchor, direction="unrolled", unroll=unroll),
+        valuation=replace(settings.valuation, layers=2, window=4),
+    )
+    monkeypatch.setattr(saving.time, "monotonic", lambda: 0.0)  # saved at every step
+    policy = next(o.partition("=")[2] for o in common if o.startswith("model.policy="))
+    worker = AnchorWorker(storage, ModelSource(policy), settings, [2])
+    worker(AnchorTask("weights", "anchors/partial/reference.safetensors", worker_rows([])), lambda n: None)
+    table = storage.read_table("prepared/part-00000-of-00002.parquet", PREPARED)
+    held = unrolled.Held.of(sequences_of(storage.read_table("prepared/validation.parquet", PREPARED)))
+    output = "anchors/partial/unroll-00.safetensors"
+    task = AnchorTask(
+        "unroll", output, sequences_of(table).part(0, 1), fingerprint="f", drift="warmup", held=held
+    )  # fmt: skip
+
+    class Killed(Exception):
+        pass
+
+    done: list[int] = []
+
+    def until(last: int):
+        def advance(units: int) -> None:
+            done.append(units)
+            if sum(done) == last:
+                raise Killed
+
+        return advance
+
+    with pytest.raises(Killed):
+        worker(task, until(4 if half == "forward" else 10))
+    assert counts_of(storage, f"anchors/partial/unroll-{half}-00.safetensors", "f") is not None
+    done.clear()
+    again = worker(task, until(-1))
+    assert done[0] == (4 if half == "forward" else 6) and sum(done) == 18
+    found = {i: load_file(tmp_path / f"run/anchors/partial/gradient-{i:02d}.safetensors") for i in range(2)}
+    storage.remove("anchors/partial")
+    worker(AnchorTask("weights", "anchors/partial/reference.safetensors", worker_rows([])), lambda n: None)
+    assert worker(task, lambda n: None) == again
+    for index, tensors in found.items():
+        fresh = load_file(tmp_path / f"run/anchors/partial/gradient-{index:02d}.safetensors")
+        for name, tensor in tensors.items():
+            assert tensor.any() and torch.equal(tensor, fresh[name])
+
+
+def worker_rows(rows: list):
+    from alphatoken.pipeline.maths.batch import Sequences
+
+    return Sequences(rows, rows, rows)
+
+
+def test_a_wrong_request_is_refused_in_one_line_that_names_the_remedy(alphatoken, common, validation_file, tmp_path):
+    def refused(*overrides: str, status: int = 2) -> str:
+        got, _, err = alphatoken("run", f"run.dir={tmp_path / 'r'}", *common, *overrides)
+        shutil.rmtree(tmp_path / "r", ignore_errors=True)
+        assert got == status and "Traceback" not in err, err
+        return err.strip().splitlines()[-1]
+
+    assert "a run of one step is anchor.direction=gradient" in refused("anchor.unroll.steps=1")
+    assert "fewer than one batch" in refused("anchor.unroll.examples=3")
+    assert "has fewer points" in refused("anchor.unroll.snapshots=7")
+    assert "set anchor.precondition=none" in refused("anchor.precondition=kfac")
+    assert "anchor.unroll.snapshots" in refused("anchor.snapshots=2", "anchor.drift=warmup")
+    assert "at least 16, better 100, or set anchor.direction=gradient" in refused(f"data.validation={validation_file}")
+    assert "needs at least" in refused("anchor.unroll.tape_bytes=100", status=1)
+    assert "learning_rate" in (line := refused("anchor.unroll.learning_rate=1e30", status=1)) and "step 2 of 6" in line
+    assert "there are 37 training examples" in refused(
+        "anchor.unroll.batch_size=38", "anchor.unroll.examples=38", status=2
+    )
+
+
+def test_few_validation_rows_are_warned_of_and_the_fall_on_rows_left_out_is_told(alphatoken, common, tmp_path):
+    assert alphatoken("prepare", f"run.dir={tmp_path}", *common)[0] == 0
+    status, out, err = alphatoken("anchor", f"run.dir={tmp_path}", *common)
+    assert status == 0, err
+    said = out + err
+    assert "warning: 20 validation rows are few" in said
+    assert "on the 18 rows that made the direction" in said and "on 2 others" in said
+
+
+def test_the_tape_fits_its_bound():
+    assert kept_every(27, 1000, 27 * 4000) == 1
+    for bound in range(least_bytes(27, 1000), 27 * 4000, 1000):
+        every = kept_every(27, 1000, bound)
+        assert every is not None and every > 1 and tape_bytes(27, every, 1000) <= bound
+    assert kept_every(27, 1000, least_bytes(27, 1000) - 1) is None
+
+
+def test_points_are_the_middles_of_equal_parts_and_orders_are_epochs_of_their_own():
+    assert points_of(27, 5) == [2, 8, 13, 18, 24] and points_of(1, 1) == [0] and points_of(6, 6) == list(range(6))
+    one, other = (order_of(10, 25, 0, order) for order in (0, 1))
+    assert one != other and one == order_of(10, 25, 0, 0) != order_of(10, 25, 1, 0)
+    assert sorted(one[:10]) == sorted(one[10:20]) == list(range(10)) and len(one) == 25
