@@ -25,7 +25,8 @@ def tape_bytes(steps: int, every: int, weights: int) -> int:
     """Bytes on disk of a run of ``steps`` steps over ``weights`` scored weights of which every ``every``-th is kept."""
     if every == 1:
         return steps * STEP_BYTES * weights
-    return (-(-steps // every) * STATE_BYTES + every * STEP_BYTES) * weights
+    states = -(-steps // every) - 1  # the first is the model's own
+    return (states * STATE_BYTES + every * STEP_BYTES) * weights
 
 
 def kept_every(steps: int, weights: int, bound: int) -> int | None:
@@ -36,6 +37,14 @@ def kept_every(steps: int, weights: int, bound: int) -> int | None:
 def least_bytes(steps: int, weights: int) -> int:
     """The smallest bound that is enough."""
     return min(tape_bytes(steps, every, weights) for every in range(1, steps + 1))
+
+
+def too_long(steps: int, weights: int, bound: int) -> str:
+    """What to say where no s fits."""
+    return (
+        f"anchor.unroll.tape_bytes={bound}: a run of {steps} steps over {weights:,} scored weights needs at least "
+        f"{least_bytes(steps, weights)}; or give fewer anchor.unroll.steps"
+    )
 
 
 class Tape:

@@ -16,7 +16,7 @@ import torch
 
 from alphatoken.pipeline.anchor.places import FISHER, GRADIENT, PARTIAL, POLICY, REFERENCE, STABILITY, TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.saving import Saving
-from alphatoken.pipeline.anchor.tape import Tape, kept_every, least_bytes
+from alphatoken.pipeline.anchor.tape import Tape, kept_every, too_long
 from alphatoken.pipeline.anchor.tensors import carried, read_tensors, write_tensors
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, Sequences, by_token_budget
 from alphatoken.pipeline.maths.capture import swapped
@@ -86,10 +86,7 @@ class UnrolledRun:
         weights = sum(tensor.numel() for tensor in self.start.values())
         every = kept_every(self.unroll.steps, weights, self.unroll.tape_bytes)
         if every is None:
-            raise RunFailed(
-                f"anchor.unroll.tape_bytes={self.unroll.tape_bytes}: a run of {self.unroll.steps} steps over {weights:,} "
-                f"scored weights needs at least {least_bytes(self.unroll.steps, weights)}; or give fewer anchor.unroll.steps"
-            )
+            raise RunFailed(too_long(self.unroll.steps, weights, self.unroll.tape_bytes))
         try:
             return self._made(order, drift, fingerprint, every, advance)
         except Diverged as error:

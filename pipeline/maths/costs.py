@@ -156,6 +156,14 @@ def outer_flops(m: ModelCosts, positions: int) -> int:
     return 2 * m.scored * positions
 
 
+def sweep_flops(m: ModelCosts, s: Shapes, objectives: int) -> int:
+    """One step of the sweep back over a simulated run: the two halves of a training step, and for each objective a
+    backward pass over both; the head's curvature takes three products."""
+    first = forward_flops(m, s) + backward_flops(m, s) + outer_flops(m, s.tokens) + head_flops(m, s)
+    layers = 12 * m.scored * s.tokens + 24 * m.attention * m.scored_layers * s.squares
+    return first + objectives * (layers + 6 * m.head * s.predicting)
+
+
 def value_flops(
     m: ModelCosts,
     s: Shapes,

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from alphatoken.pipeline.anchor.coverage import as_json, warning
+from alphatoken.pipeline.anchor.orders import check_examples, check_validation
 from alphatoken.pipeline.anchor.places import TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.stage import SUMS
+from alphatoken.pipeline.anchor.tape import kept_every, too_long
 from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.maths.batch import response_start
@@ -31,6 +33,7 @@ from alphatoken.pipeline.maths.costs import (
     rehearsal_flops,
     sampling_flops,
     shapes_of,
+    sweep_flops,
     value_floor,
     value_flops,
     value_memory,
@@ -75,7 +78,7 @@ def make_plan(run: Run) -> dict[str, Any]:
     budget = settings.valuation.tokens_per_batch
     budget = budget if isinstance(budget, int) else CPU_TOKENS
     shapes = train_shapes(sample, budget)
-    snapshots = settings.anchor.snapshots if drift == "warmup" else 1
+    snapshots = settings.anchor.points(drift)
     tokens, response = _tokens(sample.train), _response(sample.train)
     scale = sample.scale
     longest = max(len(example.input_ids) for example in sample.train)
@@ -130,7 +133,7 @@ def make_plan(run: Run) -> dict[str, Any]:
         },
         "flops": {**stages, "total": total},
         "memory_per_worker": value_memory(
-            costs, max(budget, longest), longest, dtype.itemsize, snapshots, drift == "warmup"
+            costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift)
         ),
         "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
         "device_hours": {
@@ -181,13 +184,21 @@ def train_shapes(sample: Sample, budget: int) -> Shapes:
 
 def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, checkpoints: int = 1) -> dict[str, int]:
     """Operations of the anchor by what they are for; ``fisher`` is at most, as completions may end early."""
-    snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
-    validation = validation_shapes(sample)
+    anchor, validation = settings.anchor, validation_shapes(sample)
+    if anchor.unrolled:
+        check_validation(sample.validation_rows)
+        check_examples(sample.train_rows, anchor.unroll.batch_size)
+        made, moved = unrolled_flops(m, sample, settings, drift), 0
+        gradients = anchor.unroll.orders
+    else:
+        made, moved = 0, warmup_flops(m, sample.train, settings) if drift == "warmup" else 0
+        gradients = anchor.points(drift, checkpoints)
     has_fisher = drift != "none" or settings.anchor.precondition != "none"
     found = {
         "fisher": fisher_flops(m, sample.fisher, settings.anchor.fisher.max_new_tokens) if has_fisher else 0,
-        "warmup": warmup_flops(m, sample.train, settings) if drift == "warmup" else 0,
-        "validation_gradient": snapshots * (ghost_flops(m, validation) + outer_flops(m, validation.predicting)),
+        "warmup": moved,
+        **({"unrolled": made} if anchor.unrolled else {}),
+        "validation_gradient": gradients * (ghost_flops(m, validation) + outer_flops(m, validation.predicting)),
     }
     return {"flops": sum(found.values()), **found}
 
@@ -209,13 +220,33 @@ def fisher_flops(m: ModelCosts, prompts: Sequence[Example], new: int) -> int:
 def warmup_flops(m: ModelCosts, examples: Sequence[Example], settings: Settings) -> int:
     """Steps on batches of sampled examples: a ghost pass and the sum of its outer products each."""
     warmup = settings.anchor.warmup
-    total = 0
-    for step in range(warmup.steps):
-        batch = [examples[(step * warmup.batch_size + i) % len(examples)] for i in range(warmup.batch_size)]
+    steps = step_shapes(examples, warmup.steps, warmup.batch_size)
+    return sum(ghost_flops(m, shapes) + outer_flops(m, shapes.tokens) for shapes in steps)
+
+
+def step_shapes(examples: Sequence[Example], steps: int, batch_size: int) -> list[Shapes]:
+    """The batch of each step of a training run on sampled examples."""
+    found = []
+    for step in range(steps):
+        batch = [examples[(step * batch_size + i) % len(examples)] for i in range(batch_size)]
         longest = max(len(example.input_ids) for example in batch)
-        shapes = shapes_of([(len(batch), longest)], _response(batch))
-        total += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
-    return total
+        found.append(shapes_of([(len(batch), longest)], _response(batch)))
+    return found
+
+
+def unrolled_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str) -> int:
+    """All orders: the run, where the tape keeps not every state the steps made again, the sweep back, the run without the
+    lowest tokens, and validation losses before, after and there. Raises SettingsWrong for a tape beyond its bound."""
+    unroll = settings.anchor.unroll
+    every = kept_every(unroll.steps, m.scored_stored, unroll.tape_bytes)
+    if every is None:
+        raise SettingsWrong([too_long(unroll.steps, m.scored_stored, unroll.tape_bytes)])
+    objectives, forward, sweep = 1 if drift == "none" else 2, 0, 0
+    for shapes in step_shapes(sample.train, unroll.steps, unroll.batch_size):
+        forward += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
+        sweep += sweep_flops(m, shapes, objectives)
+    losses = 3 * loss_flops(m, validation_shapes(sample))
+    return unroll.orders * ((2 if every == 1 else 3) * forward + sweep + losses)
 
 
 def _tokens(examples: Sequence[Example]) -> int:

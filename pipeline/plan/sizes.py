@@ -20,6 +20,7 @@ from alphatoken.data_schemas import (
     preference_values_schema,
     values_schema,
 )
+from alphatoken.pipeline.anchor.tape import kept_every, tape_bytes
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.plan.sample import Sample
 from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
@@ -41,13 +42,18 @@ def file_sizes(
 ) -> dict[str, int]:
     """Bytes by directory of the run, for one mask; several checkpoints leave values of each beside their mean."""
     parts = max(1, -(-sample.train_rows // settings.data.shard_examples))
-    snapshots = settings.anchor.snapshots if drift == "warmup" else checkpoints
-    fisher = 0 if drift == settings.anchor.precondition == "none" else 1
-    tensors = fisher + snapshots * (3 if drift == "warmup" else 2) if settings.valuation.needs_directions else 0
+    anchor = settings.anchor
+    snapshots = anchor.points(drift, checkpoints)
+    fisher = 0 if drift == anchor.precondition == "none" else 1
+    tensors = fisher + snapshots * (3 if anchor.moves(drift) else 2) if settings.valuation.needs_directions else 0
     held = sum(_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample))
     tables = (_pair_tables if sample.pairs else _tables)(sample, settings, drift)
     found = {name: _weighed(table, sample.train_rows, parts) for name, table in tables.items()}
     found["values"] *= checkpoints + 1 if checkpoints > 1 else 1
+    if anchor.unrolled and settings.valuation.needs_directions:  # until the anchors are complete
+        unroll, weights = anchor.unroll, scored.coverage.scored
+        every = kept_every(unroll.steps, weights, unroll.tape_bytes) or 1
+        found["tape"] = unroll.orders * tape_bytes(unroll.steps, every, weights)
     return {"prepared": found.pop("prepared") + held, "anchors": tensors * directions_bytes(scored), **found}
 
 

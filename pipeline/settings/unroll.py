@@ -34,12 +34,12 @@ class UnrollSettings:
             found.append(
                 f"anchor.unroll.steps={self.steps}: a run of one step is anchor.direction=gradient; give at least 2"
             )
+        elif self.snapshots > self.steps:
+            found.append(f"anchor.unroll.snapshots={self.snapshots}: a run of {self.steps} steps has fewer points")
         if self.examples < self.batch_size:
             found.append(
                 f"anchor.unroll.examples={self.examples}: fewer than one batch, anchor.unroll.batch_size={self.batch_size}"
             )
         if not self.learning_rate > 0:
             found.append(f"anchor.unroll.learning_rate={self.learning_rate}: must be above 0")
-        if self.snapshots > self.steps:
-            found.append(f"anchor.unroll.snapshots={self.snapshots}: a run of {self.steps} steps has fewer points")
         return found

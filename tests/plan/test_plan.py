@@ -17,6 +17,7 @@ from alphatoken.pipeline.maths.costs import (
     pair_flops,
     sampling_flops,
     shapes_of,
+    sweep_flops,
     value_flops,
 )
 from alphatoken.pipeline.maths.decoder import scored_layers
@@ -25,6 +26,7 @@ from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions
+from alphatoken.pipeline.maths.second_order import curvature_pass
 from alphatoken.pipeline.prepare.example import example_data
 from benchmarks.example_batches import batches_of, load_example
 from tests.conftest import SMALL
@@ -87,6 +89,34 @@ def test_anchor_flops(example):
     prompts = [row[:40].tolist() for row in batch.input_ids]
     found = counted(lambda: sample_completions(model, prompts, 8, 1.0, []))
     assert sampling_flops(costs, len(prompts), 40, 8) == pytest.approx(found, rel=0.1)
+
+
+def test_sweep_flops(example):
+    model, batch, costs = example
+    scored = scored_layers(model, 3)
+    shapes = shapes_of([batch.shape], len(batch.predicting()))
+    for objectives in (1, 2):
+        directions = {str(index): scored.weights() for index in range(objectives)}
+        found = counted(lambda directions=directions: curvature_pass(scored, batch, directions))
+        assert sweep_flops(costs, shapes, objectives) == pytest.approx(found, rel=0.1)
+
+
+def test_an_unrolled_run_is_planned_with_its_tape_and_refused_as_the_run_would_be(
+    alphatoken, tmp_path, policy, train_file
+):
+    common = [f"run.dir={tmp_path}", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "anchor=unrolled"]
+    common += ["data.validation=16", "anchor.unroll.batch_size=4", "anchor.unroll.examples=16"]
+    plan = json.loads(alphatoken("plan", *common, "--json")[1])
+    assert plan["model"]["snapshots"] == 10 and plan["flops"]["anchor"]["unrolled"] > 0
+    scored = plan["model"]["coverage"]["scored"]
+    assert plan["storage"]["tape"] == 2 * 27 * 4 * scored
+    assert plan["storage"]["anchors"] == 31 * plan["storage"]["direction"]
+    bounded = json.loads(alphatoken("plan", *common, f"anchor.unroll.tape_bytes={26 * 4 * scored}", "--json")[1])
+    assert bounded["storage"]["tape"] < plan["storage"]["tape"]
+    assert bounded["flops"]["anchor"]["unrolled"] > plan["flops"]["anchor"]["unrolled"]
+    for wrong, remedy in (("data.validation=15", "at least 16"), ("anchor.unroll.tape_bytes=9", "needs at least")):
+        status, _, err = alphatoken("plan", *common, wrong)
+        assert status == 2 and remedy in err
 
 
 def test_pairs_add_a_pass_of_the_reference_and_after_a_warm_up_one_of_the_policys_upper_layers(example):
