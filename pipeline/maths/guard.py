@@ -71,7 +71,7 @@ class Guard:
         groups = [[by_length[-1]]]
         if not self.found.rows:
             self._causal(by_length[-1][:FEW])
-            groups = [[by_length[0]], [by_length[0], by_length[len(by_length) // 2]], *groups]
+            groups = [[by_length[0]], [by_length[0], by_length[len(by_length) // 4]], *groups]
         for group in groups:
             self.found = self.found.and_(self._compared(group))
         return self.found
