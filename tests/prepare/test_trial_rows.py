@@ -45,8 +45,9 @@ def test_held_out_rows_are_cut_in_two_and_the_rest_stays(prepare):
     assert "6 for validation, 6 for trials" in err and counts(cut)["trial_rows"] == 6
     assert len(sources(cut, "validation")) == len(sources(cut, "trial")) == 6
     assert sorted(sources(cut, "validation") + sources(cut, "trial")) == sorted(sources(plain, "validation"))
-    assert not (plain / "prepared/trial.parquet").exists() and "data.validation_trial" not in (
-        json.loads((plain / "run.json").read_text())["stages"]["prepare"]["inputs"]
+    assert (
+        not (plain / "prepared/trial.parquet").exists()
+        and "data.validation_trial" not in (json.loads((plain / "run.json").read_text())["stages"]["prepare"]["inputs"])
     )
     for name in ("fisher", "part-00000-of-00003"):
         assert sources(cut, name) == sources(plain, name)
