@@ -2,7 +2,7 @@
 
 import sys
 
-from alphatoken.jobs import anchor, mask, prepare, report, value
+from alphatoken.jobs import anchor, mask, prepare, report, trial, value
 from alphatoken.jobs.session import Session
 from alphatoken.pipeline.run.failure import SettingsWrong
 
@@ -21,8 +21,12 @@ def execute(session: Session) -> None:
             session.progress.say(f"anchor: skipped, since valuation.scores=[{scores}] looks at no direction")
         else:
             stage.execute(session)
-    session.end_workers()  # what is left is the driver's
+    if not session.settings.trial.auto:
+        session.end_workers()  # what is left is the driver's
     summary = mask.make(session)
+    if session.settings.trial.auto:
+        trial.execute_auto(session)
+        session.end_workers()
     report.execute(session)
     mask.tell(session, summary)
 
