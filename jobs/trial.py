@@ -155,7 +155,7 @@ def tell(summary: Mapping[str, Any]) -> None:
     """The table and the sentence, on stdout."""
     console = Console()
     if not console.is_terminal:
-        console = Console(width=max(120, console.width))
+        console = Console(width=max(160, console.width))
     console.print(table_of(summary))
     for failure in summary["failed"]:
         console.print(f"left out: {failure}", highlight=False, markup=False)
@@ -172,7 +172,7 @@ def table_of(summary: Mapping[str, Any]) -> Table:
     if summary["held_out_made_directions"]:
         caption += "; WARNING: the held-out rows also made the directions, which flatters masks that come from them"
     table = Table(caption=caption, caption_justify="left")
-    table.add_column("trained on", overflow="fold")
+    table.add_column("trained on", overflow="fold", min_width=24)
     for title in ("kept", "seeds", "loss", "less full", "less random\nof its size", "divergence", "less full"):
         table.add_column(title, justify="right")
     for line in summary["lines"]:

@@ -23,10 +23,10 @@ from alphatoken.pipeline.trial.budget import duration
 from alphatoken.pipeline.trial.candidates import FULL, Candidate, kept_tokens, labels_of
 from alphatoken.pipeline.trial.completions import make_completions
 from alphatoken.pipeline.trial.inputs import TrialInputs, trial_inputs
-from alphatoken.pipeline.trial.verdict import SEEN, Measured, Verdict, judge
+from alphatoken.pipeline.trial.verdict import SEEN, SUMMARY, Measured, Verdict, judge
 from alphatoken.pipeline.trial.worker import TrialRows, TrialTask, TrialWorker
 
-RESULTS, SUMMARY = "trial/results.parquet", "trial/summary.json"
+RESULTS = "trial/results.parquet"
 SEED_STRIDE = 1_000_003  # between the seeds of random masks of two runs
 
 

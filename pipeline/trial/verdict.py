@@ -10,6 +10,7 @@ import numpy as np
 
 from alphatoken.pipeline.trial.candidates import FIRST, FULL, UNTOUCHED, random_name
 
+SUMMARY = "trial/summary.json"
 SEEN = "measured on rows that also made the directions"
 
 
