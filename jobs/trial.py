@@ -45,7 +45,7 @@ def execute_auto(session: Session) -> None:
     """As the end of `run`: try the run's own mask beside presets, and write the winner as masks/chosen."""
     own = session.settings.mask
     names = list(session.settings.trial.masks) or [own.name, *(name for name in AUTO if name != own.name)]
-    asked = {name: found for name in names for found in [_named(session, name)] if found is not None}
+    asked = {name: _named(session, name) for name in names}
     summary = try_masks(session, made_masks(session, _at_each_rho(session, asked, names), optional=AUTO))
     tell(summary)
     print(f"mask:  {session.storage.path('masks')}/{write_chosen(session, summary)}")
@@ -165,15 +165,15 @@ def tell(summary: Mapping[str, Any]) -> None:
 def table_of(summary: Mapping[str, Any]) -> Table:
     """One row per candidate, sorted by adaptation."""
     caption = (
-        f"loss: nats per token on {summary['held_out_rows']} held-out rows, mean and half the range over seeds; less: the "
-        "difference, paired by seed, and its spread (the larger of half the range and two standard errors over rows), * where "
+        f"loss: nats per token on {summary['held_out_rows']} held-out rows, mean and half the range over seeds; less ...: the "
+        "difference to it, paired by seed, and its spread (the larger of half the range and two standard errors over rows), * where "
         f"it exceeds it; divergence: of the reference on {summary['completions']} completions of its own, nats per token"
     )
     if summary["held_out_made_directions"]:
         caption += "; WARNING: the held-out rows also made the directions, which flatters masks that come from them"
     table = Table(caption=caption, caption_justify="left")
     table.add_column("trained on", overflow="fold", min_width=24)
-    for title in ("kept", "seeds", "loss", "less full", "less random\nof its size", "divergence", "less full"):
+    for title in ("kept", "seeds", "loss", "less\nfull", "less random\nof its size", "divergence", "less\nfull"):
         table.add_column(title, justify="right")
     for line in summary["lines"]:
         untouched = line["kind"] == "untouched"

@@ -15,7 +15,7 @@ from alphatoken.pipeline.maths.costs import (
     outer_flops,
     shapes_of,
 )
-from alphatoken.pipeline.settings import TrialSettings
+from alphatoken.pipeline.settings import Settings, TrialSettings
 
 SECONDS = 600  # that trial.examples=auto aims at
 FEWEST_STEPS, MOST_STEPS = 20, 200
@@ -85,9 +85,20 @@ def trial_flops(
     for fraction in kept:
         learned = Shapes(batch.tokens, batch.squares, batch.blocks, round(fraction * batch.predicting), batch.rows)
         step = ghost_flops(m, learned) - lower_flops(m, learned) + outer_flops(m, learned.tokens)
-        total += steps * step + sum(loss_flops(m, shapes) - lower_flops(m, shapes) for shapes in measured)
+        total += steps * step if fraction else 0  # of the untouched model it is measured alone
+        total += sum(loss_flops(m, shapes) - lower_flops(m, shapes) for shapes in measured)
         total += 2 * m.head * measured[1].predicting  # the reference's predictions
     return total
+
+
+def planned_extent(m: ModelCosts, settings: Settings, rows: Lengths, available: int) -> Extent:
+    """Of a trial before there are masks: those of trial.masks, or with trial.auto the run's own and two presets, each of the
+    size mask.rho, at every trial.rho."""
+    own = settings.trial
+    sizes = own.rho or [settings.mask.rho]
+    masks = len(own.masks) or (3 if own.auto else 1)
+    kept = [0.0, *own.seeds * [1.0, 1.0, *masks * sizes, *sizes]]
+    return extent(m, own, rows, available, kept, CPU_RATE)
 
 
 def _shapes(rows: Sequence[tuple[int, int]]) -> Shapes:

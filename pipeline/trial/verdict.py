@@ -175,8 +175,9 @@ def _sentence(lines: Sequence[Line]) -> tuple[str, str]:
     text = "No mask beats training on everything"
     if tried and tried[0].to_full:
         gap = tried[0].to_full
-        spread = "with one seed, which no difference can be judged by" if gap.spread is None else f"± {gap.spread:.4f}"
-        text += f": the best, {_called(tried[0])}, ends {gap.mean:+.4f} {spread} nats per token from it"
+        spread = "" if gap.spread is None else f" ± {gap.spread:.4f}"
+        text += f": the best, {_called(tried[0])}, ends {gap.mean:+.4f}{spread} nats per token from it"
+        text += "" if gap.spread is not None else ", which one seed cannot judge"
     gentle = [
         line
         for line in tried

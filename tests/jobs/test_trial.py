@@ -50,9 +50,13 @@ def test_a_trial_needs_no_settings_but_the_run_and_leaves_a_table_and_a_sentence
     status, out, err = alphatoken("trial", f"run.dir={run}", *QUICK, "trial.masks=default", "trial.rho=0.3,0.7")
     assert status == 0, err
     found = results(run)
-    names = ["full", "full but first tokens", "default_rho-0.3", "default_rho-0.7", "random 30 %", "random 70 %"]
+    kept = [
+        json.loads((run / f"masks/default_rho-{rho}/summary.json").read_text())["kept_fraction"] for rho in (0.3, 0.7)
+    ]
+    names = ["full", "full but first tokens", "default_rho-0.3", "default_rho-0.7"]
+    names += [f"random {round(100 * fraction)} %" for fraction in kept]
     for name in names:
-        assert [row["seed"] for row in found if row["candidate"] == name] == [0, 1] and name.split(" but")[0] in out
+        assert [row["seed"] for row in found if row["candidate"] == name] == [0, 1] and name in out
     assert len(found) == 1 + 2 * len(names) and not any(row["failed"] for row in found)
     whole = summary(run)
     assert whole["sentence"] in out and whole["sentence"].count(".\n") == 0 and len(whole["lines"]) == 7
@@ -61,7 +65,7 @@ def test_a_trial_needs_no_settings_but_the_run_and_leaves_a_table_and_a_sentence
     )
     assert "fine-tunes (7 candidates, 2 seed(s)) of 3 steps on 12 examples" in err and "operations, about" in err
     untouched = next(row for row in found if row["candidate"] == "untouched")
-    assert untouched["retention"] < 1e-6 < min(row["retention"] for row in found if row["candidate"] != "untouched")
+    assert untouched["retention"] < 1e-4 < min(row["retention"] for row in found if row["candidate"] != "untouched")
     losses = {row["candidate"]: row["adaptation"] for row in found if row["seed"] == 0}
     assert len(set(losses.values())) == len(losses)  # each is trained on something else
     assert "measured on rows" not in out and not whole["held_out_made_directions"]
@@ -87,7 +91,7 @@ def test_a_trial_goes_on_and_a_mask_that_comes_later_costs_its_own_fine_tunes_al
     status, _, err = alphatoken("trial", f"run.dir={run}", *QUICK)
     assert status == 0 and "7 of 9 fine-tunes are done already" in err and fine_tunes(run) == before
     status, _, err = alphatoken("trial", f"run.dir={run}", *QUICK, "trial.masks=[default,paper]")
-    assert status == 0 and "9 of 11 fine-tunes are done already" in err, err  # both of a half: they share a random one
+    assert status == 0 and "9 of 13 fine-tunes are done already" in err, err
     assert (run / "masks/paper/summary.json").exists()
     status, out, err = alphatoken("trial", f"run.dir={run}", *QUICK, "trial.learning_rate=0.02")
     assert status == 0 and "done already" not in err  # other settings take the place of those before
@@ -100,7 +104,7 @@ def test_a_sweep_over_masks_is_made_on_the_way(alphatoken, run):
     assert status == 0, err
     assert {"score-entropy", "score-loss"} <= {line["name"] for line in summary(run)["lines"]}
     kept = json.loads((run / "masks/score-loss/summary.json").read_text())
-    assert kept["settings"]["rho"] == 0.4 and "with one seed" in out
+    assert kept["settings"]["rho"] == 0.4 and "one seed cannot judge" in out
 
 
 def test_rows_that_made_the_directions_are_said_beforehand_in_the_table_and_in_the_sentence(
