@@ -81,7 +81,8 @@ def entering_hidden(scored: ScoredLayers, input_ids: Sequence[int], kernel: str)
 
 def row_order(rows: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
     """Row numbers of every step: epochs, each in an order of its own, which depends on the seed alone."""
-    generator, order = random.Random(seed), []
+    generator = random.Random(seed)
+    order: list[int] = []
     while len(order) < steps * batch_size:
         epoch = list(range(rows))
         generator.shuffle(epoch)

@@ -30,9 +30,9 @@ class HiddenFile:
             content = bytearray(os.pread(self._file.fileno(), shape.numel() * STORED.itemsize, start))
             return torch.frombuffer(content, dtype=STORED).view(shape)
         state = make().to("cpu", STORED).contiguous()
-        content = state.view(torch.uint8).numpy().tobytes()
-        if self.size + len(content) <= self.bound:
-            os.pwrite(self._file.fileno(), content, self.size)
+        made = state.view(torch.uint8).numpy().tobytes()
+        if self.size + len(made) <= self.bound:
+            os.pwrite(self._file.fileno(), made, self.size)
             self._places[key] = (self.size, state.shape)
-            self.size += len(content)
+            self.size += len(made)
         return state

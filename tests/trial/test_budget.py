@@ -48,7 +48,7 @@ def test_auto_takes_what_fits_into_the_time_and_never_fewer_than_the_steps_need(
     model = model_of("llama")
     costs, _ = model_costs(model, 2)
     lengths = Lengths([(40, 20)] * 4, [(40, 20)] * 3, [(50, 30)] * 2)
-    own, kept = TrialSettings(), [1.0, 0.5] * 6
+    own, kept = TrialSettings(batch_size=4), [1.0, 0.5] * 6
     much, little = (extent(costs, own, lengths, 10_000, kept, rate) for rate in (1e15, 1.0))
     assert (much.examples, much.steps) == (800, 200) and (little.examples, little.steps) == (80, 20)
     assert extent(costs, own, lengths, 50, kept, 1e15).examples == 50
