@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
+from alphatoken.pipeline.anchor.engine import Engine
 from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
 from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget, response_start
 from alphatoken.pipeline.maths.capture import Captured, swapped
@@ -69,6 +70,7 @@ class AnchorWorker:
             check_model(self.scored, own.scores, own.window, self.kernel, own.exact)
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
+        self.engine = Engine(self.scored, settings, source.path)
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
 
     def __call__(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
@@ -78,6 +80,7 @@ class AnchorWorker:
             "directions": self._directions,
         }  # fmt: skip
         with self.device_lock:
+            self.engine(task.sequences.input_ids)
             return work[task.what](task, advance)
 
     def _weights(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:

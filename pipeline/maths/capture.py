@@ -8,16 +8,19 @@ derivative along a direction through the scored layers (tangents.py), so that bo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from alphatoken.pipeline.maths.attention import BandBlock, intercepted
-from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers, UnsupportedModel
+from alphatoken.pipeline.maths.attention import intercepted
+from alphatoken.pipeline.maths.attention_blocks import BandBlock
+from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
 from alphatoken.pipeline.maths.experts import tapped_experts
+from alphatoken.pipeline.maths.frozen import frozen
+from alphatoken.pipeline.maths.linear_maps import LinearMap
 from alphatoken.pipeline.maths.tangents import Tangents, tangent_of, with_tangent, without_tangent
 
 
@@ -28,7 +31,7 @@ class Captured:
     ``entering`` h: (n, d_in); ``error`` d: (n, d_out), the gradient of the summed loss with respect to the map's
     output. ``rows``: the flat positions (batch * length) that the n rows belong to; None where row i is position i.
     ``moved``: M h of the direction that the pass goes along, at the positions that it keeps them for; None: not known.
-    ``expert``: which of the stacked matrices; 0 for a single one. ``band``: the attention band of the map's layer.
+    ``expert``: which of the stacked matrices; 0 for a single one. ``bands``: of the scored layers, by attention module.
     """
 
     map: LinearMap
@@ -37,7 +40,7 @@ class Captured:
     rows: torch.Tensor | None
     expert: int
     shape: tuple[int, int]
-    band: list[BandBlock] | None
+    bands: Mapping[nn.Module, list[BandBlock]]
     moved: torch.Tensor | None = None
 
 
@@ -50,7 +53,7 @@ class _Tap(torch.autograd.Function):
     @staticmethod
     def forward(ctx, output, anchor, visit):  # type: ignore[no-untyped-def]  # torch types neither ctx nor this
         ctx.visit = visit
-        return output.view_as(output)
+        return output.clone()  # a view of it could not be written to, as some models do
 
     @staticmethod
     def backward(ctx, error):  # type: ignore[no-untyped-def]  # as above
@@ -76,13 +79,13 @@ def captured(
     evaluation mode and its parameters do not require gradients inside the block; both are as before when it is left.
     Raises UnsupportedModel where the model calls a scored linear map for some positions only, or past its module.
     """
-    bands: dict[int, list[BandBlock]] = {}
+    bands: dict[nn.Module, list[BandBlock]] = {}
     layer_of = scored.layer_of()
     anchor = torch.zeros((), device=next(scored.model.parameters()).device, requires_grad=True)
 
     def listen(module: nn.Module, value: torch.Tensor, band: Callable[[int], list[BandBlock]]) -> None:
         if window > 0 and module in layer_of:
-            bands[layer_of[module]] = band(window)
+            bands[module] = band(window)
 
     def tap(
         linear: LinearMap,
@@ -97,14 +100,18 @@ def captured(
         value = without_tangent(output) if along else output
         moved = along.product(linear, expert, entering) if along else None
         if visitor is not None:
-            held, see = entering.detach().reshape(-1, entering.shape[-1]), visitor
+            held, see, version = entering.detach().reshape(-1, entering.shape[-1]), visitor, entering._version
             kept = None
             if moved is not None and keep is not None and rows is None:
                 kept = moved.reshape(-1, moved.shape[-1])[keep]
 
             def visit(error: torch.Tensor) -> None:
+                if entering._version != version:
+                    raise UnsupportedModel(
+                        f"{owner}: what enters {linear.name} is overwritten before the backward pass"
+                    )
                 flat = error.reshape(-1, error.shape[-1])
-                see(Captured(linear, held, flat, rows, expert, shape, bands.get(linear.layer), kept))
+                see(Captured(linear, held, flat, rows, expert, shape, bands, kept))
 
             value = _Tap.apply(value, anchor, visit)
         return value if moved is None else with_tangent(value, moved, before)
@@ -114,8 +121,7 @@ def captured(
     owner = type(scored.model).__name__
 
     def remember_shape(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden = args[0] if args else kwargs["hidden_states"]
-        hidden_shape[:] = [(hidden.shape[0], hidden.shape[1])]
+        hidden_shape[:] = [tuple(kwargs["input_ids"].shape)]  # some hidden states have a dimension more
 
     entered: dict[str, torch.Tensor | None] = {}
 
@@ -154,8 +160,7 @@ def captured(
         stack.enter_context(intercepted(scored.model, kernel, listen))
         if stacked:
             stack.enter_context(tapped_experts(scored.model, {module for module, _ in stacked}, expert_tap))
-        for layer in scored.layers[:1]:
-            stack.callback(layer.register_forward_pre_hook(remember_shape, with_kwargs=True).remove)
+        stack.callback(scored.decoder.register_forward_pre_hook(remember_shape, with_kwargs=True).remove)
         for linear in scored.maps:
             if not linear.experts:
                 if along:
@@ -165,24 +170,6 @@ def captured(
         unseen = [m.name for m in scored.maps if not m.experts and m.name not in seen]
         if unseen:
             raise UnsupportedModel(f"{owner}: {unseen} are applied past their modules, so their input cannot be seen")
-
-
-@contextmanager
-def frozen(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode and no parameter gradients inside the block, as before outside."""
-    training = [m for m in model.modules() if m.training]
-    wanting = [p for p in model.parameters() if p.requires_grad]
-    model.eval()
-    for parameter in wanting:
-        parameter.requires_grad_(False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for parameter in wanting:
-            parameter.requires_grad_(True)
-        for module in training:
-            module.training = True
 
 
 @contextmanager

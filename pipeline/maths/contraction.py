@@ -12,9 +12,10 @@ from collections.abc import Mapping
 
 import torch
 
-from alphatoken.pipeline.maths.attention import apply_band
+from alphatoken.pipeline.maths.attention_blocks import apply_band
 from alphatoken.pipeline.maths.capture import Captured
-from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.linear_maps import LinearMap
 from alphatoken.pipeline.maths.positions import Positions
 from alphatoken.pipeline.maths.value_projection import ValueProjection
 
@@ -117,10 +118,11 @@ class Contraction:
 
     def _reached(self, captured: Captured) -> torch.Tensor | None:
         value = self.values.get(captured.map.name)
-        if value is None or captured.band is None:
+        band = None if value is None else captured.bands.get(value.attention)
+        if value is None or band is None:
             return None
         error = value.of(captured.error).unflatten(0, captured.shape)
-        return apply_band(captured.band, error).flatten(0, 1)
+        return apply_band(band, error).flatten(0, 1)
 
     def _inner(self, moved: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
         """(n, S, d), (n, d) -> inner products (S, n), summed in at least float32."""

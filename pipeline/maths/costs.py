@@ -14,10 +14,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from alphatoken.pipeline.maths.attention import BLOCK
+from alphatoken.pipeline.maths.attention_blocks import BLOCK
 from alphatoken.pipeline.maths.batch import by_token_budget
-from alphatoken.pipeline.maths.decoder import ScoredLayers, is_stacked_experts, scored_layers
+from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers
 from alphatoken.pipeline.maths.head import CHUNK_BYTES
+from alphatoken.pipeline.maths.linear_maps import is_stacked_experts
+from alphatoken.pipeline.maths.models import auto_class
 
 DIRECTIONS = 2  # adaptation and stability
 
@@ -253,7 +255,5 @@ def value_memory(
 
 def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model of a configuration without storage for its weights."""
-    from transformers import AutoModelForCausalLM
-
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=dtype)
+        return auto_class(config).from_config(config, dtype=dtype)

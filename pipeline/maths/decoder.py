@@ -1,46 +1,29 @@
-"""What is scored: every linear map inside the last K decoder layers, found from the model and not from names.
+"""What is scored: every linear map inside the last K decoder layers that a short pass sees applied once per position.
 
-A *linear map* is a matrix parameter that is applied to every position: `nn.Linear` (also behind a fused
-query-key-value projection), transformers' `Conv1D`, and the stacked matrices of mixture-of-experts layers that go
-through transformers' experts interface. Embeddings and the LM head lie outside the decoder layers and are not scored.
+Embeddings and the LM head lie outside the decoder layers and are not scored. The decoder is the module below the head
+that holds the input embeddings, so that of an image-text model it is the text decoder.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import Any, TypeGuard
+from __future__ import annotations
+
+from collections import Counter
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from alphatoken.pipeline.maths.frozen import frozen
+from alphatoken.pipeline.maths.linear_maps import LinearMap, linear_maps_of
+from alphatoken.pipeline.maths.lower import lower_layers_once
+
+PROBE = 8  # tokens of the short pass
 
 
 class UnsupportedModel(ValueError):
     """The engine cannot score this model; the message says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True)
-class LinearMap:
-    """One scored matrix (or stack of matrices, one per expert).
-
-    ``name`` is the parameter's name in the model. ``transposed``: the parameter is stored ``(d_in, d_out)``.
-    ``experts``: 0, or the number of stacked matrices.
-    """
-
-    name: str
-    layer: int
-    module: nn.Module = field(repr=False, compare=False)
-    transposed: bool = False
-    experts: int = 0
-
-    @property
-    def parameter(self) -> nn.Parameter:
-        """The weight itself, in the shape in which the model stores it."""
-        return getattr(self.module, self.name.rpartition(".")[2])
-
-    @torch.no_grad()
-    def product(self, rows: torch.Tensor) -> torch.Tensor:
-        """W h without a bias, (..., d_in) -> (..., d_out), of a map that is a single matrix."""
-        return rows @ (self.parameter if self.transposed else self.parameter.mT)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,18 +43,18 @@ class Coverage:
 
 @dataclass(frozen=True, slots=True)
 class ScoredLayers:
-    """The last K decoder layers of a model: the layers, their linear maps in order, and the coverage."""
+    """The last K decoder layers of a model: the layers, their linear maps in order, and the coverage.
+
+    ``lower``: the layers below; ``shared``: whether passes over one batch may share what leaves them (lower.py).
+    """
 
     model: nn.Module = field(repr=False)
+    decoder: nn.Module = field(repr=False)
     layers: tuple[nn.Module, ...] = field(repr=False)
     lower: tuple[nn.Module, ...] = field(repr=False)
     maps: tuple[LinearMap, ...]
     coverage: Coverage
-
-    @property
-    def decoder(self) -> nn.Module:
-        """The model without its LM head."""
-        return decoder_of(self.model)
+    shared: bool = True
 
     def weights(self) -> dict[str, torch.Tensor]:
         """The scored weights by parameter name, in the shapes in which the model stores them."""
@@ -83,119 +66,183 @@ class ScoredLayers:
 
 
 def decoder_of(model: nn.Module) -> nn.Module:
-    """The module that maps token ids to hidden states: the model without its LM head."""
-    getter: Any = getattr(model, "get_decoder", None)
-    decoder = getter() if getter is not None else getattr(model, "base_model", None)
-    if decoder is None or decoder is model:
-        raise UnsupportedModel(
-            f"{type(model).__name__} has no decoder below a language-model head: load it as a causal LM"
-        )
-    return decoder
+    """The module that maps token ids to hidden states: the one below the LM head that holds the input embeddings."""
+    ways: list[Any] = [getattr(model, "get_decoder", None), lambda: getattr(model, "base_model", None)]
+    embeddings = _of(model, "get_input_embeddings")
+    for way in ways:
+        decoder = way() if way is not None else None
+        if decoder is None or decoder is model or embeddings is None:
+            continue
+        if any(module is embeddings for module in decoder.modules()):
+            # An image-text model may hold a whole causal LM.
+            return decoder if _of(decoder, "get_output_embeddings") is None else decoder_of(decoder)
+    raise UnsupportedModel(f"{type(model).__name__} has no decoder below a language-model head: load it as a causal LM")
+
+
+def _of(model: Any, getter: str) -> nn.Module | None:
+    try:
+        return getattr(model, getter)()
+    except (AttributeError, NotImplementedError):
+        return None
 
 
 def decoder_layers(model: nn.Module) -> tuple[str, nn.ModuleList]:
-    """Name and list of the decoder layers: the outermost module list as long as the configuration says."""
-    config = getattr(model, "config", None)
+    """Name and list of the decoder layers.
+
+    Inside the decoder, the outermost module list as long as its configuration says; where none is, the one list of layers.
+    """
+    config: Any = getattr(model, "config", None)
     if config is None:
         raise UnsupportedModel(f"{type(model).__name__} is not a transformers model: it has no configuration")
     if getattr(config, "is_encoder_decoder", False):
         raise UnsupportedModel(f"{type(model).__name__} is an encoder-decoder: only decoder-only models can be scored")
     if hasattr(model, "peft_config"):
         raise UnsupportedModel("this model is wrapped by PEFT: merge the adapter first (model.merge_and_unload())")
-    count = getattr(config.get_text_config(), "num_hidden_layers", None)
-    lists = [(n, m) for n, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == count]
-    if not lists:
+    decoder: Any = decoder_of(model)
+    prefix = next(name for name, module in model.named_modules() if module is decoder)
+    own = getattr(decoder, "config", None) or config.get_text_config()
+    count = getattr(own.get_text_config(), "num_hidden_layers", None)
+    lists = [(n, m) for n, m in decoder.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
+    fitting = [item for item in lists if len(item[1]) == count] or [
+        item for item in lists if all(isinstance(layer, GradientCheckpointingLayer) for layer in item[1])
+    ]
+    if not fitting:
         raise UnsupportedModel(f"{type(model).__name__} has no list of {count} decoder layers")
-    return min(lists, key=lambda item: item[0].count("."))
+    least = min(name.count(".") for name, _ in fitting)
+    outermost = [item for item in fitting if item[0].count(".") == least]
+    if len(outermost) > 1:
+        layered = [item for item in outermost if isinstance(item[1][0], GradientCheckpointingLayer)]
+        outermost = layered if len(layered) == 1 else outermost
+    if len(outermost) > 1:
+        names = ", ".join(name for name, _ in outermost)
+        raise UnsupportedModel(f"{type(model).__name__} has several stacks of layers ({names}): none is last")
+    name, stack = outermost[0]
+    return f"{prefix}.{name}", stack
 
 
 def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
     """Find the linear maps of the last ``layers`` decoder layers of a causal language model.
 
-    Raises UnsupportedModel with the reason for a model that cannot be scored (encoder-decoder, no language-model head,
-    too few layers, no floating-point matrix in the scored layers).
+    Passes a few tokens through its decoder. Raises UnsupportedModel with the reason for a model that cannot be scored
+    (encoder-decoder, no language-model head, too few layers, no floating-point matrix in the scored layers).
     """
     name, stack = decoder_layers(model)
-    decoder_of(model)
     if layers > len(stack):
         raise UnsupportedModel(f"valuation.layers={layers}, but {type(model).__name__} has {len(stack)} decoder layers")
     first = len(stack) - layers
-    _refuse_state_space(model, stack[first:])
-    maps: list[LinearMap] = []
+    found: list[LinearMap] = []
     for index in range(layers):
         prefix = f"{name}.{first + index}"
         for path, module in stack[first + index].named_modules(prefix=prefix):
-            maps += _maps_of(path, module, index)
-    scored = {id(m.parameter): m.parameter.numel() for m in maps}
-    matrices, vectors, left_out = 0, 0, []
-    for index in range(layers):
-        for path, parameter in _stored(stack[first + index], f"{name}.{first + index}"):
-            if parameter.ndim < 2 or path.endswith("bias"):
-                vectors += parameter.numel()
-                continue
-            matrices += parameter.numel()
-            if id(parameter) not in scored:
-                left_out.append(path)
+            found += linear_maps_of(path, module, index)
+    structure = ScoredLayers(
+        model, decoder_of(model), tuple(stack[first:]), tuple(stack[:first]), tuple(found), Coverage(0, 0, (), 0)
+    )
+    if _is_meta(model):  # nothing can be run: what the structure says
+        maps, shared = structure.maps, True
+    else:
+        maps, shared = _seen(structure)
+    stored = [
+        item for index in range(layers) for item in _stored(stack[first + index], f"{name}.{first + index}")
+    ]  # fmt: skip
+    coverage = _coverage(maps, stored)
     if not maps:
         reason = (
-            f"none of the {len(left_out)} matrices of the last {layers} layers is a plain floating-point linear map"
+            f"none of the {len(coverage.left_out)} matrices of the last {layers} layers is a plain floating-point linear "
+            "map that is applied to every position"
         )
         remedy = "if it is quantised, load it unquantised"
-        raise UnsupportedModel(f"{type(model).__name__}: {reason} (the first: {left_out[:1]}); {remedy}")
-    coverage = Coverage(sum(scored.values()), matrices, tuple(left_out), vectors)
-    return ScoredLayers(model, tuple(stack[first:]), tuple(stack[:first]), tuple(maps), coverage)
+        raise UnsupportedModel(f"{type(model).__name__}: {reason} (the first: {coverage.left_out[:1]}); {remedy}")
+    return replace(structure, maps=maps, coverage=coverage, shared=shared)
 
 
 def no_scored_layers(model: nn.Module) -> ScoredLayers:
     """A model that is only run forward: for scores that look at no layer, of any model with a language-model head."""
-    decoder_of(model)
-    return ScoredLayers(model, (), (), (), Coverage(0, 0, (), 0))
+    return ScoredLayers(model, decoder_of(model), (), (), (), Coverage(0, 0, (), 0))
 
 
-def _refuse_state_space(model: nn.Module, layers: Iterable[nn.Module]) -> None:
-    """Mamba's and RWKV's decay parameters mark a recurrence, in which a position's error has no attention to follow."""
-    for layer in layers:
-        for name, _ in layer.named_parameters():
-            if name.rpartition(".")[2] in ("A_log", "time_decay"):
-                raise UnsupportedModel(
-                    f"{type(model).__name__} has state-space layers ({name}): only decoders with softmax attention can "
-                    "be scored"
-                )
+def _seen(scored: ScoredLayers) -> tuple[tuple[LinearMap, ...], bool]:
+    """The maps that a short pass applies once to every position, and whether its lower layers can be handed on."""
+    calls: Counter[nn.Module] = Counter()
+    partial: set[nn.Module] = set()
+    entering: list[torch.Tensor] = []
+
+    def look(module: nn.Module, args: tuple, output: object) -> None:
+        calls[module] += 1
+        if not args or args[0].shape[:-1].numel() != PROBE:
+            partial.add(module)
+
+    def enter(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        entering.append(args[0] if args else kwargs["hidden_states"])
+
+    with ExitStack() as stack:
+        stack.enter_context(frozen(scored.model))
+        stack.enter_context(torch.no_grad())
+        for m in scored.maps:
+            if not m.experts:
+                stack.callback(m.module.register_forward_hook(look).remove)
+        with scored.layers[0].register_forward_pre_hook(enter, with_kwargs=True):
+            whole = _last_hidden_state(scored)
+        once = {module for module, count in calls.items() if count == 1} - partial
+        maps = tuple(m for m in scored.maps if m.experts or m.module in once)
+        if not scored.lower:
+            return maps, True
+        if len(entering) != 1:
+            return maps, False  # looped layers
+        try:
+            with lower_layers_once(scored, entering):
+                again = _last_hidden_state(scored)
+        except UnsupportedModel:  # whatever a layer says that misses what another should have left
+            return maps, False
+    if not bool(torch.isfinite(whole).all()):
+        return maps, True  # said where an example can be named
+    return maps, bool(torch.allclose(again, whole, rtol=1e-3, atol=1e-3 * float(whole.abs().mean())))
 
 
-def _stored(layer: nn.Module, prefix: str) -> list[tuple[str, torch.Tensor]]:
-    """The parameters of a layer, and the integer buffers in which some quantisers keep their matrices."""
-    buffers = [
-        (n, b) for n, b in layer.named_buffers(prefix=prefix) if not b.is_floating_point() and b.dtype != torch.bool
-    ]
-    return [*layer.named_parameters(prefix=prefix), *buffers]
+def _last_hidden_state(scored: ScoredLayers) -> torch.Tensor:
+    device = next(scored.model.parameters()).device
+    ids = torch.arange(1, PROBE + 1, device=device)[None]
+    decoder: Any = scored.decoder
+    try:
+        return decoder(input_ids=ids, use_cache=False).last_hidden_state
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        reason = str(error).partition("\n")[0]
+        raise UnsupportedModel(
+            f"{type(scored.model).__name__}: its decoder does not run on token ids alone ({type(error).__name__}: {reason})"
+        ) from error
 
 
-def _is_float(weight: object) -> TypeGuard[torch.Tensor]:
-    """Whether a weight is stored in a dtype that is computed in; an 8-bit float is a code with a scale elsewhere."""
-    return isinstance(weight, torch.Tensor) and weight.is_floating_point() and weight.dtype.itemsize > 1
+def _coverage(maps: tuple[LinearMap, ...], stored: list[tuple[str, torch.Tensor, bool]]) -> Coverage:
+    scored = {id(m.parameter): m.parameter.numel() for m in maps}
+    matrices, vectors, left_out = 0, 0, []
+    for path, parameter, stacked in stored:
+        if parameter.ndim - stacked < 2:
+            vectors += parameter.numel()
+            continue
+        matrices += parameter.numel()
+        if id(parameter) not in scored:
+            left_out.append(path)
+    return Coverage(sum(scored.values()), matrices, tuple(left_out), vectors)
 
 
-def _maps_of(path: str, module: Any, layer: int) -> list[LinearMap]:
-    weight = getattr(module, "weight", None)
-    if isinstance(module, nn.Linear | Conv1D):
-        if not _is_float(weight) or weight.ndim != 2:
-            return []  # quantised: its stored shape is not that of a matrix; counted as left out
-        if type(module).forward not in (nn.Linear.forward, Conv1D.forward):
-            return []  # a subclass that does something else with its weight, such as a router; counted as left out
-        return [LinearMap(f"{path}.weight", layer, module, transposed=isinstance(module, Conv1D))]
-    if is_stacked_experts(module):
-        names = ["gate_up_proj" if module.has_gate else "up_proj", "down_proj"]
-        return [
-            LinearMap(f"{path}.{name}", layer, module, module.is_transposed, getattr(module, name).shape[0])
-            for name in names
+def _stored(layer: nn.Module, prefix: str) -> list[tuple[str, torch.Tensor, bool]]:
+    """The parameters of a layer, and the integer buffers in which some quantisers keep their matrices.
+
+    True: stacked, one per expert, so that a bias has two dimensions and a matrix three.
+    """
+    found = []
+    for path, module in layer.named_modules(prefix=prefix):
+        own = list(module.named_parameters(recurse=False)) + [
+            (n, b)
+            for n, b in module.named_buffers(recurse=False)
+            if not b.is_floating_point() and b.dtype != torch.bool
         ]
-    return []
+        deepest = max((tensor.ndim for _, tensor in own), default=0)
+        found += [(f"{path}.{name}", tensor, deepest == 3 and len(own) > 1) for name, tensor in own]
+    return found
 
 
-def is_stacked_experts(module: nn.Module) -> bool:
-    """Whether a module holds experts as stacked parameters that go through transformers' experts interface."""
-    names = ("has_gate", "is_transposed", "has_bias", "_apply_gate", "down_proj")
-    if not all(hasattr(module, name) for name in names):
-        return False
-    return _is_float(module.down_proj) and module.down_proj.ndim == 3
+def _is_meta(model: nn.Module) -> bool:
+    return next(model.parameters()).device.type == "meta"

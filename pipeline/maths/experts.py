@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
-from alphatoken.pipeline.maths.decoder import is_stacked_experts
+from alphatoken.pipeline.maths.linear_maps import is_stacked_experts
 
 NAME = "alphatoken"
 

@@ -17,7 +17,8 @@ from collections.abc import Mapping
 import torch
 
 from alphatoken.pipeline.maths.capture import Captured
-from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.linear_maps import LinearMap
 
 
 class KroneckerFactors:

@@ -6,21 +6,36 @@ comes below need not be computed again for each of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Protocol
 from weakref import WeakSet
 
 import torch
 from torch import nn
 
-from alphatoken.pipeline.maths.decoder import ScoredLayers
-
 _IN_TUPLES: WeakSet[nn.Module] = WeakSet()  # layers that return the hidden state with something beside it
 
 
+class Layers(Protocol):
+    """Scored layers and those below them; ScoredLayers is one.
+
+    ``shared``: whether the hidden state is all that the lower layers hand on. Some models share keys and values between
+    layers, or a router's state; for them every pass runs whole.
+    """
+
+    @property
+    def layers(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def lower(self) -> Sequence[nn.Module]: ...
+
+    @property
+    def shared(self) -> bool: ...
+
+
 @contextmanager
-def lower_layers_once(scored: ScoredLayers, kept: list[torch.Tensor] | None = None) -> Iterator[None]:
+def lower_layers_once(scored: Layers, kept: list[torch.Tensor] | None = None) -> Iterator[None]:
     """Inside the block, only the first pass runs the layers below the scored ones; every pass must be of one batch.
 
     The decoder's own forward still runs (embeddings, masks, positions), with lower layers that hand through. ``kept``:
@@ -28,6 +43,9 @@ def lower_layers_once(scored: ScoredLayers, kept: list[torch.Tensor] | None = No
     same batch has left it, and then no pass runs the lower layers. A pass of another shape runs them as ever: the
     search for the origin of a NaN goes row by row.
     """
+    if not scored.shared or not scored.layers:  # of a model that is only run forward, no layer is scored
+        yield
+        return
     kept = [] if kept is None else kept
 
     def is_kept(hidden: torch.Tensor) -> bool:
@@ -56,13 +74,11 @@ def lower_layers_once(scored: ScoredLayers, kept: list[torch.Tensor] | None = No
     own = [vars(layer).get("forward") for layer in scored.lower]
     for layer in scored.lower:
         layer.forward = handing_through(layer, layer.forward)
-    # Of a model that is only run forward, no layer is scored and every pass runs whole.
-    hooks = [layer.register_forward_pre_hook(enter, with_kwargs=True) for layer in scored.layers[:1]]
+    hook = scored.layers[0].register_forward_pre_hook(enter, with_kwargs=True)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        hook.remove()
         for layer, before in zip(scored.lower, own, strict=True):
             del layer.forward
             if before is not None:

@@ -1,4 +1,7 @@
-"""Load a policy or a reference: a local directory, a hub id, or a PEFT adapter merged into its base."""
+"""Load a policy or a reference: a local directory, a hub id, or a PEFT adapter merged into its base.
+
+An image-text checkpoint is loaded as what it is; its text decoder is scored.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,18 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+)
 
 ADAPTER = "adapter_config.json"
 
@@ -61,18 +75,43 @@ def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
         dtype = torch.float32 if device.type == "cpu" else "auto"
     base = adapter_base(source.path)
     path = base or source.path
-    model = _reading(path, lambda: AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **source._arguments()))
+    kind = auto_class(load_config(source))
+    model = _reading(path, lambda: kind.from_pretrained(path, dtype=dtype, **source._arguments()))
     if base is not None:
         model = _merged(model, source.path)
     return model.to(device).eval()
 
 
+def auto_class(config: Any) -> Any:
+    """The auto class of transformers that a checkpoint's configuration asks for: image-text-to-text or causal LM.
+
+    A type that is both is what its ``architectures`` say.
+    """
+    kind = config.model_type
+    if kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return AutoModelForCausalLM
+    image_text = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]
+    saved = (getattr(config, "architectures", None) or [image_text])[0]
+    both = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return AutoModelForCausalLM if both and saved != image_text else AutoModelForImageTextToText
+
+
 def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     try:
-        from peft import PeftModel
+        from peft import PeftConfig, PeftModel
     except ImportError as error:
         raise UnreadableModel(f"{adapter} is a PEFT adapter: pip install peft") from error
-    return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    config = PeftConfig.from_pretrained(adapter)
+    if config.is_prompt_learning:
+        raise UnreadableModel(
+            f"{adapter} is a {config.peft_type.value} adapter, which adds tokens and cannot be merged into weights: give "
+            "model.policy its base model, or an adapter of another kind"
+        )
+    try:
+        return PeftModel.from_pretrained(model, adapter).merge_and_unload()
+    except RuntimeError as error:
+        reason = str(error).partition("\n")[0]
+        raise UnreadableModel(f"{adapter} cannot be merged into its base: {reason}") from error
 
 
 def _reading(path: str, read: Any) -> Any:

@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from alphatoken.pipeline.maths.batch import Batch
-from alphatoken.pipeline.maths.capture import Captured, frozen
+from alphatoken.pipeline.maths.capture import Captured
 from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.frozen import frozen
 from alphatoken.pipeline.maths.ghost import read_pass
 from alphatoken.pipeline.maths.head import Predictions
 

@@ -11,20 +11,44 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 import torch.autograd.forward_ad as forward_ad
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from alphatoken.pipeline.maths.decoder import LinearMap, ScoredLayers
+from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.linear_maps import LinearMap
 
 _LEVEL = threading.Lock()
+_ENABLED = {
+    SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled,
+    SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled,
+    SDPBackend.CUDNN_ATTENTION: torch.backends.cuda.cudnn_sdp_enabled,
+    SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled,
+}
+_KERNELS: list[SDPBackend] = []  # that were enabled before the dual level that is entered
 
 
 @contextmanager
 def dual_level() -> Iterator[None]:
-    """Dual numbers inside the block. torch has one level for all threads, so that one thread at a time is inside."""
-    with _LEVEL, forward_ad.dual_level():
+    """Dual numbers inside the block. torch has one level for all threads, so that one thread at a time is inside.
+
+    Fused attention kernels have no derivative in forward mode: models that call them past attention.py get the plain one.
+    """
+    with _LEVEL:
+        _KERNELS[:] = [kernel for kernel, enabled in _ENABLED.items() if enabled()]
+        try:
+            with sdpa_kernel(SDPBackend.MATH), forward_ad.dual_level():
+                yield
+        finally:
+            _KERNELS.clear()
+
+
+@contextmanager
+def usual_kernels() -> Iterator[None]:
+    """Inside the block, attention may take the kernels that it could before a dual level: for values alone."""
+    with sdpa_kernel(list(_KERNELS)) if _KERNELS else nullcontext():
         yield
 
 

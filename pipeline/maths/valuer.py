@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from alphatoken.data_schemas import SCORES as COLUMNS_OF
+from alphatoken.pipeline.maths.attention import KERNELS
 from alphatoken.pipeline.maths.batch import IGNORED, Batch
 from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, no_scored_layers, scored_layers
@@ -25,7 +26,9 @@ from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
 from alphatoken.pipeline.maths.scores import SCORES, HeadScore, LayerScore
+from alphatoken.pipeline.maths.scores.paper import Paper
 from alphatoken.pipeline.maths.tangents import Tangents
+from alphatoken.pipeline.maths.value_projection import layers_with
 
 ALL = tuple(COLUMNS_OF)
 
@@ -65,6 +68,8 @@ class TokenValuer:
     ) -> None:
         if unknown := sorted(set(scores) - set(ALL)):
             raise ValueError(f"scores={unknown[0]}: must be among {', '.join(ALL)}")
+        if attention not in KERNELS:
+            raise ValueError(f"attention={attention}: must be one of {', '.join(KERNELS)}")
         names = [name for name in SCORES if name in scores] + ["exact"] * exact
         if directions is None and needs_directions(names):
             raise ValueError(f"scores={', '.join(names)} need directions: Directions.load('RUN/anchors/snapshot-00')")
@@ -90,6 +95,11 @@ class TokenValuer:
         given = next(iter(self.along), None)
         layered = [score for score in map(SCORES.__getitem__, names) if not isinstance(score, HeadScore)]
         self.layers: list[LayerScore] = [score(self.scored, directions, window, attention, given) for score in layered]
+
+    @property
+    def causal_layers(self) -> int:
+        """How many of the scored layers the causal path leads through; 0 where it is left out."""
+        return sum(layers_with(score.values.values()) for score in self.layers if isinstance(score, Paper))
 
     def __call__(
         self, input_ids: torch.Tensor, attention_mask: torch.Tensor | None, labels: torch.Tensor

@@ -4,6 +4,7 @@ Columns that are present but null count as absent: this is how Arrow represents 
 """
 
 from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
 from alphatoken.pipeline.prepare.outcome import Unusable
@@ -30,7 +31,12 @@ def row_kind(column_names: Iterable[str], columns: Mapping[str, str]) -> str:
     One of messages, prompt_completion, instruction, sharegpt, pretokenized, preference, preference_tokens, unknown.
     ``columns`` maps a canonical name to the user's; where several shapes fit, one whose columns the user named wins.
     """
-    present = set(column_names)
+    return _kind_of(tuple(column_names), tuple(columns.items()))
+
+
+@lru_cache(maxsize=256)  # the rows of a file have few sets of columns, and each row is asked several times
+def _kind_of(column_names: tuple[str, ...], given: tuple[tuple[str, str], ...]) -> str:
+    present, columns = set(column_names), dict(given)
     fitting = [
         (kind, names)
         for kind, names in SHAPES

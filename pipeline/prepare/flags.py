@@ -64,6 +64,9 @@ def refuse_bad_answer(row: Mapping[str, Any], columns: Mapping[str, str]) -> tup
     if len(set(said.values())) > 1:
         raise Unusable(f"contradictory_flags: the row has {' and '.join(f'{n}={v}' for n, v in said.items())}")
     if False in said.values():
-        raise Unusable(f"bad_answer: {next(iter(said))} is false: the answer is one that is not to be learned (KTO)")
+        raise Unusable(
+            f"bad_answer: {next(iter(said))} is false: a bad answer (KTO) is not learned; with a good one to the same "
+            "prompt it makes a pair (prompt, chosen, rejected)"
+        )
     unread = not said and any(value_of(row, name, columns) in (0, 1) for name in _ROW_FLAGS)
     return ("label_not_read",) if unread else ()

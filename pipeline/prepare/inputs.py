@@ -10,6 +10,7 @@ from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config
 from alphatoken.pipeline.prepare.columns import PREFERENCE, filled, row_kind
 from alphatoken.pipeline.prepare.draw import part_of
+from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.sources import Source, Sources, decode, open_sources
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model
@@ -80,14 +81,20 @@ def _kind_of_file(file: Source, columns: Mapping[str, str]) -> str:
 
 
 def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
-    """Everything that prepared/ depends on. Raises SettingsWrong for a model without a readable configuration."""
+    """Everything that prepared/ depends on. Raises SettingsWrong for a model without a readable configuration.
+
+    ``positions`` is there where the model has fewer of its own than data.max_length.
+    """
     settings, data, validation = run.settings, run.settings.data, raw.validation
+    vocabulary = _vocabulary(tokenizer_source(run))
+    positions = own_positions(tokenizer_source(run), data.max_length)
     schema = PREFERENCE_PREPARED if raw.preference else PREPARED
     return {
         "data.train": [file.fingerprint for file in raw.train.files],
         "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
         **_trial_inputs(settings, raw),
         "data.max_length": data.max_length,
+        **({"positions": positions} if positions is not None else {}),
         "data.shard_examples": data.shard_examples,
         **({"data.part": data.part} if data.part else {}),
         "data.chat_template": data.chat_template,
@@ -97,7 +104,7 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         "anchor.fisher.prompts": settings.anchor.fisher.prompts if settings.makes_fisher else 0,
         "run.seed": settings.run.seed,
         "tokenizer": of_model(run.models.policy, tokenizer_only=True),
-        "vocabulary": _vocabulary(tokenizer_source(run)),
+        "vocabulary": vocabulary,
         "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }
 

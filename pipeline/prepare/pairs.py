@@ -51,9 +51,12 @@ def is_pair(row: Any, columns: Mapping[str, str]) -> bool:
 class PairMaker:
     """Makes Pairs from raw rows with one tokenizer; arguments as `ExampleMaker`, and it raises the same."""
 
-    def __init__(self, tokenizer: Any, max_length: int, chat: str, columns: Mapping[str, str], vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int, chat: str, columns: Mapping[str, str], vocab_size: int,
+        positions: int | None = None,
+    ) -> None:  # fmt: skip
         inner = {name: name for name in ("system", "id") if name == "system" or columns.get(name)}
-        self._make = ExampleMaker(tokenizer, max_length, chat, inner, vocab_size)
+        self._make = ExampleMaker(tokenizer, max_length, chat, inner, vocab_size, positions)
         self._tokenizer, self._chat, self._columns = tokenizer, chat, dict(columns)
 
     def __call__(self, row: Mapping[str, Any], source: str) -> Pair:
@@ -64,7 +67,9 @@ class PairMaker:
             raise Unusable("too_deep: values nested too deeply to be read") from None
         chosen, rejected = (self._branch(name, rows[name], source) for name in BRANCHES)
         if chosen.input_ids == rejected.input_ids:
-            cut = " once they are cut to data.max_length" if chosen.truncated or rejected.truncated else ""
+            length = len(chosen.input_ids)
+            cut = f" once they are cut to {length} tokens (data.max_length, or the model's positions)"
+            cut = cut if chosen.truncated or rejected.truncated else ""
             raise Unusable(f"identical_branches: chosen and rejected are the same tokens{cut}")
         texts = [self._text(rows[name]) for name in BRANCHES]
         prompt = rows["chosen"].get("prompt")

@@ -124,9 +124,14 @@ class _Learner:
         if i + 1 == len(self._view.messages):
             return self._skeleton.after(previous)
         through = self._rendered(i + 1)
-        if previous is not None and (not through.landed or through.landed[-1] != previous):
+        if previous is None:
+            return through.literals[-1]
+        place = through.landed.index(previous) + 1 if previous in through.landed else 0
+        more = [self._view.pieces[n] for n in through.landed[place:]]
+        # The last turn may have reasoning that it loses once others follow.
+        if not place or not all(piece.reasoning and piece.message == i for piece in more):
             raise self._unstable(f"renders message {i} differently once others follow")
-        return through.literals[-1]
+        return "".join(through.literals[place:])
 
     @staticmethod
     def _unstable(what: str) -> Unusable:

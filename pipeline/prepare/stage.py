@@ -58,6 +58,11 @@ def make_prepared(run: Run) -> None:
     train = raw.train
     for remark in raw.remarks:
         run.progress.say(f"prepare: {remark}")
+    if positions := inputs.get("positions"):
+        run.progress.say(
+            f"prepare: {source.path} has {positions:,} positions, fewer than data.max_length={settings.data.max_length:,}: "
+            f"longer rows are cut to {positions:,} tokens"
+        )
     facts = {"vocabulary": inputs["vocabulary"], **_check(source, settings, train)}
     # Names of files are part of the rows' identifiers: those that the stage was begun with, wherever the files are now.
     manifest.note("prepare", files=manifest.stage("prepare")["counts"].get("files") or [f.name for f in train.files])
@@ -65,7 +70,7 @@ def make_prepared(run: Run) -> None:
     columns = settings.data.columns.given()
     arguments = {
         "storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings,
-        "preference": raw.preference,
+        "preference": raw.preference, "positions": positions,
     }  # fmt: skip
     total = train.starts[-1]
     with run.cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(run.cluster, total)) as pool:

@@ -19,7 +19,10 @@ from alphatoken.pipeline.prepare.responses import Renderer
 from alphatoken.pipeline.prepare.rows import CHAT_CHOICES, Conversation, Plain, Pretokenized, Unusable, parse_row
 
 IGNORED = -100
-_AS_IT_IS = {"add_special_tokens": False, "truncation": False, "padding": False, "verbose": False}
+_AS_IT_IS = {
+    "add_special_tokens": False, "truncation": False, "padding": False, "verbose": False,
+    "return_attention_mask": False, "return_token_type_ids": False,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,11 +61,15 @@ class ExampleMaker:
     """Makes Examples from raw rows with one tokenizer.
 
     ``max_length``: tokens kept of an example. ``chat``: data.chat_template. ``columns``: canonical name to
-    the user's column name. ``vocab_size``: rows of the model's embedding; larger ids are refused. Raises
-    ValueError when the tokenizer or an argument cannot work.
+    the user's column name. ``vocab_size``: rows of the model's embedding; larger ids are refused. ``positions``:
+    those that the model has, where they end before max_length; no more tokens are kept then. Raises ValueError when the
+    tokenizer or an argument cannot work.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int, chat: str, columns: Mapping[str, str], vocab_size: int) -> None:
+    def __init__(
+        self, tokenizer: Any, max_length: int, chat: str, columns: Mapping[str, str], vocab_size: int,
+        positions: int | None = None,
+    ) -> None:  # fmt: skip
         if not getattr(tokenizer, "is_fast", False):
             raise ValueError(
                 f"the tokenizer {type(tokenizer).__name__} gives no character offsets: model.policy needs a "
@@ -73,7 +80,9 @@ class ExampleMaker:
         if max_length < 2:
             raise ValueError(f"data.max_length={max_length}: a response needs a token before it, so at least 2")
         self._tokenizer = tokenizer
-        self._max_length = max_length
+        self._longest = max_length if positions is None else min(max_length, positions)
+        own = f"the model has {positions} positions"
+        self._why_longest = f"data.max_length={max_length}" if self._longest == max_length else own
         self._chat = chat
         self._columns = dict(columns)
         self._vocab_size = vocab_size
@@ -150,9 +159,9 @@ class ExampleMaker:
         first = next((index for index, label in enumerate(labels) if label != IGNORED), None)
         if first is None:
             raise Unusable("no_response: no token after the first belongs to a response")
-        limit = self._max_length
+        limit = self._longest
         if first >= limit:
-            raise Unusable(f"no_response: truncated away, it begins at token {first} and data.max_length={limit}")
+            raise Unusable(f"no_response: truncated away, it begins at token {first} and {self._why_longest}")
         cut = len(ids) > limit
         return Example(draft.id, ids[:limit], labels[:limit], draft.source, cut, draft.notes, draft.lost)
 

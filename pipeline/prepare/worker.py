@@ -47,15 +47,16 @@ class PrepareTask:
 
 
 class PrepareWorker:
-    """Tokenizes raw rows; holds the tokenizer and the place to write to."""
+    """Tokenizes raw rows; holds the tokenizer and the place to write to. Arguments as `ExampleMaker`'s."""
 
     def __init__(
-        self, storage: Storage, source: ModelSource, vocabulary: int, settings: Settings, preference: bool
-    ) -> None:
+        self, storage: Storage, source: ModelSource, vocabulary: int, settings: Settings, preference: bool,
+        positions: int | None = None,
+    ) -> None:  # fmt: skip
         data = settings.data
         self.storage, self.columns = storage, data.columns.given()
         tokenizer = load_tokenizer(here(source, weights=False))
-        arguments = tokenizer, data.max_length, data.chat_template, self.columns, vocabulary
+        arguments = tokenizer, data.max_length, data.chat_template, self.columns, vocabulary, positions
         self.make = ExampleMaker(*arguments)
         self.pair = PairMaker(*arguments) if preference else None
         self.keep_reasoning = data.keep_reasoning
@@ -159,7 +160,7 @@ def _counts(usable: Sequence[Example | Pair], rejected: Sequence[dict[str, Any]]
     lost = dict.fromkeys(sequence.source for sequence in sequences if sequence.lost)  # each row once
     counts.update(remarks.of_rejected(rejected) | remarks.of_lost(lost))
     counts["tokens"] = sum(len(sequence.input_ids) for sequence in sequences)
-    counts["response_tokens"] = sum(label != IGNORED for sequence in sequences for label in sequence.labels)
+    counts["response_tokens"] = sum(len(sequence.labels) - sequence.labels.count(IGNORED) for sequence in sequences)
     return dict(counts)
 
 

@@ -139,11 +139,12 @@ def _mean(columns: Sequence[np.ndarray]) -> np.ndarray:
 def value_checkpoints(
     run: Run, arguments: dict[str, Any], fingerprint: str, tokens: Mapping[str, int], rows: Mapping[str, int]
 ) -> list[dict[str, Any]]:
-    """Write the parts ``tokens`` (name -> its tokens) of values/; returns the counts of each. ``rows``: of every part.
+    """Write the parts ``tokens`` (name -> its tokens) of values/; returns counts to be added up. ``rows``: of every part.
 
     ``arguments``: of the first checkpoint's workers. A part at a checkpoint that is there already is not made again.
     """
     checkpoints, storage = run.models.checkpoints, run.storage
+    engines: list[dict[str, Any]] = []
     for index, checkpoint in enumerate(checkpoints):
         place, own = checkpoint_place(index), checkpoint_fingerprint(fingerprint, index)
         missing = [part for part in tokens if storage.rows_of(f"{place}/{part}", own) != rows[part]]
@@ -158,8 +159,8 @@ def value_checkpoints(
             run.cluster.pool(logged("value", ValueWorker), theirs, run.cluster.model_resources()) as pool,
             run.progress.task(title, sum(shard.units for shard in shards), "tokens") as task,
         ):
-            pool.run(shards, _payload(own, place), lambda s, r: None, task)
-    counts: list[dict[str, Any]] = []
+            pool.run(shards, _payload(own, place), lambda s, r: engines.append(r["engine"]), task)
+    counts: list[dict[str, Any]] = [{"engine": record} for record in engines]
     with (
         run.cluster.pool(logged("mean", MeanWorker), {"storage": storage}, run.cluster.tokenizer_resources()) as pool,
         run.progress.task("value: mean over checkpoints", sum(tokens.values()), "tokens") as task,

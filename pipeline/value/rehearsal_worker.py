@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
+from alphatoken.pipeline.anchor.engine import Engine
 from alphatoken.pipeline.cluster.pool import Shared
 from alphatoken.pipeline.maths.batch import Batch, collate
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
@@ -99,6 +100,7 @@ class RehearsalWorker:
         )
         self.weights: tuple[int, dict[str, torch.Tensor]] = (-1, {})
         self.valuer: tuple[int, TokenValuer | None] = (-1, None)
+        self.engine = Engine(self.scored, settings)
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
 
     def __call__(self, task: LaneTask, advance: Callable[[int], None]) -> LaneResult:
@@ -118,6 +120,7 @@ class RehearsalWorker:
     def _values(self, task: LaneTask, advance: Callable[[int], None]) -> LaneResult:
         weights, valuer, result = self._weights(task), self._valuer(task), LaneResult()
         for group in task.groups:
+            self.engine([row.tolist() for row in group.input_ids])
             batch, hidden = self._batch(group)
             found = self._safely(group, partial(self.model.values, valuer, weights, batch, hidden))
             result.columns.append(torch.stack([found[name] for name in self.columns]).float().cpu().numpy())

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
+from alphatoken.pipeline.anchor.engine import together
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.models import ModelSource
@@ -73,7 +74,8 @@ def make_values(run: Run) -> None:
     for part in rows.keys() - set(missing):
         found.append(run.storage.counts_of(f"values/{part}", fingerprint) or {})
     counts = {key: sum(one.get(key, 0) for one in found) for key in ("tokens", "padded_tokens")}
-    _finish(run, time.monotonic() - started, sum(rows.values()), counts)
+    engine = together([one["engine"] for one in found if "engine" in one])
+    _finish(run, time.monotonic() - started, sum(rows.values()), counts, engine)
 
 
 def _value_parts(
@@ -96,11 +98,17 @@ def _value_parts(
     return counts
 
 
-def _finish(run: Run, seconds: float, rows: int, counts: dict[str, int]) -> None:
+def _finish(run: Run, seconds: float, rows: int, counts: dict[str, int], engine: dict[str, Any]) -> None:
     resources = run.cluster.model_resources()
     padding = 1 - counts["tokens"] / counts["padded_tokens"] if counts["padded_tokens"] else 0.0
     run.manifest.finish(
         "value", seconds, rows=rows, padding=round(padding, 4), workers=resources.workers,
-        cpus_per_worker=resources.cpus, gpus_per_worker=resources.gpus, **counts,
+        cpus_per_worker=resources.cpus, gpus_per_worker=resources.gpus, engine=engine, **counts,
     )  # fmt: skip
+    valuation = run.settings.valuation
+    if engine and "paper" in valuation.scores and valuation.window and engine["causal_layers"] < valuation.layers:
+        run.progress.say(
+            f"value: causal path: {engine['causal_layers']} of {valuation.layers} layers; the others have no softmax "
+            "attention that the engine sees, or a value that is not made by their own linear maps"
+        )
     run.progress.say(f"value: {counts['tokens']:,} tokens in {seconds:.0f} s, padding {padding:.1%}")

@@ -10,8 +10,10 @@ import numpy as np
 import pyarrow as pa
 
 from alphatoken.data_schemas import REFERENCE_LOSS
+from alphatoken.pipeline.anchor.engine import Engine
 from alphatoken.pipeline.cluster.token_batches import TokenBatches
 from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, no_scored_layers
 from alphatoken.pipeline.maths.forward import token_losses_of
 from alphatoken.pipeline.maths.models import ModelSource, load_model
 from alphatoken.pipeline.run.failure import RunFailed
@@ -62,11 +64,13 @@ class ValueWorker:
         self.batches = TokenBatches(settings.valuation.tokens_per_batch)
         model = load_model(here(source), self.batches.device)
         self.scoring = Scoring(model, storage, settings, snapshots, kind.weighed)
+        self.engine = Engine(self.scoring.valuers[0].scored, settings)
 
     def __call__(self, task: ValueTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write one part of values, and where the policy is the reference one of reference/; returns counts."""
         table = self.storage.read_table(f"prepared/{task.part}", self.kind.prepared)
         sequences = self.kind.sequences(table)
+        engine = self.engine(sequences.input_ids)
         columns, padded = self.batches.score(sequences, self.scoring.columns, self.scoring, advance)
         own = _negated(columns[OWN_LOSS]) if self.kind.weighed else None
         theirs = self._theirs(task.part, table, own)
@@ -76,7 +80,8 @@ class ValueWorker:
         values = self.kind.values(table, columns, own, theirs, self.names)
         counts = {"tokens": sequences.tokens, "padded_tokens": padded}
         self.storage.write_table(f"{task.place}/{task.part}", values, task.fingerprint, counts)
-        return counts
+        # What depends on the worker is no part of the file, whose bytes do not.
+        return {**counts, "engine": {**engine, "causal_layers": self.scoring.valuers[0].causal_layers}}
 
     def _theirs(self, part: str, table: pa.Table, own: Rows | None) -> Rows | None:
         """The reference's log-probabilities, one array per sequence."""
@@ -100,6 +105,7 @@ class ReferenceWorker:
         self.storage, self.kind, self.attention = storage, kind, settings.model.attention
         self.batches = TokenBatches(settings.valuation.tokens_per_batch)
         self.model = load_model(here(source), self.batches.device)
+        self.engine = Engine(_headed(self.model), settings, "model.reference")
         size = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]  # an nn.Module to mypy
         if vocabulary is not None and size < vocabulary:
             raise RunFailed(
@@ -110,6 +116,7 @@ class ReferenceWorker:
         """Write one part of reference/; returns counts."""
         table = self.storage.read_table(f"prepared/{task.part}", self.kind.prepared)
         sequences = self.kind.sequences(table)
+        self.engine(sequences.input_ids)
         columns, _ = self.batches.score(sequences, [LOGPS], self._logps, advance)
         made = self.kind.with_logps(table.column("id"), columns[LOGPS])
         self.storage.write_table(f"{task.place}/{task.part}", made, task.fingerprint)
@@ -117,6 +124,13 @@ class ReferenceWorker:
 
     def _logps(self, batch: Batch) -> dict[str, np.ndarray]:
         return {LOGPS: 0.0 - token_losses_of(self.model, batch, self.attention).cpu().numpy()}
+
+
+def _headed(model: Any) -> ScoredLayers:
+    try:
+        return no_scored_layers(model)
+    except UnsupportedModel as error:
+        raise RunFailed(f"model.reference: {error}") from error
 
 
 def _negated(rows: Rows) -> list[np.ndarray]:

@@ -198,11 +198,29 @@ class _ListedExperts(nn.Module):
         return output.view_as(hidden)
 
 
-def test_experts_outside_the_interface_are_refused() -> None:
-    model = model_of("llama")
+def the_rest_is_right(model: nn.Module, layers: int = LAYERS) -> None:
+    """Summed over all positions, `adaptation_direct` is the inner product with plain autograd's gradient."""
+    some = sequences([12, 7], 3)
+    gradient = validation_gradient(model, layers, [some.batch()])
+    values = TokenValuer(model, the_same_twice(gradient), layers, WINDOW).value(some.batch(), some.batch().real())
+    model.requires_grad_(True)
+    for row in range(2):
+        model.zero_grad()
+        logits = model(input_ids=torch.tensor([some.ids[row]])).logits[0, :-1]
+        F.cross_entropy(logits, torch.tensor(some.labels[row][1:]), reduction="sum", ignore_index=-100).backward()
+        wanted = sum((model.get_parameter(n).grad * g).sum() for n, g in gradient.items())
+        assert float(values["adaptation_direct"][row].sum()) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_experts_outside_the_interface_are_left_out_and_counted() -> None:
+    """What such an expert leaves out of the sums is said; what the other maps add up to stays right."""
+    model = model_of("llama", seed=1)
     model.model.layers[2].mlp = _ListedExperts(24)
-    with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM: .*experts.*not applied once to every position"):
-        validation_gradient(model, LAYERS, [sequences([9], 1).batch()])
+    names = tuple(f"model.layers.2.mlp.experts.{i}.{part}" for i in (0, 1) for part in ("weight",))
+    coverage = scored_layers(model, LAYERS).coverage
+    assert coverage.left_out == names
+    assert coverage.total - coverage.scored == 2 * 24 * 24
+    the_rest_is_right(model)
 
 
 class _PastItsModule(nn.Module):
@@ -214,10 +232,45 @@ class _PastItsModule(nn.Module):
         return F.linear(hidden, self.inner.weight)
 
 
-def test_a_weight_that_is_applied_past_its_module_is_refused() -> None:
-    model = model_of("llama")
+def test_a_weight_that_is_applied_past_its_module_is_left_out_and_counted() -> None:
+    model = model_of("llama", seed=1)
     model.model.layers[2].mlp = _PastItsModule(24)
-    with pytest.raises(UnsupportedModel, match=r"LlamaForCausalLM: .*mlp.inner.weight.*past their modules"):
+    assert scored_layers(model, LAYERS).coverage.left_out == ("model.layers.2.mlp.inner.weight",)
+    the_rest_is_right(model)
+
+
+class _AddsInPlace(nn.Module):
+    """Writes to what its linear map returned, as Falcon's layers do."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(size, size, dtype=torch.float64)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        found = self.inner(hidden)
+        found += hidden
+        return found
+
+
+def test_a_layer_may_write_to_what_a_map_returned() -> None:
+    model = model_of("llama", seed=1)
+    model.model.layers[2].mlp = _AddsInPlace(24)
+    assert scored_layers(model, LAYERS).coverage.fraction == 1.0
+    the_rest_is_right(model)
+
+
+class _OverwritesItsInput(_AddsInPlace):
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        entering = hidden.clone()
+        found = self.inner(entering)
+        entering.mul_(2)
+        return found + entering
+
+
+def test_a_layer_that_overwrites_what_entered_a_map_is_refused() -> None:
+    model = model_of("llama", seed=1)
+    model.model.layers[2].mlp = _OverwritesItsInput(24)
+    with pytest.raises(UnsupportedModel, match=r"what enters model.layers.2.mlp.inner.weight is overwritten"):
         validation_gradient(model, LAYERS, [sequences([9], 1).batch()])
 
 
@@ -270,14 +323,14 @@ def test_a_quantised_map_in_a_scored_layer_is_left_out_and_counted(buffer: bool,
         assert float(values["adaptation_direct"][row].sum()) == pytest.approx(float(wanted), rel=1e-6)
 
 
-def test_a_quantised_value_projection_is_refused_for_the_causal_path_alone() -> None:
+def test_no_causal_path_leads_through_a_quantised_value_projection() -> None:
     policy = model_of("llama", seed=1)
     attention = policy.model.layers[2].self_attn
     attention.v_proj = _Int8Linear(attention.v_proj, False, torch.int8)
     gradient = validation_gradient(policy, LAYERS, [sequences([9], 1).batch()])
-    with pytest.raises(UnsupportedModel, match="value is not made by one of its linear maps.*valuation.window=0"):
-        TokenValuer(policy, the_same_twice(gradient), LAYERS, WINDOW)
-    TokenValuer(policy, the_same_twice(gradient), LAYERS, 0).value(sequences([9], 1).batch())
+    valuer = TokenValuer(policy, the_same_twice(gradient), LAYERS, WINDOW)
+    assert valuer.causal_layers == 1
+    assert valuer.value(sequences([9], 1).batch())["adaptation_causal"].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
@@ -331,9 +384,13 @@ def _state_space() -> nn.Module:
     return hf.MambaForCausalLM(hf.MambaConfig(vocab_size=61, hidden_size=16, state_size=4, num_hidden_layers=2))
 
 
-def test_a_state_space_model_is_refused() -> None:
-    with pytest.raises(UnsupportedModel, match=r"MambaForCausalLM has state-space layers .*softmax attention"):
-        scored_layers(_state_space(), 1)
+def test_state_space_layers_are_valued_without_a_causal_path() -> None:
+    model, some = randomised(_state_space(), 1).double(), sequences([12, 7], 3)
+    some_directions = the_same_twice(validation_gradient(model, 1, [some.batch()]))
+    valuer = TokenValuer(model, some_directions, 1, WINDOW)
+    assert valuer.causal_layers == 0
+    assert not valuer.value(some.batch())["adaptation_causal"].any()
+    the_rest_is_right(model, 1)
 
 
 def test_a_peft_wrapper_is_refused_with_the_remedy() -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from alphatoken.pipeline.maths.decoder import LinearMap, scored_layers
+from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.kronecker import KroneckerFactors, adam, kfac
+from alphatoken.pipeline.maths.linear_maps import LinearMap
 from tests.maths.comparison import sequences
 from tests.maths.tiny_models import model_of
 

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
-from alphatoken.pipeline.maths import attention, contraction, head
+from alphatoken.pipeline.maths import contraction, head
+from alphatoken.pipeline.maths.attention_blocks import BLOCK, Attended, AttentionBlocks, apply_band
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, by_token_budget, collate
 from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import scored_layers
@@ -442,7 +443,7 @@ def test_the_window_reaches_across_blocks(family: str, kernel: str) -> None:
     policy: Any = randomised(type(FAMILIES[family].build())(config), 1).double()
     if layout.experts is not None:
         policy.set_experts_implementation("eager")
-    length = 2 * attention.BLOCK + 44
+    length = 2 * BLOCK + 44
     ids = sequences([length], 3).ids[0]
     labels = [t if i % 40 < 3 or 120 < i < 140 or i > length - 5 else IGNORED for i, t in enumerate(ids)]
     validation = Sequences([sequences([5], 4).ids[0]], [[IGNORED] * 2 + sequences([5], 4).ids[0][2:]])
@@ -471,9 +472,9 @@ def test_the_band_is_the_attention_matrix_within_the_window() -> None:
     length, window = 300, 32
     query = torch.randn(2, 4, length, 8, generator=generator, dtype=torch.float64)
     key = torch.randn(2, 2, length, 8, generator=generator, dtype=torch.float64)
-    scores = attention._Scores(query, key, None, 0.5, None, None, None)
+    scores = Attended(query, key, key, None, None, None, 0.5, None, None, True)
     found = torch.zeros(2, length, length, dtype=torch.float64)
-    band = attention._Blocks(scores, key, None).band(window)
+    band = AttentionBlocks(scores, None).band(window)
     for block in band:
         found[:, block.start : block.stop, block.first : block.stop] += block.probability
     logits = query @ key.repeat_interleave(2, dim=1).mT * 0.5
@@ -481,7 +482,7 @@ def test_the_band_is_the_attention_matrix_within_the_window() -> None:
     full = logits.masked_fill(distance < 0, -math.inf).softmax(-1).mean(1)
     assert torch.allclose(found, full.masked_fill((distance <= 0) | (distance > window), 0), atol=1e-14)
     error = torch.randn(2, length, 5, generator=generator, dtype=torch.float64)
-    assert torch.allclose(attention.apply_band(band, error), found.mT @ error, atol=1e-12)
+    assert torch.allclose(apply_band(band, error), found.mT @ error, atol=1e-12)
 
 
 # --- directions ----------------------------------------------------------------------------------------------------
@@ -684,7 +685,8 @@ def test_a_forward_of_the_decoders_own_survives(made: Directions, wanted: list[E
     policy.model.forward = dispatched
     assert_same(TokenValuer(policy, made, LAYERS, WINDOW).value(TRAIN.batch()), tokens(wanted), 1e-9)
     assert policy.model.forward is dispatched
-    assert len(calls) == 2  # once to find the value projections, once to score; the head does not run it again
+    # Two short passes show what is scored, one finds the value projections, one scores; the head does not run it again.
+    assert len(calls) == 4
 
 
 def test_two_models_in_two_threads_do_not_meet(made: Directions, wanted: list[Expected]) -> None:
@@ -909,7 +911,7 @@ def test_a_visitor_sees_every_map_once_from_the_last_to_the_first(policy: nn.Mod
         assert captured.entering.shape[0] == captured.error.shape[0] == 4 * 15
         assert captured.shape == (4, 15)
         assert not captured.entering.requires_grad
-        assert (captured.band is None) == (WINDOW == 0)
+        assert len(captured.bands) == (LAYERS if WINDOW else 0)
 
     losses = ghost_pass(scored, TRAIN.batch(), look, "sdpa", WINDOW)
     assert sorted(seen) == sorted(scored.weights())

@@ -13,7 +13,7 @@ from torch import nn
 
 from alphatoken.data_schemas import EXACT, value_columns
 from alphatoken.data_schemas import SCORES as COLUMNS_OF
-from alphatoken.pipeline.maths import attention, contraction, head
+from alphatoken.pipeline.maths import attention_blocks, contraction, head
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.capture import Captured
 from alphatoken.pipeline.maths.contraction import Contraction
@@ -74,7 +74,7 @@ def test_across_blocks_of_attention_every_column_is_there_alone_as_together(
     model, batch = model_of(family, seed=1), SOME.batch()
     directions = random_directions(model)
     whole = TokenValuer(model, directions, LAYERS, WINDOW, kernel, exact=True).value(batch)
-    monkeypatch.setattr(attention, "BLOCK", 4)
+    monkeypatch.setattr(attention_blocks, "BLOCK", 4)
     assert_alike(TokenValuer(model, directions, LAYERS, WINDOW, kernel, exact=True).value(batch), whole)
     for score in ALL:
         assert_alike(TokenValuer(model, directions, LAYERS, WINDOW, kernel, scores=[score]).value(batch), whole)

@@ -92,6 +92,7 @@ def test_a_bad_answer_is_never_a_good_example(reader, label):
     read = reader.rows(rows)
     assert sorted(read.refused) == [0, 2]
     assert read.refused[0].startswith("bad_answer: label is false") and "kto_tag" in read.refused[2]
+    assert read.refused[0].endswith("with a good one to the same prompt it makes a pair (prompt, chosen, rejected)")
     assert read.responses() == [f" fox{END}"]
 
 

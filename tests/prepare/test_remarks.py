@@ -1,5 +1,8 @@
 """What prepare says about texts that a chat template leaves out."""
 
+import json
+import shutil
+
 import pytest
 from transformers import AutoTokenizer
 
@@ -65,3 +68,23 @@ def test_reasoning_that_a_template_leaves_out_is_counted_or_kept(prepared):
     assert not remarks.line(counts) and counts["rows_used"] == 3
     assert [row["id"] for row in kept] == ["rows.jsonl:0#1", "rows.jsonl:0#3", "rows.jsonl:1"]
     assert kept[1]["input_ids"] == plain[0]["input_ids"] and len(sent) == 2 and sent[0].id == "rows.jsonl:0#3"
+
+
+def test_prepare_says_in_one_line_what_a_template_leaves_out(alphatoken, tmp_path, policy):
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = PHI_3.template
+    shutil.copytree(policy, tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    fine = {"messages": [HANGING[0], HANGING[2]]}
+    data = write_rows(tmp_path / "rows.jsonl", [fine, {"messages": HANGING}, fine, {"messages": HANGING}])
+    held = write_rows(tmp_path / "held.jsonl", [fine])
+    status, out, err = alphatoken(
+        "prepare", f"run.dir={tmp_path}/r", f"model.policy={tmp_path}/model", f"data.train={data}",
+        f"data.validation={held}", "anchor.drift=none", "mask.score=information", "cluster.cpus_per_worker=1",
+    )  # fmt: skip
+    assert status == 0, err
+    (line,) = [line for line in (out + err).splitlines() if "leaves out" in line]
+    example = f"(such as {data}:1; in quarantine)"
+    assert line == f"prepare: the chat template leaves out `tool` messages in 2 rows {example}"
+    counts = json.loads((tmp_path / "r/run.json").read_text())["stages"]["prepare"]["counts"]
+    assert counts["left_out"] == {"the chat template leaves out `tool` messages": 2}

@@ -23,6 +23,7 @@ from tests.prepare.chat_templates import (
 )
 
 WITH_TOOLS = [name for name, family in FAMILIES.items() if family.called]
+WITH_CALLS = [name for name in WITH_TOOLS if FAMILIES[name].call is None]  # under the usual key
 TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
 
 
@@ -35,6 +36,8 @@ def tokenizer_of(family: Family, **flags):
     inner.add_special_tokens([AddedToken(t, special=True, normalized=False, **flags) for t in family.specials])
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token=family.eos, bos_token=family.bos)
     tokenizer.chat_template = family.template
+    if family.tool_use:
+        tokenizer.chat_template = {"default": family.template, "tool_use": family.tool_use}
     return tokenizer
 
 
@@ -76,10 +79,11 @@ def conversation(pairs, system=None):
     return {"messages": turns + [m for q, a in pairs for m in (said("user", q), said("assistant", a))]}
 
 
-def with_call(arguments, more=()):
+def with_call(arguments, more=(), message=None):
     call = {"id": "abcdefghi", "type": "function", "function": {"name": "f", "arguments": arguments}}
+    message = message or {"role": "assistant", "tool_calls": [call]}
     turns = [
-        said("system", "Be brief."), said("user", "What is it?"), {"role": "assistant", "tool_calls": [call]},
+        said("system", "Be brief."), said("user", "What is it?"), message,
         said("tool", "4", tool_call_id="abcdefghi", name="f"), said("assistant", "four"), *more,
     ]  # fmt: skip
     return {"messages": turns, "tools": [TOOL]}
@@ -97,12 +101,19 @@ def test_every_turn_is_a_response_with_its_end(name, system, count):
 @pytest.mark.parametrize("name", WITH_TOOLS)
 def test_calls_and_the_answers_to_their_results_are_responses(name):
     family = FAMILIES[name]
-    assert made(name, with_call({"x": 1}))[0] == [family.called, family.answered]
-    longer, _ = made(name, with_call({"x": 1}, [said("user", "And else?"), said("assistant", "five")]))
+    assert made(name, with_call({"x": 1}, message=family.call))[0] == [family.called, family.answered]
+    more = [said("user", "And else?"), said("assistant", "five")]
+    longer, _ = made(name, with_call({"x": 1}, more, family.call))
     assert longer[0].endswith(family.called) and "four" in longer[1] and "five" in longer[2] and len(longer) == 3
 
 
-@pytest.mark.parametrize("name", WITH_TOOLS)
+@pytest.mark.parametrize("name", sorted(FAMILIES.keys() - set(WITH_CALLS)))
+def test_calls_that_a_template_does_not_know_are_said(name):
+    with pytest.raises(Unusable, match="^tools_not_in_template: "):
+        made(name, with_call({"x": 1}))
+
+
+@pytest.mark.parametrize("name", WITH_CALLS)
 def test_arguments_as_text_give_what_the_object_gives(name):
     assert made(name, with_call('{"x": 1}'))[1] == made(name, with_call({"x": 1}))[1]
 
@@ -114,16 +125,21 @@ def test_only_the_wanted_turns_are_responses():
         assert found == family.expected(["One.", "Two."])[-1:], name
 
 
-@pytest.mark.parametrize("family,role", [(PHI_3, "tool"), (PHI_3, "developer"), (DEEPSEEK_V3, "developer")])
+def variant(template, **changes):
+    return Family(template, CHATML.specials, "<|im_end|>", CHATML.expected, **changes)
+
+
+NO_SYSTEM = variant(CHATML.template.replace("in messages", "in messages if m.role != 'system'"))
+
+
+@pytest.mark.parametrize(
+    "family,role", [(PHI_3, "tool"), (PHI_3, "developer"), (DEEPSEEK_V3, "developer"), (NO_SYSTEM, "system")]
+)
 def test_what_a_template_leaves_out_is_said(family, role):
     row = conversation([("What is it?", "four")])
     row["messages"].insert(1 if role == "tool" else 0, said(role, "four"))
     with pytest.raises(Unusable, match=rf"^not_in_template: the chat template leaves out `{role}` messages$"):
         made(family, row)
-
-
-def variant(template, **changes):
-    return Family(template, CHATML.specials, "<|im_end|>", CHATML.expected, **changes)
 
 
 PARTS = variant(
@@ -199,6 +215,44 @@ def test_reasoning_that_a_template_drops_is_counted_and_kept_turn_by_turn():
     assert only == found[1:] and whole.lost == 0 and whole.id == "a"
 
 
+def test_reasoning_of_a_turn_that_calls_is_counted_once_a_question_follows_and_kept_turn_by_turn():
+    row = {**with_call({"x": 1}), "id": "r"}
+    row["messages"][2]["reasoning_content"] = "hm"
+    found, example = made(QWEN_3, row)
+    assert found[0] == "<think>\nhm\n</think>\n\n" + QWEN_3.called and example.lost == 0
+    row["messages"] += [said("user", "And else?"), said("assistant", "five")]
+    found, example = made(QWEN_3, row)
+    assert found[0] == QWEN_3.called and example.lost == 1
+    turns = made(QWEN_3, row, turns=True)
+    assert [(texts, one.lost, one.id) for texts, one in turns] == [
+        (["<think>\nhm\n</think>\n\n" + QWEN_3.called], 0, "r#2"), ([QWEN_3.answered], 0, "r#4"),
+        (["<think>\n\n</think>\n\nfive<|im_end|>"], 0, "r#6"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_CALLS)
+@pytest.mark.parametrize("asked", [False, True])
+def test_reasoning_of_a_turn_that_calls_is_in_its_response_or_counted(name, asked):
+    row = with_call({"x": 1}, [said("user", "And else?"), said("assistant", "five")] if asked else ())
+    row["messages"][2]["reasoning_content"] = "hm"
+    found, example = made(name, row)
+    assert ("hm" in found[0]) == (example.lost == 0) and len(found) == 2 + asked
+    assert found[0].endswith(FAMILIES[name].called.removeprefix("\n<think></think>"))
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_reasoning_is_part_of_a_response_or_counted(name):
+    family, answers = FAMILIES[name], ["One.", "Two."]
+    row, thought = conversation([("a?", "One."), ("b?", "Two.")]), family.thought
+    for turn in row["messages"][1::2]:
+        turn["reasoning_content"] = "hm"
+    found, example = made(name, row)
+    assert (found, example.lost) == ((thought.key, thought.key_lost) if thought else (family.expected(answers), 2))
+    written = [f"<think>\nhm\n</think>\n\n{answer}" for answer in answers]
+    found, example = made(name, conversation(list(zip(["a?", "b?"], written, strict=True))))
+    assert (found, example.lost) == ((thought.text, thought.text_lost) if thought else (family.expected(written), 0))
+
+
 @pytest.mark.parametrize("key", ["reasoning_content", "reasoning", "thinking"])
 def test_reasoning_keys_are_read_whatever_their_name_or_counted(key):
     row = conversation([("a?", "One."), ("b?", "Two.")])
@@ -271,7 +325,7 @@ def test_labels_are_the_answers_and_their_ends_or_the_row_is_refused(name, turns
     except Unusable:
         return
     answers = [answer for _, answer in turns]
-    if name in ("Qwen3", "DeepSeek R1") and any("</think>" in answer for answer in answers):
+    if name in ("Qwen3", "DeepSeek R1", "GLM-4.5") and any("</think>" in answer for answer in answers):
         return  # reasoning is cut out, which the tests above look at
     # Runs that nothing separates are one.
     assert "".join(found) == "".join(family.expected(answers))
