@@ -121,7 +121,8 @@ def captured(
     owner = type(scored.model).__name__
 
     def remember_shape(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        hidden_shape[:] = [tuple(kwargs["input_ids"].shape)]  # some hidden states have a dimension more
+        if "input_ids" in kwargs:  # not where the head calls the decoder in its model's own way, by position
+            hidden_shape[:] = [tuple(kwargs["input_ids"].shape)]  # some hidden states have a dimension more
 
     entered: dict[str, torch.Tensor | None] = {}
 

@@ -70,12 +70,15 @@ class Fit:
 def entering_hidden(scored: ScoredLayers, input_ids: Sequence[int], kernel: str) -> torch.Tensor:
     """The hidden state (length, d) of one sequence that enters the first scored layer, on the model's device.
 
-    By itself, so that it does not depend on what else is in a batch.
+    By itself, so that it does not depend on what else is in a batch. Of a model whose lower layers hand on more than one
+    such state: a placeholder (length, 1), over which every pass runs whole.
     """
     batch = collate([input_ids], [input_ids]).to(next(scored.model.parameters()).device)
     kept: list[torch.Tensor] = []
     with intercepted(scored.model, kernel, None), lower_layers_once(scored, kept):
         scored.decoder(input_ids=batch.input_ids, use_cache=False)
+    if not kept or kept[0].ndim != 3:
+        return torch.zeros(len(input_ids), 1)
     return kept[0][0]
 
 
