@@ -70,7 +70,8 @@ class ValueWorker:
         """Write one part of values, and where the policy is the reference one of reference/; returns counts."""
         table = self.storage.read_table(f"prepared/{task.part}", self.kind.prepared)
         sequences = self.kind.sequences(table)
-        engine = self.engine(sequences.input_ids)
+        with self.batches.device_lock:  # else it would meet the hooks of the other shard in flight
+            engine = self.engine(sequences.input_ids)
         columns, padded = self.batches.score(sequences, self.scoring.columns, self.scoring, advance)
         own = _negated(columns[OWN_LOSS]) if self.kind.weighed else None
         theirs = self._theirs(task.part, table, own)
@@ -116,7 +117,8 @@ class ReferenceWorker:
         """Write one part of reference/; returns counts."""
         table = self.storage.read_table(f"prepared/{task.part}", self.kind.prepared)
         sequences = self.kind.sequences(table)
-        self.engine(sequences.input_ids)
+        with self.batches.device_lock:
+            self.engine(sequences.input_ids)
         columns, _ = self.batches.score(sequences, [LOGPS], self._logps, advance)
         made = self.kind.with_logps(table.column("id"), columns[LOGPS])
         self.storage.write_table(f"{task.place}/{task.part}", made, task.fingerprint)
