@@ -89,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = parse(name, rest, command.options)
         if "--multirun" in parsed.flags:
             return _sweep(name, parsed)
-        settings = _settings(name, parsed)
+        settings = settings_of(name, parsed)
         debug = settings.debug
         _run(name, settings, parsed.overrides)
     except SettingsWrong as error:
@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _settings(name: str, parsed: Arguments) -> Settings:
+def settings_of(name: str, parsed: Arguments) -> Settings:
     """Composed from the overrides; of a trial from what the run recorded, but for masks, which may be swept over."""
     if name != "trial":
         return load(parsed.overrides, parsed.recorded)

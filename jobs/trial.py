@@ -38,6 +38,9 @@ def of_the_run(overrides: Sequence[str], recorded: Mapping[str, Any] | None) -> 
 
 def execute(session: Session) -> None:
     """Make the masks that were asked for, try all, and print what was found."""
+    from alphatoken.jobs.given import refuse_other_settings
+
+    refuse_other_settings(session.run, [override for override in session.overrides if _is_given(override)], "trial")
     tell(try_masks(session, made_masks(session, asked_masks(session))))
 
 
@@ -204,6 +207,11 @@ def _difference(found: Mapping[str, Any] | None) -> str:
 def _is_mask(override: str) -> bool:
     key = override.lstrip("+~").partition("=")[0]
     return key == "mask" or key.startswith("mask.")
+
+
+def _is_given(override: str) -> bool:
+    """Whether it speaks of rows or models, which are those of the run."""
+    return override.lstrip("+~").partition("=")[0].startswith(("data.", "model.policy", "model.reference"))
 
 
 def _as_list(override: str) -> str:

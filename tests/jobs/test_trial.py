@@ -167,6 +167,7 @@ def test_what_cannot_be_tried_is_refused_in_a_line(alphatoken, run, tmp_path, ma
 
     refused(2, "trial.seeds=0: must be at least 1", "trial.seeds=0")
     refused(2, "trial.train=lora: not available yet", "trial.train=lora")
+    refused(2, "data.max_length=7: trial takes the values that are there", "data.max_length=7")
     refused(2, "trial.masks=moon: neither a mask in", "trial.masks=moon")
     assert alphatoken("mask", f"run.dir={run}", "mask.rule=weight", "mask.name=soft")[0] == 0
     refused(2, "soft weights", "trial.masks=soft")
