@@ -1,7 +1,7 @@
 """Is a trial to be believed? Whole fine-tunes of what a trial has tried, on the same rows in the same order.
 
     alphatoken trial run.dir=R ...
-    python -m benchmarks.quality.trial R [--only NAME ...] [--seeds 0 ...] [trial's own overrides]
+    python -m benchmarks.quality.trial R [the trial's own overrides] [--only NAME ...] [--seeds 0 ...]
 
 All weights learn, at half the trial's learning rate, in bfloat16 autocast; losses are on the trial's held-out rows. The
 first table sets them beside the trial's, the second says how far they agree and how much longer they take.
