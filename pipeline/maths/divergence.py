@@ -20,6 +20,8 @@ from alphatoken.pipeline.maths.head import chunk_rows, head_of
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.trial import Entering, Weights, add_by_row
 
+COPIES = 6  # of a chunk's logits that are held at once
+
 
 class ReferencePredictions:
     """What the reference predicts in its completions: last hidden states, and the head that makes logits of them.
@@ -68,7 +70,8 @@ class ReferencePredictions:
                 outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
             own = outputs.last_hidden_state.flatten(0, 1)[batch.predicting()]
             found = []
-            for start in range(0, len(own), rows := chunk_rows(scored.model, own)):
+            rows = max(16, chunk_rows(scored.model, own) // COPIES)
+            for start in range(0, len(own), rows):
                 part = slice(start, start + rows)
                 # One after the other: both may be the head of one model.
                 with head_of(self.reference, self.outputs) as head:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,13 +17,14 @@ from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget, collate
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers
-from alphatoken.pipeline.maths.ghost import ghost_pass, read_pass
-from alphatoken.pipeline.maths.head import Predictions
+from alphatoken.pipeline.maths.ghost import read_pass
+from alphatoken.pipeline.maths.head import HeadMemory, Predictions
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.warmup import schedule
 
+READ = [Predictions.losses]
 Weights = Mapping[str, torch.Tensor]
 
 
@@ -58,12 +59,13 @@ class Entering:
 @dataclass(frozen=True, slots=True)
 class Fit:
     """How a fine-tune is run: ``order``, the sequences of every step; peak ``learning_rate``; ``kernel`` of attention;
-    ``budget``, padded tokens of one pass."""
+    ``budget``, padded tokens of one pass; ``memory`` of logits, kept from one pass to the next."""
 
     order: Sequence[Sequence[int]]
     learning_rate: float
     kernel: str
     budget: int
+    memory: HeadMemory = field(default_factory=HeadMemory)
 
 
 @torch.no_grad()
@@ -108,7 +110,7 @@ def fine_tune(
         for group in train.groups(rows, fit.budget):
             batch, hidden = train.batch(group, like)
             with swapped(scored, adamw.masters()), lower_layers_once(scored, [hidden]):
-                losses = ghost_pass(scored, batch, total, fit.kernel)
+                losses = read_pass(scored, batch, READ, total, {}, fit.kernel, memory=fit.memory)[0]
             _check(losses, batch, group, f"the loss at step {step + 1}")
             tokens += len(losses)
         adamw.step(total.total, tokens, schedule(step, len(fit.order)))
@@ -128,7 +130,7 @@ def held_out_losses(
     for group in rows.groups(range(len(rows.sequences)), fit.budget):
         batch, hidden = rows.batch(group, scored.maps[0].parameter)
         with swapped(scored, dict(weights)), lower_layers_once(scored, [hidden]):
-            losses = read_pass(scored, batch, [Predictions.losses], None, {}, fit.kernel)[0]
+            losses = read_pass(scored, batch, READ, None, {}, fit.kernel, memory=fit.memory)[0]
         _check(losses, batch, group, "the loss of held-out rows")
         add_by_row(sums, counts, losses, batch, group)
     return sums, counts

@@ -13,6 +13,7 @@ from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import no_scored_layers
 from alphatoken.pipeline.maths.divergence import ReferencePredictions, same_vocabulary
+from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.models import ModelSource, load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses, row_order
@@ -69,6 +70,7 @@ class TrialWorker:
         self.hidden = HiddenFile(settings.trial.cache_bytes)
         self.held_out = self._entering("held-out", rows.held_out)
         self.completions = self._entering("completions", rows.completions)
+        self.memory = HeadMemory()
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
 
     def __call__(self, task: TrialTask, advance: Callable[[int], None]) -> None:
@@ -91,7 +93,7 @@ class TrialWorker:
         own = self.settings.trial
         train = Sequences(self.rows.train.ids, self.rows.train.input_ids, [row.tolist() for row in task.labels])
         order = [] if untouched else row_order(len(train), own.batch_size, task.steps, task.seed)
-        fit = Fit(order, own.learning_rate, self.settings.model.attention, TOKENS_PER_PASS)
+        fit = Fit(order, own.learning_rate, self.settings.model.attention, TOKENS_PER_PASS, self.memory)
         names: Sequence[str] = train.ids
         try:
             weights, found["trained_tokens"] = fine_tune(self.scored, self._entering("train", train), fit, advance)
