@@ -107,10 +107,12 @@ class Guard:
             if not _difference(ours[layer][index, : len(row)], own[layer][0]) <= self._rounding
         )
         first = next(differing, "what comes after the last layer")
+        narrow = self._rounding > ROUNDING[torch.float32]
+        remedy = ": model.dtype=float32 tells whether it is rounding" if narrow else ": this model cannot be valued"
         raise UnsupportedModel(
             f"{type(scored.model).__name__}: the engine's forward pass is not the model's own on a row of {len(row)} tokens "
             f"(first at {first}; the last hidden states differ by {different.hidden:.2g} of their size, the loss by "
-            f"{different.loss:.2g} nats), so that its values would be wrong: this model cannot be valued"
+            f"{different.loss:.2g} nats), so that its values would be wrong{remedy}"
         )
 
     def _causal(self, row: Sequence[int]) -> None:
