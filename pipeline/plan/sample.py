@@ -10,6 +10,7 @@ from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_
 from alphatoken.pipeline.prepare.draw import draw_order, halves
 from alphatoken.pipeline.prepare.inputs import fisher_prompts, is_preference
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
+from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
@@ -60,7 +61,14 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     data = settings.data
     vocabulary = config.get_text_config().vocab_size
     columns = data.columns.given()
-    arguments = tokenizer, data.max_length, data.chat_template, columns, vocabulary
+    arguments = (
+        tokenizer,
+        data.max_length,
+        data.chat_template,
+        columns,
+        vocabulary,
+        own_positions(source, data.max_length),
+    )
     train = open_sources("data.train", data.train)
     preference = is_preference(settings, train)
     make, pair = ExampleMaker(*arguments), PairMaker(*arguments)

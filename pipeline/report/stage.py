@@ -112,7 +112,10 @@ def _warnings(manifest: Manifest, summaries: dict[str, Any]) -> list[str]:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in prepared.get("reasons", {}).items())
         found.append(f"{prepared['quarantined']:,} rows could not be used and are in quarantine/ ({reasons}).")
     if prepared.get("truncated"):
-        found.append(f"{prepared['truncated']:,} examples are longer than data.max_length and were cut from the right.")
+        found.append(
+            f"{prepared['truncated']:,} examples are longer than data.max_length, or than the model's positions, and were cut "
+            "from the right."
+        )
     anchor = manifest.stage("anchor").get("counts", {})
     left_out = anchor.get("coverage", {}).get("left_out", [])
     if left_out:
