@@ -15,6 +15,7 @@ from alphatoken.data_schemas.preference import (
 from alphatoken.data_schemas.prepared import PREPARED
 from alphatoken.data_schemas.quarantine import QUARANTINE
 from alphatoken.data_schemas.reference import REFERENCE
+from alphatoken.data_schemas.trial import TRIAL_RESULTS
 from alphatoken.data_schemas.values import (
     COMPONENTS,
     EXACT,
@@ -43,6 +44,7 @@ __all__ = [
     "SCHEMA_KEY",
     "SCORES",
     "SIGNED",
+    "TRIAL_RESULTS",
     "SchemaMismatch",
     "check",
     "masks_schema",

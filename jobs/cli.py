@@ -40,6 +40,11 @@ COMMANDS = {
     "anchor": Command("warm-up if asked, Fisher, validation gradient, directions"),
     "value": Command("score every response token"),
     "mask": Command("threshold and write the trainer-ready data set; made for sweeps (-m)"),
+    "trial": Command(
+        "does a mask help on this model and data: short fine-tunes, a table, one sentence", "stage",
+        "[options] [trial.masks=NAME,...] [trial.rho=0.5,0.7] [mask.KEY=a,b ...] [key=value ...]",
+        {"--from FILE": "start from the settings in a run.json; default: those of run.dir"},
+    ),
     "report": Command("one self-contained HTML page about a run"),
     "plan": Command(
         "what a run would cost and what it would skip; loads no weights, starts no worker", "tool",
@@ -84,7 +89,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parsed = parse(name, rest, command.options)
         if "--multirun" in parsed.flags:
             return _sweep(name, parsed)
-        settings = load(parsed.overrides, parsed.recorded)
+        settings = settings_of(name, parsed)
         debug = settings.debug
         _run(name, settings, parsed.overrides)
     except SettingsWrong as error:
@@ -100,6 +105,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"alphatoken {name}: {redacted(text)}{hint}", file=sys.stderr)
         return 1
     return 0
+
+
+def settings_of(name: str, parsed: Arguments) -> Settings:
+    """Composed from the overrides; of a trial from what the run recorded, but for masks, which may be swept over."""
+    if name != "trial":
+        return load(parsed.overrides, parsed.recorded)
+    from alphatoken.jobs.trial import of_the_run
+
+    return of_the_run(parsed.overrides, parsed.recorded)
 
 
 def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Arguments:

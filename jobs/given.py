@@ -17,7 +17,7 @@ from alphatoken.pipeline.run.run import Run
 EARLIER = ("model", "data", "anchor", "valuation")
 
 
-def refuse_other_settings(run: Run, overrides: Sequence[str]) -> None:
+def refuse_other_settings(run: Run, overrides: Sequence[str], command: str = "mask") -> None:
     """Raise SettingsWrong for every override of a group of EARLIER whose value is not the one that the run was made with."""
     recorded, now = run.manifest.content["configuration"], without_secrets(asdict(run.settings))
     if not recorded:
@@ -27,7 +27,7 @@ def refuse_other_settings(run: Run, overrides: Sequence[str]) -> None:
         was, value = _at(recorded, key), _at(now, key)
         if was != value:
             problems.append(
-                f"{key}={value}: mask takes the values that are there, which were made with {key}={was}; make others with "
+                f"{key}={value}: {command} takes the values that are there, which were made with {key}={was}; make others with "
                 "`alphatoken run` in another run.dir, or with run.overwrite"
             )
     if problems:

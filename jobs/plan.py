@@ -97,6 +97,10 @@ def _stages(plan: dict[str, Any]) -> Table:
     for stage, note in notes.items():
         count = flops[stage]["flops"]
         table.add_row(stage, f"{count:.2e}" if count else "-", note, _state(plan["resume"][stage]))
+    trial = flops["trial"]
+    if trial["flops"]:
+        note = f"{trial['steps']} steps on {trial['examples']:,} examples each"
+        table.add_row("trial", f"{trial['flops']:.2e}", note, "if asked for: trial.auto, or `alphatoken trial`")
     return table
 
 

@@ -2,7 +2,7 @@
 
 import sys
 
-from alphatoken.jobs import anchor, mask, prepare, report, value
+from alphatoken.jobs import anchor, mask, prepare, report, trial, value
 from alphatoken.jobs.session import Session
 from alphatoken.pipeline.run.failure import SettingsWrong
 
@@ -13,6 +13,8 @@ def execute(session: Session) -> None:
 
     if wrong := mask_problems(session):
         raise SettingsWrong(wrong)
+    if session.settings.trial.auto:
+        refuse_auto_of_pairs(session)
     check_reference(session.settings, session.run.models)
     valuation = session.settings.valuation
     for stage in (prepare, anchor, value):
@@ -21,10 +23,23 @@ def execute(session: Session) -> None:
             session.progress.say(f"anchor: skipped, since valuation.scores=[{scores}] looks at no direction")
         else:
             stage.execute(session)
-    session.end_workers()  # what is left is the driver's
+    if not session.settings.trial.auto:
+        session.end_workers()  # what is left is the driver's
     summary = mask.make(session)
+    if session.settings.trial.auto:
+        trial.execute_auto(session)
+        session.end_workers()
     report.execute(session)
     mask.tell(session, summary)
+
+
+def refuse_auto_of_pairs(session: Session) -> None:
+    """Raise SettingsWrong where the data is of preference, on which no trial is made: before the hours and not after."""
+    from alphatoken.pipeline.prepare.inputs import open_data
+    from alphatoken.pipeline.trial.inputs import PAIRS
+
+    if open_data(session.run_with_data().settings).preference:
+        raise SettingsWrong([f"trial.auto=true: {PAIRS}"])
 
 
 def mask_problems(session: Session) -> list[str]:

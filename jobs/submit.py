@@ -20,7 +20,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from alphatoken.jobs.cli import COMMANDS, Arguments, parse
+from alphatoken.jobs.cli import COMMANDS, Arguments, parse, settings_of
 from alphatoken.jobs.config import load
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong, first_line
 from alphatoken.pipeline.settings import Settings
@@ -81,7 +81,7 @@ def connect(dashboard: str | None) -> Any:
 def _checked(stage: str, parsed: Arguments) -> Settings:
     """Settings are checked here, so that a typing mistake costs no upload."""
     if "--multirun" not in parsed.flags:
-        return load(parsed.overrides, parsed.recorded)
+        return settings_of(stage, parsed)
     from alphatoken.jobs.sweep import sweep_points
 
     points, _ = sweep_points(parsed.overrides, parsed.recorded)

@@ -1,4 +1,4 @@
-"""AdamW on float32 masters of the scored weights alone; its state can be saved and taken up again."""
+"""AdamW on masters, float32 or wider, of the scored weights alone; its state can be saved and taken up again."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class ScoredAdamW:
-    """Masters of ``weights`` (parameter name -> tensor), float32 whatever the model's dtype; no weight decay.
+    """Masters of ``weights`` (parameter name -> tensor), at least float32 whatever the model's dtype; no weight decay.
 
     ``start``: steps done and the state that ``state`` gave then, to go on from there to the same numbers.
     """
@@ -22,13 +22,13 @@ class ScoredAdamW:
         start: tuple[int, Mapping[str, torch.Tensor]] | None = None,
     ) -> None:
         self.learning_rate = learning_rate
-        self._masters = {name: torch.nn.Parameter(w.detach().float().clone()) for name, w in weights.items()}
+        self._masters = {name: torch.nn.Parameter(_at_least_float(w.detach()).clone()) for name, w in weights.items()}
         self._optimizer = torch.optim.AdamW(self._masters.values(), lr=learning_rate, weight_decay=0.0)
         if start is not None:
             self._restore(*start)
 
     def masters(self) -> dict[str, torch.Tensor]:
-        """The weights as they are now, float32, by parameter name; not copies."""
+        """The weights as they are now, by parameter name; not copies."""
         return {name: master.detach() for name, master in self._masters.items()}
 
     def step(self, gradient: Mapping[str, torch.Tensor], tokens: int, factor: float) -> float:
@@ -37,7 +37,7 @@ class ScoredAdamW:
         Returns the norm before clipping.
         """
         for name, master in self._masters.items():
-            master.grad = gradient[name].float() / max(1, tokens)
+            master.grad = gradient[name].to(master.dtype) / max(1, tokens)
         norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), 1.0)
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate * factor
@@ -58,3 +58,7 @@ class ScoredAdamW:
             master.copy_(state[f"master/{name}"])
             moments = {moment: state[f"{moment}/{name}"].to(master.device).clone() for moment in MOMENTS}
             self._optimizer.state[master] = {"step": torch.tensor(float(steps)), **moments}
+
+
+def _at_least_float(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

@@ -197,7 +197,7 @@ def _attended(name: str, module: nn.Module, parts: list[Any], scaling: float | N
     )  # fmt: skip
 
 
-def _taken_apart(*tensors: torch.Tensor | None) -> tuple[list[torch.Tensor | None], Moved | None]:
+def _taken_apart(*tensors: torch.Tensor | None) -> tuple[list[Any], Moved | None]:
     """Values, with their graph, and derivatives of dual numbers; None where no tensor has one.
 
     ``tensors``: query, key, value, bias, mask, sinks.
@@ -206,6 +206,9 @@ def _taken_apart(*tensors: torch.Tensor | None) -> tuple[list[torch.Tensor | Non
     tangents = [None if tensor is None or not tensor.is_floating_point() else tangent_of(tensor) for tensor in tensors]
     if all(tangent is None for tangent in tangents):
         return values, None
-    first = [torch.zeros_like(v) if t is None else t for v, t in zip(values[:3], tangents[:3], strict=True)]
+    query, key, value = (
+        torch.zeros_like(v) if t is None else t for v, t in zip(values[:3], tangents[:3], strict=True) if v is not None
+    )
     added = [tangent for tangent in tangents[3:5] if tangent is not None]
-    return values, Moved(*first, bias=sum(added[1:], added[0]) if added else None, sinks=tangents[5])
+    bias = sum(added[1:], added[0]) if added else None
+    return values, Moved(query, key, value, bias, tangents[5])

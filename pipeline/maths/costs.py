@@ -16,7 +16,7 @@ from torch import nn
 
 from alphatoken.pipeline.maths.attention_blocks import BLOCK
 from alphatoken.pipeline.maths.batch import by_token_budget
-from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers
+from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers, stored
 from alphatoken.pipeline.maths.head import CHUNK_BYTES
 from alphatoken.pipeline.maths.linear_maps import is_stacked_experts
 from alphatoken.pipeline.maths.models import auto_class
@@ -69,8 +69,8 @@ def _active(layers: Iterable[nn.Module], config: Any) -> int:
     total = 0.0
     for layer in layers:
         stacked = {id(p) for m in layer.modules() if is_stacked_experts(m) for p in m.parameters(recurse=False)}
-        for name, parameter in layer.named_parameters():
-            if parameter.ndim >= 2 and not name.endswith("bias"):
+        for _, parameter, per_expert in stored(layer, ""):
+            if parameter.ndim - per_expert >= 2:
                 share = _active_experts(config) / parameter.shape[0] if id(parameter) in stacked else 1.0
                 total += parameter.numel() * share
     return round(total)

@@ -145,10 +145,10 @@ def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
         maps, shared = structure.maps, True
     else:
         maps, shared = _seen(structure)
-    stored = [
-        item for index in range(layers) for item in _stored(stack[first + index], f"{name}.{first + index}")
+    kept = [
+        item for index in range(layers) for item in stored(stack[first + index], f"{name}.{first + index}")
     ]  # fmt: skip
-    coverage = _coverage(maps, stored)
+    coverage = _coverage(maps, kept)
     if not maps:
         reason = (
             f"none of the {len(coverage.left_out)} matrices of the last {layers} layers is a plain floating-point linear "
@@ -217,10 +217,10 @@ def _last_hidden_state(scored: ScoredLayers) -> torch.Tensor:
         ) from error
 
 
-def _coverage(maps: tuple[LinearMap, ...], stored: list[tuple[str, torch.Tensor, bool]]) -> Coverage:
+def _coverage(maps: tuple[LinearMap, ...], kept: list[tuple[str, torch.Tensor, bool]]) -> Coverage:
     scored = {id(m.parameter): m.parameter.numel() for m in maps}
     matrices, vectors, left_out = 0, 0, []
-    for path, parameter, stacked in stored:
+    for path, parameter, stacked in kept:
         if parameter.ndim - stacked < 2:
             vectors += parameter.numel()
             continue
@@ -230,7 +230,7 @@ def _coverage(maps: tuple[LinearMap, ...], stored: list[tuple[str, torch.Tensor,
     return Coverage(sum(scored.values()), matrices, tuple(left_out), vectors)
 
 
-def _stored(layer: nn.Module, prefix: str) -> list[tuple[str, torch.Tensor, bool]]:
+def stored(layer: nn.Module, prefix: str) -> list[tuple[str, torch.Tensor, bool]]:
     """The parameters of a layer, and the integer buffers in which some quantisers keep their matrices.
 
     True: stacked, one per expert, so that a bias has two dimensions and a matrix three.

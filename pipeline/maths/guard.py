@@ -71,7 +71,7 @@ class Guard:
         groups = [[by_length[-1]]]
         if not self.found.rows:
             self._causal(by_length[-1][:FEW])
-            groups = [[by_length[0]], [by_length[0], by_length[len(by_length) // 2]], *groups]
+            groups = [[by_length[0]], [by_length[0], by_length[len(by_length) // 4]], *groups]
         for group in groups:
             self.found = self.found.and_(self._compared(group))
         return self.found
@@ -107,10 +107,12 @@ class Guard:
             if not _difference(ours[layer][index, : len(row)], own[layer][0]) <= self._rounding
         )
         first = next(differing, "what comes after the last layer")
+        narrow = self._rounding > ROUNDING[torch.float32]
+        remedy = ": model.dtype=float32 tells whether it is rounding" if narrow else ": this model cannot be valued"
         raise UnsupportedModel(
             f"{type(scored.model).__name__}: the engine's forward pass is not the model's own on a row of {len(row)} tokens "
             f"(first at {first}; the last hidden states differ by {different.hidden:.2g} of their size, the loss by "
-            f"{different.loss:.2g} nats), so that its values would be wrong: this model cannot be valued"
+            f"{different.loss:.2g} nats), so that its values would be wrong{remedy}"
         )
 
     def _causal(self, row: Sequence[int]) -> None:

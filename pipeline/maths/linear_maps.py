@@ -48,7 +48,8 @@ def linear_maps_of(path: str, module: Any, layer: int) -> list[LinearMap]:
     if isinstance(module, nn.Linear | Conv1D):
         if not _is_float(weight) or weight.ndim != 2:
             return []  # quantised: its stored shape is not that of a matrix; counted as left out
-        if not _is_linear(type(module)):
+        kind: Any = type(module)
+        if not _is_linear(kind):
             return []  # a subclass that does something else with its weight, such as a router; counted as left out
         return [LinearMap(f"{path}.weight", layer, module, transposed=isinstance(module, Conv1D))]
     if is_stacked_experts(module):

@@ -47,6 +47,7 @@ from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.trial.budget import Lengths, lengths_of, planned_extent
 
 UTILISATION = 0.35
 # Dense bfloat16 with float32 accumulation, in operations per second, as their makers state it.
@@ -107,9 +108,10 @@ def make_plan(run: Run) -> dict[str, Any]:
             "forward": forward_flops(costs, shapes) + 2 * costs.head * shapes.tokens,
         },
         "mask": {"flops": 0},
+        "trial": planned_trial(costs, sample, settings),
     }
     rows: Sequence[Example | Pair] = sample.pairs or sample.train
-    total = sum(stage["flops"] for stage in stages.values())
+    total = sum(stage["flops"] for name, stage in stages.items() if name != "trial" or settings.trial.auto)
     rows_file = file_sizes(sample, settings, scored, drift, several)
     coverage = as_json(scored.coverage)
     return {
@@ -141,6 +143,20 @@ def make_plan(run: Run) -> dict[str, Any]:
             **{name: total / (peak * UTILISATION) / 3600 for name, peak in ACCELERATORS.items()},
         },
     }  # fmt: skip
+
+
+def planned_trial(m: ModelCosts, sample: Sample, settings: Settings) -> dict[str, int]:
+    """What a trial would cost, with its steps and examples; none of pairs, on which it is not made."""
+    if sample.pairs:
+        return {"flops": 0}
+    train, held_out = (
+        lengths_of([e.input_ids for e in rows], [e.labels for e in rows]) for rows in (sample.train, sample.validation)
+    )
+    new = settings.anchor.fisher.max_new_tokens
+    prompts = lengths_of([e.input_ids for e in sample.fisher], [e.labels for e in sample.fisher]) or held_out
+    completed = [(tokens - response + new, new) for tokens, response in prompts[: settings.trial.prompts]]
+    far = planned_extent(m, settings, Lengths(train, held_out, completed), sample.train_rows)
+    return {"flops": far.flops, "steps": far.steps, "examples": far.examples}
 
 
 def planned_drift(settings: Settings, models: Models) -> str:

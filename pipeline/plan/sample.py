@@ -7,16 +7,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
-from alphatoken.pipeline.prepare.draw import draw_order
+from alphatoken.pipeline.prepare.draw import draw_order, halves
 from alphatoken.pipeline.prepare.inputs import fisher_prompts, is_preference
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
+from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.settings import Settings
-from alphatoken.pipeline.settings.data import DataSettings
+from alphatoken.pipeline.settings.data import HALF, DataSettings
 
 SAMPLE = 512
 
@@ -60,7 +61,14 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     data = settings.data
     vocabulary = config.get_text_config().vocab_size
     columns = data.columns.given()
-    arguments = tokenizer, data.max_length, data.chat_template, columns, vocabulary
+    arguments = (
+        tokenizer,
+        data.max_length,
+        data.chat_template,
+        columns,
+        vocabulary,
+        own_positions(source, data.max_length),
+    )
     train = open_sources("data.train", data.train)
     preference = is_preference(settings, train)
     make, pair = ExampleMaker(*arguments), PairMaker(*arguments)
@@ -81,10 +89,12 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     unusable = 1 - len(usable) / len(examples)
     split = int(data.validation) if held_out else 0
     held = [made.chosen if isinstance(made, Pair) else made for made in usable[:wanted]]
-    validation, validation_rows = held[:split], split
+    is_half = settings.validation_trial == HALF
+    directions = halves(split, settings.run.seed)[0] if is_half else range(split)
+    validation, validation_rows = [held[i] for i in directions], len(directions)
     if not held_out:
         other = open_sources("data.validation", data.validation)
-        validation_rows = other.starts[-1]
+        validation_rows = len(halves(other.starts[-1], settings.run.seed)[0]) if is_half else other.starts[-1]
 
         def either(row: Any, source: str) -> Example:
             return pair(row, source).chosen if preference and is_pair(row, columns) else make(row, source)

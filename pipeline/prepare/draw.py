@@ -14,6 +14,19 @@ def draw_order(rows: int, seed: int) -> Iterator[int]:
         moved[other] = moved.get(index, index)
 
 
+LEAST_TO_CUT = 8  # validation rows: with fewer, neither half would say anything
+
+
+def halves(rows: int, seed: int) -> tuple[list[int], list[int]]:
+    """``range(rows)`` of validation rows cut in two by the seed: those that make directions, and those of a trial.
+
+    The second is empty where there are fewer than LEAST_TO_CUT.
+    """
+    if rows < LEAST_TO_CUT:
+        return list(range(rows)), []
+    return part_of(range(rows), seed, 0, 2), part_of(range(rows), seed, 1, 2)
+
+
 def part_of(rows: Sequence[int], seed: int, index: int, parts: int) -> list[int]:
     """The ``index``-th of ``parts`` disjoint parts that together are ``rows``, in the order of ``rows``.
 

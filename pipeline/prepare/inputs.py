@@ -17,6 +17,7 @@ from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.data import HALF
 from alphatoken.pipeline.settings.run import NO_PAIRS
 
 MOST_FISHER_PROMPTS = 1000
@@ -27,25 +28,29 @@ ROWS_TO_RECOGNISE, MOST_ROWS_TO_RECOGNISE = 16, 4096
 class RawData:
     """The rows that a run is made of.
 
-    ``validation``: None where its rows are held out of ``train``. ``preference``: whether the rows of ``train`` are pairs.
+    ``validation``: None where its rows are held out of ``train``. ``trial``: rows of data.validation_trial that are files of
+    their own, else None. ``preference``: whether the rows of ``train`` are pairs.
     """
 
     train: Sources
     validation: Sources | None
+    trial: Sources | None
     preference: bool
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What is to be said of how the files were read, a line each."""
-        return self.train.remarks + (self.validation.remarks if self.validation else ())
+        return tuple(line for one in (self.train, self.validation, self.trial) if one for line in one.remarks)
 
 
 def open_data(settings: Settings) -> RawData:
-    """data.train and data.validation, opened. Raises SettingsWrong for what is not there or not of one kind."""
+    """data.train, data.validation and data.validation_trial, opened. Raises SettingsWrong for what is not there or not of one kind."""
     train = open_sources("data.train", settings.data.train)
     held_out = isinstance(settings.data.validation, int)
     validation = None if held_out else open_sources("data.validation", settings.data.validation)
-    return RawData(train, validation, is_preference(settings, train))
+    kept = settings.validation_trial
+    trial = None if kept in (None, HALF) else open_sources("data.validation_trial", kept)
+    return RawData(train, validation, trial, is_preference(settings, train))
 
 
 def is_preference(settings: Settings, train: Sources) -> bool:
@@ -87,6 +92,7 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
     return {
         "data.train": [file.fingerprint for file in raw.train.files],
         "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
+        **_trial_inputs(settings, raw),
         "data.max_length": data.max_length,
         **({"positions": positions} if positions is not None else {}),
         "data.shard_examples": data.shard_examples,
@@ -101,6 +107,14 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         "vocabulary": vocabulary,
         "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }
+
+
+def _trial_inputs(settings: Settings, raw: RawData) -> dict[str, Any]:
+    """Nothing where no rows are kept for a trial, so that runs without one are what they were."""
+    if settings.validation_trial is None:
+        return {}
+    kept = HALF if raw.trial is None else [file.fingerprint for file in raw.trial.files]
+    return {"data.validation_trial": kept}
 
 
 def held_out_digest(inputs: Mapping[str, Any]) -> str | None:

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM
 
-from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.models import ModelSource, auto_class, load_config
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.remote import here
 
@@ -31,7 +30,7 @@ def own_positions(source: ModelSource, wanted: int) -> int | None:
         return None
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=source.trust_remote_code)
+            model = auto_class(config).from_config(config, trust_remote_code=source.trust_remote_code)
     except Exception as error:  # code of models raises anything
         reason = next(iter(str(error).splitlines()), type(error).__name__)
         raise SettingsWrong(

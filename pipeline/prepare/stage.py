@@ -17,8 +17,9 @@ from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
 from alphatoken.pipeline.prepare import remarks
-from alphatoken.pipeline.prepare.draw import draw_order
+from alphatoken.pipeline.prepare.draw import LEAST_TO_CUT, draw_order, halves
 from alphatoken.pipeline.prepare.inputs import (
+    RawData,
     fisher_prompts,
     open_data,
     prepare_inputs,
@@ -36,6 +37,7 @@ from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run, Workers
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.data import HALF
 
 
 def make_prepared(run: Run) -> None:
@@ -73,7 +75,7 @@ def make_prepared(run: Run) -> None:
     total = train.starts[-1]
     with run.cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(run.cluster, total)) as pool:
         stage = _Prepare(run, fingerprint, pool, settings.data.strips_prompts and all_repeat_prompt(train, columns))
-        drawn, counts = stage.hold_out(train, raw.validation)
+        drawn, counts = stage.hold_out(train, raw)
         rows = training_rows(total, drawn, settings)
         parts = _plan(len(rows), settings.data.shard_examples)
         facts["format"] = "preference" if raw.preference else "sft"
@@ -99,7 +101,7 @@ def make_prepared(run: Run) -> None:
         run.progress.say(f"prepare: {line}")
     run.progress.say(
         f"prepare: {plain['train_rows']:,} training examples in {len(parts)} shard(s), {plain['validation_rows']:,} for "
-        f"validation, {plain.get('fisher_rows', 0):,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
+        f"validation, {_for_trial(plain)}{plain.get('fisher_rows', 0):,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
         f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({_listed(reasons)})" if reasons else "")
     )
     if left_out:
@@ -108,7 +110,13 @@ def make_prepared(run: Run) -> None:
 
 def _missing(storage: Storage, record: dict[str, Any]) -> bool:
     """Whether a file of the finished stage is gone or damaged."""
-    names = ["validation.parquet", "fisher.parquet", *record["counts"]["parts"]]
+    counts = record["counts"]
+    names = [
+        "validation.parquet",
+        "fisher.parquet",
+        *["trial.parquet"] * bool(counts.get("trial_rows")),
+        *counts["parts"],
+    ]
     return any(complete(storage, name, record["fingerprint"]) is None for name in names)
 
 
@@ -165,13 +173,15 @@ class _Prepare:
         self.storage, self.settings, self.progress = run.storage, run.settings, run.progress
         self.fingerprint, self.pool, self.repeated = fingerprint, pool, repeated
 
-    def hold_out(self, train: Sources, validation: Sources | None) -> tuple[set[int], Counter[str]]:
-        """Write validation.parquet and fisher.parquet; returns the training rows that they took, and the counts.
+    def hold_out(self, train: Sources, raw: RawData) -> tuple[set[int], Counter[str]]:
+        """Write validation.parquet, fisher.parquet and, where rows are kept for a trial, trial.parquet.
+
+        Returns the training rows that they took, and the counts.
 
         Rows are drawn from the seeded order until enough usable ones are found. A drawn row that cannot be used stays
         in its shard, where it goes to the quarantine like any other.
         """
-        total = train.starts[-1]
+        total, validation = train.starts[-1], raw.validation
         wanted_validation = int(self.settings.data.validation) if validation is None else 0
         asked, wanted = self.settings.anchor.fisher.prompts, wanted_validation + fisher_prompts(self.settings, total)
         if wanted >= total:
@@ -181,9 +191,17 @@ class _Prepare:
                     f"anchor.fisher.prompts={asked} would leave none to train on: give a validation file or smaller numbers"
                 ]
             )
-        before = [complete(self.storage, f"{name}.parquet", self.fingerprint) for name in ("validation", "fisher")]
-        if before[0] is not None and before[1] is not None:
-            return self._held_out_before(before[0], before[1], validation is not None)
+        if raw.trial is not None:
+            trial = self._of_file("trial", "data.validation_trial", raw.trial, range(raw.trial.starts[-1]))
+        elif validation is not None and self.settings.validation_trial == HALF:
+            trial = self._of_file("trial", "data.validation", validation, self._halves(validation.starts[-1])[1])
+        else:
+            trial = Counter[str]()
+        names = ("validation", "fisher", *["trial"] * self._is_cut(wanted_validation))
+        before = {name: complete(self.storage, f"{name}.parquet", self.fingerprint) for name in names}
+        if all(found is not None for found in before.values()):
+            taken, counts = self._held_out_before(before, validation is not None)  # type: ignore[arg-type]  # none is None
+            return taken, counts + trial
         order = draw_order(total, self.settings.run.seed)
         found: list[tuple[int, Example]] = []
         with self.progress.task("prepare: hold out", wanted, "rows") as task:
@@ -197,19 +215,38 @@ class _Prepare:
         taken = {row for row, _ in found}
         counts = Counter[str]()
         if validation is None:
-            self._write("validation", found[:wanted_validation], counts)
+            directions, kept = self._halves(wanted_validation)
+            self._write("validation", [found[i] for i in directions], counts)
+            if kept:
+                self._write("trial", [found[i] for i in kept], counts)
         else:
-            counts += self._validation(validation)
+            rows = self._halves(validation.starts[-1])[0]
+            counts += self._of_file("validation", "data.validation", validation, rows)
         self._write("fisher", found[wanted_validation:], counts)
-        return taken, counts
+        return taken, counts + trial
 
-    def _held_out_before(
-        self, validation: dict[str, Any], fisher: dict[str, Any], from_file: bool
-    ) -> tuple[set[int], Counter[str]]:
-        """As `hold_out`, from the counts of the two files."""
-        counts = _of_validation(validation) if from_file else _held("validation", validation)
-        counts += _held("fisher", fisher)
-        return {*validation.get("held_out", ()), *fisher["held_out"]}, counts
+    def _halves(self, rows: int) -> tuple[list[int], list[int]]:
+        """Rows of data.validation that make directions, and those that are kept for a trial; says where none can be."""
+        if self.settings.validation_trial != HALF:
+            return list(range(rows)), []
+        cut = halves(rows, self.settings.run.seed)
+        if not cut[1]:
+            self.progress.say(
+                f"prepare: data.validation has {rows} rows, too few to be cut in two (at least {LEAST_TO_CUT}): all of them make "
+                "the directions, and a trial measures on the same; give others with data.validation_trial"
+            )
+        return cut
+
+    def _is_cut(self, held_out: int) -> bool:
+        """Whether rows that are held out of data.train are kept for a trial."""
+        return self.settings.validation_trial == HALF and held_out >= LEAST_TO_CUT
+
+    def _held_out_before(self, before: Mapping[str, dict[str, Any]], from_file: bool) -> tuple[set[int], Counter[str]]:
+        """As `hold_out`, from the counts of the files."""
+        counts = Counter[str]()
+        for name, found in before.items():
+            counts += _of_validation(found) if from_file and name == "validation" else _held(name, found)
+        return {row for found in before.values() for row in found.get("held_out", ())}, counts
 
     def _examples(self, sources: Sources, rows: Sequence[int], task: Any) -> list[tuple[int, Example | None]]:
         """(row, example or None) in the order of ``rows``."""
@@ -220,21 +257,25 @@ class _Prepare:
         by_row = dict(zip(ordered, results, strict=True))
         return [(row, by_row[row]) for row in rows]
 
-    def _validation(self, sources: Sources) -> Counter[str]:
-        rows = range(sources.starts[-1])
-        written = "prepared/validation.parquet", "quarantine/validation.parquet"
+    def _of_file(self, name: str, key: str, sources: Sources, rows: Sequence[int]) -> Counter[str]:
+        """Write ``rows`` of a validation file, set by ``key``, as prepared/<name>.parquet, unless done; returns the counts."""
+        if not rows:
+            return Counter()
+        if (before := complete(self.storage, f"{name}.parquet", self.fingerprint)) is not None:
+            return _of_validation(before, name)
+        written = f"prepared/{name}.parquet", f"quarantine/{name}.parquet"
         data = self.settings.data
         repeated = data.strips_prompts and all_repeat_prompt(sources, data.columns.given())
         work = PrepareTask(sources.pieces(rows), *written, self.fingerprint, "validation", repeated)
         counts = Counter[str]()
-        with self.progress.task("prepare: validation", len(rows), "rows") as task:
-            self.pool.run([Shard("validation rows", len(rows))], lambda s: work, lambda s, r: counts.update(r[0]), task)
+        with self.progress.task(f"prepare: {name}", len(rows), "rows") as task:
+            self.pool.run([Shard(f"{name} rows", len(rows))], lambda s: work, lambda s, r: counts.update(r[0]), task)
         if not counts["rows_used"]:
             raise RunFailed(
-                f"data.validation={self.settings.data.validation}: none of its {len(rows)} rows has a response token; "
-                f"see the reasons in {self.storage.path('quarantine/validation.parquet')}"
+                f"{key}={getattr(data, key.partition('.')[2])}: none of its {len(rows)} rows has a response token; "
+                f"see the reasons in {self.storage.path(written[1])}"
             )
-        return _of_validation(counts)
+        return _of_validation(counts, name)
 
     def _write(self, name: str, found: Sequence[tuple[int, Example]], counts: Counter[str]) -> None:
         """Write held-out rows, and which ones they are beside them."""
@@ -290,18 +331,22 @@ def _held(name: str, counts: dict[str, Any]) -> Counter[str]:
     return Counter({key: n for key, n in found.items() if n})
 
 
-def _of_validation(counts: Mapping[str, Any]) -> Counter[str]:
-    """The stage's counts of a validation file of its own."""
-    renamed = Counter({_of_file(key): n for key, n in counts.items()})
-    renamed["validation_rows"] = counts["rows_used"]
+def _of_validation(counts: Mapping[str, Any], file: str = "validation") -> Counter[str]:
+    """The stage's counts of a validation file of its own; ``file``: what it is for, validation or trial."""
+    renamed = Counter({_of_file(key, file): n for key, n in counts.items()})
+    renamed[f"{file}_rows"] = counts["rows_used"]
     return renamed
 
 
-def _of_file(key: str) -> str:
+def _of_file(key: str, file: str) -> str:
     if remarks.is_remark(key):
         return key
     kind, mark, name = key.partition("/")
-    return f"{kind}/validation {name}" if mark else f"validation_{key}"
+    return f"{kind}/{file} {name}" if mark else f"{file}_{key}"
+
+
+def _for_trial(counts: Mapping[str, int]) -> str:
+    return f"{counts['trial_rows']:,} for trials, " if counts.get("trial_rows") else ""
 
 
 def _said(notes: Mapping[str, int]) -> list[str]:

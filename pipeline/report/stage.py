@@ -22,12 +22,14 @@ from alphatoken.pipeline.mask.paired_rows import IGNORED, PairedParts, PairedRow
 from alphatoken.pipeline.mask.rehearsed import is_rehearsed
 from alphatoken.pipeline.mask.valuing import Valuing
 from alphatoken.pipeline.maths.masking import RANDOM, sums_by_row
+from alphatoken.pipeline.report.dot_plot import dot_plot
 from alphatoken.pipeline.report.heat_map import HeatMap, heat_map
 from alphatoken.pipeline.report.histogram import HEIGHT, WIDTH, Histogram
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import MaskSettings
+from alphatoken.pipeline.trial.verdict import SEEN, SUMMARY
 
 PAGE = "report/index.html"
 TEMPLATE = "report.html.jinja"
@@ -69,6 +71,7 @@ def _page(run: Run, names: list[str], shown: str) -> str:
     places = [MaskPlace(storage, name, branch) for name in names for branch in branches_of(storage)]
     compared = compare(MaskPlace(storage, shown), places)
     decode, trouble = _decoder(manifest)
+    trial = storage.read_json(SUMMARY) if manifest.done("trial") and storage.exists(SUMMARY) else None
     pictures = [_look(run, place, decode) for place in places if place.name == shown]
     stages = manifest.content["stages"]
     environment = jinja2.Environment(
@@ -83,6 +86,9 @@ def _page(run: Run, names: list[str], shown: str) -> str:
         compared=[(row, row.place.summary) for row in compared],
         components=COMPONENTS,
         pictures=pictures,
+        trial=trial,
+        plot=dot_plot(trial) if trial else None,
+        seen=SEEN,
         width=WIDTH,
         height=HEIGHT,
         counts={stage: record["counts"] for stage, record in stages.items()},
@@ -106,7 +112,10 @@ def _warnings(manifest: Manifest, summaries: dict[str, Any]) -> list[str]:
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in prepared.get("reasons", {}).items())
         found.append(f"{prepared['quarantined']:,} rows could not be used and are in quarantine/ ({reasons}).")
     if prepared.get("truncated"):
-        found.append(f"{prepared['truncated']:,} examples are longer than data.max_length and were cut from the right.")
+        found.append(
+            f"{prepared['truncated']:,} examples are longer than data.max_length, or than the model's positions, and were cut "
+            "from the right."
+        )
     anchor = manifest.stage("anchor").get("counts", {})
     left_out = anchor.get("coverage", {}).get("left_out", [])
     if left_out:

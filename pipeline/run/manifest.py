@@ -28,6 +28,7 @@ OUTPUTS = {
     "anchor": ("anchors",),
     "value": ("values", "reference"),
     "mask": ("masks",),
+    "trial": ("trial",),
 }
 
 
@@ -72,7 +73,7 @@ class Manifest:
 
     def discard(self, first: str) -> None:
         """Forget ``first`` and every later stage and remove what they wrote (run.overwrite)."""
-        gone = STAGES[STAGES.index(first) :]
+        gone = (*STAGES[STAGES.index(first) :], "trial")
         self.content["stages"] = {k: v for k, v in self.content["stages"].items() if k.split("/")[0] not in gone}
         self.content["removing"] = [directory for stage in gone for directory in OUTPUTS[stage]]
         self._write()  # first, so that no stage is ever said to be done whose files are gone
@@ -110,6 +111,11 @@ class Manifest:
             self.content["directory"] = os.getcwd()  # what relative paths of the configuration are relative to
         self._write()
         return fingerprint
+
+    def forget(self, stage: str) -> None:
+        """Let the next ``begin`` start a stage that may be done again with other inputs; its files are left to the caller."""
+        if self.content["stages"].pop(stage, None) is not None:
+            self._write()
 
     def adopt(self, stage: str, record: dict[str, Any]) -> None:
         """Take over a finished stage, whose files are here by now, from the manifest of another run."""

@@ -7,6 +7,7 @@ from alphatoken.pipeline.settings.mask import MaskSettings
 from alphatoken.pipeline.settings.model import ModelSettings
 from alphatoken.pipeline.settings.rehearsal import RehearsalSettings
 from alphatoken.pipeline.settings.run import STAGES, RunSettings, Settings
+from alphatoken.pipeline.settings.trial import TrialSettings
 from alphatoken.pipeline.settings.valuation import ValuationSettings
 
 __all__ = [
@@ -21,6 +22,7 @@ __all__ = [
     "RehearsalSettings",
     "RunSettings",
     "Settings",
+    "TrialSettings",
     "ValuationSettings",
     "WarmupSettings",
 ]

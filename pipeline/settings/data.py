@@ -6,6 +6,8 @@ from typing import Any
 
 from alphatoken.pipeline.settings.option import at_least, one_of, option
 
+HALF = "half"  # of data.validation, for data.validation_trial
+
 
 @dataclass(frozen=True, slots=True)
 class ColumnSettings:
@@ -47,6 +49,11 @@ class DataSettings:
         "embedded", "file, glob, directory, list of them, hub id, `embedded` (code problems) or `embedded-preference`"
     )
     validation: Any = option(32, "the same, or an integer: hold that many examples out of data.train")
+    validation_trial: Any = option(
+        None,
+        "rows on which `trial` measures, and which make no direction: half (data.validation is cut in two by run.seed, one half "
+        "for each) or rows of their own, as data.train; null: none are kept, and a trial measures on rows that made it",
+    )
     format: str = option("auto", "auto | sft | preference")
     part: str | None = option(
         None,
@@ -98,4 +105,6 @@ class DataSettings:
             found.append(f"data.validation={self.validation}: must be a file or a whole number of examples to hold out")
         elif isinstance(self.validation, int):
             found += at_least("data.validation", self.validation, 1)
+        if isinstance(self.validation_trial, bool | int | float):
+            found.append(f"data.validation_trial={self.validation_trial}: must be half, a file, or null")
         return found

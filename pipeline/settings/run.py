@@ -1,14 +1,16 @@
 """The run as a whole, and the tree of all settings."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from alphatoken.pipeline.settings.anchor import AnchorSettings
 from alphatoken.pipeline.settings.cluster import ClusterSettings
-from alphatoken.pipeline.settings.data import DataSettings
+from alphatoken.pipeline.settings.data import HALF, DataSettings
 from alphatoken.pipeline.settings.mask import MaskSettings
 from alphatoken.pipeline.settings.model import ModelSettings
 from alphatoken.pipeline.settings.option import one_of, option
 from alphatoken.pipeline.settings.rehearsal import contradictions
+from alphatoken.pipeline.settings.trial import TrialSettings
 from alphatoken.pipeline.settings.valuation import ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
@@ -49,8 +51,15 @@ class Settings:
     anchor: AnchorSettings = field(default_factory=AnchorSettings)
     valuation: ValuationSettings = field(default_factory=ValuationSettings)
     mask: MaskSettings = field(default_factory=MaskSettings)
+    trial: TrialSettings = field(default_factory=TrialSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     debug: bool = option(False, "show tracebacks")
+
+    @property
+    def validation_trial(self) -> Any:
+        """data.validation_trial, of which trial.auto makes ``half`` where it is not set; None: no rows are kept for a trial."""
+        own = self.data.validation_trial
+        return HALF if own is None and self.trial.auto else own
 
     @property
     def makes_fisher(self) -> bool:
@@ -78,7 +87,7 @@ class Settings:
             )
         if self.valuation.rehearsed:
             found += self._rehearsal_problems()
-        return found + valuation + mask + self.cluster.problems()
+        return found + valuation + mask + self.trial.problems() + self.cluster.problems()
 
     def mask_problems(self, pairs: bool) -> list[str]:
         """Why the mask cannot be made from the values that these settings make; for commands that make both."""

@@ -63,3 +63,26 @@ def test_the_text_decoder_is_scored_and_its_values_are_right(build: Any, tmp_pat
         F.cross_entropy(logits, torch.tensor(some.labels[row][1:]), reduction="sum", ignore_index=-100).backward()
         wanted = sum((model.get_parameter(n).grad * g).sum() for n, g in gradient.items())
         assert float(values[row].sum()) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_a_checkpoint_whose_image_text_class_does_not_run_is_its_text_decoder(tmp_path: Path) -> None:
+    text = hf.Llama4TextConfig(
+        **TEXT,
+        intermediate_size_mlp=36,
+        head_dim=6,
+        num_local_experts=2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    vision = hf.Llama4VisionConfig(
+        hidden_size=24, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4, image_size=28, patch_size=14,
+        vision_output_dim=24, projector_input_dim=24, projector_output_dim=24,
+    )  # fmt: skip
+    whole: Any = hf.Llama4ForConditionalGeneration(hf.Llama4Config(text_config=text, vision_config=vision)).eval()
+    whole.save_pretrained(tmp_path)
+    found: Any = load_model(ModelSource(str(tmp_path)), torch.device("cpu"))
+    assert type(found) is hf.Llama4ForCausalLM
+    ids = torch.arange(3, 11)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(found(input_ids=ids).logits, whole.language_model(input_ids=ids).logits)

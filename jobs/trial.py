@@ -1,0 +1,227 @@
+"""alphatoken trial: does a mask help on this model and this data? Short fine-tunes, a table and one sentence."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from alphatoken.jobs.config import groups, load
+from alphatoken.jobs.points import expand, point_name
+from alphatoken.jobs.replay import recorded_configuration
+from alphatoken.jobs.session import Session
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.manifest import NAME
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import MaskSettings, RunSettings, Settings
+
+AUTO = ("noise", "paper")  # presets that trial.auto tries beside the run's own mask
+
+
+def of_the_run(overrides: Sequence[str], recorded: Mapping[str, Any] | None) -> Settings:
+    """The settings of a trial: those that the run recorded, with the overrides but those of masks, which may be sweeps.
+
+    ``recorded``: of --from. Raises SettingsWrong.
+    """
+    own = [_as_list(override) for override in overrides if not _is_mask(override)]
+    place = next((o.partition("=")[2] for o in reversed(own) if o.startswith("run.dir=")), RunSettings().dir)
+    if recorded is None and place and Storage(place).exists(NAME):
+        recorded = recorded_configuration(f"{place.rstrip('/')}/{NAME}")
+        recorded.setdefault("run", {})["dir"] = place
+        recorded.pop("trial", None)  # of the trial before
+    return load(own, recorded or None)
+
+
+def execute(session: Session) -> None:
+    """Make the masks that were asked for, try all, and print what was found."""
+    from alphatoken.jobs.given import refuse_other_settings
+
+    refuse_other_settings(session.run, [override for override in session.overrides if _is_given(override)], "trial")
+    tell(try_masks(session, made_masks(session, asked_masks(session))))
+
+
+def execute_auto(session: Session) -> None:
+    """As the end of `run`: try the run's own mask beside presets, and write the winner as masks/chosen."""
+    own = session.settings.mask
+    names = list(session.settings.trial.masks) or [own.name, *(name for name in AUTO if name != own.name)]
+    asked = {name: _named(session, name) for name in names}
+    summary = try_masks(session, made_masks(session, _at_each_rho(session, asked, names), optional=AUTO))
+    tell(summary)
+    print(f"mask:  {session.storage.path('masks')}/{write_chosen(session, summary)}")
+
+
+def try_masks(session: Session, names: Sequence[str]) -> dict[str, Any]:
+    """Run the stage on these masks of the run (none: all that are there); returns its summary."""
+    from alphatoken.pipeline.trial.cards import note_winner
+    from alphatoken.pipeline.trial.stage import make_trial
+
+    settings = session.settings
+    session.change(replace(settings, trial=replace(settings.trial, masks=list(names))), session.overrides)
+    summary = make_trial(session.run)
+    note_winner(session.run, summary)
+    return summary
+
+
+def asked_masks(session: Session) -> dict[str, MaskSettings | None]:
+    """Name -> settings of the masks that the command line asks for; None: it is in the run as it is."""
+    found: dict[str, MaskSettings | None] = {}
+    masks = [override for override in session.overrides if _is_mask(override)]
+    if masks:
+        found |= _swept(masks)
+    named = session.settings.trial.masks
+    return _at_each_rho(session, {name: _named(session, name) for name in named} | found, [*named, *found])
+
+
+def _swept(overrides: Sequence[str]) -> dict[str, MaskSettings | None]:
+    """The masks of a sweep, named as `mask -m` names them."""
+    try:
+        points = expand(overrides)
+    except SettingsWrong as error:
+        if "without a sweep" not in str(error):
+            raise
+        mask = load(overrides).mask
+        given = any(override.startswith("mask.name=") for override in overrides)
+        pairs = [override.partition("=")[::2] for override in overrides]
+        name = mask.name if given else "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in pairs)
+        return {name: replace(mask, name=name)}
+    return {point.name: replace(load(point.overrides).mask, name=point_name(point.swept)) for point in points}
+
+
+def _named(session: Session, name: str) -> MaskSettings | None:
+    """The settings of a preset that is no mask of the run yet; None for a mask of the run. Raises SettingsWrong."""
+    if session.storage.exists(f"masks/{name}/summary.json"):
+        return None
+    presets = groups()["mask"]
+    if name not in presets:
+        raise SettingsWrong(
+            [f"trial.masks={name}: neither a mask in {session.storage.root} nor a preset ({', '.join(presets)})"]
+        )
+    return replace(load([f"mask={name}"]).mask, name=name)
+
+
+def _at_each_rho(
+    session: Session, asked: Mapping[str, MaskSettings | None], names: Sequence[str]
+) -> dict[str, MaskSettings | None]:
+    """The same masks at every trial.rho, where it is given; without names, those of the run."""
+    rhos = session.settings.trial.rho
+    if not rhos:
+        return dict(asked)
+    from alphatoken.pipeline.trial.inputs import masks_of
+
+    found: dict[str, MaskSettings | None] = {}
+    for name in names or [one for one in masks_of(session.run) if "_rho-" not in one]:
+        settings = asked.get(name)
+        if settings is None:
+            recorded = session.storage.read_json(f"masks/{name}/summary.json")["settings"]
+            settings = MaskSettings(**recorded)
+        for rho in rhos:
+            found[f"{name}_rho-{rho}"] = replace(settings, rho=rho, name=f"{name}_rho-{rho}")
+    return found
+
+
+def made_masks(session: Session, asked: Mapping[str, MaskSettings | None], optional: Sequence[str] = ()) -> list[str]:
+    """Make the masks that are not in the run yet, thresholds only; returns all names. Raises SettingsWrong and RunFailed.
+
+    ``optional``: presets that are left out, and named, where the values do not have what they need.
+    """
+    from alphatoken.pipeline.mask.stage import make_mask
+
+    own, found = session.settings, []
+    for name, settings in asked.items():
+        if settings is not None:
+            session.change(replace(own, mask=settings), session.overrides)
+            try:
+                make_mask(session.run)
+            except SettingsWrong as error:
+                if name not in optional:
+                    raise
+                session.progress.say(f"trial: mask {name} is left out: {error.problems[0]}")
+                continue
+            finally:
+                session.change(own, session.overrides)
+        found.append(name)
+    return found
+
+
+def write_chosen(session: Session, summary: Mapping[str, Any]) -> str:
+    """Write the winner as masks/chosen, with a card of its own; returns the name."""
+    from alphatoken.pipeline.trial.cards import make_chosen
+
+    return make_chosen(session.run, summary)
+
+
+def tell(summary: Mapping[str, Any]) -> None:
+    """The table and the sentence, on stdout."""
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=max(160, console.width))
+    console.print(table_of(summary))
+    for failure in summary["failed"]:
+        console.print(f"left out: {failure}", highlight=False, markup=False)
+    console.print(summary["sentence"], highlight=False, markup=False, soft_wrap=True)
+
+
+def table_of(summary: Mapping[str, Any]) -> Table:
+    """One row per candidate, sorted by adaptation."""
+    caption = (
+        f"loss: nats per token on {summary['held_out_rows']} held-out rows, mean and half the range over seeds; less ...: the "
+        "difference to it, paired by seed, and its spread (the larger of half the range and two standard errors over rows), * where "
+        f"it exceeds it; divergence: of the reference on {summary['completions']} completions of its own, nats per token"
+    )
+    if summary["held_out_made_directions"]:
+        caption += "; WARNING: the held-out rows also made the directions, which flatters masks that come from them"
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("trained on", overflow="fold", min_width=24)
+    for title in ("kept", "seeds", "loss", "less\nfull", "less random\nof its size", "divergence", "less\nfull"):
+        table.add_column(title, justify="right")
+    for line in summary["lines"]:
+        untouched = line["kind"] == "untouched"
+        table.add_row(
+            "(model untouched)" if untouched else line["name"],
+            "-" if untouched else f"{line['kept_fraction']:.1%}",
+            "-" if untouched else str(line["seeds"]),
+            _spread(line["adaptation"]),
+            _difference(line["to_full"]),
+            _difference(line["to_random"]),
+            _spread(line["retention"]),
+            _difference(line["moved"]),
+        )
+    return table
+
+
+def _spread(pair: Sequence[float]) -> str:
+    return f"{pair[0]:.4f}" + (f" ±{pair[1]:.4f}" if pair[1] else "")
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    spread = "" if found["spread"] is None else f" ±{found['spread']:.4f}"
+    return f"{found['mean']:+.4f}{spread}{'*' if found['exceeds'] else ''}"
+
+
+def _is_mask(override: str) -> bool:
+    key = override.lstrip("+~").partition("=")[0]
+    return key == "mask" or key.startswith("mask.")
+
+
+def _is_given(override: str) -> bool:
+    """Whether it speaks of rows or models, which are those of the run."""
+    return override.lstrip("+~").partition("=")[0].startswith(("data.", "model.policy", "model.reference"))
+
+
+def _as_list(override: str) -> str:
+    """``trial.rho=0.5,0.7`` as the list that it means; also of trial.masks."""
+    key, _, value = override.partition("=")
+    is_open = key in ("trial.rho", "trial.masks") and value and not value.startswith("[")
+    return f"{key}=[{value}]" if is_open else override
+
+
+if __name__ == "__main__":
+    from alphatoken.jobs.cli import main
+
+    sys.exit(main(["trial", *sys.argv[1:]]))

@@ -1,0 +1,97 @@
+"""How far a model has moved from its reference: the mean divergence of their predictions on the reference's own text.
+
+    KL(ref || model) at a position = sum over the vocabulary of  p_ref (log p_ref - log p_model)     in nats, at least 0
+
+On completions that the reference sampled, which stand for all that it could do before; no data are needed for that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from alphatoken.pipeline.maths.attention import intercepted
+from alphatoken.pipeline.maths.batch import Sequences, by_token_budget
+from alphatoken.pipeline.maths.capture import swapped
+from alphatoken.pipeline.maths.decoder import ScoredLayers, decoder_layers
+from alphatoken.pipeline.maths.head import chunk_rows, head_of
+from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.trial import Entering, Weights, add_by_row
+
+COPIES = 6  # of a chunk's logits that are held at once
+
+
+class ReferencePredictions:
+    """What the reference predicts in its completions: last hidden states, and the head that makes logits of them.
+
+    ``reference``: the reference with its head; of ``no_scored_layers``, or the scored layers of the policy where it is the
+    same model. ``budget``: padded tokens of one pass. Logits are made anew each time: hidden states take a hundredth of
+    the room.
+    """
+
+    def __init__(self, reference: ScoredLayers, completions: Sequences, kernel: str, budget: int) -> None:
+        self.reference, self.kernel = reference, kernel
+        lengths = [len(ids) for ids in completions.input_ids]
+        self.groups = by_token_budget(lengths, budget)
+        self.hidden: list[torch.Tensor] = []
+        self.outputs: Any = None
+        device = next(reference.model.parameters()).device
+        for group in self.groups:
+            batch = completions.take(group).batch().to(device)
+            with torch.no_grad(), intercepted(reference.model, kernel, None):
+                self.outputs = reference.decoder(input_ids=batch.input_ids, use_cache=False)
+            self.hidden.append(self.outputs.last_hidden_state.flatten(0, 1)[batch.predicting()])
+
+    def without_layers(self) -> ReferencePredictions:
+        """Let go of the reference's layers, of which only the head is needed any more."""
+        _, stack = decoder_layers(self.reference.model)
+        del stack[:]
+        return self
+
+    @torch.no_grad()
+    def divergences(
+        self, scored: ScoredLayers, weights: Weights, completions: Entering
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Sum over positions of KL(reference || model with these weights), nats, and their number, per completion.
+
+        ``completions``: the sequences that this was made of, with what enters the first scored layer of ``scored``. Two
+        (completions,), float64. A result that is not finite is handed out as it is.
+        """
+        sums, counts = (torch.zeros(len(completions.sequences), dtype=torch.float64) for _ in range(2))
+        for group, theirs in zip(self.groups, self.hidden, strict=True):
+            batch, entering = completions.batch(group, scored.maps[0].parameter)
+            with (
+                swapped(scored, dict(weights)),
+                lower_layers_once(scored, [entering]),
+                intercepted(scored.model, self.kernel, None),
+            ):
+                outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
+            own = outputs.last_hidden_state.flatten(0, 1)[batch.predicting()]
+            found = []
+            rows = max(16, chunk_rows(scored.model, own) // COPIES)
+            for start in range(0, len(own), rows):
+                part = slice(start, start + rows)
+                # One after the other: both may be the head of one model.
+                with head_of(self.reference, self.outputs) as head:
+                    before = _log_probabilities(head(theirs[part]))
+                with head_of(scored, outputs) as head:
+                    now = _log_probabilities(head(own[part]))
+                found.append((before.exp() * (before - now)).sum(dim=1))
+            add_by_row(sums, counts, torch.cat(found) if found else own.new_zeros(0), batch, group)
+        return sums, counts
+
+
+def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
+
+
+def vocabulary_of(model: Any) -> int:
+    """Rows of the output embedding."""
+    return int(model.get_output_embeddings().weight.shape[0])
+
+
+def same_vocabulary(models: Sequence[Any]) -> bool:
+    """Whether predictions of these models can be compared."""
+    return len({vocabulary_of(model) for model in models}) == 1

@@ -1,0 +1,96 @@
+"""What is tried: masks, and beside them everything, everything but the first tokens, and a random mask of each size."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from alphatoken.pipeline.maths.batch import IGNORED, Sequences
+from alphatoken.pipeline.maths.masking import rank_of
+from alphatoken.pipeline.maths.uniform import uniform
+
+Labels = list[npt.NDArray[np.int32]]  # of every row of the sample
+
+UNTOUCHED, FULL, FIRST = "untouched", "full", "full but first tokens"
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """``kind``: untouched | full | first | random | mask. ``identity``: what decides its labels, for a fingerprint.
+
+    ``percent``: of the response tokens that it keeps, in whole percent.
+    """
+
+    name: str
+    kind: str
+    percent: int
+    identity: str
+
+    @property
+    def directory(self) -> str:
+        """Of its files below trial/trials/; a mask may be called as the others are."""
+        return f"mask-{self.name}" if self.kind == "mask" else f"{self.kind}-{self.percent}"
+
+    def seeds(self, count: int) -> range:
+        """The untouched model has no order of rows."""
+        return range(1 if self.kind == "untouched" else count)
+
+
+def candidates(masks: Mapping[str, tuple[float, str]]) -> list[Candidate]:
+    """``masks``: name -> fraction that it keeps, identity. Masks of the same whole percent share a random one."""
+    found = [
+        Candidate(UNTOUCHED, "untouched", 0, UNTOUCHED),
+        Candidate(FULL, "full", 100, FULL),
+        Candidate(FIRST, "first", 100, FIRST),
+    ]
+    own = [Candidate(name, "mask", percent_of(kept), identity) for name, (kept, identity) in masks.items()]
+    sizes = sorted({one.percent for one in own if one.percent < 100})
+    return found + own + [Candidate(random_name(size), "random", size, f"random {size}") for size in sizes]
+
+
+def percent_of(kept: float) -> int:
+    """A kept fraction in whole percent, at least 1."""
+    return max(1, round(100 * kept))
+
+
+def random_name(percent: int) -> str:
+    """What the random mask of a size is called."""
+    return f"random {percent} %"
+
+
+def labels_of(candidate: Candidate, sample: Sequences, seed: int, masks: Mapping[str, Labels]) -> Labels:
+    """The labels on which a candidate is fine-tuned; ``seed``: of a random mask. ``masks``: name -> labels of each row."""
+    whole = [np.asarray(row, np.int32) for row in sample.labels]
+    if candidate.kind == "mask":
+        return masks[candidate.name]
+    if candidate.kind == "first":
+        return [without_first(row) for row in whole]
+    if candidate.kind == "random":
+        return random_labels(whole, sample.ids, candidate.percent / 100, seed)
+    return whole
+
+
+def without_first(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
+    """Without the first token of each response of one row; each turn of a conversation is one (mask.skip_first=1)."""
+    response = labels != IGNORED
+    starts = response & ~np.concatenate([[False], response[:-1]])
+    return np.where(starts, np.int32(IGNORED), labels)
+
+
+def random_labels(whole: Labels, ids: Sequence[str], fraction: float, seed: int) -> Labels:
+    """A fraction of all response tokens, drawn by the seed and the rows' names; as many as mask.rho would keep."""
+    drawn = [uniform(seed, name, len(row)) for name, row in zip(ids, whole, strict=True)]
+    inside = np.concatenate([numbers[row != IGNORED] for numbers, row in zip(drawn, whole, strict=True)])
+    if not len(inside):
+        return whole
+    kept = rank_of(fraction, len(inside))
+    border = np.partition(inside, len(inside) - kept)[len(inside) - kept]
+    return [np.where(numbers >= border, row, np.int32(IGNORED)) for numbers, row in zip(drawn, whole, strict=True)]
+
+
+def kept_tokens(labels: Iterable[npt.NDArray[np.int32]]) -> int:
+    """How many tokens are learned from."""
+    return sum(int((row != IGNORED).sum()) for row in labels)

@@ -1,0 +1,166 @@
+"""What a trial is made of: which masks, on which rows, how many steps; checked before a worker starts."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from alphatoken.pipeline.maths.batch import Sequences
+from alphatoken.pipeline.maths.costs import ModelCosts, budget_shapes, meta_model, model_costs, value_flops
+from alphatoken.pipeline.maths.decoder import UnsupportedModel
+from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.fingerprint import digest, of_model
+from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.run import Run
+from alphatoken.pipeline.trial.budget import CPU_RATE, DEVICE_RATE, Extent, Lengths, extent, lengths_of
+from alphatoken.pipeline.trial.candidates import Candidate, Labels, candidates
+from alphatoken.pipeline.trial.rows import HeldOut, drawn_rows, held_out_rows, mask_labels, prompts_of, sample_of
+
+CHOSEN = "chosen"  # the mask that trial.auto writes
+PAIRS = (
+    "trial measures supervised data only so far, and this run is of preference pairs: fine-tune on a mask of theirs with "
+    "your own trainer"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class TrialInputs:
+    """``masks``: labels of every row of ``sample``. ``common``: everything that all fine-tunes depend on.
+
+    ``prompts``: rows whose prompts the reference completes. ``rate``: operations per second, of all workers together;
+    ``measured``: whether the run has shown it. ``notes``: what to know beforehand.
+    """
+
+    candidates: list[Candidate]
+    masks: dict[str, Labels]
+    sample: Sequences
+    held_out: HeldOut
+    prompts: Sequences
+    extent: Extent
+    rate: float
+    measured: bool
+    common: dict[str, Any]
+    completions_fingerprint: str
+    notes: tuple[str, ...]
+
+    def fingerprint(self, candidate: Candidate, seed: int) -> str:
+        """Of one fine-tune: a mask that comes later leaves the others as they are."""
+        return digest({**self.common, "candidate": candidate.identity, "kind": candidate.kind, "seed": seed})
+
+
+def trial_inputs(run: Run) -> TrialInputs:
+    """Raises SettingsWrong for masks that cannot be tried, and RunFailed for a run that is not far enough or too small."""
+    manifest, settings, own = run.manifest, run.settings, run.settings.trial
+    prepared = manifest.require("prepare", "trial")
+    if manifest.pairs:
+        raise RunFailed(PAIRS)
+    names, notes = chosen_masks(run)
+    held_out = held_out_rows(run)
+    summaries = {name: run.storage.read_json(f"masks/{name}/summary.json") for name in names}
+    identities = {name: manifest.stage(f"mask/{name}")["fingerprint"] for name in names}
+    tried = candidates({name: (summaries[name]["kept_fraction"], identities[name]) for name in names})
+    prompts = prompts_of(run, held_out.rows, own.prompts)
+    costs, rate, measured = _costs_and_rate(run)
+    available = sum(drawn.__len__() for drawn in drawn_rows(run, 1 << 62).values())
+    look = sample_of(run, drawn_rows(run, min(available, 256)))
+    length = settings.anchor.fisher.max_new_tokens
+    completed = [
+        (tokens - response + length, length) for tokens, response in lengths_of(prompts.input_ids, prompts.labels)
+    ]
+    lengths = Lengths(
+        lengths_of(look.input_ids, look.labels), lengths_of(held_out.rows.input_ids, held_out.rows.labels), completed
+    )
+    kept = [one.percent / 100 for one in tried for _ in one.seeds(own.seeds)]
+    far = extent(costs, own, lengths, available, kept, rate)
+    places = drawn_rows(run, far.examples)
+    sample = sample_of(run, places)
+    masks = {name: mask_labels(run, name, places, sample) for name in names}
+    models = run.models
+    model = {
+        "reference": of_model(models.reference),
+        "model.revision": settings.model.revision,
+        "model.dtype": settings.model.dtype,
+        "prepare": prepared["fingerprint"],
+        "run.seed": settings.run.seed,
+        "anchor.fisher.max_new_tokens": length,
+        "anchor.fisher.temperature": settings.anchor.fisher.temperature,
+        "prompts": prompts.ids,
+    }
+    common = {
+        **model,
+        "policy": of_model(models.policy),
+        "valuation.layers": settings.valuation.layers,
+        "held_out": digest(held_out.rows.ids),
+        "examples": far.examples,
+        "steps": far.steps,
+        **own.fingerprinted(),
+    }
+    return TrialInputs(
+        tried, masks, sample, held_out, prompts, far, rate, measured, common, digest(model), tuple(notes)
+    )
+
+
+def chosen_masks(run: Run) -> tuple[list[str], list[str]]:
+    """The masks of the run to try, and what is said of those that are left out. Raises RunFailed and SettingsWrong."""
+    there, asked = masks_of(run), run.settings.trial.masks
+    if not there:
+        run.manifest.require("prepare", "trial")
+        raise RunFailed(f"trial needs a mask, and there is none in {run.storage.root}: run `alphatoken mask` first")
+    if unknown := [name for name in asked if name not in there]:
+        raise SettingsWrong(
+            [f"trial.masks={name}: there is no such mask in {run.storage.root}: {', '.join(there)}" for name in unknown]
+        )
+    rules = {name: run.storage.read_json(f"masks/{name}/summary.json")["settings"]["rule"] for name in asked or there}
+    soft = [name for name, rule in rules.items() if rule == "weight"]
+    why = "its soft weights (mask.rule=weight) are not labels, and a trial is made on labels"
+    if asked and soft:
+        raise SettingsWrong([f"trial.masks={name}: {why}: leave it out" for name in soft])
+    found = [name for name in rules if name not in soft]
+    if not found:
+        raise RunFailed(f"trial needs a mask with labels, and {run.storage.root} has none but {', '.join(soft)}: {why}")
+    return found, [f"mask {name} is left out: {why}" for name in soft]
+
+
+def masks_of(run: Run) -> list[str]:
+    """Finished masks of the run, in the order in which they were made; the copy of an earlier trial is none."""
+    stages = run.manifest.content["stages"]
+    names = [stage.partition("/")[2] for stage in stages if stage.startswith("mask/") and run.manifest.done(stage)]
+    return [name for name in names if name != CHOSEN and run.storage.exists(f"masks/{name}/summary.json")]
+
+
+def _costs_and_rate(run: Run) -> tuple[ModelCosts, float, bool]:
+    """The model's costs, operations per second of all workers, and whether the value stage has shown the latter."""
+    own = run.settings.model
+    source = ModelSource(run.models.policy, own.revision, trust_remote_code=own.trust_remote_code)
+    config = load_config(here(source, weights=False))
+    try:
+        costs, _ = model_costs(meta_model(config, torch.bfloat16), run.settings.valuation.layers)
+    except UnsupportedModel as error:
+        raise SettingsWrong([f"model.policy: {error}"]) from error
+    rate = _measured_rate(run, costs)
+    resources = run.cluster.model_resources()
+    return costs, rate or resources.workers * (DEVICE_RATE if resources.gpus else CPU_RATE), rate is not None
+
+
+def _measured_rate(run: Run, costs: ModelCosts) -> float | None:
+    """What the value stage's seconds say, its workers' start included; None where it was not run, or valued nothing."""
+    record = run.manifest.stage("value")
+    tokens = record.get("counts", {}).get("tokens", 0)
+    if not run.manifest.done("value") or not tokens or not record["seconds"]:
+        return None
+    valuation = run.settings.valuation
+    sample = sample_of(run, drawn_rows(run, 256))
+    lengths = lengths_of(sample.input_ids, sample.labels)
+    shapes = budget_shapes([n for n, _ in lengths], sum(n for _, n in lengths), 2048)
+    flops = value_flops(costs, shapes, valuation.window, 1, _scores(record), valuation.exact)
+    return flops * tokens / sum(n for n, _ in lengths) / record["seconds"]
+
+
+def _scores(record: dict[str, Any]) -> Sequence[str]:
+    """Of valuation.scores those that the values have columns of."""
+    columns = record["inputs"].get("columns", [])
+    return [*["paper"] * ("adaptation_direct" in columns), *[name for name in columns if name == "information"], "loss"]

@@ -1,0 +1,196 @@
+"""What the numbers of a trial say: means, differences that are paired by seed, and one sentence."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+from alphatoken.pipeline.trial.candidates import FIRST, FULL, UNTOUCHED, random_name
+
+SUMMARY = "trial/summary.json"
+SEEN = "measured on rows that also made the directions"
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """One finished fine-tune. ``row_losses``, ``row_tokens``: of every held-out row."""
+
+    candidate: str
+    kind: str
+    seed: int
+    kept_fraction: float
+    trained_tokens: int
+    adaptation: float | None
+    retention: float | None
+    row_losses: Sequence[float]
+    row_tokens: Sequence[int]
+    failed: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """Of two candidates' losses on the same seeds: ``mean``, nats per token; below 0: the first is lower.
+
+    ``spread``: the larger of half the range over seeds and two standard errors over held-out rows; None with one seed.
+    ``exceeds``: whether the mean is larger than the spread and of one sign at all seeds.
+    """
+
+    mean: float
+    spread: float | None
+    exceeds: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One candidate. ``adaptation``, ``retention``: mean over seeds and half the range; ``to_full``, ``to_random``: Differences
+    of adaptation, ``moved``: of retention to full; None where there is nothing to compare with.
+    """
+
+    name: str
+    kind: str
+    kept_fraction: float
+    seeds: int
+    adaptation: tuple[float, float]
+    retention: tuple[float, float]
+    to_full: Difference | None
+    to_random: Difference | None
+    moved: Difference | None
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """``lines``: sorted by adaptation. ``winner``: a mask, `full` or `full but first tokens`; ``failed``: fine-tunes that were
+    left out, with the reason.
+    """
+
+    lines: tuple[Line, ...]
+    winner: str
+    sentence: str
+    failed: tuple[str, ...]
+
+    def as_json(self) -> dict[str, Any]:
+        """For trial/summary.json."""
+        return asdict(self)
+
+
+def judge(found: Sequence[Measured], percents: Mapping[str, int], seen: bool) -> Verdict:
+    """``found``: all fine-tunes; ``percents``: candidate -> whole percent that it keeps; ``seen``: see rows.HeldOut.
+
+    Raises ValueError where full has no numbers.
+    """
+    failed = tuple(f"{m.candidate}, seed {m.seed}: {m.failed}" for m in found if m.failed)
+    by_name: dict[str, dict[int, Measured]] = {}
+    for one in found:
+        if not one.failed:
+            by_name.setdefault(one.candidate, {})[one.seed] = one
+    if FULL not in by_name:
+        raise ValueError("full has no numbers")
+    lines = [_line(name, by_name, percents) for name in by_name]
+    lines.sort(key=lambda line: line.adaptation[0])
+    winner, sentence = _sentence(lines)
+    return Verdict(tuple(lines), winner, f"{sentence} ({SEEN})." if seen else f"{sentence}.", failed)
+
+
+def _line(name: str, by_name: Mapping[str, Mapping[int, Measured]], percents: Mapping[str, int]) -> Line:
+    own = by_name[name]
+    one = next(iter(own.values()))
+    adaptation, retention = ([getattr(m, key) for m in own.values()] for key in ("adaptation", "retention"))
+    other = random_name(percents[name])
+    trained = name not in (FULL, UNTOUCHED)
+    return Line(
+        name, one.kind, one.kept_fraction, len(own), _mean_and_half_range(adaptation), _mean_and_half_range(retention),
+        difference(own, by_name[FULL]) if trained else None,
+        difference(own, by_name[other]) if trained and other != name and other in by_name else None,
+        _moved(own, by_name[FULL]) if trained else None,
+    )  # fmt: skip
+
+
+def difference(one: Mapping[int, Measured], other: Mapping[int, Measured]) -> Difference | None:
+    """Adaptation of ``one`` less that of ``other`` over the seeds that both have; None where they share none."""
+    seeds = sorted(one.keys() & other.keys())
+    if not seeds:
+        return None
+    tokens = np.array(one[seeds[0]].row_tokens, np.float64)
+    gaps = np.array([np.subtract(one[s].row_losses, other[s].row_losses) for s in seeds])
+    of_seeds = gaps.sum(axis=1) / tokens.sum()
+    return _difference(of_seeds, 2 * row_error(gaps.mean(axis=0), tokens))
+
+
+def row_error(gaps: np.ndarray, tokens: np.ndarray) -> float:
+    """Standard error of sum(gaps) / sum(tokens) over rows, had others been drawn; ``(rows,)`` both."""
+    rows = len(gaps)
+    mean = gaps.sum() / tokens.sum()
+    return float(np.sqrt(rows / (rows - 1) * np.square(gaps - mean * tokens).sum()) / tokens.sum())
+
+
+def _moved(one: Mapping[int, Measured], other: Mapping[int, Measured]) -> Difference | None:
+    seeds = sorted(one.keys() & other.keys())
+    gaps = [(one[s].retention or 0.0) - (other[s].retention or 0.0) for s in seeds]
+    return _difference(np.array(gaps), 0.0) if seeds else None
+
+
+def _difference(of_seeds: np.ndarray, error: float) -> Difference:
+    mean = float(of_seeds.mean())
+    if len(of_seeds) == 1:
+        return Difference(mean, None, False)
+    spread = max(float(np.ptp(of_seeds)) / 2, error)
+    one_sign = bool((of_seeds < 0).all() or (of_seeds > 0).all())
+    return Difference(mean, spread, one_sign and abs(mean) > spread)
+
+
+def _mean_and_half_range(numbers: Sequence[float]) -> tuple[float, float]:
+    return float(np.mean(numbers)), float(np.ptp(numbers)) / 2
+
+
+def _sentence(lines: Sequence[Line]) -> tuple[str, str]:
+    """The winner, and what to do, without the full stop."""
+    own = {line.name: line for line in lines}
+    full = own[FULL]
+    tried = [line for line in lines if line.kind in ("mask", "first")]
+    better = [line for line in tried if line.to_full and line.to_full.exceeds and line.to_full.mean < 0]
+    untouched = own.get(UNTOUCHED)
+    if untouched and full.adaptation[0] >= untouched.adaptation[0] and not better:
+        return FULL, (
+            f"Training does not help at all: on everything it ends at {full.adaptation[0]:.4f} nats per token, where the "
+            f"untouched model is at {untouched.adaptation[0]:.4f}; try a smaller trial.learning_rate, or other data"
+        )
+    if better:
+        best = better[0]
+        assert best.to_full
+        text = (
+            f"Train on {_called(best)}: it ends {-best.to_full.mean:.4f} ± {best.to_full.spread:.4f} nats per token below "
+            "training on everything"
+        )
+        if best.to_random is None:
+            return best.name, text
+        if best.to_random.exceeds and best.to_random.mean < 0:
+            return (
+                best.name,
+                f"{text}, and {-best.to_random.mean:.4f} ± {best.to_random.spread:.4f} below a random mask of its size",
+            )
+        return best.name, f"{text}, though a random mask of its size does as well within the spread"
+    text = "No mask beats training on everything"
+    if tried and tried[0].to_full:
+        gap = tried[0].to_full
+        spread = "" if gap.spread is None else f" ± {gap.spread:.4f}"
+        text += f": the best, {_called(tried[0])}, ends {gap.mean:+.4f}{spread} nats per token from it"
+        text += "" if gap.spread is not None else ", which one seed cannot judge"
+    gentle = [
+        line
+        for line in tried
+        if line.to_full and not line.to_full.exceeds and line.moved and line.moved.exceeds and line.moved.mean < 0
+    ]
+    if gentle:
+        mildest = min(gentle, key=lambda line: line.retention[0])
+        text += (
+            f"; {_called(mildest)} learns as much within the spread and moves the model less (divergence from the reference "
+            f"{mildest.retention[0]:.4f} against {full.retention[0]:.4f})"
+        )
+    return FULL, text
+
+
+def _called(line: Line) -> str:
+    return "everything but the first token of each response" if line.name == FIRST else f"mask {line.name}"

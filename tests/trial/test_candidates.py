@@ -1,0 +1,65 @@
+"""The labels of what stands beside the masks, and the file of hidden states."""
+
+import numpy as np
+import pytest
+import torch
+
+from alphatoken.pipeline.maths.batch import IGNORED, Sequences
+from alphatoken.pipeline.trial.candidates import (
+    candidates,
+    kept_tokens,
+    labels_of,
+    random_labels,
+    random_name,
+    without_first,
+)
+from alphatoken.pipeline.trial.hidden import HiddenFile
+
+ROWS = Sequences(
+    [f"row-{i}" for i in range(20)],
+    [list(range(3, 23))] * 20,
+    [[*[IGNORED] * 5, *range(8, 13), IGNORED, IGNORED, *range(15, 23)]] * 20,
+)
+
+
+def test_masks_of_one_size_share_a_random_one_and_names_do_not_clash_on_disk():
+    found = candidates({"a": (0.502, "x"), "b": (0.498, "y"), "full": (0.9, "z"), "all": (1.0, "w")})
+    assert [one.name for one in found if one.kind == "random"] == [random_name(50), random_name(90)]
+    assert len({one.directory for one in found}) == len(found)
+    assert [len(one.seeds(3)) for one in found[:2]] == [1, 3]
+
+
+def test_random_labels_are_drawn_anew_for_each_seed_and_of_the_size_asked_for():
+    one, *_ = (c for c in candidates({"a": (0.5, "x")}) if c.kind == "random")
+    first, again, other = (labels_of(one, ROWS, seed, {}) for seed in (1, 1, 2))
+    assert kept_tokens(first) == kept_tokens(other) == 130  # of 260
+    assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
+    assert any(not np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    for row, whole in zip(first, ROWS.labels, strict=True):
+        assert all(label in (IGNORED, own) for label, own in zip(row, whole, strict=True))
+
+
+def test_random_labels_of_rows_without_a_response_are_none():
+    empty = [np.full(4, IGNORED, np.int32)]
+    assert kept_tokens(random_labels(empty, ["a"], 0.5, 0)) == 0
+
+
+def test_the_first_token_of_each_turn_is_left_out():
+    whole = np.array(ROWS.labels[0], np.int32)
+    assert np.flatnonzero(without_first(whole) != whole).tolist() == [5, 12]
+
+
+@pytest.mark.parametrize("bound", [1 << 20, 100, 0])
+def test_hidden_states_are_made_once_within_the_bound_and_are_the_same_beyond(bound):
+    file, made = HiddenFile(bound), []
+    states = {f"s{i}": torch.randn(3 + i, 8) for i in range(4)}
+
+    def make(key):
+        made.append(key)
+        return states[key]
+
+    for _ in range(2):
+        for key, state in states.items():
+            assert torch.equal(file.get(key, lambda key=key: make(key)), state.to(torch.bfloat16))
+    again = len(made) - len(states)
+    assert again == {1 << 20: 0, 100: 3, 0: 4}[bound] and file.size <= bound
