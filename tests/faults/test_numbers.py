@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from alphatoken import Directions, TokenValuer
-from alphatoken.pipeline.anchor import worker as anchor_worker
+from alphatoken.pipeline.anchor import saving
 from alphatoken.pipeline.anchor.tensors import counts_of, read_tensors, write_tensors
 from alphatoken.pipeline.anchor.worker import WARMUP_STATE, AnchorTask, AnchorWorker, Sequences
 from alphatoken.pipeline.maths.batch import collate
@@ -120,7 +120,7 @@ def test_a_worker_goes_on_from_the_last_saved_step_and_leaves_its_model_as_it_wa
     own(task(), lambda n: None)
     storage, interrupted = worker("interrupted")
     before = {name: w.clone() for name, w in interrupted.scored.weights().items()}
-    monkeypatch.setattr(anchor_worker.time, "monotonic", lambda: 0.0)  # every step may be saved
+    monkeypatch.setattr(saving.time, "monotonic", lambda: 0.0)  # every step may be saved
     with pytest.raises(MemoryError):
         interrupted(task(), stop_at(3))
     assert counts_of(storage, WARMUP_STATE, "f") == {"steps": 3}
