@@ -25,6 +25,7 @@ from alphatoken.pipeline.maths.head import Predictions, read_head
 from alphatoken.pipeline.maths.lower import lower_layers_once
 
 KEPT = 64  # losses of a row that are compared, its last ones: the untouched head makes whole logits
+SHORT = 32  # tokens of the short row
 FEW = 8  # tokens of the question whether a token sees what follows it
 # Relative differences that are rounding: other kernels, other batch shapes, a router that computes in float32.
 ROUNDING = {torch.float64: 1e-6, torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 2e-2}
@@ -54,7 +55,8 @@ class Agreement:
 class Guard:
     """Called with the rows of every shard before it is valued; ``found`` says what was seen so far.
 
-    The first call compares the shortest row alone, a padded batch of it with a longer one, and the longest row, and asks
+    The first call compares a short row alone (the beginning of the shortest), a padded batch of it with a longer one, and
+    the longest row, and asks
     whether a token sees what follows it. Later calls look at a row only where it is longer than any before: what depends
     on the length (a sparse attention's budget) shows at the longest. Raises UnsupportedModel.
     """
@@ -71,7 +73,8 @@ class Guard:
         groups = [[by_length[-1]]]
         if not self.found.rows:
             self._causal(by_length[-1][:FEW])
-            groups = [[by_length[0]], [by_length[0], by_length[len(by_length) // 4]], *groups]
+            short = by_length[0][:SHORT]
+            groups = [[short], [short, by_length[len(by_length) // 2][: 2 * SHORT]], *groups]
         for group in groups:
             self.found = self.found.and_(self._compared(group))
         return self.found

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
+from alphatoken.pipeline.anchor.engine import Engine
 from alphatoken.pipeline.anchor.tensors import read_tensors
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
@@ -58,7 +59,15 @@ class Scoring:
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
         self.model, self.attention = model, settings.model.attention
+        self.engine = Engine(self.valuers[0].scored, settings)
         self.columns: list[str] = [*self.valuers[0].columns, *([OWN_LOSS] if weighed else [])]
+
+    def checked(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
+        """What the manifest records of the engine, once these rows of token ids are known to go through it unchanged.
+
+        Raises RunFailed where they do not.
+        """
+        return {**self.engine(rows), "causal_layers": self.valuers[0].causal_layers}
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         """Column name -> (batch, length) float32 on the host: the mean over the snapshots, brought there in one copy."""

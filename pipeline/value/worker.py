@@ -64,14 +64,13 @@ class ValueWorker:
         self.batches = TokenBatches(settings.valuation.tokens_per_batch)
         model = load_model(here(source), self.batches.device)
         self.scoring = Scoring(model, storage, settings, snapshots, kind.weighed)
-        self.engine = Engine(self.scoring.valuers[0].scored, settings)
 
     def __call__(self, task: ValueTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write one part of values, and where the policy is the reference one of reference/; returns counts."""
         table = self.storage.read_table(f"prepared/{task.part}", self.kind.prepared)
         sequences = self.kind.sequences(table)
         with self.batches.device_lock:
-            engine = self.engine(sequences.input_ids)
+            engine = self.scoring.checked(sequences.input_ids)
         columns, padded = self.batches.score(sequences, self.scoring.columns, self.scoring, advance)
         own = _negated(columns[OWN_LOSS]) if self.kind.weighed else None
         theirs = self._theirs(task.part, table, own)
@@ -82,7 +81,7 @@ class ValueWorker:
         counts = {"tokens": sequences.tokens, "padded_tokens": padded}
         self.storage.write_table(f"{task.place}/{task.part}", values, task.fingerprint, counts)
         # What depends on the worker is no part of the file, whose bytes do not.
-        return {**counts, "engine": {**engine, "causal_layers": self.scoring.valuers[0].causal_layers}}
+        return {**counts, "engine": engine}
 
     def _theirs(self, part: str, table: pa.Table, own: Rows | None) -> Rows | None:
         """The reference's log-probabilities, one array per sequence."""

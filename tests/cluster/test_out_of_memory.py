@@ -57,7 +57,7 @@ class _Scarce:
 
     def __init__(self, worker: ValueWorker, most: int) -> None:
         self.scoring, self.most, self.refused, self.shapes = worker.scoring, most, 0, []
-        self.columns = worker.scoring.columns
+        self.columns, self.checked = worker.scoring.columns, worker.scoring.checked
 
     def __call__(self, batch):
         if batch.shape[0] * batch.shape[1] > self.most:

@@ -337,10 +337,10 @@ def test_without_a_drift_there_is_no_stability_to_weigh(tmp_path):
         mask(storage, stability_weight=0.5, name="m")
 
 
-def test_a_reference_that_weighs_nothing_is_said_unless_it_was_asked_for(tmp_path):
+def test_a_reference_that_weighs_nothing_is_said_in_a_replay_as_well(tmp_path):
     storage, *_ = write_run(tmp_path, drift="checkpoint")
     said = [mask(storage, name=f"m{i}", **own)["notes"] for i, own in enumerate(({}, {"stability_weight": 0.0}))]
-    assert [any("stability against model.reference" in note for note in notes) for notes in said] == [True, False]
+    assert [any("stability against model.reference" in note for note in notes) for notes in said] == [True, True]
 
 
 def test_what_first_tokens_take_from_short_answers_and_from_rho_is_said(tmp_path):

@@ -110,7 +110,10 @@ def test_a_start_anew_that_is_interrupted_is_finished_by_the_next_command(alphat
         patch.setattr(Storage, "remove", killed)
         assert alphatoken("run", *same, "run.overwrite=value")[0] == 130
     manifest = json.loads((directory / "run.json").read_text())
-    assert manifest["removing"] == ["values", "reference", "masks"] and set(manifest["stages"]) == {"prepare", "anchor"}
+    assert manifest["removing"] == ["values", "reference", "masks", "trial"] and set(manifest["stages"]) == {
+        "prepare",
+        "anchor",
+    }
     status, _, err = alphatoken("run", *same)
     assert status == 0, err
     after = results(directory)

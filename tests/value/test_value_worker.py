@@ -87,6 +87,7 @@ class _Counting:
 
     def __init__(self, scoring, copies: list[str]) -> None:
         self.scoring, self.columns, self.copies, self.batches = scoring, scoring.columns, copies, []
+        self.checked = lambda rows: {}  # before the first batch
 
     def __call__(self, batch):
         before = len(self.copies)
