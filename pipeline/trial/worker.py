@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
+from alphatoken.pipeline.anchor.engine import Engine
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import no_scored_layers
 from alphatoken.pipeline.maths.divergence import ReferencePredictions, same_vocabulary
@@ -66,6 +67,12 @@ class TrialWorker:
             raise RunFailed(
                 "model.policy and model.reference have vocabularies of different sizes: they cannot be compared"
             )
+        if not self.scored.shared:
+            raise RunFailed(
+                "trial: a layer of model.policy hands on more than the hidden state (keys and values, a router's state), so "
+                "that its lower layers cannot be computed once: fine-tune it whole to compare masks"
+            )
+        Engine(self.scored, settings)(rows.held_out.input_ids)
         self.reference = theirs or ReferencePredictions(self.scored, rows.completions, kernel, TOKENS_PER_PASS)
         self.hidden = HiddenFile(settings.trial.cache_bytes)
         self.held_out = self._entering("held-out", rows.held_out)
