@@ -116,7 +116,7 @@ def _survey(kind: ModelType, row: dict[str, str]) -> Row:
         for d in DIRECTIONS
     }
     batch = collate([i.tolist() for i in ids], [x.tolist() for x in labels])
-    valuer, found, window, refusal = _valued(model, scored, Directions(named), batch)
+    valuer, found, refusal = _valued(model, scored, Directions(named), batch)
     facts: dict[str, Any] = {**row, "coverage": scored.coverage.fraction}
     if reason is not None:
         return Row(**facts, outcome=WRONG, reason=f"valued, though the model {reason}")
@@ -129,10 +129,8 @@ def _survey(kind: ModelType, row: dict[str, str]) -> Row:
     everywhere = valuer.value(batch, positions=torch.arange(batch.input_ids.numel()))
     for d in DIRECTIONS:
         errors[f"sum of {d}_direct"] = _sum_error(everywhere[f"{d}_direct"], rows, d)
-    layers = 0
-    if window:
-        values, layers = _value_rows(scored), valuer.causal_layers
-        errors |= _causal_errors(untouched, found, rows, named, what, values, ids, labels, notes) if layers else {}
+    values, layers = _value_rows(scored), valuer.causal_layers
+    errors |= _causal_errors(untouched, found, rows, named, what, values, ids, labels, notes) if layers else {}
     facts |= {"causal": f"{layers} of {LAYERS}", "error": max(errors.values()), "notes": tuple(notes)}
     if rows[0].unused:
         names = f"{len(rows[0].unused)} of {len(what.modules)} scored weights"
@@ -154,23 +152,18 @@ def _survey(kind: ModelType, row: dict[str, str]) -> Row:
 
 def _valued(
     model: Any, scored: ScoredLayers, directions: Directions, batch: Batch
-) -> tuple[TokenValuer, dict[str, torch.Tensor], int, str]:
-    """The engine's columns, less what it refuses to compute with a remedy; the window, and why something is missing."""
-    scores, window, exact, refusal = ALL, WINDOW, True, ""
-    for _ in range(3):
-        try:
-            check_model(scored, scores, window, KERNEL, exact)
-            valuer = TokenValuer(model, directions, LAYERS, window, KERNEL, scores, exact)
-            return valuer, valuer.value(batch), window, refusal
-        except UnsupportedModel as error:
-            if window and "valuation.window=0" in str(error):
-                window = 0
-            elif exact and "valuation.exact=false" in str(error):
-                scores, exact = tuple(s for s in scores if s != "information"), False
-            else:
-                raise
-            refusal = f"{refusal}; {error}" if refusal else str(error)
-    raise AssertionError("no remedy is asked for twice")
+) -> tuple[TokenValuer, dict[str, torch.Tensor], str]:
+    """The engine's columns, and why those along a tangent are not among them; "": they are."""
+    scores, exact, refusal = ALL, True, ""
+    try:
+        check_model(scored, scores, WINDOW, KERNEL, exact)
+    except UnsupportedModel as error:
+        if "valuation.exact=false" not in str(error):
+            raise
+        scores, exact, refusal = tuple(s for s in scores if s != "information"), False, str(error)
+        check_model(scored, scores, WINDOW, KERNEL, exact)
+    valuer = TokenValuer(model, directions, LAYERS, WINDOW, KERNEL, scores, exact)
+    return valuer, valuer.value(batch), refusal
 
 
 def described(scored: ScoredLayers) -> Scored:

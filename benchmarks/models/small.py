@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import transformers
-from torch import nn
 from transformers import CONFIG_MAPPING, PreTrainedConfig
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -21,6 +20,7 @@ from transformers.models.auto.modeling_auto import (
 
 from benchmarks.models.sizes import EXACT, FIRST_SPECIAL, LAYERS, heads_of, is_special, shrunk, tail
 from benchmarks.models.special import SPECIAL, Nested
+from benchmarks.models.weights import randomised
 
 FILLED = {"num_key_value_heads": 2} | {n: EXACT[n] for n in ("head_dim", "num_experts_per_tok", "n_routed_experts")}
 MOST_PARAMETERS = 12_000_000
@@ -150,18 +150,3 @@ def _missing_kinds(usual: Any, small: Any, layers: int, changes: Mapping[str, An
         if value and isinstance(value[0], str) and set(value) - set(less) and len(less) == LAYERS:
             found[name] = tail(list(value))
     return found
-
-
-def randomised(model: nn.Module, seed: int) -> nn.Module:
-    """Weights at which every part matters: no gain is one, no bias or sink zero, attention far from uniform."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.ndim < 2 or name.endswith("bias"):
-                parameter.add_(0.3 * noise)
-            elif "embed" in name or "wte" in name or "wpe" in name:
-                parameter.copy_(noise)
-            else:
-                parameter.copy_(1.3 * noise / min(parameter.shape[-2:]) ** 0.5)
-    return model.eval()

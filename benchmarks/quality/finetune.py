@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from alphatoken.pipeline.maths.batch import Batch, by_token_budget, collate, response_start
+from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.warmup import schedule
 
 ROWS_AT_ONCE = 2  # of a step's rows, of like lengths: half the memory, and hardly any padding
@@ -45,14 +45,7 @@ def losses_of(model: torch.nn.Module, batch: Batch) -> torch.Tensor:
 
 def batches(rows: int, recipe: Recipe) -> Iterable[list[int]]:
     """Row numbers of every step: epochs, each in an order of its own."""
-    generator, order = random.Random(recipe.seed), []
-    for _ in range(recipe.steps):
-        while len(order) < recipe.batch_size:
-            epoch = list(range(rows))
-            generator.shuffle(epoch)
-            order += epoch
-        yield order[: recipe.batch_size]
-        order = order[recipe.batch_size :]
+    return row_order(rows, recipe.batch_size, recipe.steps, recipe.seed)
 
 
 def finetune(

@@ -7,7 +7,6 @@ for rows that did not: with few rows the direction fits those rows and not the t
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +21,7 @@ from alphatoken.pipeline.maths.batch import IGNORED, Batch, Sequences, by_token_
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.maths.directions import fisher_drift
+from alphatoken.pipeline.maths.epochs import shuffled_epochs
 from alphatoken.pipeline.maths.forward import token_losses_of
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, SimulatedRun, Taped, Tensors, simulate
 from alphatoken.pipeline.maths.unroll import Adjoint, Swept, loss_gradient, sweep
@@ -55,13 +55,7 @@ def points_of(steps: int, snapshots: int) -> list[int]:
 
 def order_of(examples: int, wanted: int, seed: int, order: int) -> list[int]:
     """``wanted`` indices of ``examples``: epochs, each in an order of its own, that depends on seed and ``order`` alone."""
-    generator = random.Random(f"{seed} {order}")
-    found: list[int] = []
-    while len(found) < wanted:
-        epoch = list(range(examples))
-        generator.shuffle(epoch)
-        found += epoch
-    return found[:wanted]
+    return shuffled_epochs(examples, wanted, f"{seed} {order}")
 
 
 class UnrolledRun:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import random
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -21,6 +20,7 @@ from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget, r
 from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.directions import Directions, fisher_drift
+from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.kronecker import KroneckerFactors, adam, kfac
 from alphatoken.pipeline.maths.models import ModelSource, load_model
@@ -123,16 +123,8 @@ class AnchorWorker:
 
     def _warmup(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
         warmup = self.settings.anchor.warmup
-        order: list[int] = []
-        generator = random.Random(task.seed)
-        while len(order) < warmup.steps * warmup.batch_size:  # epochs, each in its own order
-            epoch = list(range(len(task.sequences)))
-            generator.shuffle(epoch)
-            order += epoch
-        batches = []
-        for step in range(warmup.steps):
-            rows = order[step * warmup.batch_size : (step + 1) * warmup.batch_size]
-            batches.append(task.sequences.take(rows).batch().to(self.device))
+        order = row_order(len(task.sequences), warmup.batch_size, warmup.steps, task.seed)
+        batches = [task.sequences.take(rows).batch().to(self.device) for rows in order]
         snapshots = {step: i for i, step in enumerate(snapshot_steps(warmup.steps, self.settings.anchor.snapshots))}
 
         def keep(steps: int, masters: dict[str, torch.Tensor]) -> None:

@@ -24,7 +24,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from alphatoken.pipeline.maths.attention_blocks import Attended, AttentionBlocks, BandBlock, Moved
-from alphatoken.pipeline.maths.decoder import UnsupportedModel, decoder_of
+from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.tangents import tangent_of, usual_kernels, without_tangent
 
 KERNELS = ("sdpa", "flash_attention_2", "eager")
@@ -39,8 +39,8 @@ Listener = Callable[[nn.Module, torch.Tensor, Callable[[int], list[BandBlock]]],
 
 
 @contextmanager
-def intercepted(model: Any, kernel: str, listener: Listener | None) -> Iterator[None]:
-    """Route the model's attention through this file for one block of code.
+def intercepted(decoder: Any, kernel: str, listener: Listener | None) -> Iterator[None]:
+    """Route the attention of a model's ``decoder`` through this file for one block of code.
 
     ``kernel`` (sdpa | flash_attention_2 | eager) computes the outputs; eager: block by block, and so it is where the
     model supports nothing else. ``listener(module, value, band)`` is called at every attention module: ``value`` (batch,
@@ -50,7 +50,7 @@ def intercepted(model: Any, kernel: str, listener: Listener | None) -> Iterator[
     if kernel not in KERNELS:
         raise ValueError(f"attention={kernel}: must be one of {', '.join(KERNELS)}")
     saved = getattr(_active, "state", None)
-    with _named(model, kernel):
+    with _named(decoder, kernel):
         _install()
         _active.state = (kernel, listener)
         try:
@@ -61,9 +61,8 @@ def intercepted(model: Any, kernel: str, listener: Listener | None) -> Iterator[
 
 
 @contextmanager
-def _named(model: Any, kernel: str) -> Iterator[None]:
+def _named(decoder: Any, kernel: str) -> Iterator[None]:
     """The decoder's implementation name is that of the kernel; for blocks, whichever builds the smaller masks."""
-    decoder: Any = decoder_of(model)
     wanted = "sdpa" if kernel == "eager" else kernel
     if wanted == "sdpa" and not getattr(decoder, "_supports_sdpa", True):
         wanted = "eager"

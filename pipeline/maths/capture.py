@@ -158,7 +158,7 @@ def captured(
         stack.enter_context(frozen(scored.model))
         if visitor is None:
             stack.enter_context(torch.no_grad())
-        stack.enter_context(intercepted(scored.model, kernel, listen))
+        stack.enter_context(intercepted(scored.decoder, kernel, listen))
         if stacked:
             stack.enter_context(tapped_experts(scored.model, {module for module, _ in stacked}, expert_tap))
         stack.callback(scored.decoder.register_forward_pre_hook(remember_shape, with_kwargs=True).remove)

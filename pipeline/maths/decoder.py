@@ -7,7 +7,8 @@ that holds the input embeddings, so that of an image-text model it is the text d
 from __future__ import annotations
 
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -206,15 +207,20 @@ def _last_hidden_state(scored: ScoredLayers) -> torch.Tensor:
     device = next(scored.model.parameters()).device
     ids = torch.arange(1, PROBE + 1, device=device)[None]
     decoder: Any = scored.decoder
-    try:
+    with on_token_ids_alone(f"{type(scored.model).__name__}: its decoder"):
         return decoder(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@contextmanager
+def on_token_ids_alone(what: str) -> Iterator[None]:
+    """Whatever is raised inside the block means that ``what`` wants an image, a sound or another model's states."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
         reason = str(error).partition("\n")[0]
-        raise UnsupportedModel(
-            f"{type(scored.model).__name__}: its decoder does not run on token ids alone ({type(error).__name__}: {reason})"
-        ) from error
+        raise UnsupportedModel(f"{what} does not run on token ids alone ({type(error).__name__}: {reason})") from error
 
 
 def _coverage(maps: tuple[LinearMap, ...], kept: list[tuple[str, torch.Tensor, bool]]) -> Coverage:

@@ -16,7 +16,7 @@ from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.batch import Sequences, by_token_budget
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers, decoder_layers
-from alphatoken.pipeline.maths.head import chunk_rows, head_of
+from alphatoken.pipeline.maths.head import chunk_rows, head_of, vocabulary_of
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.trial import Entering, Weights, add_by_row
 
@@ -40,7 +40,7 @@ class ReferencePredictions:
         device = next(reference.model.parameters()).device
         for group in self.groups:
             batch = completions.take(group).batch().to(device)
-            with torch.no_grad(), intercepted(reference.model, kernel, None):
+            with torch.no_grad(), intercepted(reference.decoder, kernel, None):
                 self.outputs = reference.decoder(input_ids=batch.input_ids, use_cache=False)
             self.hidden.append(self.outputs.last_hidden_state.flatten(0, 1)[batch.predicting()])
 
@@ -65,7 +65,7 @@ class ReferencePredictions:
             with (
                 swapped(scored, dict(weights)),
                 lower_layers_once(scored, [entering]),
-                intercepted(scored.model, self.kernel, None),
+                intercepted(scored.decoder, self.kernel, None),
             ):
                 outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
             own = outputs.last_hidden_state.flatten(0, 1)[batch.predicting()]
@@ -85,11 +85,6 @@ class ReferencePredictions:
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(dim=-1)
-
-
-def vocabulary_of(model: Any) -> int:
-    """Rows of the output embedding."""
-    return int(model.get_output_embeddings().weight.shape[0])
 
 
 def same_vocabulary(models: Sequence[Any]) -> bool:

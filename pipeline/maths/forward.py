@@ -2,26 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
 
 from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.batch import Batch
-from alphatoken.pipeline.maths.decoder import decoder_of
+from alphatoken.pipeline.maths.decoder import no_scored_layers
 from alphatoken.pipeline.maths.head import Predictions, read_head
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate_forward
-
-
-@dataclass(frozen=True, slots=True)
-class _Headed:
-    model: nn.Module
-
-    @property
-    def decoder(self) -> nn.Module:
-        return decoder_of(self.model)
 
 
 @torch.no_grad()
@@ -34,8 +23,8 @@ def token_losses_of(model: Any, batch: Batch, attention: str) -> torch.Tensor:
     positions = batch.predicting()
     flat = torch.zeros(batch.shape[0] * batch.shape[1], device=batch.input_ids.device)
     if len(positions):
-        targets, headed = batch.labels.flatten()[positions + 1], _Headed(model)
-        with intercepted(model, attention, None):
+        targets, headed = batch.labels.flatten()[positions + 1], no_scored_layers(model)
+        with intercepted(headed.decoder, attention, None):
             outputs = headed.decoder(input_ids=batch.input_ids, use_cache=False)
             hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
             found, _ = read_head(headed, outputs, hidden, targets, [Predictions.losses], backward=False)

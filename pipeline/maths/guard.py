@@ -19,7 +19,7 @@ from torch import nn
 
 from alphatoken.pipeline.maths.batch import collate
 from alphatoken.pipeline.maths.capture import Captured, captured
-from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
+from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, on_token_ids_alone
 from alphatoken.pipeline.maths.frozen import frozen
 from alphatoken.pipeline.maths.head import Predictions, read_head
 from alphatoken.pipeline.maths.lower import lower_layers_once
@@ -148,15 +148,8 @@ def _own_pass(scored: ScoredLayers, row: Sequence[int]) -> tuple[torch.Tensor, t
         stack.enter_context(frozen(model))
         stack.enter_context(torch.no_grad())  # `frozen` turns gradients on
         stack.callback(scored.decoder.register_forward_hook(keep).remove)
-        try:
-            logits = model(input_ids=ids, use_cache=False, **some).logits[0, -KEPT - 1 :]
-        except torch.OutOfMemoryError:
-            raise
-        except Exception as error:  # whatever it says that wants an image, a sound or another model's states
-            reason = str(error).partition("\n")[0]
-            raise UnsupportedModel(
-                f"{type(model).__name__} does not run on token ids alone ({type(error).__name__}: {reason})"
-            ) from error
+        stack.enter_context(on_token_ids_alone(type(model).__name__))
+        logits = model(input_ids=ids, use_cache=False, **some).logits[0, -KEPT - 1 :]
     if len(logits) != min(ids.shape[1], KEPT + 1):
         raise UnsupportedModel(f"{type(model).__name__} predicts {len(logits)} tokens for a row of {ids.shape[1]}")
     losses = F.cross_entropy(

@@ -65,9 +65,13 @@ def head_of(scored: HeadedModel, outputs: Any) -> Iterator[Callable[[torch.Tenso
 
 def chunk_rows(model: Any, hidden: torch.Tensor) -> int:
     """Rows of hidden states per chunk, so that one chunk of logits takes at most CHUNK_BYTES."""
+    return max(16, CHUNK_BYTES // (vocabulary_of(model) * max(4, hidden.element_size())))
+
+
+def vocabulary_of(model: Any) -> int:
+    """How many tokens the model's head predicts."""
     head = model.get_output_embeddings()
-    vocabulary = model.config.get_text_config().vocab_size if head is None else head.weight.shape[0]
-    return max(16, CHUNK_BYTES // (vocabulary * max(4, hidden.element_size())))
+    return int(model.config.get_text_config().vocab_size if head is None else head.weight.shape[0])
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ def _twice_differentiable(scored: ScoredLayers, kernel: str) -> Iterator[list[nn
 
     with ExitStack() as stack:
         stack.enter_context(frozen(scored.model))
-        stack.enter_context(intercepted(scored.model, "eager" if kernel == "eager" else "sdpa", None))
+        stack.enter_context(intercepted(scored.decoder, "eager" if kernel == "eager" else "sdpa", None))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if experts:
             stack.enter_context(tapped_experts(scored.model, experts, as_it_is))
@@ -78,9 +78,9 @@ def curvature_pass(
     The first backward pass is shared; each direction costs a backward pass over both. Products are in at least float32.
     """
     positions = batch.predicting()
-    zeros = {m.name: torch.zeros_like(m.parameter, dtype=_wide(m.parameter)) for m in scored.maps}
     if not len(positions):
         none = torch.zeros(0, device=batch.input_ids.device)
+        zeros = {m.name: _wide_zeros(m.parameter) for m in scored.maps}
         return Curvature(none, dict.fromkeys(directions, zeros), dict.fromkeys(directions, none))
     targets = batch.labels.flatten()[positions + 1]
     names = [m.name for m in scored.maps]
@@ -101,8 +101,8 @@ def curvature_pass(
                 [gradients[i] for i in used], parameters, moving, retain_graph=[name] != last, allow_unused=True
             )
             products[name] = {
-                key: zeros[key] if product is None else product.to(zeros[key].dtype)
-                for key, product in zip(names, found, strict=True)
+                m.name: _wide_zeros(m.parameter) if product is None else product.to(_wide(m.parameter))
+                for m, product in zip(scored.maps, found, strict=True)
             }
             assert head.moved is not None
             along[name] = (errors.detach().to(head.losses.dtype) * head.moved).sum(dim=1)
@@ -138,6 +138,10 @@ def check_second_derivative(scored: ScoredLayers, kernel: str) -> None:
             f"its scored layers cannot be differentiated twice ({type(error).__name__}: {reason}): set "
             "anchor.direction=gradient"
         ) from error
+
+
+def _wide_zeros(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.zeros_like(tensor, dtype=_wide(tensor))
 
 
 def _wide(tensor: torch.Tensor) -> torch.dtype:

@@ -6,7 +6,6 @@ fine-tune: it is made once per sequence and handed in. What is left to do costs 
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -77,22 +76,11 @@ def entering_hidden(scored: ScoredLayers, input_ids: Sequence[int], kernel: str)
     """
     batch = collate([input_ids], [input_ids]).to(next(scored.model.parameters()).device)
     kept: list[torch.Tensor] = []
-    with intercepted(scored.model, kernel, None), lower_layers_once(scored, kept):
+    with intercepted(scored.decoder, kernel, None), lower_layers_once(scored, kept):
         scored.decoder(input_ids=batch.input_ids, use_cache=False)
     if not kept or kept[0].ndim != 3:
         return torch.zeros(len(input_ids), 1)
     return kept[0][0]
-
-
-def row_order(rows: int, batch_size: int, steps: int, seed: int) -> list[list[int]]:
-    """Row numbers of every step: epochs, each in an order of its own, which depends on the seed alone."""
-    generator = random.Random(seed)
-    order: list[int] = []
-    while len(order) < steps * batch_size:
-        epoch = list(range(rows))
-        generator.shuffle(epoch)
-        order += epoch
-    return [order[step * batch_size : (step + 1) * batch_size] for step in range(steps)]
 
 
 def fine_tune(

@@ -58,7 +58,7 @@ def value_projections(scored: ScoredLayers, kernel: str) -> dict[str, ValueProje
 
     with ExitStack() as stack:
         stack.enter_context(frozen(scored.model))
-        stack.enter_context(intercepted(scored.model, kernel, listen))
+        stack.enter_context(intercepted(scored.decoder, kernel, listen))
         for linear in scored.maps:
             if not linear.experts:
                 stack.callback(linear.module.register_forward_hook(hook(linear)).remove)

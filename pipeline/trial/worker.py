@@ -14,10 +14,11 @@ from alphatoken.pipeline.anchor.engine import Engine
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import no_scored_layers
 from alphatoken.pipeline.maths.divergence import ReferencePredictions, same_vocabulary
+from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.models import ModelSource, load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite
-from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses, row_order
+from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage

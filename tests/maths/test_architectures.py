@@ -14,6 +14,7 @@ from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.valuer import TokenValuer
+from benchmarks.models.weights import randomised
 from tests.maths import pairwise
 from tests.maths.comparison import (
     Sequences,
@@ -24,7 +25,7 @@ from tests.maths.comparison import (
     the_same_twice,
     validation_gradient,
 )
-from tests.maths.tiny_models import COMMON, FAMILIES, LLAMA, model_of, nearby, randomised
+from tests.maths.tiny_models import COMMON, FAMILIES, LLAMA, model_of, nearby
 
 LAYERS, WINDOW = 2, 6
 

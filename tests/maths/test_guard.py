@@ -16,7 +16,8 @@ from alphatoken.pipeline.maths.attention import KERNELS, intercepted
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, no_scored_layers, scored_layers
 from alphatoken.pipeline.maths.guard import Guard
 from alphatoken.pipeline.maths.valuer import TokenValuer
-from tests.maths.tiny_models import COMMON, FAMILIES, model_of, randomised
+from benchmarks.models.weights import randomised
+from tests.maths.tiny_models import COMMON, FAMILIES, model_of
 
 ROWS = [[3, 4, 5], [7, 8, 9, 10, 2, 3], list(range(3, 40))]
 
@@ -127,7 +128,11 @@ def test_attention_is_one_that_the_engine_supports(attention: str) -> None:
 def test_attention_is_as_before_after_the_block() -> None:
     model: Any = model_of("llama")
     before = {name: ALL_ATTENTION_FUNCTIONS.get(name) for name in KERNELS}
-    with pytest.raises(KeyboardInterrupt), intercepted(model, "sdpa", None), intercepted(model, "eager", None):
+    with (
+        pytest.raises(KeyboardInterrupt),
+        intercepted(model.model, "sdpa", None),
+        intercepted(model.model, "eager", None),
+    ):
         assert ALL_ATTENTION_FUNCTIONS["sdpa"] is not before["sdpa"]
         raise KeyboardInterrupt
     assert {name: ALL_ATTENTION_FUNCTIONS.get(name) for name in KERNELS} == before

@@ -14,8 +14,8 @@ from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.guard import Guard
 from alphatoken.pipeline.maths.models import ModelSource, load_model
 from alphatoken.pipeline.maths.valuer import TokenValuer
+from benchmarks.models.weights import randomised
 from tests.maths.comparison import sequences, the_same_twice, validation_gradient
-from tests.maths.tiny_models import randomised
 
 TEXT: dict[str, Any] = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 36, "num_hidden_layers": 3, "num_attention_heads": 4,

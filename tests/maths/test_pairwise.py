@@ -30,6 +30,7 @@ from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from alphatoken.pipeline.maths.warmup import schedule, warm_up
+from benchmarks.models.weights import randomised
 from tests.maths import pairwise
 from tests.maths.comparison import (
     COLUMNS,
@@ -46,7 +47,7 @@ from tests.maths.comparison import (
     validation_gradient,
     without_drift,
 )
-from tests.maths.tiny_models import COMMON, FAMILIES, LLAMA, model_of, nearby, randomised
+from tests.maths.tiny_models import COMMON, FAMILIES, LLAMA, model_of, nearby
 
 LAYERS, WINDOW = 2, 6
 TRAIN = sequences([15, 6, 11, 4], 3)

@@ -21,9 +21,10 @@ from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.directions import Directions
 from alphatoken.pipeline.maths.scores import SCORES, HeadScore
 from alphatoken.pipeline.maths.valuer import ALL, TokenValuer, needs_directions
+from benchmarks.models.weights import randomised
 from tests.maths import pairwise
 from tests.maths.comparison import Sequences, sequences, state
-from tests.maths.tiny_models import COMMON, FAMILIES, LLAMA, model_of, randomised
+from tests.maths.tiny_models import COMMON, FAMILIES, LLAMA, model_of
 
 LAYERS, WINDOW = 2, 6
 SOME = sequences([11, 6, 9], 3)

@@ -10,8 +10,9 @@ from torch.nn.functional import cross_entropy, kl_div
 from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.maths.decoder import no_scored_layers, scored_layers
 from alphatoken.pipeline.maths.divergence import ReferencePredictions
+from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.nonfinite import NonFinite
-from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses, row_order
+from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses
 from alphatoken.pipeline.maths.warmup import schedule
 from tests.maths import comparison
 from tests.maths.tiny_models import model_of, nearby

@@ -11,6 +11,7 @@ import torch
 import transformers as hf
 from torch import nn
 
+from benchmarks.models.weights import randomised
 from tests.maths.pairwise import Layout, gpt_oss_gate, silu_gate
 
 ATTENTION = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj")
@@ -138,21 +139,6 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
 }  # fmt: skip
-
-
-def randomised(model: nn.Module, seed: int) -> nn.Module:
-    """Weights at which every part matters: no gain is one, no bias or sink zero, attention far from uniform."""
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-            if parameter.ndim < 2 or name.endswith("bias"):
-                parameter.add_(0.3 * noise)
-            elif "embed" in name or "wte" in name or "wpe" in name:
-                parameter.copy_(noise)
-            else:
-                parameter.copy_(1.3 * noise / min(parameter.shape[-2:]) ** 0.5)
-    return model.eval()
 
 
 def model_of(family: str, seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:

@@ -21,6 +21,7 @@ from tests.prepare.chat_templates import (
     SMOLLM_3,
     Family,
 )
+from tests.prepare.response_texts import responses
 
 WITH_TOOLS = [name for name, family in FAMILIES.items() if family.called]
 WITH_CALLS = [name for name in WITH_TOOLS if FAMILIES[name].call is None]  # under the usual key
@@ -56,18 +57,6 @@ def made(name_or_family, row, turns=False):
         return [(responses(tokenizer, example), example) for example in examples]
     example = make(row, "a")
     return responses(tokenizer, example), example
-
-
-def responses(tokenizer, example):
-    """The text of each run of response tokens."""
-    runs, current = [], []
-    for label in [*example.labels, -100]:
-        if label != -100:
-            current.append(label)
-        elif current:
-            runs.append(tokenizer.decode(current, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-            current = []
-    return runs
 
 
 def said(role, content, **more):

@@ -10,6 +10,7 @@ from transformers import PreTrainedTokenizerFast
 
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
+from tests.prepare.response_texts import responses
 
 SENTENCES = [
     "The capital of France is Paris. Two and two make four.",
@@ -109,18 +110,6 @@ def check(example, max_length=512, shift=0):
     assert labels[0] == -100 and any(label != -100 for label in labels)
     for index, (token, label) in enumerate(zip(example.input_ids, labels, strict=True)):
         assert label in (-100, token), f"label {index} is not of its own token"
-
-
-def responses(tokenizer, example):
-    """The text of each run of response tokens."""
-    runs, current = [], []
-    for label in [*example.labels, -100]:
-        if label != -100:
-            current.append(label)
-        elif current:
-            runs.append(tokenizer.decode(current, skip_special_tokens=False, clean_up_tokenization_spaces=False))
-            current = []
-    return runs
 
 
 @pytest.mark.parametrize("template", [CHATML, MARKED, OPENED_THOUGHT, FORGETFUL, DATED, STRICT])
