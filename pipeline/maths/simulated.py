@@ -139,7 +139,15 @@ def simulate(
                 if not bool(torch.isfinite(losses).all()):
                     raise Diverged(f"step {step + 1} of {len(batches)}: {locate(scored, batch, kernel)}")
                 tokens += len(losses)
-        if not all(bool(torch.isfinite(tensor).all()) for tensor in gradient.total.values()):
-            raise Diverged(f"step {step + 1} of {len(batches)}: NaN or infinity in the gradient")
-        keep(step, run.step(gradient.total, tokens))
+        _check(gradient.total, f"step {step + 1} of {len(batches)}: NaN or infinity in the gradient")
+        taped = run.step(gradient.total, tokens)
+        # Named by the step that would start from them, as where its first pass shows it; the tape could not hold them.
+        where = f"step {step + 2} of {len(batches)}" if step + 1 < len(batches) else "the end of the run"
+        _check(run.masters(), f"{where}: NaN or infinity in the weights")
+        keep(step, taped)
         after(step + 1)
+
+
+def _check(tensors: Tensors, said: str) -> None:
+    if not all(bool(torch.isfinite(tensor).all()) for tensor in tensors.values()):
+        raise Diverged(said)
