@@ -146,7 +146,7 @@ class UnrolledRun:
         def found(step: int, swept: Swept) -> None:
             values[step] = swept.values["adaptation"]
             if step in snapshots:
-                for objective, residual in swept.residuals.items():
+                for objective, residual in swept.residuals().items():
                     minus = {name: -tensor for name, tensor in residual.items()}
                     write_tensors(self.storage, PLACES[objective].format(index=snapshots[step]), minus, marks)
             state = {f"values/{t:05d}": one for t, one in values.items()}
