@@ -23,6 +23,7 @@ from alphatoken.data_schemas.values import (
     REFERENCE_LOSS,
     SCORES,
     SIGNED,
+    is_signed,
     value_columns,
     values_schema,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "TRIAL_RESULTS",
     "SchemaMismatch",
     "check",
+    "is_signed",
     "masks_schema",
     "named",
     "preference_masks_schema",

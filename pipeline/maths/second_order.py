@@ -152,4 +152,3 @@ def check_second_derivative(scored: ScoredLayers, kernel: str) -> None:
             f"its scored layers cannot be differentiated twice ({type(error).__name__}: {reason}): set "
             "anchor.direction=gradient"
         ) from error
-

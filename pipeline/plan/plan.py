@@ -20,6 +20,7 @@ from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.maths.batch import response_start
 from alphatoken.pipeline.maths.costs import (
+    DIRECTIONS,
     ModelCosts,
     Shapes,
     budget_shapes,
@@ -47,6 +48,7 @@ from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.objectives import RETENTION
 from alphatoken.pipeline.trial.budget import Lengths, lengths_of, planned_extent
 
 UTILISATION = 0.35
@@ -120,6 +122,8 @@ def make_plan(run: Run) -> dict[str, Any]:
             "sampled": len(rows) + len(sample.fisher) + len(sample.validation),
             "complete_sample": sample.complete, "unusable_fraction": sample.unusable,
             "train_examples": sample.train_rows, "validation_examples": sample.validation_rows,
+            **({"tasks": dict(sample.tasks)} if sample.tasks else {}),
+            **({"retention_examples": sample.retention_rows} if sample.retention else {}),
             "fisher_prompts": len(sample.fisher), "tokens": round(tokens * scale),
             "response_tokens": round(response * scale), "padded_tokens": shapes.tokens, "longest": longest,
             "truncated_fraction": sum(row.truncated for row in rows) / len(rows),
@@ -129,13 +133,14 @@ def make_plan(run: Run) -> dict[str, Any]:
             "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
             "layers": costs.layers, "scored_layers": costs.scored_layers, "drift": drift, "snapshots": snapshots,
             "checkpoints": several,
-            "columns": list(settings.valuation.columns),
+            "columns": list(settings.columns),
             "scored_modules": [linear.name for linear in scored.maps], "coverage": coverage,
             "coverage_warning": warning(scored.coverage),
         },
         "flops": {**stages, "total": total},
         "memory_per_worker": value_memory(
-            costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift)
+            costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift),
+            DIRECTIONS + len(settings.objectives),
         ),
         "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
         "device_hours": {
@@ -175,9 +180,10 @@ def planned_values(
 ) -> int:
     """Operations of the value stage; of a rehearsal with its padding taken for that of the static schedule."""
     own = settings.valuation
-    if not own.columns:
+    if not settings.columns:
         return 0
-    values = value_flops(m, shapes, own.window, snapshots, own.scores, own.exact, drift != "none")
+    directions = DIRECTIONS + len(settings.objectives)
+    values = value_flops(m, shapes, own.window, snapshots, own.scores, own.exact, drift != "none", directions)
     if not own.rehearsed:
         return values
     steps = -(-sample.train_rows // own.rehearsal.batch_size)
@@ -187,9 +193,17 @@ def planned_values(
 
 def validation_shapes(sample: Sample) -> Shapes:
     """The batches of one validation gradient."""
-    lengths = [len(e.input_ids) for e in sample.validation]
-    shapes = budget_shapes(lengths, _response(sample.validation), TOKENS_PER_PASS)
-    return shapes.times(sample.validation_rows / len(sample.validation))
+    return _held_shapes(sample.validation, sample.validation_rows)
+
+
+def retention_shapes(sample: Sample) -> Shapes | None:
+    """The batches of one gradient of data.retention; None where there are no such rows."""
+    return _held_shapes(sample.retention, sample.retention_rows) if sample.retention else None
+
+
+def _held_shapes(examples: Sequence[Example], rows: int) -> Shapes:
+    shapes = budget_shapes([len(e.input_ids) for e in examples], _response(examples), TOKENS_PER_PASS)
+    return shapes.times(rows / len(examples))
 
 
 def train_shapes(sample: Sample, budget: int) -> Shapes:
@@ -202,7 +216,8 @@ def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, 
     """Operations of the anchor by what they are for; ``fisher`` is at most, as completions may end early."""
     anchor, validation = settings.anchor, validation_shapes(sample)
     if anchor.unrolled:
-        check_validation(sample.validation_rows)
+        for objective, rows in rows_of_objectives(sample, settings).items():
+            check_validation(rows, objective)
         check_examples(sample.train_rows, anchor.unroll.batch_size)
         made, moved = unrolled_flops(m, sample, settings, drift), 0
         gradients = anchor.unroll.orders
@@ -216,7 +231,15 @@ def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, 
         **({"unrolled": made} if anchor.unrolled else {}),
         "validation_gradient": gradients * (ghost_flops(m, validation) + outer_flops(m, validation.predicting)),
     }
+    if (kept := retention_shapes(sample)) and settings.objectives:
+        found["retention_gradient"] = gradients * (ghost_flops(m, kept) + outer_flops(m, kept.predicting))
     return {"flops": sum(found.values()), **found}
+
+
+def rows_of_objectives(sample: Sample, settings: Settings) -> dict[str, int]:
+    """Objective -> about how many validation rows make its direction; those of all tasks together follow from theirs."""
+    found = dict(sample.tasks) or {"adaptation": sample.validation_rows}
+    return found | ({RETENTION: sample.retention_rows} if RETENTION in settings.objectives else {})
 
 
 def fisher_flops(m: ModelCosts, prompts: Sequence[Example], new: int) -> int:
@@ -257,7 +280,7 @@ def unrolled_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str
     every = kept_every(unroll.steps, m.scored_stored, unroll.tape_bytes)
     if every is None:
         raise SettingsWrong([too_long(unroll.steps, m.scored_stored, unroll.tape_bytes)])
-    objectives, forward, sweep = 1 if drift == "none" else 2, 0, 0
+    objectives, forward, sweep = len(rows_of_objectives(sample, settings)) + (drift != "none"), 0, 0
     for shapes in step_shapes(sample.train, unroll.steps, unroll.batch_size):
         forward += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
         sweep += sweep_flops(m, shapes, objectives)

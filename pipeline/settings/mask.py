@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from alphatoken.data_schemas import COMPONENTS, EXACT, MASK_EXTRA_COLUMNS, REFERENCE_LOSS, SCORES
+from alphatoken.pipeline.settings.objectives import columns_of, names_in, unknown_names
 from alphatoken.pipeline.settings.option import at_least, one_of, option
 
 # mask.score -> the columns of values/ that it is made of.
@@ -35,7 +36,18 @@ class MaskSettings:
     rho: float = option(0.5, "fraction of the response tokens that is kept")
     stability_weight: float | None = option(
         None,
-        "lambda: value = score + lambda * stability; null: 1.5 for mask.score=paper and exact, where there is a drift, else 0",
+        "lambda: value = score + lambda * stability; null: 1.5 for mask.score=paper and exact, where there is a drift and there "
+        "are no mask.weights, else 0",
+    )
+    weights: dict[str, float] = option(
+        {},
+        "{task: weight, ...} of data.validation's tasks, of retention and of adaptation (all tasks together): the score is the "
+        "weighed sum of their values instead; {}: the paper's adaptation",
+    )
+    require: Any = option(
+        "none",
+        "all: a token with a value below 0 for any task of data.validation, or for retention, is not kept whatever its value; or a "
+        "list of tasks; none",
     )
     loss_weight: float = option(0.0, "subtract this much of the token's loss from its value: against wrong tokens")
     least_stable: float = option(
@@ -85,6 +97,7 @@ class MaskSettings:
         ):
             if asked and self.score in WITHOUT_VALUES:
                 found.append(f"mask.{key}={asked}: mask.score={self.score} looks at no values: leave it out")
+        found += self._objective_problems()
         found += at_least("mask.rare_tokens", self.rare_tokens, 0)
         found += one_of("mask.rule", self.rule, ("top", "positive", "weight"))
         found += at_least("mask.batch_size", self.batch_size, 1)
@@ -112,20 +125,47 @@ class MaskSettings:
         rehearsal is the paper's own loop, and of a pair only signed values say which branch a token speaks for.
         """
         lacking = "information" not in there and set(MASK_SCORES["paper"]) <= set(there)
-        usual = "paper" if paired_or_rehearsed or lacking else "information"
+        usual = "paper" if paired_or_rehearsed or lacking or self.weights else "information"
         score = usual if self.score == "auto" else self.score
-        weight = 1.5 if score in ("paper", "exact") and drift != "none" else 0.0
+        weight = 1.5 if score in ("paper", "exact") and drift != "none" and not self.weights else 0.0
         first = 1 if score == "information" else 0
         return replace(
             self,
             score=score,
             stability_weight=weight if self.stability_weight is None else self.stability_weight,
             skip_first=first if self.skip_first is None else self.skip_first,
+            require=names_in(there) or "all" if self.require == "all" else self.require,
         )
+
+    @property
+    def required(self) -> list[str]:
+        """The tasks, and retention, for which no token may have a value below 0; of resolved settings."""
+        return [self.require] * (self.require != "none") if isinstance(self.require, str) else list(self.require)
+
+    def _objective_problems(self) -> list[str]:
+        found = []
+        for name, weight in self.weights.items():
+            found += at_least(f"mask.weights.{name}", weight, 0)
+        if self.weights and not any(self.weights.values()):
+            found.append(f"mask.weights={self.weights}: at least one must be above 0")
+        if self.weights and self.score not in ("auto", "paper"):
+            found.append(
+                f"mask.weights={self.weights}: they weigh values of tasks, mask.score={self.score} is none: set mask.score=paper"
+            )
+        if isinstance(self.require, str):
+            found += one_of("mask.require", self.require, ("none", "all"))
+        elif not isinstance(self.require, list | tuple) or not all(isinstance(name, str) for name in self.require):
+            found.append(f"mask.require={self.require}: must be none, all or a list of tasks")
+        return found
 
     def columns(self) -> dict[str, str]:
         """Column of values/ that is read -> the key that asks for it; of resolved settings."""
-        found = dict.fromkeys(MASK_SCORES[self.score], f"mask.score={self.score}")
+        first = MASK_SCORES[self.score]
+        if self.weights:
+            first = tuple(column for name, weight in self.weights.items() if weight for column in columns_of(name))
+        found = dict.fromkeys(first, f"mask.score={self.score}")
+        for name in self.required:
+            found |= {column: found.get(column, "mask.require") for column in columns_of(name)}
         stability = EXACT[1:] if self.score == "exact" else COMPONENTS[2:]
         for asked, columns in (
             ("stability_weight", stability),
@@ -143,6 +183,14 @@ class MaskSettings:
 
         ``scores``: of valuation.scores, which ``there`` come from.
         """
+        weighed = [name for name, weight in self.weights.items() if weight]
+        if self.require == "all":
+            return [
+                "mask.require=all: values/ has no columns of tasks: give data.validation={task: FILE, ...} or data.retention=FILE"
+            ]
+        unknown = unknown_names("mask.weights", weighed, there) + unknown_names("mask.require", self.required, there)
+        if unknown:
+            return unknown
         remedies: dict[str, str] = {}
         for column, asked in self.columns().items():
             if column not in there:

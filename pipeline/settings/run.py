@@ -3,11 +3,13 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from alphatoken.data_schemas import value_columns
 from alphatoken.pipeline.settings.anchor import AnchorSettings
 from alphatoken.pipeline.settings.cluster import ClusterSettings
 from alphatoken.pipeline.settings.data import HALF, DataSettings
 from alphatoken.pipeline.settings.mask import MaskSettings
 from alphatoken.pipeline.settings.model import ModelSettings
+from alphatoken.pipeline.settings.objectives import RETENTION, objective_of
 from alphatoken.pipeline.settings.option import one_of, option
 from alphatoken.pipeline.settings.rehearsal import contradictions
 from alphatoken.pipeline.settings.trial import TrialSettings
@@ -62,6 +64,19 @@ class Settings:
         return HALF if own is None and self.trial.auto else own
 
     @property
+    def objectives(self) -> tuple[str, ...]:
+        """Directions beside adaptation and stability; a rehearsal, which is the paper's own loop, has none."""
+        if self.valuation.rehearsed:
+            return ()
+        return (*map(objective_of, self.data.tasks), *[RETENTION] * (self.data.retention is not None))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of values/ beside the id."""
+        own = self.valuation
+        return value_columns(own.scores, own.exact, own.reference_loss, self.objectives)
+
+    @property
     def makes_fisher(self) -> bool:
         """Whether the anchor stage samples completions for a Fisher, so that prompts have to be held out."""
         if not self.valuation.needs_directions:
@@ -93,14 +108,14 @@ class Settings:
         """Why the mask cannot be made from the values that these settings make; for commands that make both."""
         if self.mask.problems() or self.valuation.problems():
             return []  # said already
-        there = self.valuation.columns
+        there = self.columns
         mask = self.mask.resolved(pairs or self.valuation.rehearsed, self.anchor.drift, there)
         return mask.missing(there, self.valuation.scores)
 
     def anchor_problems(self, pairs: bool) -> list[str]:
         """Why the anchors cannot be made; ``pairs``: whether the data is of preference."""
         # A rehearsal makes its own drift, and weighs it by its own key.
-        mask = self.mask.resolved(pairs, there=self.valuation.columns) if not self.valuation.problems() else self.mask
+        mask = self.mask.resolved(pairs, there=self.columns) if not self.valuation.problems() else self.mask
         weight = 0.0 if self.valuation.rehearsed else mask.stability_weight or 0.0
         return self.anchor.problems(weight, len(self.model.checkpoints))
 
@@ -109,6 +124,11 @@ class Settings:
         found = []
         if self.data.format == "preference":
             found.append(NO_PAIRS)
+        if self.data.tasks:
+            found.append(
+                f"data.validation={{{', '.join(self.data.tasks)}}}: valuation.schedule=rehearsal has one validation set: give "
+                "its rows as a list, or set valuation.schedule=static"
+            )
         if len(self.model.checkpoints) > 1:
             found.append("valuation.schedule=rehearsal starts at one model: give one model.policy, no list")
         for key, value, only in (

@@ -33,7 +33,7 @@ def make_values(run: Run) -> None:
     valuation, pairs = run.settings.valuation, run.manifest.pairs
     if valuation.rehearsed:
         return rehearse(run)
-    if not valuation.columns and not pairs:
+    if not run.settings.columns and not pairs:
         run.progress.say("value: skipped, since valuation.scores is empty")
         return
     started = time.monotonic()

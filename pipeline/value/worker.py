@@ -60,7 +60,7 @@ class ValueWorker:
         reference: Reference | None,
     ) -> None:
         self.storage, self.kind, self.reference = storage, kind, reference
-        self.names = settings.valuation.columns
+        self.names = settings.columns
         self.batches = TokenBatches(settings.valuation.tokens_per_batch)
         model = load_model(here(source), self.batches.device)
         self.scoring = Scoring(model, storage, settings, snapshots, kind.weighed)
