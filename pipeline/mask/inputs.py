@@ -89,6 +89,7 @@ def _check(run: Run, settings: MaskSettings, there: tuple[str, ...], drift: str 
             "anchor.drift=none, so there is no stability to weigh: set mask.stability_weight=0"
         )
     scores = run.manifest.content["configuration"].get("valuation", {}).get("scores", [])
+    problems += settings.unknown(there)
     problems += [f"{one} and value anew with run.overwrite=value" for one in settings.missing(there, scores)]
     if problems:
         raise SettingsWrong(problems)

@@ -52,7 +52,7 @@ class Valuing:
     @property
     def objectives(self) -> dict[str, float]:
         """mask.weights by direction, without those of 0."""
-        return {objective_of(name): weight for name, weight in self.settings.weights.items() if weight}
+        return {objective_of(name): weight for name, weight in self.settings.weighed.items()}
 
     def least_stable(self, rows: PairedRows) -> Bools:
         """Those that mask.least_stable leaves out."""

@@ -39,10 +39,10 @@ class MaskSettings:
         "lambda: value = score + lambda * stability; null: 1.5 for mask.score=paper and exact, where there is a drift and there "
         "are no mask.weights, else 0",
     )
-    weights: dict[str, float] = option(
-        {},
+    weights: Any = option(
+        None,
         "{task: weight, ...} of data.validation's tasks, of retention and of adaptation (all tasks together): the score is the "
-        "weighed sum of their values instead; {}: the paper's adaptation",
+        "weighed sum of their values instead; null: the paper's adaptation",
     )
     require: Any = option(
         "none",
@@ -138,16 +138,27 @@ class MaskSettings:
         )
 
     @property
+    def weighed(self) -> dict[str, float]:
+        """mask.weights without those of 0."""
+        return {name: weight for name, weight in (self.weights or {}).items() if weight}
+
+    @property
     def required(self) -> list[str]:
         """The tasks, and retention, for which no token may have a value below 0; of resolved settings."""
         return [self.require] * (self.require != "none") if isinstance(self.require, str) else list(self.require)
 
     def _objective_problems(self) -> list[str]:
         found = []
-        for name, weight in self.weights.items():
-            found += at_least(f"mask.weights.{name}", weight, 0)
-        if self.weights and not any(self.weights.values()):
-            found.append(f"mask.weights={self.weights}: at least one must be above 0")
+        given = self.weights if isinstance(self.weights, dict) else {}
+        if self.weights is not None and not given:
+            found.append(f"mask.weights={self.weights}: must be {{task: weight, ...}} or null")
+        for name, weight in given.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                found.append(f"mask.weights.{name}={weight}: must be a number")
+            else:
+                found += at_least(f"mask.weights.{name}", weight, 0)
+        if given and not any(given.values()):
+            found.append(f"mask.weights={given}: at least one must be above 0")
         if self.weights and self.score not in ("auto", "paper"):
             found.append(
                 f"mask.weights={self.weights}: they weigh values of tasks, mask.score={self.score} is none: set mask.score=paper"
@@ -162,8 +173,8 @@ class MaskSettings:
         """Column of values/ that is read -> the key that asks for it; of resolved settings."""
         first = MASK_SCORES[self.score]
         if self.weights:
-            first = tuple(column for name, weight in self.weights.items() if weight for column in columns_of(name))
-        found = dict.fromkeys(first, f"mask.score={self.score}")
+            first = tuple(column for name in self.weighed for column in columns_of(name))
+        found = dict.fromkeys(first, "mask.weights" if self.weights else f"mask.score={self.score}")
         for name in self.required:
             found |= {column: found.get(column, "mask.require") for column in columns_of(name)}
         stability = EXACT[1:] if self.score == "exact" else COMPONENTS[2:]
@@ -178,19 +189,21 @@ class MaskSettings:
             found["gradient_norm"] = "mask.divide_by_gradient_norm=true"
         return found
 
+    def unknown(self, there: Collection[str]) -> list[str]:
+        """Tasks that are asked for and have no columns in ``there``, one sentence each; of resolved settings."""
+        if self.require == "all":
+            return [
+                "mask.require=all: values/ has no columns of tasks: give data.validation={task: FILE, ...} or data.retention=FILE"
+            ]
+        return unknown_names("mask.weights", self.weighed, there) + unknown_names("mask.require", self.required, there)
+
     def missing(self, there: Collection[str], scores: Collection[str]) -> list[str]:
         """Why these settings cannot be met by values with the columns ``there``, one sentence for each key to set.
 
         ``scores``: of valuation.scores, which ``there`` come from.
         """
-        weighed = [name for name, weight in self.weights.items() if weight]
-        if self.require == "all":
-            return [
-                "mask.require=all: values/ has no columns of tasks: give data.validation={task: FILE, ...} or data.retention=FILE"
-            ]
-        unknown = unknown_names("mask.weights", weighed, there) + unknown_names("mask.require", self.required, there)
-        if unknown:
-            return unknown
+        if self.unknown(there):
+            return []  # said by that
         remedies: dict[str, str] = {}
         for column, asked in self.columns().items():
             if column not in there:

@@ -53,10 +53,8 @@ def unknown_names(key: str, names: Collection[str], there: Collection[str]) -> l
         if name in known or (name == "adaptation" and set(columns_of(name)) <= set(there)):
             continue
         near = get_close_matches(name, known, n=1)
-        hint = f", did you mean {near[0]}?" if near else ":"
         have = f"values/ has columns of {', '.join(known)}" if known else "values/ has no columns of tasks"
         remedy = "data.retention=FILE" if name == RETENTION else f"data.validation={{{name}: FILE, ...}}"
-        found.append(
-            f"{key}: there is no task {name}{hint} {have}; one is made with {remedy} and valuation.scores with paper"
-        )
+        hint = f"did you mean {near[0]}?" if near else f"make them with {remedy} and with paper in valuation.scores"
+        found.append(f"{key}: there is no task {name}: {have}; {hint}")
     return found

@@ -5,10 +5,10 @@ from typing import Any
 
 
 def option(default: Any, help: str) -> Any:
-    """A field with a default and a help text; lists and dictionaries are copied for every instance."""
+    """A field with a default and a help text; list defaults are copied for every instance."""
     metadata = {"help": help}
-    if isinstance(default, list | dict):
-        return field(default_factory=default.copy, metadata=metadata)
+    if isinstance(default, list):
+        return field(default_factory=lambda: list(default), metadata=metadata)
     return field(default=default, metadata=metadata)
 
 

@@ -110,7 +110,7 @@ class Settings:
             return []  # said already
         there = self.columns
         mask = self.mask.resolved(pairs or self.valuation.rehearsed, self.anchor.drift, there)
-        return mask.missing(there, self.valuation.scores)
+        return mask.unknown(there) + mask.missing(there, self.valuation.scores)
 
     def anchor_problems(self, pairs: bool) -> list[str]:
         """Why the anchors cannot be made; ``pairs``: whether the data is of preference."""
