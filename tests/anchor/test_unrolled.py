@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_from_its_last_saved_step(made, policy, tmp_path, m
     held = Held.of(sequences_of(storage.read_table("prepared/validation.parquet", PREPARED)))
     output = "anchors/partial/unroll-00.safetensors"
     task = AnchorTask(
-        "unroll", output, sequences_of(table).part(0, 1), fingerprint="f", drift="warmup", held=held
+        "unroll", output, sequences_of(table).part(0, 1), fingerprint="f", drift="warmup", held={"adaptation": held}
     )  # fmt: skip
 
     class Killed(Exception):
