@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from alphatoken.pipeline.anchor.own_step import PLACE
 from alphatoken.pipeline.anchor.places import PARTIAL, POLICY
 from alphatoken.pipeline.anchor.tensors import counts_of
 from alphatoken.pipeline.anchor.unrolled import Held
@@ -75,9 +76,11 @@ def unroll_orders(
     }
     found: dict[str, dict[str, Any]] = {}
     for index, (name, task) in enumerate(tasks.items()):
-        policies = [POLICY.format(index=index * unroll.snapshots + i) for i in range(unroll.snapshots)]
+        own_step, at_points = run.settings.valuation.own_step, run.settings.valuation.looks_at_anchors
+        files = [POLICY.format(index=index * unroll.snapshots + i) for i in range(unroll.snapshots * at_points)]
+        files += [PLACE.format(order=index)] * own_step
         counts = counts_of(run.storage, task.output, fingerprint)
-        if counts is not None and all(counts_of(run.storage, one, fingerprint) is not None for one in policies):
+        if counts is not None and all(counts_of(run.storage, one, fingerprint) is not None for one in files):
             found[name] = counts
     missing = [Shard(name, HALVES * unroll.steps) for name in tasks if name not in found]
     if len(missing) < len(tasks):

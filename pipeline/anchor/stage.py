@@ -19,6 +19,7 @@ from alphatoken.pipeline.anchor import coverage as coverage_report
 from alphatoken.pipeline.anchor.inputs import anchor_inputs, drift_of, fisher_inputs
 from alphatoken.pipeline.anchor.objectives import rows_of_objectives, shares_of_adaptation, with_adaptation
 from alphatoken.pipeline.anchor.orders import check_validation, unroll_orders
+from alphatoken.pipeline.anchor.own_step import PLACE, check_covered
 from alphatoken.pipeline.anchor.places import FACTORS, FISHER, PARTIAL, POLICY, REFERENCE, made
 from alphatoken.pipeline.anchor.tensors import (
     carried,
@@ -59,24 +60,30 @@ def make_anchors(run: Run) -> None:
     configuration = {"model": settings.model, "anchor": settings.anchor}
     fingerprint = manifest.begin("anchor", inputs, configuration)
     own_weights = settings.anchor.moves(drift)
+    orders = settings.anchor.unroll.orders if settings.valuation.own_step else 0
     kinds = ("adaptation", "stability", *settings.objectives, *["policy"] * own_weights)
-    if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), kinds):
+    if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), kinds, orders):
         storage.remove(PARTIAL)  # where the run was killed before it came to that
         run.progress.say("anchor: done already")
         return
     if settings.anchor.unrolled:  # before a worker starts
         for name, rows in rows_of_objectives(run).items():
             check_validation(len(rows), name)
+        if settings.valuation.own_step:
+            check_covered(prepared["counts"]["train_rows"], settings.anchor.unroll)
     counts = _Anchor(run, fingerprint, drift).make()
     manifest.finish("anchor", time.monotonic() - started, drift=drift, **counts)
     storage.remove(PARTIAL)
 
 
-def _missing(storage: Storage, record: dict[str, Any], kinds: Sequence[str]) -> bool:
-    """Whether a file of the finished stage is gone or damaged; ``kinds``: the files of every snapshot."""
+def _missing(storage: Storage, record: dict[str, Any], kinds: Sequence[str], orders: int) -> bool:
+    """Whether a file of the finished stage is gone or damaged; ``kinds``: the files of every snapshot; ``orders``: how many
+    have values at the tokens' own steps."""
     expected = {}
     if "fisher" in record["counts"]:
         expected[FISHER] = digest(fisher_inputs(record["inputs"]))
+    for order in range(orders):
+        expected[PLACE.format(order=order)] = record["fingerprint"]
     for index in range(record["counts"]["snapshots"]):
         for kind in kinds:
             expected[f"anchors/snapshot-{index:02d}/{kind}.safetensors"] = record["fingerprint"]
@@ -180,7 +187,7 @@ class _Anchor:
         self._one(pool, AnchorTask("weights", f"{PARTIAL}/policy.safetensors", NO_ROWS), "policy weights")
         examples, rows = self._draw(self.settings.anchor.unroll.examples), rows_of_objectives(self.run)
         counts |= unroll_orders(self.run, pool, self.fingerprint, self.drift, examples, rows)
-        return [POLICY.format(index=index) for index in range(self.settings.anchor.points(self.drift))]
+        return [POLICY.format(index=index) for index in range(self.settings.snapshots(self.drift))]
 
     def _snapshot(self, pool: WorkerPool, index: int, weights: str) -> dict[str, Any]:
         """Write both directions of one snapshot."""

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from alphatoken.pipeline.anchor.objectives import response_tokens, shares_of_adaptation, with_adaptation
+from alphatoken.pipeline.anchor.own_step import PLACE, OwnSteps
 from alphatoken.pipeline.anchor.places import FISHER, PARTIAL, POLICY, REFERENCE, TOKENS_PER_PASS, made
 from alphatoken.pipeline.anchor.saving import Saving
 from alphatoken.pipeline.anchor.tape import Tape, kept_every, too_long
@@ -72,13 +73,14 @@ class UnrolledRun:
         self.descent = Descent("adam", self.unroll.learning_rate, self.unroll.steps)
         self.start = {name: weight.float().clone() for name, weight in scored.weights().items()}
         self.batches: list[list[Batch]] = []
+        self.rows: list[list[int]] = []  # of every step: the examples of its passes, one after the other
 
     def __call__(self, order: int, drift: str, fingerprint: str, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write the policy and minus the residuals of every snapshot of this order; returns the counts.
 
         ``advance`` is called with 1 for every step of the simulated run, of the sweep and of the run made again.
         """
-        self.batches = self._batches(order)
+        self._make_batches(order)
         weights = sum(tensor.numel() for tensor in self.start.values())
         every = kept_every(self.unroll.steps, weights, self.unroll.tape_bytes)
         if every is None:
@@ -94,7 +96,8 @@ class UnrolledRun:
         self, order: int, drift: str, fingerprint: str, every: int, advance: Callable[[int], None]
     ) -> dict[str, Any]:
         steps, first = self.unroll.steps, order * self.unroll.snapshots
-        snapshots = {step: first + i for i, step in enumerate(points_of(steps, self.unroll.snapshots))}
+        points = points_of(steps, self.unroll.snapshots) if self.settings.valuation.looks_at_anchors else []
+        snapshots = {step: first + i for i, step in enumerate(points)}
         forward = Saving(self.storage, f"{PARTIAL}/unroll-forward-{order:02d}.safetensors", fingerprint)
         marks = carried(fingerprint, {})
 
@@ -139,23 +142,27 @@ class UnrolledRun:
         step = self.unroll.steps
         if saved is not None:
             step, state = saved
-            values = {int(key.split("/")[1]): one for key, one in state.items() if key.startswith("values/")}
+            values = {int(key): one for key, one in _below("values/", state).items()}
             adjoints = {name: _restored(state, name, self.start) for name in self._objectives(drift)}
             advance(self.unroll.steps - step)
         else:
             adjoints = {name: Adjoint.at_the_end(one) for name, one in self._ends(drift, end).items()}
 
+        own_steps = OwnSteps(self.examples, None if saved is None else _below("own/", saved[1]))
         shares = shares_of_adaptation({name: response_tokens(held.made) for name, held in self.held.items()})
 
         def found(step: int, swept: Swept) -> None:
-            own = [share * swept.values[name] for name, share in shares.items() if name in swept.values]
-            if own:  # a batch may have no labelled token
-                values[step] = torch.stack(own).sum(dim=0)
+            if swept.values:  # a batch may have no labelled token
+                named = {name: {"": one} for name, one in swept.values.items()}
+                own = {name: one[""] for name, one in with_adaptation(named, shares).items()}
+                values[step] = own["adaptation"]
+                own_steps.add(self.rows[step], own)
             if step in snapshots:
                 for objective, residual in with_adaptation(swept.residuals(), shares).items():
                     minus = {name: -tensor for name, tensor in residual.items()}
                     write_tensors(self.storage, made(objective, snapshots[step]), minus, marks)
             state = {f"values/{t:05d}": one for t, one in values.items()}
+            state |= {f"own/{name}": one for name, one in own_steps.state().items()}
             for name, adjoint in adjoints.items():
                 state |= {f"weights/{name}/{key}": tensor for key, tensor in adjoint.weights.items()}
                 state |= {f"momentum/{name}/{key}": tensor for key, tensor in adjoint.momentum.items()}
@@ -163,6 +170,8 @@ class UnrolledRun:
             advance(1)
 
         sweep(self.scored, self.descent, self.batches, tape, adjoints, self.kernel, found, step)
+        if self.settings.valuation.own_step:
+            write_tensors(self.storage, PLACE.format(order=order), own_steps.as_file(), marks)
         tokens = sum(len(one) for one in values.values())
         return {"tokens": tokens, **self._falls(end, values, advance)}
 
@@ -205,15 +214,30 @@ class UnrolledRun:
     def _objectives(self, drift: str) -> list[str]:
         return [*self.held, *(["stability"] if drift != "none" else [])]
 
-    def _batches(self, order: int) -> list[list[Batch]]:
-        """Of every step the passes that make up its batch."""
+    def _make_batches(self, order: int) -> None:
+        """Of every step the passes that make up its batch, and the examples in them."""
         size, steps = self.unroll.batch_size, self.unroll.steps
-        rows = order_of(len(self.examples), size * steps, self.settings.run.seed, order)
-        return [self._passes(self.examples.take(rows[t * size : (t + 1) * size])) for t in range(steps)]
+        drawn = order_of(len(self.examples), size * steps, self.settings.run.seed, order)
+        self.batches, self.rows = [], []
+        for step in range(steps):
+            rows = drawn[step * size : (step + 1) * size]
+            groups = _groups(self.examples.take(rows))
+            self.batches.append([self._batch(self.examples.take([rows[i] for i in group])) for group in groups])
+            self.rows.append([rows[i] for group in groups for i in group])
 
     def _passes(self, sequences: Sequences) -> list[Batch]:
-        groups = by_token_budget([len(ids) for ids in sequences.input_ids], TOKENS_PER_PASS)
-        return [sequences.take(group).batch().to(self.device) for group in groups]
+        return [self._batch(sequences.take(group)) for group in _groups(sequences)]
+
+    def _batch(self, sequences: Sequences) -> Batch:
+        return sequences.batch().to(self.device)
+
+
+def _groups(sequences: Sequences) -> list[list[int]]:
+    return by_token_budget([len(ids) for ids in sequences.input_ids], TOKENS_PER_PASS)
+
+
+def _below(prefix: str, state: Tensors) -> Tensors:
+    return {key.removeprefix(prefix): one for key, one in state.items() if key.startswith(prefix)}
 
 
 def _restored(state: Tensors, objective: str, like: Tensors) -> Adjoint:

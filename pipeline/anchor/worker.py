@@ -61,7 +61,7 @@ class AnchorWorker:
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings, eos: Sequence[int]) -> None:
         self.storage, self.settings, self.eos = storage, settings, eos
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scored = checked_layers(load_model(here(source), self.device), settings)
+        self.scored = checked_layers(load_model(here(source), self.device), settings, settings.anchor_layers)
         self.kernel = settings.model.attention
         try:  # before the Fisher, and not when there are directions for a TokenValuer
             own = settings.valuation

@@ -26,7 +26,7 @@ REFERENCE_UNUSED = (
 NO_SIGN = (
     "mask.rule=positive keeps everything that mask.score={score} is given to, which has no sign: choose mask.rule=top"
 )
-SIGNED_SCORES = ("paper", "exact", "excess_loss")
+SIGNED_SCORES = ("paper", "exact", "unrolled", "excess_loss")
 
 
 @dataclass(frozen=True, slots=True)

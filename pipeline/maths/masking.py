@@ -26,14 +26,15 @@ _HALF = 1 << 16
 def score_of(columns: Mapping[str, Floats], score: str, per_norm: bool = False) -> npt.NDArray[np.float64]:
     """What mask.score puts first, before stability and loss: ``(tokens,)`` float64, higher is better.
 
-    paper: adaptation, direct plus causal. exact: adaptation of the token's own loss. information, entropy, random: their
+    paper: adaptation, direct plus causal. exact: adaptation of the token's own loss. unrolled: at
+    the token's own steps of a simulated run. information, entropy, random: their
     column. loss: minus the loss. excess_loss: the policy's loss less the reference's. full: 0. ``per_norm``: see
     ``per_gradient_norm``.
     """
     if score == "paper":
         found = objective_value(columns, "adaptation")
-    elif score == "exact":
-        found = columns["adaptation_exact"].astype(np.float64)
+    elif score in ("exact", "unrolled"):
+        found = columns[f"adaptation_{score}"].astype(np.float64)
     elif score == "loss":
         found = -columns["loss"].astype(np.float64)
     elif score == "excess_loss":
@@ -53,8 +54,8 @@ def objective_value(columns: Mapping[str, Floats], objective: str, per_norm: boo
 
 def stability_of(columns: Mapping[str, Floats], score: str, per_norm: bool = False) -> npt.NDArray[np.float64]:
     """Stability, ``(tokens,)`` float64: direct plus causal, of mask.score=exact that of the token's own loss."""
-    exact = score == "exact"
-    found = columns["stability_exact"].astype(np.float64) if exact else objective_value(columns, "stability")
+    alone = score in ("exact", "unrolled")
+    found = columns[f"stability_{score}"].astype(np.float64) if alone else objective_value(columns, "stability")
     return per_gradient_norm(found, columns) if per_norm else found
 
 

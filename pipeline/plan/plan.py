@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from alphatoken.pipeline.anchor.coverage import as_json, warning
+from alphatoken.pipeline.anchor.coverage import as_json, layers_of, warning
 from alphatoken.pipeline.anchor.orders import check_examples, check_validation
+from alphatoken.pipeline.anchor.own_step import check_covered
 from alphatoken.pipeline.anchor.places import TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.stage import SUMS
 from alphatoken.pipeline.anchor.tape import kept_every, too_long
@@ -70,7 +71,9 @@ def make_plan(run: Run) -> dict[str, Any]:
     config = load_config(ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code))
     dtype = _dtype(settings, config)
     try:
-        costs, scored = model_costs(meta_model(config, dtype), settings.valuation.layers)
+        model, asked = meta_model(config, dtype), settings.anchor_layers
+        costs, scored = model_costs(model, settings.valuation.layers)
+        wide, trained = (costs, scored) if asked == costs.scored_layers else model_costs(model, layers_of(model, asked))
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
@@ -81,12 +84,12 @@ def make_plan(run: Run) -> dict[str, Any]:
     budget = settings.valuation.tokens_per_batch
     budget = budget if isinstance(budget, int) else CPU_TOKENS
     shapes = train_shapes(sample, budget)
-    snapshots = settings.anchor.points(drift)
+    snapshots = settings.snapshots(drift)
     tokens, response = _tokens(sample.train), _response(sample.train)
     scale = sample.scale
     longest = max(len(example.input_ids) for example in sample.train)
     if settings.valuation.needs_directions:
-        anchor = anchor_flops(costs, sample, settings, drift, several)
+        anchor = anchor_flops(wide, sample, settings, drift, several)
         value = several * planned_values(costs, sample, shapes, settings, snapshots, drift)
         floor = value_floor(costs, round(tokens * scale), round(response * scale), settings.valuation.scores)
     else:
@@ -114,7 +117,7 @@ def make_plan(run: Run) -> dict[str, Any]:
     }
     rows: Sequence[Example | Pair] = sample.pairs or sample.train
     total = sum(stage["flops"] for name, stage in stages.items() if name != "trial" or settings.trial.auto)
-    rows_file = file_sizes(sample, settings, scored, drift, several)
+    rows_file = file_sizes(sample, settings, trained, drift, several)
     coverage = as_json(scored.coverage)
     return {
         "data": {
@@ -131,7 +134,8 @@ def make_plan(run: Run) -> dict[str, Any]:
         },
         "model": {
             "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
-            "layers": costs.layers, "scored_layers": costs.scored_layers, "drift": drift, "snapshots": snapshots,
+            "layers": costs.layers, "scored_layers": costs.scored_layers, "trained_layers": wide.scored_layers,
+            "drift": drift, "snapshots": snapshots,
             "checkpoints": several,
             "columns": list(settings.columns),
             "scored_modules": [linear.name for linear in scored.maps], "coverage": coverage,
@@ -182,6 +186,8 @@ def planned_values(
     own = settings.valuation
     if not settings.columns:
         return 0
+    if not own.looks_at_anchors:
+        snapshots, drift = 1, "none"
     directions = DIRECTIONS + len(settings.objectives)
     values = value_flops(m, shapes, own.window, snapshots, own.scores, own.exact, drift != "none", directions)
     if not own.rehearsed:
@@ -219,6 +225,8 @@ def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, 
         for objective, rows in rows_of_objectives(sample, settings).items():
             check_validation(rows, objective)
         check_examples(sample.train_rows, anchor.unroll.batch_size)
+        if settings.valuation.own_step:
+            check_covered(sample.train_rows, anchor.unroll)
         made, moved = unrolled_flops(m, sample, settings, drift), 0
         gradients = anchor.unroll.orders
     else:

@@ -43,7 +43,7 @@ def file_sizes(
     """Bytes by directory of the run, for one mask; several checkpoints leave values of each beside their mean."""
     parts = max(1, -(-sample.train_rows // settings.data.shard_examples))
     anchor = settings.anchor
-    snapshots = anchor.points(drift, checkpoints)
+    snapshots = settings.snapshots(drift, checkpoints)
     fisher = 0 if drift == anchor.precondition == "none" else 1
     each = 2 + len(settings.objectives) + anchor.moves(drift)
     tensors = fisher + snapshots * each if settings.valuation.needs_directions else 0
@@ -55,7 +55,11 @@ def file_sizes(
         unroll, weights = anchor.unroll, scored.coverage.scored
         every = kept_every(unroll.steps, weights, unroll.tape_bytes) or 1
         found["tape"] = unroll.orders * tape_bytes(unroll.steps, every, weights)
-    return {"prepared": found.pop("prepared") + held, "anchors": tensors * directions_bytes(scored), **found}
+    anchors = tensors * directions_bytes(scored)
+    if settings.valuation.own_step:
+        tokens = sample.scale * sum(label != IGNORED for example in sample.train for label in example.labels)
+        anchors += round(4 * tokens) * (2 + len(settings.objectives)) * anchor.unroll.orders
+    return {"prepared": found.pop("prepared") + held, "anchors": anchors, **found}
 
 
 def _tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa.Table]:

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alphatoken.data_schemas import COMPONENTS, EXACT, MASK_EXTRA_COLUMNS, REFERENCE_LOSS, SCORES
+from alphatoken.data_schemas import COMPONENTS, EXACT, MASK_EXTRA_COLUMNS, REFERENCE_LOSS, SCORES, UNROLLED
 from alphatoken.pipeline.settings.objectives import columns_of, names_in, unknown_names
 from alphatoken.pipeline.settings.option import at_least, one_of, option
 
@@ -17,6 +17,7 @@ MASK_SCORES: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "excess_loss": ("loss", REFERENCE_LOSS),
     "exact": EXACT[:1],
+    "unrolled": (f"adaptation{UNROLLED}",),
     "random": (),
     "full": (),
 }
@@ -30,8 +31,10 @@ class MaskSettings:
     score: str = option(
         "auto",
         "which tokens come first: paper (adaptation + lambda * stability, Eq. 12) | information | entropy (undecided first) | "
-        "loss (low loss first: against wrong tokens) | excess_loss (policy's minus reference's, Rho-1) | exact | random "
-        "| full (keep everything) | auto (information; paper for pairs, for a rehearsal and where values/ has no information)",
+        "loss (low loss first: against wrong tokens) | excess_loss (policy's minus reference's, Rho-1) | exact | unrolled "
+        "(valuation.schedule=own_step) | random "
+        "| full (keep everything) | auto (information; paper for pairs, for a rehearsal and where values/ has no "
+        "information; unrolled where it has that)",
     )
     rho: float = option(0.5, "fraction of the response tokens that is kept")
     stability_weight: float | None = option(
@@ -126,6 +129,8 @@ class MaskSettings:
         """
         lacking = "information" not in there and set(MASK_SCORES["paper"]) <= set(there)
         usual = "paper" if paired_or_rehearsed or lacking or self.weights else "information"
+        if f"adaptation{UNROLLED}" in there and not self.weights:
+            usual = "unrolled"
         score = usual if self.score == "auto" else self.score
         weight = 1.5 if score in ("paper", "exact") and drift != "none" and not self.weights else 0.0
         first = 1 if score == "information" else 0
@@ -177,7 +182,7 @@ class MaskSettings:
         found = dict.fromkeys(first, "mask.weights" if self.weights else f"mask.score={self.score}")
         for name in self.required:
             found |= {column: found.get(column, "mask.require") for column in columns_of(name)}
-        stability = EXACT[1:] if self.score == "exact" else COMPONENTS[2:]
+        stability = {"exact": EXACT[1:], "unrolled": (f"stability{UNROLLED}",)}.get(self.score, COMPONENTS[2:])
         for asked, columns in (
             ("stability_weight", stability),
             ("least_stable", stability),
@@ -215,6 +220,8 @@ class MaskSettings:
 
 def _asks_for(column: str, scores: Collection[str]) -> str:
     """The setting with which values/ has ``column``."""
+    if column.endswith(UNROLLED):
+        return "anchor=unrolled valuation.schedule=own_step"
     if column in EXACT:
         return "valuation.exact=true"
     if column == REFERENCE_LOSS:

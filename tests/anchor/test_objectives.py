@@ -92,7 +92,10 @@ def test_all_tasks_together_are_their_mean_by_response_tokens(several):
     assert set(anchor["snapshot-00"]["losses"]) == {"adaptation_code", "adaptation_maths", "retention"}
     assert anchor["snapshot-00"]["validation_positions"] == sum(tokens.values())
     columns = manifest["stages"]["value"]["inputs"]["columns"]
-    assert [c for c in columns if c.startswith(("adaptation_", "retention"))][-2:] == ["retention_direct", "retention_causal"]
+    assert [c for c in columns if c.startswith(("adaptation_", "retention"))][-2:] == [
+        "retention_direct",
+        "retention_causal",
+    ]
     named = Directions.load(several / "anchors/snapshot-00").named
     assert list(named) == ["adaptation", "stability", "adaptation_code", "adaptation_maths", "retention"]
 
@@ -111,7 +114,14 @@ def test_weights_are_swept_without_a_model(several, alphatoken):
 
 def test_plan_counts_the_objectives(alphatoken, policy, train_file, files, tmp_path):
     def planned(*overrides: str) -> dict:
-        given = [f"run.dir={tmp_path}", f"model.policy={policy}", f"data.train={train_file}", *SMALL, *PLAIN, *overrides]
+        given = [
+            f"run.dir={tmp_path}",
+            f"model.policy={policy}",
+            f"data.train={train_file}",
+            *SMALL,
+            *PLAIN,
+            *overrides,
+        ]
         status, out, err = alphatoken("plan", "--json", *given)
         assert status == 0, err
         return json.loads(out)

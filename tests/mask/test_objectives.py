@@ -58,7 +58,9 @@ def test_a_token_that_harms_a_task_is_not_kept_whatever_its_value(tmp_path):
     assert 0.5 < harmful.mean() < 1
     summary = mask(storage, require="all", score="paper", rho=0.5, always_keep=[], min_kept=0)
     kept = kept_of(storage, prepared)
-    assert kept.any() and not (kept & harmful).any() and summary["settings"]["require"] == ["code", "maths", "retention"]
+    assert (
+        kept.any() and not (kept & harmful).any() and summary["settings"]["require"] == ["code", "maths", "retention"]
+    )
     assert summary["left_out"]["harmful"] == harmful.sum()
     assert any("mask.require=[code,maths,retention] leaves fewer tokens" in note for note in summary["notes"])
     one = mask(storage, require=["maths"], rule="positive", weights={"code": 1}, name="one", always_keep=[], min_kept=0)
