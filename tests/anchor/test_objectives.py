@@ -138,7 +138,7 @@ def test_plan_counts_the_objectives(alphatoken, policy, train_file, files, tmp_p
 
 def test_tasks_that_cannot_be_told_apart_or_have_no_rows_are_refused(alphatoken, policy, train_file, files, tmp_path):
     def refused(status: int, *overrides: str) -> str:
-        given = [f"run.dir={tmp_path}", f"model.policy={policy}", f"data.train={train_file}", *SMALL, *PLAIN]
+        given = [f"run.dir={tmp_path / 'run'}", f"model.policy={policy}", f"data.train={train_file}", *SMALL, *PLAIN]
         got, _, err = alphatoken("run", *given, *overrides)
         assert got == status and "Traceback" not in err, err
         return err.strip().splitlines()[-1]

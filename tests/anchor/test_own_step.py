@@ -24,6 +24,7 @@ OWN = [
     "anchor=unrolled", f"anchor.unroll.steps={STEPS}", "anchor.unroll.examples=40", f"anchor.unroll.batch_size={SIZE}",
     f"anchor.unroll.learning_rate={RATE}", f"anchor.unroll.orders={ORDERS}", "anchor.drift=none",
     "valuation.schedule=own_step", "valuation.scores=[loss]", "anchor.unroll.layers=all", "data.shard_examples=15",
+    "anchor.unroll.snapshots=1",
 ]  # fmt: skip
 
 
@@ -127,7 +128,7 @@ def test_values_are_minus_the_derivative_of_the_end_of_the_run_by_each_tokens_we
             (hand.objective(number, token, width) - hand.objective(number, token, -width)) / (2 * width)
             for hand in hands
         ]
-        assert wanted[number][token] == pytest.approx(-np.mean(slopes), rel=1e-4)
+        assert wanted[number][token] == pytest.approx(-np.mean(slopes), rel=1e-3)  # norms compute in float32
         assert column[number][token] == pytest.approx(-np.mean(slopes), abs=0.03 * np.abs(exact).max())
 
 
@@ -160,7 +161,7 @@ def test_steps_that_train_on_a_row_again_add_up():
 
 def test_what_cannot_be_valued_at_its_own_step_is_refused(alphatoken, common, tmp_path):
     def refused(status: int, *overrides: str, command: str = "run") -> str:
-        got, _, err = alphatoken(command, f"run.dir={tmp_path}", *common, *overrides)
+        got, _, err = alphatoken(command, f"run.dir={tmp_path / 'run'}", *common, *overrides)
         assert got == status and "Traceback" not in err, err
         return err.strip().splitlines()[-1]
 
