@@ -67,7 +67,7 @@ def make_mask(run: Run) -> dict[str, Any]:
 
 def _is_whole(run: Run, place: str, fingerprint: str) -> bool:
     parts = run.manifest.stage("prepare")["counts"]["parts"]
-    whole = all(run.storage.rows_of(f"{place}/{mask_part(part)}", fingerprint) is not None for part in parts)
+    whole = len(run.storage.footers(place, [mask_part(part) for part in parts], fingerprint)) == len(parts)
     return whole and all(run.storage.exists(f"{place}/{name}") for name in ("README.md", "summary.json"))
 
 

@@ -53,5 +53,4 @@ def _progress(run: Run, stage: str) -> dict[str, Any]:
         return {}
     directory = "prepared" if stage == "prepare" else "values"
     fingerprint = run.manifest.stage(stage)["fingerprint"]
-    complete = sum(run.storage.rows_of(f"{directory}/{part}", fingerprint) is not None for part in parts)
-    return {"complete_shards": complete, "shards": len(parts)}
+    return {"complete_shards": len(run.storage.footers(directory, parts, fingerprint)), "shards": len(parts)}
