@@ -38,7 +38,7 @@ build/docs/.installed: pyproject.toml
 	touch $@
 
 docs: build/docs/.installed
-	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict
 	@echo "build/site/index.html"
 
 bench: $(VENV)/.installed
