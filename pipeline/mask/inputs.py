@@ -17,7 +17,7 @@ from alphatoken.pipeline.settings import MaskSettings
 
 PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: on the measured example of supervised data a fine-tune on such a "
-    "mask ends worse than on a random one, on one by mask.score=information better (README, What a mask is worth)"
+    "mask ends worse than on a random one, on one by mask.score=information better (docs/evidence.md)"
 )
 REFERENCE_UNUSED = (
     "stability against model.reference is in values/ and weighs nothing here: give it weight with mask.stability_weight, "
