@@ -22,6 +22,7 @@ from alphatoken.jobs.config import load
 from alphatoken.jobs.points import Point, Swept, expand, point_name
 from alphatoken.jobs.session import Session
 from alphatoken.pipeline.mask.comparison import ComparedMask, MaskPlace, branches_of, compare
+from alphatoken.pipeline.mask.layout import has_shards
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
@@ -156,7 +157,7 @@ def print_comparison(points: Sequence[SweepPoint], failures: Sequence[PointFailu
         return
     places = [MaskPlace(Storage(p.settings.run.dir), p.settings.mask.name) for p in made]
     standard = MaskPlace(places[0].storage, DEFAULT_MASK)
-    baseline = standard if standard.storage.exists(f"masks/{DEFAULT_MASK}/summary.json") else places[0]
+    baseline = standard if has_shards(standard.storage, DEFAULT_MASK) else places[0]
     others = [baseline] if all((b.storage.root, b.name) != _key(baseline) for b in places) else []
     several = len({place.storage.root for place in places}) > 1
     console = Console()
