@@ -54,6 +54,21 @@ COMMANDS = {
         "run a stage as a job on a Ray cluster", "tool", "<stage> [options] [key=value ...]",
         {"--no-wait": "print the job's id and return at once", **SWEEP},
     ),
+    "export": Command(
+        "a mask in the shape that another trainer reads", "tool", "RUN --mask NAME --to FORMAT --out PATH",
+        {
+            "--mask NAME": "which mask of the run; default: default",
+            "--to FORMAT": "hf | jsonl | shifted | loss_mask | olmo (docs/trainers.md)",
+            "--out PATH": "what to write: a file for jsonl, a directory for the others; must not be there yet",
+        },
+    ),
+    "check-batch": Command(
+        "does a batch that a trainer made train on what the mask keeps", "tool", "RUN --mask NAME FILE ...",
+        {
+            "--mask NAME": "which mask of the run; default: default",
+            "--shifted": "labels have to stand at the predicting position, for a trainer that does not shift",
+        },
+    ),
     "status": Command("how a submitted job is", "tool", "<job id> [cluster.dashboard=http://host:8265]", {}),
     "stop": Command("stop a submitted job", "tool", "<job id> [cluster.dashboard=http://host:8265]", {}),
 }  # fmt: skip
@@ -85,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "debug=true" in [argument.lower() for argument in rest]
     try:
         if command.kind == "tool":
-            return importlib.import_module(f"{__package__}.{name}").execute(rest)
+            return importlib.import_module(f"{__package__}.{name.replace('-', '_')}").execute(rest)
         parsed = parse(name, rest, command.options)
         if "--multirun" in parsed.flags:
             return _sweep(name, parsed)

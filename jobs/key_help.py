@@ -12,7 +12,7 @@ from alphatoken.pipeline.settings.units import UNITS
 def usage(commands: Mapping[str, str]) -> str:
     """``commands``: name -> one line about it."""
     lines = ["usage: alphatoken <command> [options] [key=value ...]", ""]
-    lines += [f"  {name:<9}{text}" for name, text in commands.items()]
+    lines += [f"  {name:<13}{text}" for name, text in commands.items()]
     lines += ["", "`alphatoken <command> --help` lists options and keys; without any, the embedded example is run."]
     return "\n".join(lines)
 

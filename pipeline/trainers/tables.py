@@ -1,0 +1,32 @@
+"""Exports that are tables: a folder of Parquet, or one file of JSON lines."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from alphatoken.pipeline.trainers.source import MaskSource
+from alphatoken.pipeline.trainers.written import Shard
+
+
+def write_parquet(shards: Iterator[Shard], source: MaskSource, out: Path) -> None:
+    """A folder with nothing but Parquet, one file per shard of the mask and of the same name."""
+    out.mkdir()
+    for shard in shards:
+        writer = None
+        for table in shard.tables:
+            writer = writer or pq.ParquetWriter(out / shard.name, table.schema, compression="zstd")
+            writer.write_table(table)
+        if writer:
+            writer.close()  # an empty shard leaves no file: `datasets` cannot read one without row groups
+
+
+def write_jsonl(shards: Iterator[Shard], source: MaskSource, out: Path) -> None:
+    """One file, one row a line."""
+    with out.open("w", encoding="utf-8") as file:
+        for shard in shards:
+            for table in shard.tables:
+                file.writelines(json.dumps(row, separators=(",", ":")) + "\n" for row in table.to_pylist())
