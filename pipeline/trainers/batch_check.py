@@ -153,7 +153,7 @@ def _partly(rest: Mapping[int, Sequence], source: MaskSource, verdict: Verdict) 
         verdict.lost += len(piece.row.ids) - piece.length
         outside = np.delete(piece.row.labels, np.s_[piece.first : piece.first + piece.length])
         verdict.lost_kept += int((outside != IGNORED).sum())
-        del around[number]
+        around.pop(number, None)
     for number, pieces in around.items():
         chosen: list[_Piece] = []
         for piece in sorted(pieces, key=lambda one: (one.start, -one.length)):  # longest first, none over another

@@ -14,7 +14,7 @@ from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.manifest import NAME, Manifest
 from alphatoken.pipeline.run.storage import Storage
 
-ROWS_AT_ONCE = 1024
+ROWS_AT_ONCE = 64  # of which each may have tens of thousands of tokens
 
 
 @dataclass(frozen=True, slots=True)

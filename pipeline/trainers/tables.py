@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from alphatoken.pipeline.run.storage import PartWriter
 from alphatoken.pipeline.trainers.source import MaskSource
 from alphatoken.pipeline.trainers.written import Shard
 
@@ -16,12 +18,14 @@ def write_parquet(shards: Iterator[Shard], source: MaskSource, out: Path) -> Non
     """A folder with nothing but Parquet, one file per shard of the mask and of the same name."""
     out.mkdir()
     for shard in shards:
-        writer = None
-        for table in shard.tables:
-            writer = writer or pq.ParquetWriter(out / shard.name, table.schema, compression="zstd")
-            writer.write_table(table)
-        if writer:
-            writer.close()  # an empty shard leaves no file: `datasets` cannot read one without row groups
+        first = next(shard.tables, None)
+        if first is None:
+            continue  # an empty shard leaves no file: `datasets` cannot read one without row groups
+        with pq.ParquetWriter(out / shard.name, first.schema, compression="zstd") as writer:
+            groups = PartWriter(writer, first.schema)
+            for table in chain([first], shard.tables):
+                groups.write(table)
+            groups.flush()
 
 
 def write_jsonl(shards: Iterator[Shard], source: MaskSource, out: Path) -> None:

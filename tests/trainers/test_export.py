@@ -8,13 +8,17 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from alphatoken.data_schemas import PREPARED
 from alphatoken.jobs.cli import main
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.trainers.rows import shifted_rows, skyrl_example
 from alphatoken.pipeline.trainers.verl_rows import MaskedRows
-from tests.mask.synthetic_run import EOS, ROOT, mask, masks, write_run
+from tests.mask.synthetic_run import EOS, ROOT, mask, masks, part_names, write_run
 from tests.trainers.synthetic_pairs import write_pairs_run
 
 BRANCHES = ("chosen_", "rejected_")
@@ -32,8 +36,6 @@ def run(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def rows(run) -> list[dict]:
-    from alphatoken.pipeline.run.storage import Storage
-
     return masks(Storage(str(run)))
 
 
@@ -46,8 +48,6 @@ def pairs(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def pair_rows(pairs) -> list[dict]:
-    from alphatoken.pipeline.run.storage import Storage
-
     return masks(Storage(str(pairs)))
 
 
@@ -235,22 +235,65 @@ def test_shards_that_do_not_hold_what_the_summary_says_are_not_exported(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
 
 
-@pytest.mark.parametrize("to", ["hf", "jsonl", "shifted", "loss_mask", "olmo"])
-def test_memory_does_not_grow_with_the_data(tmp_path, to):
-    """Four times the rows take no more memory, within what a process varies by."""
-    peaks = []
-    for name, parts in (("small", 1), ("large", 4)):
-        storage, *_ = write_run(tmp_path / name, (4000,) * parts)
-        mask(storage)
-        code = f"""
-import resource, sys
+def write_long_run(place: Path, parts: int) -> None:
+    """Parts of a million tokens each, in rows of a thousand, as prepare leaves them; the mask needs no values."""
+    storage, names, rows, long = Storage(str(place)), part_names(parts), 1024, 1000
+    manifest = Manifest(storage)
+    first = manifest.begin("prepare", {"rows": rows * parts}, {})
+    for number, part in enumerate(names):
+        flat = np.random.default_rng(number).integers(3, 60, rows * long).astype(np.int32)
+        labels = np.where(np.arange(rows * long) % long < 100, -100, flat).astype(np.int32)
+        offsets = pa.array(np.arange(rows + 1, dtype=np.int32) * long)
+        lists = [pa.ListArray.from_arrays(offsets, pa.array(one)) for one in (flat, labels)]
+        ids = pa.array([f"{number}-{row}" for row in range(rows)])
+        storage.write_table(f"prepared/{part}", pa.Table.from_arrays([ids, *lists, ids], schema=PREPARED), first)
+    manifest.finish("prepare", 0.0, parts=names, eos_token_ids=[EOS], vocabulary=60)
+    mask(storage, score="full")
+
+
+MEASURED = """
+import sys, threading, time
+from alphatoken.data_schemas import PREPARED
 from alphatoken.jobs.cli import main
-assert main(["export", {str(tmp_path / name)!r}, "--to", {to!r}, "--out", {str(tmp_path / f"{name}-out")!r}]) == 0
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024, file=sys.stderr)
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.storage import Storage
+
+most, done = 0, False
+def watch():
+    global most
+    while not done:
+        own = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+        most = max(most, int(own.split()[1]) // 1024)
+        time.sleep(0.005)
+thread = threading.Thread(target=watch)
+thread.start()
+status = main(["export", *sys.argv[1:]])
+done = True
+thread.join()
+print(most, file=sys.stderr)
+sys.exit(status)
 """
-        done = subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def long_runs(tmp_path_factory) -> list[Path]:
+    places = []
+    for parts in (1, 8):
+        places.append(tmp_path_factory.mktemp(f"long-{parts}"))
+        write_long_run(places[-1], parts)
+    return places
+
+
+@pytest.mark.parametrize("to", ["hf", "jsonl", "shifted", "loss_mask", "olmo"])
+def test_memory_does_not_grow_with_the_data(long_runs, tmp_path, to):
+    """Eight million tokens (72 MB as arrays) take no more memory of their own than one million."""
+    peaks = []
+    for place in long_runs:
+        command = [sys.executable, "-c", MEASURED, str(place), "--to", to, "--out", str(tmp_path / place.name)]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
         peaks.append(int(done.stderr.split()[-1]))
-    assert peaks[1] < peaks[0] + 60, peaks
+    assert peaks[1] < peaks[0] + 40, peaks
 
 
 def test_eos_ends_most_rows_of_the_synthetic_run(rows):
