@@ -111,8 +111,10 @@ def _summary(inputs: MaskInputs, decider: Decider) -> dict[str, Any]:
         "settings": asdict(settings),
         "always_keep_ids": inputs.always.tolist(),
         "scales": dict(found.valuing.scales),
+        "made_with": inputs.made_with,
         **where,
         **counts,
+        **decider.lengths.as_json(),
         **({} if decider.hard else {"decisions_changed_by_stability": None}),
         "left_out": decider.left_out.as_json(border),
         "notes": [*inputs.notes, *_what_happened(inputs, decider, counts)],
@@ -191,7 +193,7 @@ def _of_pairs(branches: dict[str, dict[str, Any]]) -> dict[str, Any]:
     chosen = branches["chosen"]
     tokens, kept = (sum(b[name] for b in branches.values()) for name in ("response_tokens", "kept_tokens"))
     soft = [(b["loss_weight"], b["response_tokens"]) for b in branches.values() if b["loss_weight"]]
-    shared = ("name", "score", "settings", "always_keep_ids")
+    shared = ("name", "score", "settings", "always_keep_ids", "made_with")
     return {
         "format": "preference",
         **{name: chosen[name] for name in shared},
