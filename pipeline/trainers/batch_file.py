@@ -41,10 +41,18 @@ def read_batch(file: Path) -> dict[str, Ints]:
             f"{file}: cannot be read as a batch ({reason}): save one with torch.save(dict(batch), 'batch.pt'), "
             "numpy.savez('batch.npz', **batch) or safetensors"
         ) from error
-    batch = {name: np.asarray(found[name]).astype(np.int64) for name in READ if found.get(name) is not None}
-    if "input_ids" not in batch or not any(name in batch for name in ("labels", *MASKS)):
+    return batch_of(found, str(file))
+
+
+def batch_of(found: Mapping[str, Any], name: str = "the batch") -> dict[str, Ints]:
+    """The integer arrays of a batch in memory, tensors on the CPU or arrays; what is not in READ is left out.
+
+    Raises RunFailed, which calls it ``name``, for one without input_ids or anything that says what is in the loss.
+    """
+    batch = {one: np.asarray(found[one]).astype(np.int64) for one in READ if found.get(one) is not None}
+    if "input_ids" not in batch or not any(one in batch for one in ("labels", *MASKS)):
         there = ", ".join(sorted(found)) or "nothing"
-        raise RunFailed(f"{file}: needs input_ids and labels (or {', '.join(MASKS)}), and holds {there}")
+        raise RunFailed(f"{name}: needs input_ids and labels (or {', '.join(MASKS)}), and holds {there}")
     return batch
 
 

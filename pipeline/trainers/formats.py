@@ -98,7 +98,7 @@ FORMATS = {
     ),
     "loss_mask": Format(
         "Parquet with `loss_mask` instead of labels: verl, SkyRL", _with("loss_mask", loss_mask), write_parquet,
-        "verl: data.train_files={out}/*.parquet data.custom_cls.path=pkg://alphatoken.pipeline.trainers.verl_rows "
+        "verl: data.train_files={out} data.custom_cls.path=pkg://alphatoken.pipeline.trainers.verl_rows "
         "data.custom_cls.name=MaskedRows",
     ),
     "olmo": Format(

@@ -1,6 +1,6 @@
 """The data set that verl's supervised trainer is told to take, `data.custom_cls`: rows as they are, nothing tokenized.
 
-data.train_files=OUT/train-00000-of-00001.parquet data.pad_mode=no_padding data.max_length=4096
+data.train_files=OUT data.pad_mode=no_padding data.max_length=4096
 data.custom_cls.path=pkg://alphatoken.pipeline.trainers.verl_rows data.custom_cls.name=MaskedRows
 """
 
@@ -17,8 +17,9 @@ import torch
 class MaskedRows(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
     """Rows of ``--to loss_mask`` as int64 tensors ``(tokens,)``: input_ids, position_ids, loss_mask.
 
-    Entry i of ``loss_mask`` speaks of token i; verl's loss moves it itself. Raises ValueError for a padding mode that
-    needs more than that, and for rows longer than data.max_length, which verl would cut.
+    ``parquet_files``: files, or folders of them. Entry i of ``loss_mask`` speaks of token i; verl's loss moves it itself.
+    Raises ValueError for a padding mode that needs more than that, and for rows longer than data.max_length, which verl
+    would cut.
     """
 
     def __init__(self, parquet_files: str | Sequence[str], tokenizer: Any, config: Any, **others: Any) -> None:

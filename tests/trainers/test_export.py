@@ -141,6 +141,7 @@ def test_the_class_for_verl_gives_rows_as_its_unpadded_collator_takes_them(run, 
         assert own["input_ids"].tolist() == row["input_ids"] and own["loss_mask"].tolist() == kept(row["labels"])
         assert own["position_ids"].tolist() == list(range(len(row["input_ids"])))
     assert len(MaskedRows(files, None, {}, max_samples=3)) == 3
+    assert len(MaskedRows(str(tmp_path / "out"), None, {})) == len(rows)
     with pytest.raises(ValueError, match="data.pad_mode=no_padding"):
         MaskedRows(files, None, {"pad_mode": "right"})
     longest = max(len(row["input_ids"]) for row in rows)
