@@ -26,12 +26,16 @@ SWEEP = {
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """``kind``: stage (runs in a session, can be swept) | tool (its module takes the arguments)."""
+    """``kind``: stage (runs in a session, can be swept) | tool (its module takes the arguments). ``module``: of jobs, where
+    it is not called as the command; ``reads_settings``: whether keys mean anything to it.
+    """
 
     text: str
     kind: str = "stage"
     synopsis: str = "[options] [key=value ...]"
     options: Mapping[str, str] = field(default_factory=lambda: SWEEP)
+    module: str = ""
+    reads_settings: bool = True
 
 
 COMMANDS = {
@@ -64,6 +68,7 @@ COMMANDS = {
             "--to FORMAT": "hf | jsonl | shifted | loss_mask | olmo (docs/trainers.md)",
             "--out PATH": "what to write: a file for jsonl, a directory for the others; must not be there yet",
         },
+        reads_settings=False,
     ),
     "check-batch": Command(
         "does a batch that a trainer made train on what the mask keeps", "tool", "RUN --mask NAME FILE ...",
@@ -71,6 +76,7 @@ COMMANDS = {
             "--mask NAME": "which mask of the run; default: default",
             "--shifted": "labels have to stand at the predicting position, for a trainer that does not shift",
         },
+        module="check_batch", reads_settings=False,
     ),
     "status": Command("how a submitted job is", "tool", "<job id> [cluster.dashboard=http://host:8265]", {}),
     "stop": Command("stop a submitted job", "tool", "<job id> [cluster.dashboard=http://host:8265]", {}),
@@ -99,12 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command is None:
         return _wrong(SettingsWrong([f"alphatoken {name}: no such command; commands: {', '.join(COMMANDS)}"]))
     if "-h" in rest or "--help" in rest:
-        print(command_help(name, command.text, command.synopsis, command.options))
+        print(command_help(name, command.text, command.synopsis, command.options, command.reads_settings))
         return 0
     debug = "debug=true" in [argument.lower() for argument in rest]
     try:
         if command.kind == "tool":
-            return importlib.import_module(f"{__package__}.{name.replace('-', '_')}").execute(rest)
+            return importlib.import_module(f"{__package__}.{command.module or name}").execute(rest)
         parsed = parse(name, rest, command.options)
         if "--multirun" in parsed.flags:
             return _sweep(name, parsed)
