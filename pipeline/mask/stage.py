@@ -80,7 +80,7 @@ def _forget_earlier_shards(run: Run, name: str) -> None:
         run.storage.remove(file)
     if left:
         run.progress.say(
-            f"mask: {len(left)} shards of an earlier version are removed from {mask_place(name)}/; they are in data/"
+            f"mask: what an earlier version left in {mask_place(name)}/ is removed, now that data/ holds it ({len(left):,} files)"
         )
 
 
