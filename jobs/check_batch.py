@@ -24,6 +24,10 @@ def execute(arguments: Sequence[str]) -> int:
     parser.add_argument("--shifted", action="store_true")
     given = parser.parse_args(list(arguments))
     source, status = open_mask(given.run, given.mask), 0
+    if source.weighted:
+        print(
+            f"weights: mask {source.name} is soft weights (mask.rule=weight): labels are compared, loss_weight is not"
+        )
     for file in given.batch:
         verdict = check(read_batch(Path(file)), source, shifted=given.shifted)
         if len(given.batch) > 1:

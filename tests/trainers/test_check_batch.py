@@ -143,6 +143,14 @@ def test_every_token_that_differs_is_counted_and_the_first_are_named(check, poli
     assert f"token {masked[0]} (id {ids[masked[0]]}): mask out, batch in as {ids[masked[0]]}" in said
 
 
+def test_soft_weights_are_said_not_to_be_compared(tmp_path, policy, check):
+    storage, *_ = write_run(tmp_path / "soft")
+    mask(storage, rule="weight")
+    rows = [{name: row[name] for name in ("input_ids", "attention_mask", "labels")} for row in masks(storage)]
+    status, said = check(seq2seq(policy, rows), place=tmp_path / "soft")
+    assert status == 0 and "labels are compared, loss_weight is not" in said
+
+
 def test_training_on_everything_is_seen(check, policy, data):
     batch = seq2seq(policy, [data[i] for i in range(8)])
     whole = {**batch, "labels": torch.where(batch["attention_mask"] == 1, batch["input_ids"], -100)}
