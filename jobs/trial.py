@@ -14,6 +14,7 @@ from alphatoken.jobs.config import groups, load
 from alphatoken.jobs.points import expand, point_name
 from alphatoken.jobs.replay import recorded_configuration
 from alphatoken.jobs.session import Session
+from alphatoken.pipeline.mask.layout import is_finished, summary_of
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.manifest import NAME
 from alphatoken.pipeline.run.storage import Storage
@@ -93,7 +94,7 @@ def _swept(overrides: Sequence[str]) -> dict[str, MaskSettings | None]:
 
 def _named(session: Session, name: str) -> MaskSettings | None:
     """The settings of a preset that is no mask of the run yet; None for a mask of the run. Raises SettingsWrong."""
-    if session.storage.exists(f"masks/{name}/summary.json"):
+    if is_finished(session.storage, name):
         return None
     presets = groups()["mask"]
     if name not in presets:
@@ -116,7 +117,7 @@ def _at_each_rho(
     for name in names or [one for one in masks_of(session.run) if "_rho-" not in one]:
         settings = asked.get(name)
         if settings is None:
-            recorded = session.storage.read_json(f"masks/{name}/summary.json")["settings"]
+            recorded = summary_of(session.storage, name)["settings"]
             settings = MaskSettings(**recorded)
         for rho in rhos:
             found[f"{name}_rho-{rho}"] = replace(settings, rho=rho, name=f"{name}_rho-{rho}")

@@ -27,11 +27,6 @@ from alphatoken.pipeline.run.run import Run
 IGNORED = -100
 
 
-def mask_part(part: str) -> str:
-    """The file of a mask that belongs to a part of prepared/."""
-    return part.replace("part-", "train-", 1)
-
-
 @dataclass(frozen=True, slots=True)
 class PairedRows:
     """Consecutive examples of one part, their tokens laid end to end."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from alphatoken.pipeline.mask.layout import is_finished, summary_of
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.costs import ModelCosts, budget_shapes, meta_model, model_costs, value_flops
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
@@ -60,7 +61,7 @@ def trial_inputs(run: Run) -> TrialInputs:
         raise RunFailed(PAIRS)
     names, notes = chosen_masks(run)
     held_out = held_out_rows(run)
-    summaries = {name: run.storage.read_json(f"masks/{name}/summary.json") for name in names}
+    summaries = {name: summary_of(run.storage, name) for name in names}
     identities = {name: manifest.stage(f"mask/{name}")["fingerprint"] for name in names}
     tried = candidates({name: (summaries[name]["kept_fraction"], identities[name]) for name in names})
     prompts = prompts_of(run, held_out.rows, own.prompts)
@@ -114,7 +115,7 @@ def chosen_masks(run: Run) -> tuple[list[str], list[str]]:
         raise SettingsWrong(
             [f"trial.masks={name}: there is no such mask in {run.storage.root}: {', '.join(there)}" for name in unknown]
         )
-    rules = {name: run.storage.read_json(f"masks/{name}/summary.json")["settings"]["rule"] for name in asked or there}
+    rules = {name: summary_of(run.storage, name)["settings"]["rule"] for name in asked or there}
     soft = [name for name, rule in rules.items() if rule == "weight"]
     why = "its soft weights (mask.rule=weight) are not labels, and a trial is made on labels"
     if asked and soft:
@@ -129,7 +130,7 @@ def masks_of(run: Run) -> list[str]:
     """Finished masks of the run, in the order in which they were made; the copy of an earlier trial is none."""
     stages = run.manifest.content["stages"]
     names = [stage.partition("/")[2] for stage in stages if stage.startswith("mask/") and run.manifest.done(stage)]
-    return [name for name in names if name != CHOSEN and run.storage.exists(f"masks/{name}/summary.json")]
+    return [name for name in names if name != CHOSEN and is_finished(run.storage, name)]
 
 
 def _costs_and_rate(run: Run) -> tuple[ModelCosts, float, bool]:

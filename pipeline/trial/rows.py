@@ -8,10 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from alphatoken.data_schemas import PREPARED
-from alphatoken.pipeline.mask.paired_rows import mask_part
+from alphatoken.pipeline.mask.layout import mask_part, open_part, require_shards
 from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.prepare.reader import prepared_rows, sequences_of
 from alphatoken.pipeline.run.failure import RunFailed
@@ -56,13 +55,14 @@ def sample_of(run: Run, places: dict[str, list[int]]) -> Sequences:
 
 def mask_labels(run: Run, mask: str, places: dict[str, list[int]], sample: Sequences) -> Labels:
     """The labels of a mask at ``places``; raises RunFailed for a mask of other rows, or one that keeps nothing of these."""
+    require_shards(run.storage, mask)
     fingerprint, found = run.manifest.stage(f"mask/{mask}").get("fingerprint", ""), []
     for part, rows in places.items():
-        name = f"masks/{mask}/{mask_part(part)}"
+        name = mask_part(mask, part)
         if run.storage.rows_of(name, fingerprint) is None:
             raise RunFailed(f"{name} is missing, damaged or of other rows: make it anew with run.overwrite=mask")
         try:
-            with pq.ParquetFile(run.storage.path(name), filesystem=run.storage.fs) as file:
+            with open_part(run.storage, mask, part) as file:
                 labels = file.read(columns=["labels"]).column("labels").take(rows)
         except (pa.ArrowException, OSError) as error:
             raise _other_rows(mask) from error

@@ -129,10 +129,10 @@ def test_auto_ends_with_the_winner_as_chosen(alphatoken, tmp_path, policy, train
     ) in out
     card = " ".join((place / "masks/chosen/README.md").read_text().split())
     assert whole["sentence"] in card and "Token mask `chosen`" in card
-    source = place / f"masks/{whole['winner']}"
+    source = place / f"masks/{whole['winner']}/data"
     if source.exists():
         for part in source.glob("*.parquet"):
-            labels = [pq.read_table(p)["labels"] for p in (part, place / "masks/chosen" / part.name)]
+            labels = [pq.read_table(p)["labels"] for p in (part, place / "masks/chosen/data" / part.name)]
             assert labels[0].equals(labels[1])
         assert whole["sentence"] in " ".join((source / "README.md").read_text().split())
     else:
@@ -172,7 +172,7 @@ def test_what_cannot_be_tried_is_refused_in_a_line(alphatoken, run, tmp_path, ma
     assert alphatoken("mask", f"run.dir={run}", "mask.rule=weight", "mask.name=soft")[0] == 0
     refused(2, "soft weights", "trial.masks=soft")
     # A mask of other rows: a part that another run has left.
-    part = next((run / "masks/default").glob("*.parquet"))
+    part = next((run / "masks/default/data").glob("*.parquet"))
     part.write_bytes(next((made / "prepared").glob("part-*.parquet")).read_bytes())
     refused(1, "run.overwrite=mask", "trial.masks=default")
     shutil.rmtree(run / "masks")
