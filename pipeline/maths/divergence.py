@@ -14,11 +14,10 @@ import torch
 
 from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.batch import Sequences, by_token_budget
-from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers, decoder_layers
 from alphatoken.pipeline.maths.head import chunk_rows, head_of, vocabulary_of
-from alphatoken.pipeline.maths.lower import lower_layers_once
-from alphatoken.pipeline.maths.trial import Entering, Weights, add_by_row
+from alphatoken.pipeline.maths.learners import Learner, Weights
+from alphatoken.pipeline.maths.trial import Entering, add_by_row
 
 COPIES = 6  # of a chunk's logits that are held at once
 
@@ -52,31 +51,28 @@ class ReferencePredictions:
 
     @torch.no_grad()
     def divergences(
-        self, scored: ScoredLayers, weights: Weights, completions: Entering
+        self, learner: Learner, weights: Weights, completions: Entering
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum over positions of KL(reference || model with these weights), nats, and their number, per completion.
 
-        ``completions``: the sequences that this was made of, with what enters the first scored layer of ``scored``. Two
-        (completions,), float64. A result that is not finite is handed out as it is.
+        ``completions``: the sequences that this was made of, with what enters the first scored layer of the learner's model.
+        Two (completions,), float64. A result that is not finite is handed out as it is.
         """
         sums, counts = (torch.zeros(len(completions.sequences), dtype=torch.float64) for _ in range(2))
+        scored = learner.scored
         for group, theirs in zip(self.groups, self.hidden, strict=True):
-            batch, entering = completions.batch(group, scored.maps[0].parameter)
-            with (
-                swapped(scored, dict(weights)),
-                lower_layers_once(scored, [entering]),
-                intercepted(scored.decoder, self.kernel, None),
-            ):
+            batch, from_below = completions.batch(group, scored)
+            with learner.holding(weights), from_below, intercepted(scored.decoder, self.kernel, None):
                 outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
             own = outputs.last_hidden_state.flatten(0, 1)[batch.predicting()]
             found = []
             rows = max(16, chunk_rows(scored.model, own) // COPIES)
             for start in range(0, len(own), rows):
                 part = slice(start, start + rows)
-                # One after the other: both may be the head of one model.
+                # One after the other: both may be the head of one model, and it may have learned.
                 with head_of(self.reference, self.outputs) as head:
                     before = _log_probabilities(head(theirs[part]))
-                with head_of(scored, outputs) as head:
+                with learner.holding(weights), head_of(scored, outputs) as head:
                     now = _log_probabilities(head(own[part]))
                 found.append((before.exp() * (before - now)).sum(dim=1))
             add_by_row(sums, counts, torch.cat(found) if found else own.new_zeros(0), batch, group)

@@ -8,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.costs import model_costs
 from alphatoken.pipeline.maths.divergence import ReferencePredictions
-from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses
+from alphatoken.pipeline.maths.learners import ScoredWeights
+from alphatoken.pipeline.maths.trial import Entering, Fit, LabelledTokens, entering_hidden, fine_tune, held_out_losses
 from alphatoken.pipeline.settings import TrialSettings
 from alphatoken.pipeline.trial.budget import SECONDS, Lengths, extent, lengths_of, steps_of, trial_flops
 from tests.maths import comparison
@@ -34,9 +35,9 @@ def test_operations_are_those_of_the_fine_tune_and_its_measurement():
         entering = [Entering(some, held[id(some)].__getitem__) for some in (train, held_out, completions)]
         reference = ReferencePredictions(scored, completions, "eager", BUDGET)
         fit = Fit([[0, 1], [2, 3], [1, 2]], 1e-3, "eager", BUDGET)
-        weights, _ = fine_tune(scored, entering[0], fit, lambda steps: None)
-        held_out_losses(scored, weights, entering[1], fit)
-        reference.divergences(scored, weights, entering[2])
+        weights, _ = fine_tune(ScoredWeights(scored), LabelledTokens(entering[0]), fit, lambda steps: None)
+        held_out_losses(ScoredWeights(scored), weights, entering[1], fit)
+        reference.divergences(ScoredWeights(scored), weights, entering[2])
     lengths = Lengths(*(lengths_of(some.input_ids, some.labels) for some in (train, held_out, completions)))
     planned = trial_flops(costs, TrialSettings(batch_size=2), lengths, 3, len(train), [1.0])
     # Once per trial, the lower layers' pass and the reference's also run the last layers: a tenth of a usual model.
