@@ -19,6 +19,7 @@ from alphatoken.pipeline.run.manifest import NAME
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import MaskSettings, RunSettings, Settings
 
+TITLES = {"margin": "margin", "reward_accuracy": "preferred", "retention_loss": "retention"}
 AUTO = ("noise", "paper")  # presets that trial.auto tries beside the run's own mask
 
 
@@ -167,17 +168,29 @@ def tell(summary: Mapping[str, Any]) -> None:
 
 def table_of(summary: Mapping[str, Any]) -> Table:
     """One row per candidate, sorted by adaptation."""
+    pairs, kept = summary.get("pairs", False), summary.get("retention_rows", 0)
+    what = "-log sigmoid(margin), nats per pair, on" if pairs else "nats per token on"
     caption = (
-        f"loss: nats per token on {summary['held_out_rows']} held-out rows, mean and half the range over seeds; less ...: the "
-        "difference to it, paired by seed, and its spread (the larger of half the range and two standard errors over rows), * where "
-        f"it exceeds it; divergence: of the reference on {summary['completions']} completions of its own, nats per token"
+        f"loss: {what} {summary['held_out_rows']} held-out {'pairs' if pairs else 'rows'}, mean and half the range over seeds; "
+        "less ...: the difference to it, paired by seed, and its spread (the larger of half the range and two standard errors over "
+        f"rows), * where it exceeds it; divergence: of the reference on {summary['completions']} completions of its own, nats per token"
     )
+    if pairs:
+        caption += (
+            "; margin: how much more the chosen response has gained over the reference than the rejected one, times beta, nats; "
+            "preferred: pairs where that is above 0 (at 0: one half)"
+        )
+    if kept:
+        caption += f"; retention: loss on the {kept} rows of data.retention, nats per token"
     if summary["held_out_made_directions"]:
         caption += "; WARNING: the held-out rows also made the directions, which flatters masks that come from them"
     table = Table(caption=caption, caption_justify="left")
     table.add_column("trained on", overflow="fold", min_width=24)
     for title in ("kept", "seeds", "loss", "less\nfull", "less random\nof its size", "divergence", "less\nfull"):
         table.add_column(title, justify="right")
+    more = [*(["margin", "reward_accuracy"] if pairs else []), *(["retention_loss"] if kept else [])]
+    for key in more:
+        table.add_column(TITLES[key], justify="right")
     for line in summary["lines"]:
         untouched = line["kind"] == "untouched"
         table.add_row(
@@ -189,6 +202,7 @@ def table_of(summary: Mapping[str, Any]) -> Table:
             _difference(line["to_random"]),
             _spread(line["retention"]),
             _difference(line["moved"]),
+            *["-" if line[key] is None else _spread(line[key]) for key in more],
         )
     return table
 

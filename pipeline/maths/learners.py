@@ -13,7 +13,7 @@ from typing import Any, Protocol
 import torch
 
 from alphatoken.pipeline.maths.batch import Batch
-from alphatoken.pipeline.maths.capture import swapped
+from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.maths.frozen import frozen
 from alphatoken.pipeline.maths.ghost import read_pass
@@ -51,8 +51,9 @@ class ScoredWeights:
     """The linear maps of the scored layers, by ghost passes: lower layers run without a graph, or not at all."""
 
     def __init__(self, scored: ScoredLayers) -> None:
-        self.scored, self._sum = scored, OuterSum(scored)
+        self.scored, self._sum = scored, OuterSum(scored, rounded=True)
         self.gradient = self._sum.total
+        self._last = max((one.layer for one in scored.maps), default=0)
 
     def start(self) -> dict[str, torch.Tensor]:
         """See Learner."""
@@ -69,7 +70,15 @@ class ScoredWeights:
 
     def backward(self, batch: Batch, kernel: str, memory: HeadMemory, weigh: Weigh | None = None) -> torch.Tensor:
         """See Learner."""
-        return read_pass(self.scored, batch, READ, self._sum, {}, kernel, memory=memory, weigh=weigh)[0]
+        return read_pass(self.scored, batch, READ, self._add, {}, kernel, memory=memory, weigh=weigh)[0]
+
+    def _add(self, captured: Captured) -> None:
+        """In the last layer most positions have no error: what they put out goes into no prediction that is learned from."""
+        if captured.map.layer == self._last:
+            reached = captured.error.any(dim=1).nonzero().squeeze(1)
+            if 4 * len(reached) < 3 * len(captured.error):
+                captured = replace(captured, entering=captured.entering[reached], error=captured.error[reached])
+        self._sum(captured)
 
 
 class EveryWeight:

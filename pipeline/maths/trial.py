@@ -24,6 +24,8 @@ from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.warmup import schedule
 
+LEAST_FULL = 7 / 8  # of a pass's longest sequence: a shorter one goes into the next pass
+
 
 @dataclass(frozen=True, slots=True)
 class Entering:
@@ -53,9 +55,16 @@ class Entering:
         return batch.to(parameter.device), lower_layers_once(scored, [kept])
 
     def groups(self, rows: Sequence[int], budget: int) -> list[list[int]]:
-        """``rows`` in passes of at most ``budget`` padded tokens; depends on lengths alone."""
+        """``rows`` in passes of at most ``budget`` padded tokens, of which few are padding; depends on lengths alone."""
         lengths = [len(self.sequences.input_ids[row]) for row in rows]
-        return [[rows[i] for i in group] for group in by_token_budget(lengths, budget)]
+        found: list[list[int]] = []
+        for group in by_token_budget(lengths, budget):  # longest first
+            found.append([])
+            for i in group:
+                if found[-1] and lengths[i] < LEAST_FULL * lengths[found[-1][0]]:
+                    found.append([])
+                found[-1].append(i)
+        return [[rows[i] for i in group] for group in found]
 
 
 @dataclass(frozen=True, slots=True)

@@ -157,4 +157,4 @@ def test_models_whose_layers_share_more_than_the_hidden_state_are_fine_tuned_by_
     assert not scored.shared
     learner = ScoredWeights(scored)
     twin = plain_fine_tune(model, learner.start(), TRAIN, fit)
-    assert_learned(learner, fit, twin, 3e-5)  # of losses of 12 and 33 nats: these round inside, in float32
+    assert_learned(learner, fit, twin, 3e-4)  # of losses of 12 to 33 nats: these round inside, in float32
