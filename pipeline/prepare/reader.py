@@ -8,13 +8,10 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED
 from alphatoken.pipeline.maths.batch import Sequences
+from alphatoken.pipeline.prepare.held_out import RETENTION
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
-
-# Files of prepared/ that some runs have, and the beginning of their counts: rows on which `trial` measures (of pairs as pairs),
-# rows of data.retention, and validation rows as pairs.
-TRIAL, RETENTION, PAIRS = "trial", "retention", "validation_pairs"
 
 
 def prepared_rows(run: Run) -> dict[str, int]:

@@ -12,7 +12,7 @@ from alphatoken.pipeline.maths.adapters import adapted, all_layers
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.costs import ModelCosts, budget_shapes, meta_model, model_costs, value_flops
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
-from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.prepare.reader import retention_rows
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model

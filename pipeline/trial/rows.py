@@ -16,7 +16,8 @@ import pyarrow.parquet as pq
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED
 from alphatoken.pipeline.mask.paired_rows import mask_part
 from alphatoken.pipeline.maths.batch import IGNORED, Sequences
-from alphatoken.pipeline.prepare.reader import PAIRS, TRIAL, branches_of, prepared_rows, sequences_of
+from alphatoken.pipeline.prepare.held_out import PAIRS, TRIAL
+from alphatoken.pipeline.prepare.reader import branches_of, prepared_rows, sequences_of
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.trial.candidates import Labels

@@ -88,7 +88,7 @@ def test_auto_takes_pairs_as_well(alphatoken, tmp_path, policy, pairs_file):
     status, out, err = alphatoken("run", *same, "data.validation=10", "trial.auto=true", "trial.seeds=1")
     assert status == 0, err
     assert summary(place)["sentence"] in " ".join((place / "masks/chosen/README.md").read_text().split())
-    assert pq.read_table(next((place / "masks/chosen/data").glob("*.parquet"))).num_rows > 0
+    assert pq.read_table(next((place / "masks/chosen").rglob("*.parquet"))).num_rows > 0
 
 
 def test_a_run_without_held_out_pairs_says_how_to_keep_some(alphatoken, tmp_path, policy, pairs_file, validation_file):
