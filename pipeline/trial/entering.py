@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
@@ -74,12 +74,10 @@ class TrialStates:
             rows = Sequences(rows.ids, rows.input_ids, labels)
         return Entering(rows, None if self.file is None else lambda row: self._state(self.first[what] + row))
 
-    def fill(self, sets: Sequence[str]) -> None:
-        """Have these sets there, sharing the work with the other workers of the node."""
+    def fill(self, train: Iterable[int]) -> None:
+        """Have all that is measured on and these rows of ``train`` there; the work is shared with the node's other workers."""
         if self.file is not None:
-            numbers = [
-                self.first[what] + row for what in sets if what in self.sets for row in range(len(self.sets[what]))
-            ]
+            numbers = [*range(self.first["train"]), *(self.first["train"] + row for row in train)]
             self.file.fill(numbers, self._made)
 
     def _state(self, number: int) -> torch.Tensor:

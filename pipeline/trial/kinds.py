@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -25,6 +25,9 @@ class TrialKind(Protocol):
     def examples(self, rows: Sequences) -> int:
         """How many examples the sequences are."""
 
+    def sequences(self, examples: Iterable[int], rows: Sequences) -> list[int]:
+        """The sequences of some examples."""
+
     def see_reference(self, model: Any, kernel: str, budget: int) -> None:
         """Note what the reference, a model of its own, says."""
 
@@ -46,6 +49,10 @@ class SupervisedTrial:
     def examples(self, rows: Sequences) -> int:
         """See TrialKind."""
         return len(rows)
+
+    def sequences(self, examples: Iterable[int], rows: Sequences) -> list[int]:
+        """See TrialKind."""
+        return list(examples)
 
     def see_reference(self, model: Any, kernel: str, budget: int) -> None:
         """It has nothing to say here."""
@@ -75,6 +82,10 @@ class PairTrial:
     def examples(self, rows: Sequences) -> int:
         """See TrialKind."""
         return len(rows) // 2
+
+    def sequences(self, examples: Iterable[int], rows: Sequences) -> list[int]:
+        """See TrialKind."""
+        return [branch for row in examples for branch in (row, row + self.examples(rows))]
 
     def see_reference(self, model: Any, kernel: str, budget: int) -> None:
         """See TrialKind."""

@@ -99,7 +99,7 @@ class TrialWorker:
         fit = Fit(order, own.learning_rate, self.settings.model.attention, TOKENS_PER_PASS, self.memory)
         names = self.rows.train.ids
         try:
-            self.states.fill(["held-out", "completions", "retention", *["train"] * (not untouched)])
+            self.states.fill(self.kind.sequences(sorted({row for rows in order for row in rows}), self.rows.train))
             if not self.kind.knows_reference:
                 self.kind.see_policy(self.learner, self.states, fit)
             labels = [row.tolist() for row in task.labels]
