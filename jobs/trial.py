@@ -20,6 +20,7 @@ from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import MaskSettings, RunSettings, Settings
 
 TITLES = {"margin": "margin", "reward_accuracy": "preferred", "retention_loss": "retention"}
+WIDE = 110  # columns of a terminal that hold both tables with each candidate in one line
 AUTO = ("noise", "paper")  # presets that trial.auto tries beside the run's own mask
 
 
@@ -160,15 +161,18 @@ def tell(summary: Mapping[str, Any]) -> None:
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(160, console.width))
-    for table in tables_of(summary):
+    for table in tables_of(summary, console.width < WIDE):
         console.print(table)
     for failure in summary["failed"]:
         console.print(f"left out: {failure}", highlight=False, markup=False)
     console.print(summary["sentence"], highlight=False, markup=False, soft_wrap=True)
 
 
-def tables_of(summary: Mapping[str, Any]) -> list[Table]:
-    """One row per candidate, sorted by adaptation: what it has learned, and what else became of the model."""
+def tables_of(summary: Mapping[str, Any], narrow: bool = False) -> list[Table]:
+    """One row per candidate, sorted by adaptation: what it has learned, and what else became of the model.
+
+    ``narrow``: numbers and their spreads stand in two lines, so that names have room.
+    """
     pairs = summary.get("pairs", False)
     what = "-log sigmoid(margin), nats per pair, on" if pairs else "nats per token on"
     caption = (
@@ -178,7 +182,7 @@ def tables_of(summary: Mapping[str, Any]) -> list[Table]:
     )
     if summary["held_out_made_directions"]:
         caption += "; WARNING: the held-out rows also made the directions, which flatters masks that come from them"
-    learned = _table(["kept", "seeds", "loss", "less\nfull", "less random\nof its size"], caption)
+    learned = _table(["kept", "seeds", "loss", "less\nfull", "less random\nof its size"], caption, narrow)
     for line in summary["lines"]:
         untouched = line["kind"] == "untouched"
         learned.add_row(
@@ -189,10 +193,10 @@ def tables_of(summary: Mapping[str, Any]) -> list[Table]:
             _difference(line["to_full"]),
             _difference(line["to_random"]),
         )
-    return [learned, _other_table(summary, pairs)]
+    return [learned, _other_table(summary, pairs, narrow)]
 
 
-def _other_table(summary: Mapping[str, Any], pairs: bool) -> Table:
+def _other_table(summary: Mapping[str, Any], pairs: bool, narrow: bool) -> Table:
     """Divergence; of pairs margins; losses on data.retention."""
     kept = summary.get("retention_rows", 0)
     caption = f"divergence: of the reference on {summary['completions']} completions of its own, nats per token"
@@ -204,18 +208,18 @@ def _other_table(summary: Mapping[str, Any], pairs: bool) -> Table:
     if kept:
         caption += f"; retention: loss on the {kept} rows of data.retention, nats per token"
     more = [*(["margin", "reward_accuracy"] if pairs else []), *(["retention_loss"] if kept else [])]
-    table = _table(["divergence", "less\nfull", *[TITLES[key] for key in more]], caption)
+    table = _table(["divergence", "less\nfull", *[TITLES[key] for key in more]], caption, narrow)
     for line in summary["lines"]:
         others = ["-" if line[key] is None else _spread(line[key]) for key in more]
         table.add_row(_called(line), _spread(line["retention"]), _difference(line["moved"]), *others)
     return table
 
 
-def _table(titles: Sequence[str], caption: str) -> Table:
+def _table(titles: Sequence[str], caption: str, narrow: bool) -> Table:
     table = Table(caption=caption, caption_justify="left")
     table.add_column("trained on", overflow="fold")
     for title in titles:
-        table.add_column(title, justify="right", overflow="fold")
+        table.add_column(title, justify="right", overflow="fold", max_width=10 if narrow else None)
     return table
 
 
