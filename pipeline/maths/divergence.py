@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from alphatoken.pipeline.maths.attention import intercepted
-from alphatoken.pipeline.maths.batch import Sequences, by_token_budget
+from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import ScoredLayers, decoder_layers
 from alphatoken.pipeline.maths.head import chunk_rows, head_of, vocabulary_of
 from alphatoken.pipeline.maths.learners import Learner, Weights
@@ -26,20 +26,20 @@ class ReferencePredictions:
     """What the reference predicts in its completions: last hidden states, and the head that makes logits of them.
 
     ``reference``: the reference with its head; of ``no_scored_layers``, or the scored layers of the policy where it is the
-    same model. ``budget``: padded tokens of one pass. Logits are made anew each time: hidden states take a hundredth of
-    the room.
+    same model. ``completions``: sequences, and of such a policy what enters its scored layers, so that it does not diverge
+    from itself by what is rounded there. ``budget``: padded tokens of one pass. Logits are made anew each time: hidden states
+    take a hundredth of the room.
     """
 
-    def __init__(self, reference: ScoredLayers, completions: Sequences, kernel: str, budget: int) -> None:
+    def __init__(self, reference: ScoredLayers, completions: Entering, kernel: str, budget: int) -> None:
         self.reference, self.kernel = reference, kernel
-        lengths = [len(ids) for ids in completions.input_ids]
-        self.groups = by_token_budget(lengths, budget)
+        rows = completions.sequences
+        self.groups = by_token_budget([len(ids) for ids in rows.input_ids], budget)
         self.hidden: list[torch.Tensor] = []
         self.outputs: Any = None
-        device = next(reference.model.parameters()).device
         for group in self.groups:
-            batch = completions.take(group).batch().to(device)
-            with torch.no_grad(), intercepted(reference.decoder, kernel, None):
+            batch, from_below = completions.batch(group, reference)
+            with torch.no_grad(), from_below, intercepted(reference.decoder, kernel, None):
                 self.outputs = reference.decoder(input_ids=batch.input_ids, use_cache=False)
             self.hidden.append(self.outputs.last_hidden_state.flatten(0, 1)[batch.predicting()])
 

@@ -18,7 +18,7 @@ from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite
-from alphatoken.pipeline.maths.trial import Fit, fine_tune
+from alphatoken.pipeline.maths.trial import Entering, Fit, fine_tune
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
@@ -61,19 +61,21 @@ class TrialWorker:
         if reference is not None:  # before the policy is loaded, so that never two are held whole
             scored = no_scored_layers(load_model(here(reference), device))
             kind.see_reference(scored.model, kernel, TOKENS_PER_PASS)
-            theirs = ReferencePredictions(scored, rows.completions, kernel, TOKENS_PER_PASS).without_layers()
+            theirs = ReferencePredictions(scored, Entering(rows.completions), kernel, TOKENS_PER_PASS).without_layers()
         scored = checked_layers(load_model(here(source), device), settings)
         if theirs is not None and not same_vocabulary([theirs.reference.model, scored.model]):
             raise RunFailed(
                 "model.policy and model.reference have vocabularies of different sizes: they cannot be compared"
             )
         Engine(scored, settings)(rows.held_out.input_ids)
-        predictions = theirs or ReferencePredictions(scored, rows.completions, kernel, TOKENS_PER_PASS)
         try:
             self.learner = learner_of(scored, settings)
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
         self.states = TrialStates(scored, self.learner, settings, rows, f"{name}-{device.type}")
+        self.states.fill([])
+        completions = self.states.entering("completions")
+        predictions = theirs or ReferencePredictions(scored, completions, kernel, TOKENS_PER_PASS)
         self.kind, self.memory = kind, HeadMemory()
         self.measures = Measures(self.learner, kind, self.states, predictions)
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model

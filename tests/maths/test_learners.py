@@ -134,7 +134,7 @@ def test_divergence_knows_of_what_has_learned_below_and_in_the_head(make) -> Non
     model = model_of("llama")
     scored, completions = scored_layers(model, 2), sequences(LENGTHS, seed=4)
     learner, rows = make(scored), Entering(completions)
-    reference = ReferencePredictions(scored, completions, KERNEL, BUDGET)
+    reference = ReferencePredictions(scored, rows, KERNEL, BUDGET)
     assert reference.divergences(learner, learner.start(), rows)[0].abs().max() < 1e-9
     generator = torch.Generator().manual_seed(0)
     moved = {n: w + 0.05 * torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in learner.start().items()}

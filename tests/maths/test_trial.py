@@ -114,12 +114,11 @@ def test_divergence_is_that_of_whole_distributions_over_completions(same: bool) 
             theirs, own = (m(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for m in (reference, twin))
             divergences = kl_div(own, theirs, log_target=True, reduction="none").sum(-1)
             expected.append(divergences[torch.tensor(labels)[1:] != IGNORED].sum().item())
-    held = ReferencePredictions(
-        scored if same else no_scored_layers(copy.deepcopy(reference)), completions, KERNEL, BUDGET
-    )
+    entered = entering(scored, completions)
+    theirs_of = scored if same else no_scored_layers(copy.deepcopy(reference))
+    held = ReferencePredictions(theirs_of, entered if same else Entering(completions), KERNEL, BUDGET)
     if not same:
         held.without_layers()
-    entered = entering(scored, completions)
     sums, counts = held.divergences(ScoredWeights(scored), weights, entered)
     assert sums.tolist() == pytest.approx(expected, abs=1e-9) and min(expected) > 1e-3
     assert counts.tolist() == [sum(label != IGNORED for label in labels[1:]) for labels in completions.labels]

@@ -51,7 +51,7 @@ def test_operations_are_those_of_the_fine_tune_and_its_measurement():
             for some in (train, held_out, completions)
         }
         entering = [Entering(some, held[id(some)].__getitem__) for some in (train, held_out, completions)]
-        reference = ReferencePredictions(scored, completions, "eager", BUDGET)
+        reference = ReferencePredictions(scored, entering[2], "eager", BUDGET)
         fit = Fit([[0, 1], [2, 3], [1, 2]], 1e-3, "eager", BUDGET)
         weights, _ = fine_tune(ScoredWeights(scored), LabelledTokens(entering[0]), fit, lambda steps: None)
         held_out_losses(ScoredWeights(scored), weights, entering[1], fit)
