@@ -8,7 +8,9 @@ from typing import Any
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.storage import Storage
 
-PLACES = (("data", "train"), ("data", "validation"), ("model", "policy"), ("model", "reference"))
+PLACES = (
+    *[("data", name) for name in ("train", "validation", "validation_trial", "retention")], ("model", "policy"), ("model", "reference"),
+)  # fmt: skip
 
 
 def recorded_configuration(place: str) -> dict[str, Any]:

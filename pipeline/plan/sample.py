@@ -30,7 +30,8 @@ class Sample:
     ``rows``: of data.train; ``train_rows``: about how many of them are trained on; ``train``: a sample of those, of
     pairs both branches one after the other; ``pairs``: the same as pairs, empty for supervised data;
     ``validation``, ``fisher``: the held-out examples themselves (of a validation file: a sample, and how many it has).
-    ``unusable``: the share of rows that goes to the quarantine. ``complete``: every row was read.
+    ``retention``, ``retention_rows``: the first rows of data.retention, and how many it has. ``unusable``: the
+    share of rows that goes to the quarantine. ``complete``: every row was read.
     """
 
     rows: int
@@ -40,6 +41,8 @@ class Sample:
     validation: tuple[Example, ...]
     validation_rows: int
     fisher: tuple[Example, ...]
+    retention: tuple[Example, ...]
+    retention_rows: int
     unusable: float
     complete: bool
 
@@ -93,13 +96,20 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     is_half = settings.validation_trial == HALF
     directions = halves(split, settings.run.seed)[0] if is_half else range(split)
     validation, validation_rows = [held[i] for i in directions], len(directions)
+
+    def either(row: Any, source: str) -> Example:
+        return pair(row, source).chosen if preference and is_pair(row, columns) else make(row, source)
+
+    retention: tuple[Example, ...] = ()
+    retention_rows = 0
+    if data.retention is not None:
+        kept = open_sources("data.retention", data.retention)
+        first = _examples(either, kept, range(min(kept.starts[-1], SAMPLE)), data)
+        retention = tuple(example for example in first if example is not None)
+        retention_rows = kept.starts[-1]
     if not held_out:
         other = open_sources("data.validation", data.validation)
         validation_rows = len(halves(other.starts[-1], settings.run.seed)[0]) if is_half else other.starts[-1]
-
-        def either(row: Any, source: str) -> Example:
-            return pair(row, source).chosen if preference and is_pair(row, columns) else make(row, source)
-
         some = _examples(either, other, range(min(validation_rows, SAMPLE)), data)
         validation = [example for example in some if example is not None]
         if not validation:
@@ -110,7 +120,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     of_all, parts = round(total * (1 - unusable)) - wanted, data.cut[1] if data.cut else 1
     return Sample(
         total, max(1, of_all // parts), tuple(sequences), tuple(trained) if preference else (),
-        tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1,
+        tuple(validation), validation_rows, tuple(held[split:]), retention, retention_rows, unusable, len(drawn) == total and parts == 1,
     )  # fmt: skip
 
 

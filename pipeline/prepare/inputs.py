@@ -6,7 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
+from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED, named
 from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_config
 from alphatoken.pipeline.prepare.columns import PREFERENCE, filled, row_kind
 from alphatoken.pipeline.prepare.decoding import decode
@@ -30,28 +30,36 @@ class RawData:
     """The rows that a run is made of.
 
     ``validation``: None where its rows are held out of ``train``. ``trial``: rows of data.validation_trial that are files of
-    their own, else None. ``preference``: whether the rows of ``train`` are pairs.
+    their own, else None. ``retention``: of data.retention, else None. ``preference``: whether the rows of ``train`` are
+    pairs.
     """
 
     train: Sources
     validation: Sources | None
     trial: Sources | None
+    retention: Sources | None
     preference: bool
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What is to be said of how the files were read, a line each."""
-        return tuple(line for one in (self.train, self.validation, self.trial) if one for line in one.remarks)
+        sources = (self.train, self.validation, self.trial, self.retention)
+        return tuple(line for one in sources if one for line in one.remarks)
 
 
 def open_data(settings: Settings) -> RawData:
-    """data.train, data.validation and data.validation_trial, opened. Raises SettingsWrong for what is not there or not of one kind."""
+    """The files of data.train, data.validation, data.validation_trial and data.retention, opened.
+
+    Raises SettingsWrong for what is not there or not of one kind.
+    """
     train = open_sources("data.train", settings.data.train)
     held_out = isinstance(settings.data.validation, int)
     validation = None if held_out else open_sources("data.validation", settings.data.validation)
     kept = settings.validation_trial
     trial = None if kept in (None, HALF) else open_sources("data.validation_trial", kept)
-    return RawData(train, validation, trial, is_preference(settings, train))
+    asked = settings.data.retention
+    retention = None if asked is None else open_sources("data.retention", asked)
+    return RawData(train, validation, trial, retention, is_preference(settings, train))
 
 
 def is_preference(settings: Settings, train: Sources) -> bool:
@@ -94,6 +102,7 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         "data.train": [file.fingerprint for file in raw.train.files],
         "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
         **_trial_inputs(settings, raw),
+        **({"data.retention": [file.fingerprint for file in raw.retention.files]} if raw.retention else {}),
         "data.max_length": data.max_length,
         **({"positions": positions} if positions is not None else {}),
         "data.shard_examples": data.shard_examples,
@@ -115,7 +124,7 @@ def _trial_inputs(settings: Settings, raw: RawData) -> dict[str, Any]:
     if settings.validation_trial is None:
         return {}
     kept = HALF if raw.trial is None else [file.fingerprint for file in raw.trial.files]
-    return {"data.validation_trial": kept}
+    return {"data.validation_trial": kept, **({"trial.schema": named(PREFERENCE_PREPARED)} if raw.preference else {})}
 
 
 def held_out_digest(inputs: Mapping[str, Any]) -> str | None:

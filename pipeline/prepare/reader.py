@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES
 from alphatoken.pipeline.maths.batch import Sequences
+from alphatoken.pipeline.prepare.held_out import RETENTION
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Footer
@@ -33,6 +34,17 @@ def prepared_rows(run: Run) -> dict[str, int]:
 def sequences_of(table: pa.Table) -> Sequences:
     """A prepared table of supervised data."""
     return Sequences(*(table.column(name).to_pylist() for name in ("id", "input_ids", "labels")))
+
+
+def retention_rows(run: Run) -> Sequences | None:
+    """The rows of data.retention; None where there are none. Raises RunFailed where the file is missing or damaged."""
+    prepared = run.manifest.stage("prepare")
+    if not prepared["counts"].get(f"{RETENTION}_rows"):
+        return None
+    name = f"prepared/{RETENTION}.parquet"
+    if run.storage.rows_of(name, prepared["fingerprint"]) is None:
+        raise RunFailed(f"{name} is missing or damaged: run `alphatoken prepare` again")
+    return sequences_of(run.storage.read_table(name, PREPARED))
 
 
 def branches_of(table: pa.Table) -> Sequences:

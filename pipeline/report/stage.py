@@ -87,6 +87,7 @@ def _page(run: Run, names: list[str], shown: str) -> str:
         components=COMPONENTS,
         pictures=pictures,
         trial=trial,
+        learned=_learned(trial) if trial else "",
         plot=dot_plot(trial) if trial else None,
         seen=SEEN,
         width=WIDTH,
@@ -102,6 +103,14 @@ def _page(run: Run, names: list[str], shown: str) -> str:
         versions=manifest.content["versions"],
         fingerprints={stage: record["fingerprint"] for stage, record in stages.items()},
     )
+
+
+def _learned(trial: dict[str, Any]) -> str:
+    """What the fine-tunes of a trial have changed."""
+    own = trial["settings"]
+    if own["train"] == "lora":
+        return f"adapters of rank {own['rank']} on all layers"
+    return "all weights" if own["train"] == "all" else f"the last {trial['layers']} layers"
 
 
 def _warnings(manifest: Manifest, summaries: dict[str, Any]) -> list[str]:

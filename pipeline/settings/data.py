@@ -54,6 +54,10 @@ class DataSettings:
         "rows on which `trial` measures, and which make no direction: half (data.validation is cut in two by run.seed, one half "
         "for each) or rows of their own, as data.train; null: none are kept, and a trial measures on rows that made it",
     )
+    retention: Any = option(
+        None,
+        "rows that should not be forgotten, as data.train: `trial` measures the loss on them beside all else; null: none",
+    )
     format: str = option("auto", "auto | sft | preference")
     part: str | None = option(
         None,
@@ -107,4 +111,6 @@ class DataSettings:
             found += at_least("data.validation", self.validation, 1)
         if isinstance(self.validation_trial, bool | int | float):
             found.append(f"data.validation_trial={self.validation_trial}: must be half, a file, or null")
+        if isinstance(self.retention, bool | int | float) or self.retention in ("", []):
+            found.append(f"data.retention={self.retention}: must be a file, a glob, a directory, a hub id, or null")
         return found
