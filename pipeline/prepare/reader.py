@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pyarrow as pa
 
-from alphatoken.data_schemas import BRANCHES
+from alphatoken.data_schemas import BRANCHES, PREPARED
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.prepare.held_out import RETENTION
 from alphatoken.pipeline.run.failure import RunFailed
