@@ -66,6 +66,8 @@ def _what(plan: dict[str, Any]) -> Table:
     )
     coverage = model["coverage"]
     scored = f"{len(model['scored_modules'])} modules in the last {model['scored_layers']} of {model['layers']} layers"
+    if model["trained_layers"] != model["scored_layers"]:
+        scored += f"; the simulated run trains the last {model['trained_layers']}"
     for name, text in (
         ("training examples", rows),
         ("held out", held),

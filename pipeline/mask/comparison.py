@@ -75,10 +75,10 @@ def contributions(summary: dict[str, Any]) -> dict[str, float] | None:
     The mean value of kept tokens less that of masked ones is the sum over components of weight * (mean over kept -
     mean over masked), with weight 1 / scale for adaptation and lambda / scale for stability (Eq. 12). A negative share:
     the component speaks against what was kept. None where nothing was masked or there is no difference, and where
-    values are no sum of the components (another mask.score, mask.divide_by_gradient_norm).
+    values are no sum of the components (another mask.score, mask.weights, mask.divide_by_gradient_norm).
     """
     settings, scales = summary["settings"], summary["scales"]
-    if settings["score"] != "paper" or settings["divide_by_gradient_norm"]:
+    if settings["score"] != "paper" or settings["weights"] or settings["divide_by_gradient_norm"]:
         return None
     weights = {"adaptation": 1.0 / scales["score"]}
     weights["stability"] = settings["stability_weight"] / scales.get("stability", 1.0)

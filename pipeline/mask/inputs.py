@@ -26,7 +26,7 @@ REFERENCE_UNUSED = (
 NO_SIGN = (
     "mask.rule=positive keeps everything that mask.score={score} is given to, which has no sign: choose mask.rule=top"
 )
-SIGNED_SCORES = ("paper", "exact", "excess_loss")
+SIGNED_SCORES = ("paper", "exact", "unrolled", "excess_loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +91,7 @@ def _check(run: Run, settings: MaskSettings, there: tuple[str, ...], drift: str 
             "anchor.drift=none, so there is no stability to weigh: set mask.stability_weight=0"
         )
     scores = run.manifest.content["configuration"].get("valuation", {}).get("scores", [])
+    problems += settings.unknown(there)
     problems += [f"{one} and value anew with run.overwrite=value" for one in settings.missing(there, scores)]
     if problems:
         raise SettingsWrong(problems)

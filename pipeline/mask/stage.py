@@ -164,13 +164,15 @@ def _what_was_left(inputs: MaskInputs, decider: Decider, counts: dict[str, Any])
     """What keys that leave tokens out do to mask.rho and to short answers."""
     settings, notes = inputs.settings, []
     keys = [key for key in ("skip_first", "least_stable") if getattr(settings, key)]
-    by = " and ".join(f"mask.{key}={getattr(settings, key)}" for key in keys)
+    asked = [f"mask.{key}={getattr(settings, key)}" for key in keys]
+    by = " and ".join([*asked, *[f"mask.require=[{','.join(settings.required)}]"] * bool(settings.required)])
     if counts["kept_tokens"] < rank_of(settings.rho, counts["response_tokens"]):
         notes.append(f"{by} leaves fewer tokens than mask.rho={settings.rho} asks for")
     if decider.left_out.emptied:
         notes.append(
             f"{decider.left_out.emptied:,} examples have no tokens but those that {by} leaves out and those of "
-            "mask.always_keep: where short answers are the task, set mask.skip_first=0"
+            "mask.always_keep"
+            + (": where short answers are the task, set mask.skip_first=0" if settings.skip_first else "")
         )
     return notes
 

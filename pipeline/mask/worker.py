@@ -35,8 +35,9 @@ class Decider:
         """Which tokens are kept, bool, and their soft weights, float32: ``(tokens,)`` over all of ``rows``."""
         found, valuing, settings = self.found, self.found.valuing, self.found.valuing.settings
         values, alone = valuing.values(rows), valuing.alone(rows)
-        first, unstable = valuing.first(rows), valuing.least_stable(rows)
-        ranked = lowest_where(first | unstable, values)
+        first, unstable, harmful = valuing.first(rows), valuing.least_stable(rows), valuing.harmful(rows)
+        left_out = first | unstable | harmful
+        ranked = lowest_where(left_out, values)
         threshold, of_groups = found.threshold.of(rows, ranked)
         self.counts.thresholds.add(np.maximum(of_groups, LOWEST))
         # A group may have none but tokens that are left out; where values do not decide all labels stay as they are.
@@ -46,7 +47,7 @@ class Decider:
         assert rows.input_ids is not None
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
         self.lengths.add(np.diff(rows.token_offsets()))
-        self.left_out.add(rows.offsets, first, unstable, always)
+        self.left_out.add(rows.offsets, first, unstable, harmful, always)
         inside = keep_flat(ranked, rows.offsets, threshold, always, settings.min_kept)
         stored = {name: column for name, column in rows.components.items() if name not in (KEPT, RANDOM)}
         columns = {**stored, "value": values}
@@ -56,7 +57,7 @@ class Decider:
         kept[rows.response] = inside
         if settings.rule == "weight":
             soft = found.soft.of(rows, ranked) if found.soft else np.ones(len(values), np.float32)
-            weights[rows.response] = self.soft.add(np.where(first | unstable, np.float32(0), soft), always)
+            weights[rows.response] = self.soft.add(np.where(left_out, np.float32(0), soft), always)
         return kept, weights
 
 

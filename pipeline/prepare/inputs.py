@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED, named
@@ -18,7 +18,7 @@ from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import Settings
-from alphatoken.pipeline.settings.data import HALF
+from alphatoken.pipeline.settings.data import HALF, DataSettings
 from alphatoken.pipeline.settings.run import NO_PAIRS
 
 MOST_FISHER_PROMPTS = 1000
@@ -31,7 +31,7 @@ class RawData:
 
     ``validation``: None where its rows are held out of ``train``. ``trial``: rows of data.validation_trial that are files of
     their own, else None. ``retention``: of data.retention, else None. ``preference``: whether the rows of ``train`` are
-    pairs.
+    pairs. ``tasks``: task -> names of its files, where data.validation has tasks.
     """
 
     train: Sources
@@ -39,6 +39,7 @@ class RawData:
     trial: Sources | None
     retention: Sources | None
     preference: bool
+    tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -53,13 +54,43 @@ def open_data(settings: Settings) -> RawData:
     Raises SettingsWrong for what is not there or not of one kind.
     """
     train = open_sources("data.train", settings.data.train)
-    held_out = isinstance(settings.data.validation, int)
-    validation = None if held_out else open_sources("data.validation", settings.data.validation)
+    validation, tasks = open_validation(settings.data)
     kept = settings.validation_trial
     trial = None if kept in (None, HALF) else open_sources("data.validation_trial", kept)
     asked = settings.data.retention
     retention = None if asked is None else open_sources("data.retention", asked)
-    return RawData(train, validation, trial, retention, is_preference(settings, train))
+    return RawData(train, validation, trial, retention, is_preference(settings, train), tasks)
+
+
+def open_validation(data: DataSettings) -> tuple[Sources | None, dict[str, tuple[str, ...]]]:
+    """The files of data.validation, None where its rows are held out of data.train; and task -> names of its files.
+
+    Raises SettingsWrong for a file that is not there, and for one that two tasks have.
+    """
+    if isinstance(data.validation, int):
+        return None, {}
+    if not data.tasks:
+        return open_sources("data.validation", data.validation), {}
+    opened = {task: open_sources(f"data.validation.{task}", data.validation[task]) for task in data.tasks}
+    owners: dict[str, str] = {}
+    for task, sources in opened.items():
+        for file in sources.files:
+            if (other := owners.setdefault(file.fingerprint, task)) != task:
+                raise SettingsWrong(
+                    [
+                        f"data.validation: {file.name} has the rows of task {other} as well: give each task rows of its own"
+                    ]
+                )
+    files = tuple(file for sources in opened.values() for file in sources.files)
+    remarks = tuple(line for sources in opened.values() for line in sources.remarks)
+    return Sources(files, remarks), {task: tuple(f.name for f in sources.files) for task, sources in opened.items()}
+
+
+def renamed_tasks(raw: RawData, recorded: Mapping[str, Sequence[str]]) -> RawData:
+    """The same rows under the names of files that the stage was begun with, wherever the files are now."""
+    assert raw.validation is not None
+    names = [name for files in recorded.values() for name in files]
+    return replace(raw, validation=raw.validation.named(names), tasks={t: tuple(f) for t, f in recorded.items()})
 
 
 def is_preference(settings: Settings, train: Sources) -> bool:
@@ -100,7 +131,7 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
     schema = PREFERENCE_PREPARED if raw.preference else PREPARED
     return {
         "data.train": [file.fingerprint for file in raw.train.files],
-        "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
+        "data.validation": data.validation if validation is None else _validation_inputs(validation, raw.tasks),
         **_trial_inputs(settings, raw),
         **({"data.retention": [file.fingerprint for file in raw.retention.files]} if raw.retention else {}),
         "data.max_length": data.max_length,
@@ -117,6 +148,14 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         "vocabulary": vocabulary,
         "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }
+
+
+def _validation_inputs(validation: Sources, tasks: Mapping[str, Sequence[str]]) -> Any:
+    found = [file.fingerprint for file in validation.files]
+    if not tasks:
+        return found
+    rest = iter(found)
+    return {task: [next(rest) for _ in files] for task, files in tasks.items()}
 
 
 def _trial_inputs(settings: Settings, raw: RawData) -> dict[str, Any]:

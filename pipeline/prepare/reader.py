@@ -36,6 +36,23 @@ def sequences_of(table: pa.Table) -> Sequences:
     return Sequences(*(table.column(name).to_pylist() for name in ("id", "input_ids", "labels")))
 
 
+def validation_rows(run: Run) -> dict[str, Sequences]:
+    """Task -> the validation rows that make its direction, in the order of data.validation; one task without a name where
+    it has none. Raises RunFailed for a task of which no row can be used."""
+    table = run.storage.read_table("prepared/validation.parquet", PREPARED)
+    tasks = run.manifest.stage("prepare")["counts"].get("validation_tasks")
+    if not tasks:
+        return {"": sequences_of(table)}
+    files = [source.rpartition(":")[0] for source in table.column("source").to_pylist()]
+    found = {}
+    for task, own in tasks.items():
+        mine = [row for row, file in enumerate(files) if file in own]
+        if not mine:
+            raise RunFailed(f"data.validation.{task}: no row of {', '.join(own)} has a response token: give other rows")
+        found[task] = sequences_of(table.take(mine))
+    return found
+
+
 def retention_rows(run: Run) -> Sequences | None:
     """The rows of data.retention; None where there are none. Raises RunFailed where the file is missing or damaged."""
     prepared = run.manifest.stage("prepare")

@@ -27,12 +27,14 @@ from alphatoken.pipeline.prepare.inputs import (
     fisher_prompts,
     open_data,
     prepare_inputs,
+    renamed_tasks,
     tokenizer_source,
     training_rows,
 )
 from alphatoken.pipeline.prepare.outcome import NOTES
 from alphatoken.pipeline.prepare.pairs import Pair
-from alphatoken.pipeline.prepare.repeated import all_repeat_prompt
+from alphatoken.pipeline.prepare.reader import validation_rows
+from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeating
 from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, shape_of
 from alphatoken.pipeline.prepare.sources import Sources
 from alphatoken.pipeline.prepare.tokenize import Example
@@ -73,6 +75,11 @@ def make_prepared(run: Run) -> None:
     # Names of files are part of the rows' identifiers: those that the stage was begun with, wherever the files are now.
     manifest.note("prepare", files=manifest.stage("prepare")["counts"].get("files") or [f.name for f in train.files])
     train = train.named(manifest.stage("prepare")["counts"]["files"])
+    if raw.tasks:
+        manifest.note(
+            "prepare", validation_tasks=manifest.stage("prepare")["counts"].get("validation_tasks") or raw.tasks
+        )
+        raw = renamed_tasks(raw, manifest.stage("prepare")["counts"]["validation_tasks"])
     columns = settings.data.columns.given()
     arguments = {
         "storage": storage, "tokenizer": portable(tokenizer, source), "vocabulary": facts["vocabulary"],
@@ -82,13 +89,14 @@ def make_prepared(run: Run) -> None:
     with run.cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(run.cluster, total)) as pool:
         pool.start()  # all at once: what is held out is one worker's work, during which the others get ready
         repeated = settings.data.strips_prompts and all_repeat_prompt(train, columns)
-        stage = _Prepare(run, fingerprint, pool, repeated, raw.preference)
+        stage = _Prepare(run, fingerprint, pool, repeated, raw)
         drawn, counts = stage.hold_out(train, raw)
         rows = training_rows(total, drawn, settings)
         parts = _plan(len(rows), settings.data.shard_examples)
         facts["format"] = "preference" if raw.preference else "sft"
         manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
         counts += stage.shards(train, rows, parts)
+    tasks = {task: len(rows) for task, rows in validation_rows(run).items()} if raw.tasks else {}
     if not counts["train_rows"]:
         why = remarks.line(counts)
         raise RunFailed(
@@ -105,6 +113,8 @@ def make_prepared(run: Run) -> None:
     said = {"notes": notes, "left_out": remarks.as_counts(left_out)}
     given = {key: found for key, found in said.items() if found}
     manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **given, **plain)
+    if tasks:
+        run.progress.say(f"prepare: validation rows of each task: {_listed(tasks)}")
     for line in _said(notes):
         run.progress.say(f"prepare: {line}")
     run.progress.say(
@@ -186,9 +196,10 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 class _Prepare:
     """One run of the stage."""
 
-    def __init__(self, run: Run, fingerprint: str, pool: WorkerPool, repeated: bool, pairs: bool) -> None:
+    def __init__(self, run: Run, fingerprint: str, pool: WorkerPool, repeated: bool, raw: RawData) -> None:
         self.storage, self.settings, self.progress = run.storage, run.settings, run.progress
-        self.fingerprint, self.pool, self.repeated, self.pairs = fingerprint, pool, repeated, pairs
+        self.fingerprint, self.pool, self.repeated = fingerprint, pool, repeated
+        self.pairs, self.tasks = raw.preference, raw.tasks
 
     def hold_out(self, train: Sources, raw: RawData) -> tuple[set[int], Counter[str]]:
         """Write validation.parquet, fisher.parquet and, where there are such rows, trial.parquet and retention.parquet.
@@ -288,7 +299,8 @@ class _Prepare:
             return _of_validation(before, name)
         written = f"prepared/{name}.parquet", f"quarantine/{name}.parquet"
         data = self.settings.data
-        repeated = data.strips_prompts and all_repeat_prompt(sources, data.columns.given())
+        tasks = self.tasks if key == "data.validation" else {}
+        repeated = data.strips_prompts and repeating(sources, tasks, data.columns.given())
         role = "pair" if name == TRIAL else "validation"
         work = PrepareTask(sources.pieces(rows), *written, self.fingerprint, role, repeated)
         counts = Counter[str]()

@@ -36,7 +36,7 @@ class PrepareTask:
 
     ``role`` matters to preference data alone: "pair" rows become pairs; "validation" rows, which may also be supervised ones,
     become the chosen branch of a pair. ``repeated``: every row of the data
-    repeats its prompt, which is taken off.
+    repeats its prompt, which is taken off; or the names of the files of which it does.
     """
 
     pieces: Pieces
@@ -44,7 +44,7 @@ class PrepareTask:
     quarantine: str | None
     fingerprint: str
     role: str = "pair"
-    repeated: bool = False
+    repeated: bool | frozenset[str] = False
 
 
 class PrepareWorker:
@@ -126,8 +126,9 @@ class PrepareWorker:
         source = f"{name}:{number}"
         try:
             if repeats_prompt(row, self.columns):
-                notes = ("prompt_stripped",) if task.repeated else ("prompt_repeated",)
-                row = without_prompt(row, self.columns) if task.repeated else row
+                repeated = task.repeated if isinstance(task.repeated, bool) else name in task.repeated
+                notes = ("prompt_stripped",) if repeated else ("prompt_repeated",)
+                row = without_prompt(row, self.columns) if repeated else row
             if self.pair is None or (task.role == "validation" and not is_pair(row, self.columns)):
                 return self.make.drafts(row, source, self.keep_reasoning), notes
             pair = self.pair(row, source)

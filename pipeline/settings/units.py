@@ -19,6 +19,7 @@ UNITS = {
     "anchor.unroll.batch_size": "examples",
     "anchor.unroll.learning_rate": "per step",
     "anchor.unroll.snapshots": "snapshots per simulated run",
+    "anchor.unroll.layers": "decoder layers",
     "anchor.unroll.tape_bytes": "bytes per simulated run",
     "anchor.damping": "factor of the mean diagonal",
     "valuation.layers": "decoder layers",

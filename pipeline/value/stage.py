@@ -7,6 +7,7 @@ is written.
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
@@ -33,7 +34,7 @@ def make_values(run: Run) -> None:
     valuation, pairs = run.settings.valuation, run.manifest.pairs
     if valuation.rehearsed:
         return rehearse(run)
-    if not valuation.columns and not pairs:
+    if not run.settings.columns and not pairs:
         run.progress.say("value: skipped, since valuation.scores is empty")
         return
     started = time.monotonic()
@@ -66,7 +67,7 @@ def make_values(run: Run) -> None:
         "storage": run.storage,
         "source": ModelSource(run.models.policy, own.revision, own.dtype, own.trust_remote_code),
         "settings": run.settings,
-        "snapshots": range(anchor["counts"]["snapshots"]) if anchor else [],
+        "snapshots": range(anchor["counts"]["snapshots"]) if anchor and valuation.looks_at_anchors else [],
         "kind": kind,
         "reference": reference,
     }
@@ -96,7 +97,9 @@ def _value_parts(
         run.progress.task("value", sum(tokens.values()), "tokens") as task,
     ):
         task.note(f"{finished}/{len(rows)} shards")
-        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: ValueTask(s.name, fingerprint), done, task)
+        starts = dict(zip(rows, itertools.accumulate(rows.values(), initial=0), strict=False))
+        shards = [Shard(p, n) for p, n in tokens.items()]
+        pool.run(shards, lambda s: ValueTask(s.name, fingerprint, first=starts[s.name]), done, task)
     return counts
 
 

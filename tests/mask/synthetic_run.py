@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from alphatoken.data_schemas import PREPARED, SCORES, SIGNED, value_columns, values_schema
+from alphatoken.data_schemas import PREPARED, SCORES, is_signed, value_columns, values_schema
 from alphatoken.pipeline.mask.layout import mask_data, mask_place
 from alphatoken.pipeline.mask.stage import make_mask
 from alphatoken.pipeline.run.manifest import Manifest
@@ -42,10 +42,10 @@ def examples(
         labels = [t if r else -100 for t, r in zip(ids, inside, strict=True)]
         prepared.append({"id": f"row-{row}", "input_ids": ids, "labels": labels, "source": f"f:{row}"})
         drawn = {}
-        for name in COLUMNS:
+        for name in dict.fromkeys((*COLUMNS, *columns)):
             spread = stability if name.startswith("stability") else 1.0
             some = (np.round(rng.standard_normal(len(ids)), 1) * spread).astype(np.float32)  # rounded: with ties
-            drawn[name] = ((some if name in SIGNED else np.abs(some)) * np.array(inside)).tolist()
+            drawn[name] = ((some if is_signed(name) else np.abs(some)) * np.array(inside)).tolist()
         values.append({"id": f"row-{row}", **{name: drawn[name] for name in columns}})
     return prepared, values
 
