@@ -46,7 +46,7 @@ class Valuing:
         """Those that mask.require leaves out: of a value below 0 for one of its tasks."""
         found = np.zeros(int(rows.offsets[-1]), np.bool_)
         for name in self.settings.required:
-            found |= objective_value(rows.components, objective_of(name)) < 0
+            found |= objective_value(rows.components, objective_of(name), score=self.settings.score) < 0
         return found
 
     @property
@@ -69,7 +69,7 @@ class Valuing:
         """score | stability | loss, or a direction of mask.weights, before its scale, float64."""
         own = self.settings
         if name in self.objectives:
-            return objective_value(rows.components, name, own.divide_by_gradient_norm)
+            return objective_value(rows.components, name, own.divide_by_gradient_norm, own.score)
         if name == "loss":
             return rows.components["loss"].astype(np.float64)
         if name == "stability":

@@ -46,9 +46,15 @@ def score_of(columns: Mapping[str, Floats], score: str, per_norm: bool = False) 
     return per_gradient_norm(found, columns) if per_norm else found
 
 
-def objective_value(columns: Mapping[str, Floats], objective: str, per_norm: bool = False) -> npt.NDArray[np.float64]:
-    """Direct plus causal along one direction, ``(tokens,)`` float64: adaptation, adaptation_<task> or retention."""
-    found = columns[f"{objective}_direct"].astype(np.float64) + columns[f"{objective}_causal"]
+def objective_value(
+    columns: Mapping[str, Floats], objective: str, per_norm: bool = False, score: str = "paper"
+) -> npt.NDArray[np.float64]:
+    """Direct plus causal along one direction, ``(tokens,)`` float64: adaptation, adaptation_<task> or retention; with ``score``
+    unrolled its value at the token's own steps of a simulated run."""
+    if score == "unrolled":
+        found = columns[f"{objective}_unrolled"].astype(np.float64)
+    else:
+        found = columns[f"{objective}_direct"].astype(np.float64) + columns[f"{objective}_causal"]
     return per_gradient_norm(found, columns) if per_norm else found
 
 
@@ -89,7 +95,7 @@ def token_values(
     if not all(0 < scale[name] < math.inf for name in needed):
         raise ValueError(f"scales must be positive and finite, not {dict(scale)}")
     if objectives:
-        parts = [w * objective_value(columns, name, per_norm) / scale[name] for name, w in objectives.items()]
+        parts = [w * objective_value(columns, name, per_norm, score) / scale[name] for name, w in objectives.items()]
         value = np.sum(parts, axis=0)
     else:
         value = score_of(columns, score, per_norm) / scale["score"]

@@ -129,7 +129,7 @@ class MaskSettings:
         """
         lacking = "information" not in there and set(MASK_SCORES["paper"]) <= set(there)
         usual = "paper" if paired_or_rehearsed or lacking or self.weights else "information"
-        if f"adaptation{UNROLLED}" in there and not self.weights:
+        if f"adaptation{UNROLLED}" in there:
             usual = "unrolled"
         score = usual if self.score == "auto" else self.score
         weight = 1.5 if score in ("paper", "exact") and drift != "none" and not self.weights else 0.0
@@ -139,7 +139,7 @@ class MaskSettings:
             score=score,
             stability_weight=weight if self.stability_weight is None else self.stability_weight,
             skip_first=first if self.skip_first is None else self.skip_first,
-            require=names_in(there) or "all" if self.require == "all" else self.require,
+            require=names_in(there, score) or "all" if self.require == "all" else self.require,
         )
 
     @property
@@ -164,7 +164,7 @@ class MaskSettings:
                 found += at_least(f"mask.weights.{name}", weight, 0)
         if given and not any(given.values()):
             found.append(f"mask.weights={given}: at least one must be above 0")
-        if self.weights and self.score not in ("auto", "paper"):
+        if self.weights and self.score not in ("auto", "paper", "unrolled"):
             found.append(
                 f"mask.weights={self.weights}: they weigh values of tasks, mask.score={self.score} is none: set mask.score=paper"
             )
@@ -178,10 +178,10 @@ class MaskSettings:
         """Column of values/ that is read -> the key that asks for it; of resolved settings."""
         first = MASK_SCORES[self.score]
         if self.weights:
-            first = tuple(column for name in self.weighed for column in columns_of(name))
+            first = tuple(column for name in self.weighed for column in columns_of(name, self.score))
         found = dict.fromkeys(first, "mask.weights" if self.weights else f"mask.score={self.score}")
         for name in self.required:
-            found |= {column: found.get(column, "mask.require") for column in columns_of(name)}
+            found |= {column: found.get(column, "mask.require") for column in columns_of(name, self.score)}
         stability = {"exact": EXACT[1:], "unrolled": (f"stability{UNROLLED}",)}.get(self.score, COMPONENTS[2:])
         for asked, columns in (
             ("stability_weight", stability),
@@ -200,7 +200,8 @@ class MaskSettings:
             return [
                 "mask.require=all: values/ has no columns of tasks: give data.validation={task: FILE, ...} or data.retention=FILE"
             ]
-        return unknown_names("mask.weights", self.weighed, there) + unknown_names("mask.require", self.required, there)
+        asked = {"mask.weights": self.weighed, "mask.require": self.required}
+        return [line for key, names in asked.items() for line in unknown_names(key, names, there, self.score)]
 
     def missing(self, there: Collection[str], scores: Collection[str]) -> list[str]:
         """Why these settings cannot be met by values with the columns ``there``, one sentence for each key to set.

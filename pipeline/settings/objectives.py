@@ -7,8 +7,12 @@ from collections.abc import Collection, Mapping
 from difflib import get_close_matches
 from typing import Any
 
+from alphatoken.data_schemas.values import PATHS, UNROLLED
+
 RETENTION = "retention"
-RESERVED = ("adaptation", "all", "none", RETENTION, "stability")  # words of mask.weights and mask.require
+RESERVED = (  # words of mask.weights and mask.require, and endings of columns
+    "adaptation", "all", "causal", "direct", "exact", "none", RETENTION, "stability", "unrolled",
+)  # fmt: skip
 TASK = "adaptation_"  # the beginning of a task's direction and columns
 NAME = re.compile(r"[a-z][a-z0-9_]{0,30}")
 
@@ -18,15 +22,17 @@ def objective_of(name: str) -> str:
     return name if name in ("adaptation", RETENTION) else f"{TASK}{name}"
 
 
-def names_in(columns: Collection[str]) -> list[str]:
-    """The tasks, and retention, that have columns in values/; as mask.weights names them, in their order."""
-    found = [column.removesuffix("_direct") for column in columns if column.endswith("_direct")]
+def names_in(columns: Collection[str], score: str = "paper") -> list[str]:
+    """The tasks, and retention, that have columns for mask.score in values/; as mask.weights names them, in their order."""
+    ending = UNROLLED if score == "unrolled" else PATHS[0]
+    found = [column.removesuffix(ending) for column in columns if column.endswith(ending)]
     return [one.removeprefix(TASK) for one in found if one == RETENTION or one.startswith(TASK)]
 
 
-def columns_of(name: str) -> tuple[str, str]:
-    """The columns of values/ that a name in mask.weights means."""
-    return f"{objective_of(name)}_direct", f"{objective_of(name)}_causal"
+def columns_of(name: str, score: str = "paper") -> tuple[str, ...]:
+    """The columns of values/ that a name in mask.weights means with mask.score."""
+    endings = (UNROLLED,) if score == "unrolled" else PATHS
+    return tuple(f"{objective_of(name)}{ending}" for ending in endings)
 
 
 def task_problems(validation: Mapping[Any, Any]) -> list[str]:
@@ -45,16 +51,17 @@ def task_problems(validation: Mapping[Any, Any]) -> list[str]:
     return found
 
 
-def unknown_names(key: str, names: Collection[str], there: Collection[str]) -> list[str]:
-    """What to say of ``names`` that are none of values/ with the columns ``there``, one sentence each."""
-    known = names_in(there)
+def unknown_names(key: str, names: Collection[str], there: Collection[str], score: str) -> list[str]:
+    """What to say of ``names`` that have no columns for mask.score among ``there``, one sentence each."""
+    known = names_in(there, score)
     found = []
     for name in names:
-        if name in known or (name == "adaptation" and set(columns_of(name)) <= set(there)):
+        if name in known or (name == "adaptation" and set(columns_of(name, score)) <= set(there)):
             continue
         near = get_close_matches(name, known, n=1)
         have = f"values/ has columns of {', '.join(known)}" if known else "values/ has no columns of tasks"
         remedy = "data.retention=FILE" if name == RETENTION else f"data.validation={{{name}: FILE, ...}}"
-        hint = f"did you mean {near[0]}?" if near else f"make them with {remedy} and with paper in valuation.scores"
+        also = "valuation.schedule=own_step" if score == "unrolled" else "with paper in valuation.scores"
+        hint = f"did you mean {near[0]}?" if near else f"make them with {remedy} and {also}"
         found.append(f"{key}: there is no task {name}: {have}; {hint}")
     return found

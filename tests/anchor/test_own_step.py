@@ -169,7 +169,9 @@ def test_what_cannot_be_valued_at_its_own_step_is_refused(alphatoken, common, tm
     assert "32 of 40 training rows" in line and "anchor.unroll.examples=40 anchor.unroll.steps=5" in line
     assert "32 of 40" in refused(2, "anchor.unroll.steps=4", command="plan")
     assert "set anchor.direction=unrolled" in refused(2, "anchor.direction=gradient", "anchor.unroll.layers=null")
-    assert "valuation.schedule=own_step valuation.scores=[loss]" in refused(2, "valuation.schedule=static")
+    assert "valuation.schedule=own_step valuation.scores=[loss]" in refused(
+        2, "valuation.schedule=static", "valuation.scores=[paper,loss]"
+    )
     assert "has 3 decoder layers" in refused(1, "anchor.unroll.layers=4", "run.overwrite=prepare")
 
 

@@ -19,6 +19,7 @@ from alphatoken.pipeline.settings import MaskSettings, RunSettings, Settings, Va
 ROOT = Path(__file__).parents[2]
 EOS = 2
 COLUMNS = value_columns(tuple(SCORES), exact=True, reference_loss=True)
+WITH_UNROLLED = value_columns(tuple(SCORES), exact=True, reference_loss=True, unrolled=True)  # what auto then takes
 
 
 def part_names(count: int) -> list[str]:

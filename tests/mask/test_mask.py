@@ -30,7 +30,17 @@ from alphatoken.pipeline.run.storage import ROWS_PER_GROUP, Storage
 from alphatoken.pipeline.settings import MaskSettings
 from alphatoken.pipeline.settings.mask import MASK_SCORES
 from tests.conftest import save_tokenizer
-from tests.mask.synthetic_run import COLUMNS, EOS, ROOT, contents, mask, masks, run_of, write_run
+from tests.mask.synthetic_run import (
+    COLUMNS,
+    EOS,
+    ROOT,
+    WITH_UNROLLED,
+    contents,
+    mask,
+    masks,
+    run_of,
+    write_run,
+)
 
 
 def first_of(row: dict, score: str, t: int, drawn: list) -> float:
@@ -38,6 +48,7 @@ def first_of(row: dict, score: str, t: int, drawn: list) -> float:
     return {
         "paper": lambda: row["adaptation_direct"][t] + row["adaptation_causal"][t],
         "exact": lambda: row["adaptation_exact"][t],
+        "unrolled": lambda: row["adaptation_unrolled"][t],
         "information": lambda: row["information"][t],
         "entropy": lambda: row["entropy"][t],
         "loss": lambda: -row["loss"][t],
@@ -52,7 +63,7 @@ def terms_of(row: dict, settings: MaskSettings, length: int, seed: int = 0) -> d
     drawn = uniform(seed, row["id"], length).astype(float).tolist()
     found: dict[str, list[float]] = {"score": [], "stability": [], "loss": []}
     for t in range(length):
-        parts = ("exact",) if settings.score == "exact" else ("direct", "causal")
+        parts = (settings.score,) if settings.score in ("exact", "unrolled") else ("direct", "causal")
         stable = sum(row[f"stability_{part}"][t] for part in parts)
         first, norm = first_of(row, settings.score, t, drawn), row["gradient_norm"][t]
         if settings.divide_by_gradient_norm:
@@ -185,13 +196,17 @@ EVERYTHING = {
         *({"score": score, "least_stable": 0.2, "rho": 0.6, "normalize": "rms"} for score in WITH_VALUES),
         *({"score": score, **EVERYTHING} for score in WITH_VALUES),
         *({"score": score, "scope": "batch", "batch_size": 9, "skip_first": 3} for score in ("random", "full")),
-        *({"score": score, "rule": "positive", "min_kept": 0} for score in ("paper", "exact", "excess_loss", "full")),
+        *(
+            {"score": score, "rule": "positive", "min_kept": 0}
+            for score in ("paper", "exact", "unrolled", "excess_loss", "full")
+        ),
     ],
     ids=str,
 )
 def test_masks_are_those_of_the_definition(tmp_path, settings):
     sizes, seed = (40, 0, ROWS_AT_ONCE + 45, 3), len(str(settings))
-    storage, prepared, values = write_run(tmp_path, sizes, seed=seed)
+    columns = WITH_UNROLLED if settings.get("score") == "unrolled" else COLUMNS
+    storage, prepared, values = write_run(tmp_path, sizes, seed=seed, columns=columns)
     expected, always_only, minimum_only = naive(prepared, values, sizes, MaskSettings(**settings), seed)
     summary = mask(storage, **settings, seed=seed)
     found = masks(storage)
@@ -247,7 +262,7 @@ def test_everything_but_the_first_token(tmp_path):
 
 def test_what_is_left_open_follows_the_score(tmp_path):
     """lambda is 1.5 where signed values of a direction are weighed; information leaves out the first token."""
-    left_open = {score: {"stability_weight": 0.0, "skip_first": 0} for score in MASK_SCORES}
+    left_open = {score: {"stability_weight": 0.0, "skip_first": 0} for score in MASK_SCORES if score != "unrolled"}
     left_open["paper"] = left_open["exact"] = {"stability_weight": 1.5, "skip_first": 0}
     left_open["information"] = {"stability_weight": 0.0, "skip_first": 1}
     storage, *_ = write_run(tmp_path)
@@ -268,7 +283,12 @@ def test_what_is_left_open_follows_the_score(tmp_path):
 
 def test_left_open_the_score_is_information_where_it_is_there_and_the_papers_where_it_is_not(tmp_path):
     for index, (columns, score) in enumerate(
-        [(COLUMNS, "information"), ((*COMPONENTS, "loss"), "paper"), (("information",), "information")]
+        [
+            (COLUMNS, "information"),
+            (WITH_UNROLLED, "unrolled"),
+            ((*COMPONENTS, "loss"), "paper"),
+            (("information",), "information"),
+        ]
     ):
         storage, *_ = write_run(tmp_path / str(index), columns=columns)
         summary = mask(storage)
@@ -291,10 +311,11 @@ def masks_differ(found) -> bool:
 
 
 def test_the_card_says_which_score_decided(tmp_path):
-    storage, *_ = write_run(tmp_path)
+    storage, *_ = write_run(tmp_path, columns=WITH_UNROLLED)
     said = {
         "paper": "AlphaToken values", "information": "by `information`", "exact": "exact derivative",
         "entropy": "how undecided", "loss": "how likely", "excess_loss": "than the policy", "random": "no values",
+        "unrolled": "at the end of a simulated training run",
         "full": "no values",
     }  # fmt: skip
     for score in MASK_SCORES:

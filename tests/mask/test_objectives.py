@@ -71,6 +71,19 @@ def test_a_token_that_harms_a_task_is_not_kept_whatever_its_value(tmp_path):
     assert (kept_of(storage, prepared, "eos")[always]).all() and (always & harmful).any()
 
 
+def test_values_at_own_steps_are_weighed_where_they_are_there(tmp_path):
+    columns = value_columns(("loss",), objectives=TASKS, unrolled=True)
+    storage, prepared, values = write_run(tmp_path, columns=columns)
+    summary = mask(
+        storage, weights={"code": 1, "retention": 0.5}, require=["maths"], rule="positive", always_keep=[], min_kept=0
+    )
+    code, maths, general = (flat(prepared, values, f"{name}_unrolled") for name in TASKS)
+    assert summary["score"] == "unrolled"
+    assert (kept_of(storage, prepared) == (maths >= 0) & ((code + 0.5 * general).astype(np.float32) > 0)).all()
+    with pytest.raises(SettingsWrong, match="there is no task english: .* valuation.schedule=own_step"):
+        mask(storage, weights={"english": 1}, name="other")
+
+
 def test_soft_weights_of_harmful_tokens_are_zero(tmp_path):
     storage, prepared, values = write_run(tmp_path, columns=COLUMNS)
     mask(storage, require=["retention"], rule="weight", weights={"code": 1, "retention": 1}, always_keep=[])
