@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from alphatoken.pipeline.maths.masking import Bools, Floats, Ints, RankSelect, sums_by_row
+
+USUAL_LENGTH = 1024  # tokens: where trainers cut unless they are told otherwise
 
 
 @dataclass(slots=True)
@@ -127,6 +130,23 @@ class MaskCounts:
             "decisions_changed_by_stability": self.changed / tokens,
             "columns": {name: moments.as_json() for name, moments in self.columns.items()},
         }
+
+
+@dataclass(slots=True)
+class RowLengths:
+    """How long rows are, prompt and response together: what a trainer's longest length is chosen by."""
+
+    longest: int = 0
+    over: int = 0  # rows of more than USUAL_LENGTH tokens
+
+    def add(self, lengths: npt.NDArray[np.integer[Any]]) -> None:
+        """``lengths``: tokens of some examples, ``(examples,)``."""
+        if len(lengths):
+            self.longest = max(self.longest, int(lengths.max()))
+            self.over += int((lengths > USUAL_LENGTH).sum())
+
+    def as_json(self) -> dict[str, Any]:
+        return {"longest_row": self.longest, f"rows_over_{USUAL_LENGTH}": self.over}
 
 
 @dataclass(slots=True)

@@ -13,7 +13,7 @@ from alphatoken.pipeline.mask.left_out import lowest_where
 from alphatoken.pipeline.mask.paired_rows import IGNORED, PairedRows
 from alphatoken.pipeline.mask.passes import Found
 from alphatoken.pipeline.mask.soft_weights import WeightCounts
-from alphatoken.pipeline.mask.summary import LeftOutCounts, MaskCounts
+from alphatoken.pipeline.mask.summary import LeftOutCounts, MaskCounts, RowLengths
 from alphatoken.pipeline.mask.thresholds import KEEP_ALL
 from alphatoken.pipeline.maths.masking import RANDOM, keep_flat
 
@@ -29,6 +29,7 @@ class Decider:
     def __init__(self, found: Found, always: np.ndarray, hard: bool) -> None:
         self.found, self.always, self.hard = found, always, hard
         self.counts, self.left_out, self.soft = MaskCounts(), LeftOutCounts(), WeightCounts()
+        self.lengths = RowLengths()
 
     def decide(self, rows: PairedRows) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are kept, bool, and their soft weights, float32: ``(tokens,)`` over all of ``rows``."""
@@ -45,6 +46,7 @@ class Decider:
         threshold = np.maximum(threshold, floor)
         assert rows.input_ids is not None
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
+        self.lengths.add(np.diff(rows.token_offsets()))
         self.left_out.add(rows.offsets, first, unstable, harmful, always)
         inside = keep_flat(ranked, rows.offsets, threshold, always, settings.min_kept)
         stored = {name: column for name, column in rows.components.items() if name not in (KEPT, RANDOM)}

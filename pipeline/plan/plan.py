@@ -155,16 +155,19 @@ def make_plan(run: Run) -> dict[str, Any]:
 
 
 def planned_trial(m: ModelCosts, sample: Sample, settings: Settings) -> dict[str, int]:
-    """What a trial would cost, with its steps and examples; none of pairs, on which it is not made."""
-    if sample.pairs:
-        return {"flops": 0}
-    train, held_out = (
-        lengths_of([e.input_ids for e in rows], [e.labels for e in rows]) for rows in (sample.train, sample.validation)
+    """What a trial would cost, with its steps and examples. Of held-out pairs the rejected branch is taken to be as long as
+    the chosen one."""
+    train, held_out, retention = (
+        lengths_of([e.input_ids for e in rows], [e.labels for e in rows])
+        for rows in (sample.train, sample.validation, sample.retention)
     )
     new = settings.anchor.fisher.max_new_tokens
     prompts = lengths_of([e.input_ids for e in sample.fisher], [e.labels for e in sample.fisher]) or held_out
     completed = [(tokens - response + new, new) for tokens, response in prompts[: settings.trial.prompts]]
-    far = planned_extent(m, settings, Lengths(train, held_out, completed), sample.train_rows)
+    pairs = bool(sample.pairs)
+    kept = retention * max(1, sample.retention_rows // max(1, len(retention)))
+    lengths = Lengths(train, held_out * 2 if pairs else held_out, completed, kept, pairs)
+    far = planned_extent(m, settings, lengths, sample.train_rows)
     return {"flops": far.flops, "steps": far.steps, "examples": far.examples}
 
 

@@ -2,30 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pyarrow as pa
 
-from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED
+from alphatoken.data_schemas import BRANCHES, PREPARED
 from alphatoken.pipeline.maths.batch import Sequences
+from alphatoken.pipeline.prepare.held_out import RETENTION
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.run import Run
-from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.run.storage import Footer
 
-# Files of prepared/ that some runs have, and the beginning of their counts: rows on which `trial` measures (of pairs as pairs),
-# rows of data.retention, and validation rows as pairs.
-TRIAL, RETENTION, PAIRS = "trial", "retention", "validation_pairs"
+
+def prepared_parts(run: Run) -> dict[str, Footer]:
+    """Part -> its rows and counts (``tokens``: of pairs of both branches), in the order of the parts.
+
+    Raises RunFailed for one that is missing or damaged.
+    """
+    prepared = run.manifest.stage("prepare")
+    parts = prepared["counts"]["parts"]
+    found = run.storage.footers("prepared", parts, prepared["fingerprint"])
+    for part in parts:
+        if part not in found:
+            raise RunFailed(f"prepared/{part} is missing or damaged: run `alphatoken prepare` again")
+    return found
 
 
 def prepared_rows(run: Run) -> dict[str, int]:
     """Part -> rows, in the order of the parts; raises RunFailed for one that is missing or damaged."""
-    prepared, found = run.manifest.stage("prepare"), {}
-    for part in prepared["counts"]["parts"]:
-        count = run.storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
-        if count is None:
-            raise RunFailed(f"prepared/{part} is missing or damaged: run `alphatoken prepare` again")
-        found[part] = count
-    return found
+    return {part: footer.rows for part, footer in prepared_parts(run).items()}
 
 
 def sequences_of(table: pa.Table) -> Sequences:
@@ -66,11 +69,3 @@ def branches_of(table: pa.Table) -> Sequences:
     ids = [f"{name} ({branch})" for branch in BRANCHES for name in table.column("id").to_pylist()]
     columns = ([row for b in BRANCHES for row in table.column(f"{b}_{n}").to_pylist()] for n in ("input_ids", "labels"))
     return Sequences(ids, *columns)
-
-
-def tokens_of(storage: Storage, part: str, pairs: bool) -> int:
-    """Tokens of a prepared part, of pairs of both branches."""
-    names: Sequence[str] = [f"{branch}_input_ids" for branch in BRANCHES] if pairs else ["input_ids"]
-    schema = PREFERENCE_PREPARED if pairs else PREPARED
-    batches = storage.read_batches(f"prepared/{part}", schema, columns=names)
-    return sum(len(batch.column(name).flatten()) for batch in batches for name in names)

@@ -21,6 +21,7 @@ from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel,
 from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import LEAST_TO_CUT, draw_order, halves
+from alphatoken.pipeline.prepare.held_out import PAIRS, RETENTION, TRIAL
 from alphatoken.pipeline.prepare.inputs import (
     RawData,
     fisher_prompts,
@@ -32,7 +33,7 @@ from alphatoken.pipeline.prepare.inputs import (
 )
 from alphatoken.pipeline.prepare.outcome import NOTES
 from alphatoken.pipeline.prepare.pairs import Pair
-from alphatoken.pipeline.prepare.reader import PAIRS, RETENTION, TRIAL, validation_rows
+from alphatoken.pipeline.prepare.reader import validation_rows
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeating
 from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, shape_of
 from alphatoken.pipeline.prepare.sources import Sources
@@ -130,17 +131,27 @@ def _missing(storage: Storage, record: dict[str, Any]) -> bool:
     counts = record["counts"]
     sometimes = [f"{name}.parquet" for name in (TRIAL, RETENTION, PAIRS) if counts.get(f"{name}_rows")]
     names = ["validation.parquet", "fisher.parquet", *sometimes, *counts["parts"]]
-    return any(complete(storage, name, record["fingerprint"]) is None for name in names)
+    return len(all_complete(storage, names, record["fingerprint"])) < len(names)
+
+
+def all_complete(storage: Storage, names: Sequence[str], fingerprint: str) -> dict[str, dict[str, Any]]:
+    """As `complete`, name -> counts of those that are whole, with one listing of each directory."""
+    found = storage.footers("prepared", names, fingerprint)
+    beside = [name for name, footer in found.items() if footer.counts.get("quarantined")]
+    refused = storage.footers("quarantine", beside, fingerprint)
+    rows = {name: refused[name].rows if name in refused else 0 for name in found}
+    return {
+        name: footer.counts
+        for name, footer in found.items()
+        if footer.counts
+        and footer.counts["rows_used"] == footer.rows
+        and footer.counts.get("quarantined", 0) == rows[name]
+    }
 
 
 def complete(storage: Storage, name: str, fingerprint: str) -> dict[str, Any] | None:
     """The counts of a prepared file that is whole, with its quarantine; None where it has to be written (again)."""
-    counts = storage.counts_of(f"prepared/{name}", fingerprint)
-    if counts is None or storage.rows_of(f"prepared/{name}", fingerprint) != counts["rows_used"]:
-        return None
-    if counts.get("quarantined") and storage.rows_of(f"quarantine/{name}", fingerprint) != counts["quarantined"]:
-        return None
-    return counts
+    return all_complete(storage, [name], fingerprint).get(name)
 
 
 def _plan(rows: int, per_shard: int) -> list[str]:
@@ -323,11 +334,10 @@ class _Prepare:
             counts.update(found)
             counts["train_rows"] += found["rows_used"]
 
-        before = {part: complete(self.storage, part, self.fingerprint) for part in parts}
-        missing = [part for part, found in before.items() if found is None]
+        before = all_complete(self.storage, parts, self.fingerprint)
+        missing = [part for part in parts if part not in before]
         for found in before.values():
-            if found is not None:
-                add(found)
+            add(found)
         if len(missing) < len(parts):
             self.progress.say(f"prepare: {len(parts) - len(missing)} of {len(parts)} shards are complete already")
 

@@ -44,6 +44,7 @@ UNITS = {
     "trial.seeds": "fine-tunes of each mask",
     "trial.steps": "optimizer steps",
     "trial.examples": "examples",
+    "trial.rank": "rows of each adapter",
     "trial.batch_size": "examples",
     "trial.learning_rate": "per step",
     "trial.prompts": "prompts",

@@ -8,6 +8,7 @@ import pyarrow.parquet as pq
 from rich.console import Console
 
 from alphatoken.data_schemas import PREPARED, SCORES, is_signed, value_columns, values_schema
+from alphatoken.pipeline.mask.layout import mask_data, mask_place
 from alphatoken.pipeline.mask.stage import make_mask
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.progress import Progress
@@ -93,9 +94,9 @@ def mask(storage: Storage, **settings):
 
 
 def masks(storage: Storage, name: str = "default") -> list[dict]:
-    files = [file for file in storage.names(f"masks/{name}") if file.endswith(".parquet")]
-    return [row for file in files for row in pq.read_table(storage.path(file)).to_pylist()]
+    return [row for file in storage.names(mask_data(name)) for row in pq.read_table(storage.path(file)).to_pylist()]
 
 
 def contents(storage: Storage, name: str = "default") -> dict[str, bytes]:
-    return {file: storage.read_bytes(file) for file in storage.names(f"masks/{name}")}
+    files = [*storage.names(mask_place(name)), *storage.names(mask_data(name))]
+    return {file: storage.read_bytes(file) for file in files}

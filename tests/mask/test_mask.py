@@ -466,7 +466,7 @@ def test_soft_weights_stand_beside_labels_that_keep_everything(tmp_path, scope, 
             assert one[0] != other[0] or one[1] == other[1]
     assert summary["kept_fraction"] == 1.0 and summary["decisions_changed_by_stability"] is None
     assert summary["loss_weight"]["mean"] == pytest.approx(rho, abs=1e-6)
-    schema = pq.read_schema(tmp_path / "masks/default/train-00000-of-00003.parquet")
+    schema = pq.read_schema(tmp_path / "masks/default/data/train-00000-of-00003.parquet")
     assert schema.metadata[SCHEMA_KEY] == b"masks-sft-weighted/1"
     card = (tmp_path / "masks/default/README.md").read_text()
     assert "keep every response token" in card and "| `loss_weight` | `list<float>` |" in card
@@ -504,7 +504,7 @@ def test_bytes_do_not_depend_on_how_rows_are_read(tmp_path, monkeypatch, setting
         monkeypatch.setattr("alphatoken.pipeline.mask.stage.ROWS_AT_ONCE", rows)
         storage, *_ = write_run(tmp_path / str(rows), (300, 0, 20))
         mask(storage, score="paper", normalize="rms", loss_weight=0.5, rare_tokens=20, **settings)
-        found.append([pq.read_table(storage.path(f)) for f in storage.names("masks/default") if "train" in f])
+        found.append([pq.read_table(storage.path(f)) for f in storage.names("masks/default/data")])
     assert found[0] == found[1]
 
 
@@ -681,8 +681,10 @@ def test_load_dataset_does_not_take_another_mask_from_its_cache(tmp_path):
         shutil.rmtree(tmp_path / run, ignore_errors=True)
         storage, *_ = write_run(tmp_path / run, (7,) if run == "one" else (11,))
         mask(storage, rho=rho)
-        loaded = datasets.load_dataset(str(tmp_path / run / "masks/default"), cache_dir=str(tmp_path / "cache"))
-        assert loaded["train"].to_list() == masks(storage)
+        for configuration in (None, "default"):
+            place = str(tmp_path / run / "masks/default")
+            loaded = datasets.load_dataset(place, configuration, cache_dir=str(tmp_path / "cache"))
+            assert loaded["train"].to_list() == masks(storage)
 
 
 def test_card_survives_whatever_users_type(tmp_path):
@@ -692,8 +694,9 @@ def test_card_survives_whatever_users_type(tmp_path):
     text = (tmp_path / "run/masks/x,y=1/README.md").read_text()
     _, front, body = text.split("---\n", 2)
     (configuration,) = yaml.safe_load(front)["configs"]
-    assert configuration["data_files"] == [{"split": "train", "path": "train-*.parquet"}]
-    assert re.fullmatch("mask-[0-9a-f]{12}", configuration["config_name"])
+    assert configuration["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
+    assert configuration["config_name"] == "default"
+    assert re.fullmatch("mask [0-9a-f]{12}", configuration["description"])
     block = body.split("```json\n")[1].split("\n```")[0]
     assert json.loads(block)["always_keep"] == ["eos", "|", "`", "#"]
 
@@ -728,7 +731,7 @@ def test_two_runs_write_the_same_bytes(tmp_path):
         found.append(contents(storage))
     assert found[0] == found[1]
     assert len(found[0]) == 5
-    groups = pq.ParquetFile(tmp_path / "one/masks/default/train-00000-of-00003.parquet").metadata
+    groups = pq.ParquetFile(tmp_path / "one/masks/default/data/train-00000-of-00003.parquet").metadata
     assert groups.num_rows == 300 <= ROWS_PER_GROUP and groups.num_row_groups == 1
 
 
@@ -757,13 +760,13 @@ def test_goes_on_after_a_stop_with_the_same_bytes(tmp_path):
     place = tmp_path / "masks/default"
     (place / "summary.json").unlink()
     (place / "README.md").unlink()
-    (place / "train-00002-of-00004.parquet").unlink()
-    last = place / "train-00003-of-00004.parquet"
+    (place / "data" / "train-00002-of-00004.parquet").unlink()
+    last = place / "data" / "train-00003-of-00004.parquet"
     last.write_bytes(last.read_bytes()[:80])
-    untouched = (place / "train-00000-of-00004.parquet").stat().st_mtime_ns
+    untouched = (place / "data" / "train-00000-of-00004.parquet").stat().st_mtime_ns
     assert mask(storage) == summary
     assert contents(storage) == before
-    assert (place / "train-00000-of-00004.parquet").stat().st_mtime_ns == untouched
+    assert (place / "data" / "train-00000-of-00004.parquet").stat().st_mtime_ns == untouched
 
 
 def test_a_failure_while_writing_leaves_no_part_behind(tmp_path, monkeypatch):
@@ -782,7 +785,7 @@ def test_a_failure_while_writing_leaves_no_part_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(supervised, "mask_columns", broken)
     with pytest.raises(KeyboardInterrupt):
         mask(storage)
-    assert os.listdir(tmp_path / "masks/default") == []
+    assert os.listdir(tmp_path / "masks/default") == ["data"] and not os.listdir(tmp_path / "masks/default/data")
     monkeypatch.undo()
     mask(storage)
     assert len(masks(storage)) == 600
