@@ -15,6 +15,7 @@ from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.sources import Source, Sources, open_sources
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model
+from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import Settings
@@ -86,8 +87,12 @@ def open_validation(data: DataSettings) -> tuple[Sources | None, dict[str, tuple
     return Sources(files, remarks), {task: tuple(f.name for f in sources.files) for task, sources in opened.items()}
 
 
-def renamed_tasks(raw: RawData, recorded: Mapping[str, Sequence[str]]) -> RawData:
-    """The same rows under the names of files that the stage was begun with, wherever the files are now."""
+def renamed_tasks(raw: RawData, manifest: Manifest) -> RawData:
+    """The same rows with the files of tasks under the names that the stage was begun with, wherever they are now; notes them."""
+    if not raw.tasks:
+        return raw
+    recorded = manifest.stage("prepare")["counts"].get("validation_tasks") or raw.tasks
+    manifest.note("prepare", validation_tasks={task: list(files) for task, files in recorded.items()})
     assert raw.validation is not None
     names = [name for files in recorded.values() for name in files]
     return replace(raw, validation=raw.validation.named(names), tasks={t: tuple(f) for t, f in recorded.items()})

@@ -75,11 +75,7 @@ def make_prepared(run: Run) -> None:
     # Names of files are part of the rows' identifiers: those that the stage was begun with, wherever the files are now.
     manifest.note("prepare", files=manifest.stage("prepare")["counts"].get("files") or [f.name for f in train.files])
     train = train.named(manifest.stage("prepare")["counts"]["files"])
-    if raw.tasks:
-        manifest.note(
-            "prepare", validation_tasks=manifest.stage("prepare")["counts"].get("validation_tasks") or raw.tasks
-        )
-        raw = renamed_tasks(raw, manifest.stage("prepare")["counts"]["validation_tasks"])
+    raw = renamed_tasks(raw, manifest)
     columns = settings.data.columns.given()
     arguments = {
         "storage": storage, "tokenizer": portable(tokenizer, source), "vocabulary": facts["vocabulary"],
