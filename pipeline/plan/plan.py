@@ -72,6 +72,8 @@ def make_plan(run: Run) -> dict[str, Any]:
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
+    for remark in sample.remarks:
+        run.progress.say(f"plan: {remark}")
     # Only now is it known whether the data is of pairs, as in make_anchors.
     if settings.valuation.needs_directions and (wrong := settings.anchor_problems(bool(sample.pairs))):
         raise SettingsWrong(wrong)

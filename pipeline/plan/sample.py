@@ -29,7 +29,8 @@ class Sample:
     ``rows``: of data.train; ``train_rows``: about how many of them are trained on; ``train``: a sample of those, of
     pairs both branches one after the other; ``pairs``: the same as pairs, empty for supervised data;
     ``validation``, ``fisher``: the held-out examples themselves (of a validation file: a sample, and how many it has).
-    ``unusable``: the share of rows that goes to the quarantine. ``complete``: every row was read.
+    ``unusable``: the share of rows that goes to the quarantine. ``complete``: every row was read. ``remarks``: what is to be
+    said of how the files were read, a line each.
     """
 
     rows: int
@@ -41,6 +42,7 @@ class Sample:
     fisher: tuple[Example, ...]
     unusable: float
     complete: bool
+    remarks: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -109,7 +111,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     of_all, parts = round(total * (1 - unusable)) - wanted, data.cut[1] if data.cut else 1
     return Sample(
         total, max(1, of_all // parts), tuple(sequences), tuple(trained) if preference else (),
-        tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1,
+        tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1, train.remarks,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ from typing import Any
 from alphatoken.pipeline.settings.anchor import AnchorSettings
 from alphatoken.pipeline.settings.cluster import ClusterSettings
 from alphatoken.pipeline.settings.data import HALF, DataSettings
+from alphatoken.pipeline.settings.empty import empty_texts
 from alphatoken.pipeline.settings.mask import MaskSettings
 from alphatoken.pipeline.settings.model import ModelSettings
 from alphatoken.pipeline.settings.option import one_of, option
@@ -32,12 +33,12 @@ class RunSettings:
 
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
-        found = [] if self.dir else ["run.dir is missing: give a directory or a URI"]
+        found = (
+            [] if self.dir.strip("/") or not self.dir else [f"run.dir={self.dir}: is the whole disk, give a directory"]
+        )
         found += one_of("run.tracker", self.tracker, ("none", "mlflow", "wandb"))
         if self.overwrite is not None:
             found += one_of("run.overwrite", self.overwrite, STAGES)
-        if self.share is not None and not self.share:
-            found.append("run.share is empty: give a run directory, or null")
         return found
 
 
@@ -72,7 +73,7 @@ class Settings:
 
     def problems(self) -> list[str]:
         """Every reason why the run cannot start, over all groups, one sentence each."""
-        found = self.run.problems() + self.model.problems() + self.data.problems()
+        found = empty_texts(self) + self.run.problems() + self.model.problems() + self.data.problems()
         mask, valuation = self.mask.problems(), self.valuation.problems()
         if self.valuation.needs_directions:
             found += self.anchor_problems(pairs=self.data.format == "preference")

@@ -99,6 +99,25 @@ def test_presets_of_masks_say_what_their_comment_says(preset):
     )
 
 
+TEXT_KEYS = [name for name, (default, _) in keys(Settings).items() if default is None or isinstance(default, str)]
+
+
+@pytest.mark.parametrize("key", [*TEXT_KEYS, "model.policy", "data.validation"])
+def test_no_key_takes_an_empty_text_as_an_unset_variable_of_a_shell_leaves_it(key):
+    for nothing in ("", "' '"):
+        with pytest.raises(SettingsWrong) as error:
+            load([f"{key}={nothing}"])
+        assert error.value.problems, key
+        assert any(key in problem for problem in error.value.problems), error.value.problems
+
+
+def test_an_empty_entry_of_a_list_is_refused_and_a_run_on_the_whole_disk_too():
+    with pytest.raises(SettingsWrong, match="data.train has an empty entry .an unset variable of the shell"):
+        load(["data.train=[a.jsonl,'']"])
+    with pytest.raises(SettingsWrong, match="run.dir=/: is the whole disk"):
+        load(["run.dir=/"])
+
+
 def test_the_papers_setting_is_the_papers():
     settings = load(["experiment=paper_sft", *GIVEN["paper_sft"]])
     assert (settings.valuation.layers, settings.valuation.window) == (3, 32)
