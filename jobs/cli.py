@@ -128,9 +128,12 @@ def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Ar
         if option == "--from" and "--from FILE" in options:
             if not equals and not waiting:
                 raise SettingsWrong([f"alphatoken {name} --from: give the run.json to start from"])
-            from alphatoken.jobs.replay import recorded_configuration
+            from alphatoken.jobs.replay import other_masks, recorded_configuration
 
-            recorded = recorded_configuration(value if equals else waiting.pop(0))
+            place = value if equals else waiting.pop(0)
+            recorded = recorded_configuration(place)
+            if said := other_masks(place, recorded):
+                print(said, file=sys.stderr)
         elif argument in ("-m", "--multirun") and "-m" in options:
             flags.append("--multirun")
         elif argument.startswith("-") and argument in options:

@@ -112,12 +112,13 @@ class Session:
 
     def run_with_data(self) -> Run:
         """The same with the place of the embedded data filled in, for what reads raw data; fetches it on first use."""
-        from alphatoken.pipeline.prepare.example import example_data, example_pairs
+        from alphatoken.pipeline.prepare.example import HELD_OUT, example_data, example_pairs
 
         data = self.settings.data
         embedded = {"embedded": example_data, "embedded-preference": example_pairs}
         if isinstance(data.train, str) and data.train in embedded:
-            data = replace(data, train=str(embedded[data.train](self.progress.say)))
+            place = str(embedded[data.train](self.progress.say))
+            data = replace(data, train=place, validation=HELD_OUT if data.validation == "auto" else data.validation)
         return replace(self.run, settings=replace(self.settings, data=data))
 
     def _join_cluster(self) -> Cluster:

@@ -54,7 +54,7 @@ def make_anchors(run: Run) -> None:
     drift = drift_of(settings, models)
     inputs = anchor_inputs(settings, models, prepared["inputs"], drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}
-    fingerprint = manifest.begin("anchor", inputs, configuration)
+    fingerprint = manifest.begin("anchor", inputs, configuration, run.models.about())
     own_weights = settings.anchor.moves(drift)
     if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), own_weights):
         storage.remove(PARTIAL)  # where the run was killed before it came to that

@@ -77,8 +77,8 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     total = train.starts[-1]
     if not total:
         raise SettingsWrong([f"data.train={data.train}: there is no row in it"])
-    held_out = isinstance(data.validation, int)
-    wanted = fisher_prompts(settings, total) + (int(data.validation) if held_out else 0)
+    held_out = data.holds_out
+    wanted = fisher_prompts(settings, total) + data.held_out(total)
     if wanted >= total:
         raise SettingsWrong([f"data.train has {total} rows, of which {wanted} are to be held out: none would be left"])
     drawn = [row for row, _ in zip(draw_order(total, settings.run.seed), range(wanted + SAMPLE), strict=False)]
@@ -89,7 +89,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
             f"data.train: of {len(drawn)} sampled rows only {len(usable)} can be used, {wanted} are held out"
         )
     unusable = 1 - len(usable) / len(examples)
-    split = int(data.validation) if held_out else 0
+    split = data.held_out(total)
     held = [made.chosen if isinstance(made, Pair) else made for made in usable[:wanted]]
     is_half = settings.validation_trial == HALF
     directions = halves(split, settings.run.seed)[0] if is_half else range(split)

@@ -13,7 +13,7 @@ from alphatoken.pipeline.prepare.draw import part_of
 from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.sources import Source, Sources, decode, open_sources
 from alphatoken.pipeline.run.failure import SettingsWrong
-from alphatoken.pipeline.run.fingerprint import digest, of_model
+from alphatoken.pipeline.run.fingerprint import digest, of_model, seen_of_model
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import Settings
@@ -46,7 +46,7 @@ class RawData:
 def open_data(settings: Settings) -> RawData:
     """data.train, data.validation and data.validation_trial, opened. Raises SettingsWrong for what is not there or not of one kind."""
     train = open_sources("data.train", settings.data.train)
-    held_out = isinstance(settings.data.validation, int)
+    held_out = settings.data.holds_out
     validation = None if held_out else open_sources("data.validation", settings.data.validation)
     kept = settings.validation_trial
     trial = None if kept in (None, HALF) else open_sources("data.validation_trial", kept)
@@ -91,7 +91,9 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
     schema = PREFERENCE_PREPARED if raw.preference else PREPARED
     return {
         "data.train": [file.fingerprint for file in raw.train.files],
-        "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
+        "data.validation": data.held_out(raw.train.starts[-1])
+        if validation is None
+        else [file.fingerprint for file in validation.files],
         **_trial_inputs(settings, raw),
         "data.max_length": data.max_length,
         **({"positions": positions} if positions is not None else {}),
@@ -106,6 +108,15 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         "tokenizer": of_model(run.models.policy, tokenizer_only=True),
         "vocabulary": vocabulary,
         "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
+    }
+
+
+def about(run: Run, raw: RawData) -> dict[str, str]:
+    """The files among ``prepare_inputs`` with what is seen of them, for messages."""
+    files = {"data.train": raw.train, "data.validation": raw.validation, "data.validation_trial": raw.trial}
+    return {
+        **{key: sources.about() for key, sources in files.items() if sources is not None},
+        "tokenizer": seen_of_model(run.models.policy),
     }
 
 

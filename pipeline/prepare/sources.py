@@ -25,12 +25,13 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
 from alphatoken.pipeline.prepare.compressed import BROKEN, COMPRESSIONS, opened, suffixes
-from alphatoken.pipeline.prepare.scan import MARKS, scan
+from alphatoken.pipeline.prepare.scan import MARKS, SHOWN, scan
 from alphatoken.pipeline.prepare.typed import structs_of_tools, typed_rows
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_file
 from alphatoken.pipeline.run.redaction import redacted
 from alphatoken.pipeline.run.remote import RemoteFile, Unreachable, is_remote, list_files
+from alphatoken.pipeline.run.seen import seen_of_file
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -51,11 +52,15 @@ LONGEST_LINE = 64 << 20  # bytes; what has no line break for longer is no row, a
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file (or one hub data set): its name in reports, its rows, and a fingerprint of its content."""
+    """One file (or one hub data set): its name in reports, its rows, and a fingerprint of its content.
+
+    ``about``: size and time of its last change, for people; empty where they are not known.
+    """
 
     name: str
     rows: datasets.Dataset
     fingerprint: str
+    about: str = ""
 
     def table(self, rows: Sequence[int]) -> pa.Table:
         """Some rows as an Arrow table."""
@@ -79,6 +84,11 @@ class Sources:
         for file in self.files:
             starts.append(starts[-1] + len(file.rows))
         return starts
+
+    def about(self) -> str:
+        """The files with what is seen of them from outside, in one line."""
+        shown = [f"{file.name} ({file.about})" if file.about else file.name for file in self.files[:SHOWN]]
+        return ", ".join(shown) + (f" and {len(self.files) - SHOWN:,} more" if len(self.files) > SHOWN else "")
 
     def named(self, names: Sequence[str]) -> Sources:
         """The same files under other names in reports and identifiers."""
@@ -243,7 +253,8 @@ def _file(key: str, path: Path, remote: RemoteFile | None = None) -> Source:
         raise SettingsWrong([f"{key}={name}: cannot be read as {kind}: {reason}"]) from error
     if remote is None and of_file(path) != fingerprint:
         raise SettingsWrong([f"{key}={name}: was changed while it was read: start again"])
-    return Source(name, rows, fingerprint)
+    status = path.stat()
+    return Source(name, rows, fingerprint, remote.about if remote else seen_of_file(status.st_size, status.st_mtime))
 
 
 def _has_no_row(kind: str, given: dict[str, Any]) -> bool:

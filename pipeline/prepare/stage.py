@@ -18,8 +18,10 @@ from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
 from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.draw import LEAST_TO_CUT, draw_order, halves
+from alphatoken.pipeline.prepare.example import is_example
 from alphatoken.pipeline.prepare.inputs import (
     RawData,
+    about,
     fisher_prompts,
     open_data,
     prepare_inputs,
@@ -50,7 +52,7 @@ def make_prepared(run: Run) -> None:
     raw = open_data(settings)
     inputs = prepare_inputs(run, raw)
     fingerprint = manifest.begin(
-        "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}
+        "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}, about(run, raw)
     )
     if manifest.done("prepare") and not _missing(storage, manifest.stage("prepare")):
         run.progress.say(f"prepare: done already, {manifest.stage('prepare')['counts']['rows_used']:,} examples")
@@ -182,14 +184,20 @@ class _Prepare:
         in its shard, where it goes to the quarantine like any other.
         """
         total, validation = train.starts[-1], raw.validation
-        wanted_validation = int(self.settings.data.validation) if validation is None else 0
+        wanted_validation = self.settings.data.held_out(total)
         asked, wanted = self.settings.anchor.fisher.prompts, wanted_validation + fisher_prompts(self.settings, total)
         if wanted >= total:
             raise SettingsWrong(
                 [
-                    f"data.train has {total} rows, of which data.validation={self.settings.data.validation} and "
+                    f"data.train has {total} rows, of which data.validation={wanted_validation} and "
                     f"anchor.fisher.prompts={asked} would leave none to train on: give a validation file or smaller numbers"
                 ]
+            )
+        if 3 * wanted > total and not is_example(self.settings.data.train):
+            self.progress.say(
+                f"prepare: WARNING: {wanted:,} of {total:,} rows are held out, more than a third ({wanted_validation:,} for "
+                f"validation, {wanted - wanted_validation:,} Fisher prompts): set a smaller data.validation or "
+                "anchor.fisher.prompts, or give rows of their own with data.validation=FILE"
             )
         if raw.trial is not None:
             trial = self._of_file("trial", "data.validation_trial", raw.trial, range(raw.trial.starts[-1]))
@@ -211,6 +219,7 @@ class _Prepare:
                     raise RunFailed(f"data.train: only {len(found)} usable rows, but {wanted} are to be held out")
                 results = self._examples(train, candidates, task)
                 found += [(row, example) for row, example in results if example is not None]
+                task.at(min(wanted, len(found)))
         found = found[:wanted]
         taken = {row for row, _ in found}
         counts = Counter[str]()

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from alphatoken.pipeline.run.fingerprint import seen_of_model
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
@@ -29,6 +30,12 @@ class Models:
     def policy(self) -> str:
         """The only checkpoint, or the first of several."""
         return self.checkpoints[0]
+
+    def about(self) -> dict[str, str]:
+        """The models among the inputs of a stage with what is seen of them, for messages."""
+        return {
+            "policy": ", ".join(seen_of_model(one) for one in self.checkpoints), "reference": seen_of_model(self.reference)
+        }  # fmt: skip
 
 
 class Workers(Protocol):

@@ -6,6 +6,7 @@ from typing import Any
 
 from alphatoken.pipeline.settings.option import at_least, one_of, option
 
+MOST_HELD_OUT = 32  # rows, of data.validation=auto
 HALF = "half"  # of data.validation, for data.validation_trial
 
 
@@ -48,7 +49,10 @@ class DataSettings:
     train: Any = option(
         "embedded", "file, glob, directory, list of them, hub id, `embedded` (code problems) or `embedded-preference`"
     )
-    validation: Any = option(32, "the same, or an integer: hold that many examples out of data.train")
+    validation: Any = option(
+        "auto",
+        "the same, or an integer: hold that many examples out of data.train; auto: 32, of fewer than 160 rows a fifth",
+    )
     validation_trial: Any = option(
         None,
         "rows on which `trial` measures, and which make no direction: half (data.validation is cut in two by run.seed, one half "
@@ -74,6 +78,17 @@ class DataSettings:
     columns: ColumnSettings = field(
         default_factory=ColumnSettings, metadata={"help": "column names, where not the usual ones"}
     )
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the validation rows are held out of data.train."""
+        return isinstance(self.validation, int) or self.validation == "auto"
+
+    def held_out(self, rows: int) -> int:
+        """How many of ``rows`` rows of data.train are held out for validation."""
+        if not self.holds_out:
+            return 0
+        return min(MOST_HELD_OUT, max(1, rows // 5)) if self.validation == "auto" else int(self.validation)
 
     @property
     def strips_prompts(self) -> bool:
@@ -102,7 +117,9 @@ class DataSettings:
         elif isinstance(self.train, int | float):
             found.append(f"data.train={self.train}: must be a file, a glob, a directory or a hub id")
         if isinstance(self.validation, bool | float) or self.validation is None:
-            found.append(f"data.validation={self.validation}: must be a file or a whole number of examples to hold out")
+            found.append(
+                f"data.validation={self.validation}: must be a file, a whole number of examples to hold out, or auto"
+            )
         elif isinstance(self.validation, int):
             found += at_least("data.validation", self.validation, 1)
         if isinstance(self.validation_trial, bool | int | float):

@@ -60,7 +60,7 @@ def rehearse(run: Run) -> None:
     prepared = run.manifest.stage("prepare")["fingerprint"]
     inputs = value_inputs(run.settings, models, prepared, anchor["fingerprint"], pairs=False)
     configuration = {"model": own, "valuation": valuation, "cluster": run.settings.cluster}
-    fingerprint = run.manifest.begin("value", inputs, configuration)
+    fingerprint = run.manifest.begin("value", inputs, configuration, run.models.about())
     rows = prepared_rows(run)
     whole = all(storage.rows_of(f"values/{part}", fingerprint) == count for part, count in rows.items())
     if run.manifest.done("value") and whole:

@@ -45,7 +45,7 @@ def make_values(run: Run) -> None:
     )
     own = run.settings.model
     recorded = {"model": own, "valuation": valuation, "cluster": run.settings.cluster}
-    fingerprint = run.manifest.begin("value", inputs, recorded)
+    fingerprint = run.manifest.begin("value", inputs, recorded, run.models.about())
     rows = prepared_rows(run)
     missing = [part for part in rows if run.storage.rows_of(f"values/{part}", fingerprint) != rows[part]]
     if run.manifest.done("value") and not missing:

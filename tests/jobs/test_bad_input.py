@@ -183,6 +183,19 @@ def test_too_few_rows_to_hold_out(alphatoken, tmp_path, policy, train_file):
     assert status == 2 and "data.validation=40" in err
 
 
+def test_of_few_rows_fewer_are_held_out_and_more_than_a_third_is_warned_of(alphatoken, tmp_path, policy, train_file):
+    """40 rows once left 4 to train on, without a word."""
+    same = [f"model.policy={policy}", f"data.train={train_file}", "cluster.cpus_per_worker=1"]
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/few", *same)
+    assert status == 0 and "28 training examples" in err and "8 for validation" in err and "WARNING" not in err, err
+    assert "hold out: done, 12 rows" in err
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/many", *same, "data.validation=32")
+    assert status == 0 and "4 training examples" in err
+    assert "WARNING: 36 of 40 rows are held out, more than a third (32 for validation, 4 Fisher prompts)" in err
+    status, out, _ = alphatoken("plan", f"run.dir={tmp_path}/plan", *same)
+    assert status == 0 and "28 of 40 rows" in out
+
+
 def test_no_usable_rows(alphatoken, tmp_path, policy, validation_file):
     train = write_rows(tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 5)
     status, _, err = alphatoken(

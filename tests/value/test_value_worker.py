@@ -21,7 +21,7 @@ from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.models import ModelSource, load_model, load_tokenizer
-from alphatoken.pipeline.prepare.example import example_data, example_model
+from alphatoken.pipeline.prepare.example import HELD_OUT, example_data, example_model
 from alphatoken.pipeline.prepare.tokenize import ExampleMaker
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
@@ -62,7 +62,7 @@ def test_padding_of_the_embedded_data_is_under_5_percent():
     lines = Path(example_data()).read_text(encoding="utf-8").splitlines()
     lengths = [len(make(json.loads(line), str(row)).input_ids) for row, line in enumerate(lines)]
     assert len(lengths) <= DataSettings().shard_examples
-    for part in (lengths, lengths[DataSettings().validation :]):  # all, and what is left when some are held out
+    for part in (lengths, lengths[HELD_OUT:]):  # all, and what is left when some are held out
         groups = by_token_budget(part, CPU_TOKENS)
         assert len(groups) > 5
         padded = sum(len(group) * max(part[i] for i in group) for group in groups)
