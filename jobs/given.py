@@ -28,6 +28,7 @@ TAKEN = {
     "report": (("model", "data", "anchor", "valuation", "mask"), "values and masks"),
 }
 MADE_BY = {"data": "prepare", "anchor": "anchor"}  # group -> the stage that has recorded it, else any
+LEFT_OPEN = ("data.shard_examples", "data.validation")  # recorded as what auto had become
 PLACES = ("data.train", "data.validation", "data.validation_trial")
 
 
@@ -46,6 +47,8 @@ def refuse_other_settings(run: Run, overrides: Sequence[str], command: str = "ma
             problems += _of_the_mask(run, key, _at(now, key))
             continue
         was, value = _at(recorded, key), _at(now, key)
+        if value == "auto" and key in LEFT_OPEN:
+            continue
         if was != value and not (key in PLACES and _there(was, directory) == _there(value, os.getcwd())):
             problems.append(
                 f"{key}={value}: {command} takes the {what} that are there, which were made with {key}={was}; make others "

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from alphatoken.jobs.cli import COMMANDS, parse
 from alphatoken.jobs.config import load
+from alphatoken.pipeline.run.progress_line import clock
 
 STATES = {
     "skipped": "not needed",
@@ -50,7 +51,7 @@ def execute(arguments: Sequence[str]) -> int:
 
 def tables(plan: dict[str, Any]) -> list[Table]:
     """The plan for people."""
-    return [_what(plan), _stages(plan), _where(plan)]
+    return [_what(plan), _stages(plan), _where(plan), _hours(plan)]
 
 
 def _what(plan: dict[str, Any]) -> Table:
@@ -106,7 +107,7 @@ def _stages(plan: dict[str, Any]) -> Table:
 
 def _where(plan: dict[str, Any]) -> Table:
     table = _table("resources")
-    memory, storage, hours = plan["memory_per_worker"], plan["storage"], plan["device_hours"]
+    memory, storage = plan["memory_per_worker"], plan["storage"]
     table.add_row(
         "memory per worker",
         f"about {_bytes(sum(memory.values()))}: " + ", ".join(f"{name} {_bytes(n)}" for name, n in memory.items()),
@@ -116,8 +117,6 @@ def _where(plan: dict[str, Any]) -> Table:
     table.add_row(
         "storage", f"{_bytes(storage['total'])}: " + ", ".join(f"{name} {_bytes(n)}" for name, n in files.items())
     )
-    named = [f"{name} {_hours(n)}" for name, n in hours.items() if name != "utilisation"]
-    table.add_row(f"device-hours at {hours['utilisation']:.0%}", ", ".join(named))
     return table
 
 
@@ -145,8 +144,21 @@ def _bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.2f}" if hours >= 0.01 else f"{hours * 3600:.2g} s"
+def _hours(plan: dict[str, Any]) -> Table:
+    hours = dict(plan["device_hours"])
+    utilisation = hours.pop("utilisation")
+    table = Table(title="device-hours", title_justify="left")
+    table.caption, table.caption_justify = (
+        f"accelerators at {utilisation:.0%} of their makers' figure for bfloat16, the CPU by a short measurement in float32; "
+        "of one device, loading of models and writing left out",
+        "left",
+    )
+    table.add_column("device")
+    table.add_column("hours", justify="right")
+    table.add_column("which is", justify="right")
+    for name, count in hours.items():
+        table.add_row(name, f"{count:,.2f}" if count >= 1 else f"{count:.4f}", clock(max(1.0, 3600 * count)))
+    return table
 
 
 if __name__ == "__main__":

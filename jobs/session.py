@@ -35,6 +35,7 @@ class Session:
         progress.log = self.log
         self._cluster: Cluster | None = None
         self._models: Models | None = None
+        self._shard_examples: int | None = None  # of data.shard_examples=auto
         self._lock: RunLock | None = None
 
     def __enter__(self) -> Session:
@@ -111,7 +112,10 @@ class Session:
         return Run(self.storage, self.manifest, self.settings, self.progress, self._find_models, self._join_cluster)
 
     def run_with_data(self) -> Run:
-        """The same with the place of the embedded data filled in, for what reads raw data; fetches it on first use."""
+        """The same with what is left open of the data filled in, for what reads raw data: the place of the embedded data,
+        which is fetched on first use, and data.shard_examples.
+        """
+        from alphatoken.pipeline.plan.shards import shard_examples
         from alphatoken.pipeline.prepare.example import HELD_OUT, example_data, example_pairs
 
         data = self.settings.data
@@ -119,7 +123,12 @@ class Session:
         if isinstance(data.train, str) and data.train in embedded:
             place = str(embedded[data.train](self.progress.say))
             data = replace(data, train=place, validation=HELD_OUT if data.validation == "auto" else data.validation)
-        return replace(self.run, settings=replace(self.settings, data=data))
+        run = replace(self.run, settings=replace(self.settings, data=data))
+        if data.shard_examples != "auto":
+            return run
+        if self._shard_examples is None:
+            self._shard_examples = shard_examples(run)
+        return replace(run, settings=replace(run.settings, data=replace(data, shard_examples=self._shard_examples)))
 
     def _join_cluster(self) -> Cluster:
         """The cluster of cluster.address; Ray is imported on first use, so that masks do without."""

@@ -56,7 +56,7 @@ def make_mask(run: Run) -> dict[str, Any]:
     summaries = {branch: _summary(inputs, deciders[branch]) for branch in deciders}
     for branch, one in summaries.items():
         for note in one["notes"]:
-            run.progress.say(f"{passes[branch].title}: {note}")
+            run.progress.once(f"{passes[branch].title}: {note}")
     summary = _of_pairs(summaries) if run.manifest.pairs else summaries[""]
     storage.write_bytes(f"{place}/README.md", card(summary, inputs.schema, fingerprint).encode())
     storage.write_json(f"{place}/summary.json", summary)

@@ -79,7 +79,7 @@ def make_prepared(run: Run) -> None:
         stage = _Prepare(run, fingerprint, pool, settings.data.strips_prompts and all_repeat_prompt(train, columns))
         drawn, counts = stage.hold_out(train, raw)
         rows = training_rows(total, drawn, settings)
-        parts = _plan(len(rows), settings.data.shard_examples)
+        parts = _plan(len(rows), int(settings.data.shard_examples))
         facts["format"] = "preference" if raw.preference else "sft"
         manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
         counts += stage.shards(train, rows, parts)
@@ -298,7 +298,7 @@ class _Prepare:
 
     def shards(self, train: Sources, rows: Sequence[int], parts: Sequence[str]) -> Counter[str]:
         """Write every part of the plan for ``rows`` that is not there yet; returns the counts."""
-        size, counts = self.settings.data.shard_examples, Counter[str]()
+        size, counts = int(self.settings.data.shard_examples), Counter[str]()
         plan = {part: rows[i * size : (i + 1) * size] for i, part in enumerate(parts)}
 
         def add(found: dict[str, Any]) -> None:

@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from alphatoken.pipeline.settings.option import at_least, one_of, option
+from alphatoken.pipeline.settings.option import at_least, auto_or_at_least, one_of, option
 
 MOST_HELD_OUT = 32  # rows, of data.validation=auto
 HALF = "half"  # of data.validation, for data.validation_trial
@@ -65,7 +65,10 @@ class DataSettings:
         "held-out rows for every part",
     )
     max_length: int = option(2048, "tokens; longer examples are truncated from the right and counted")
-    shard_examples: int = option(1024, "examples per shard: the unit of work, of retry and of resume")
+    shard_examples: int | str = option(
+        "auto",
+        "examples per shard: the unit of work, of retry and of resume; auto: what a worker values in about a minute, at most 1024",
+    )
     chat_template: str = option("auto", "auto | always | never: whether rows go through the tokenizer's chat template")
     keep_reasoning: bool = option(
         False,
@@ -111,7 +114,7 @@ class DataSettings:
         if self.part is not None and self.cut is None:
             found.append(f"data.part={self.part}: must be k/n with 1 <= k <= n, such as 1/4")
         found += at_least("data.max_length", self.max_length, 2)
-        found += at_least("data.shard_examples", self.shard_examples, 1)
+        found += auto_or_at_least("data.shard_examples", self.shard_examples, 1)
         if self.train is None or self.train == []:
             found.append("data.train is missing: give a file, a glob, a directory, a hub id or `embedded`")
         elif isinstance(self.train, int | float):

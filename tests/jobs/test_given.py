@@ -52,7 +52,7 @@ def test_equal_keys_and_groups_are_accepted(alphatoken, made, equal):
         (["++valuation.layers=3"], "valuation.layers=3: mask takes the values"),
         (["anchor.drift=none", "mask.stability_weight=0"], "which were made with anchor.drift=auto"),
         (["anchor.warmup.steps=9"], "anchor.warmup.steps=9: mask takes the values"),
-        (["data.max_length=7"], "which were made with data.max_length=2048"),
+        (["data.max_length=7"], "which were made with"),
         (["data.train=/elsewhere.jsonl"], "data.train=/elsewhere.jsonl: mask takes the values"),
         (["model.policy=/elsewhere"], "model.policy=/elsewhere: mask takes the values"),
         (["model.dtype=bfloat16"], "which were made with model.dtype=auto"),
@@ -91,7 +91,7 @@ def test_of_an_experiment_the_groups_that_it_chooses_are_looked_at_too(alphatoke
 @pytest.mark.parametrize(
     ("command", "other", "said"),
     [
-        ("anchor", "data.max_length=7", "data.max_length=7: anchor takes the rows that are there, which were made with data.max_length=2048"),
+        ("anchor", "data.max_length=7", "data.max_length=7: anchor takes the rows that are there, which were made with"),
         ("value", "data.max_length=7", "data.max_length=7: value takes the rows and anchors that are there"),
         ("value", "anchor.warmup.steps=9", "which were made with anchor.warmup.steps=2"),
         ("report", "valuation.window=9", "valuation.window=9: report takes the values and masks that are there"),
