@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.lock import RunLock
 from alphatoken.pipeline.run.manifest import NAME, Manifest
 from alphatoken.pipeline.run.progress import Progress
@@ -20,6 +20,9 @@ from alphatoken.pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from alphatoken.pipeline.cluster.cluster import Cluster
+
+
+MOST_NAMED = 4  # runs in a line
 
 
 class Session:
@@ -40,6 +43,20 @@ class Session:
 
     def __enter__(self) -> Session:
         return self
+
+    def require_run(self) -> None:
+        """Raise RunFailed where run.dir holds no run, with those that lie beside it."""
+        if self.storage.exists(NAME):
+            return
+        asked = self.settings.run.dir
+        what = "holds no run" if self.storage.exists("") else "there is no such directory"
+        near = (
+            []
+            if "://" in asked
+            else sorted(str(one.parent) for one in Path(asked).parent.glob(f"*/{NAME}"))[:MOST_NAMED]
+        )
+        there = f"; runs beside it: {', '.join(near)}" if near else ""
+        raise RunFailed(f"run.dir={asked}: {what}{there}: give the run.dir of a run, or run `alphatoken run` first")
 
     def claim(self) -> None:
         """Become the only one that writes to the run directory; for every command that does, before it starts.

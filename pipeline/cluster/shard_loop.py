@@ -221,7 +221,7 @@ class ShardLoop:
             if with_node and lost <= LOST_NODES:
                 self.lost_nodes[shard.name] = lost
                 self.queue.append(shard)
-                self.task.progress.say(f"{shard.name}: its node went away, it is done again elsewhere")
+                self.task.progress.warn(f"{shard.name}: its node went away, it is done again elsewhere")
             else:
                 self._failed(shard, reason)
         self._retire(host)
@@ -229,7 +229,7 @@ class ShardLoop:
     def _failed(self, shard: Shard, reason: str) -> None:
         """An attempt at a shard failed: later again, or set aside."""
         attempt = self.attempts[shard.name] = self.attempts.get(shard.name, 0) + 1
-        self.task.progress.say(f"{shard.name}: {reason} (attempt {attempt} of {ATTEMPTS})")
+        self.task.progress.warn(f"{shard.name}: {reason} (attempt {attempt} of {ATTEMPTS})")
         if attempt < ATTEMPTS:
             self.not_before[shard.name] = time.monotonic() + RETRY_SECONDS * 2 ** (attempt - 1)
             self.queue.appendleft(shard)  # soon, so that what every shard will meet is known before all have been tried
@@ -276,7 +276,7 @@ class ShardLoop:
         for future, other in list(self.starting.items()):
             if other is host:
                 del self.starting[future]
-                self.task.progress.say(f"a worker did not start within {limit}")
+                self.task.progress.warn(f"a worker did not start within {limit}")
                 self._no_start(
                     host,
                     f"no worker could be started within {limit}: the cluster must have "

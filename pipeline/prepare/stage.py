@@ -59,7 +59,7 @@ def make_prepared(run: Run) -> None:
         return
     train = raw.train
     for remark in raw.remarks:
-        run.progress.say(f"prepare: {remark}")
+        run.progress.warn(f"prepare: {remark}")
     if positions := inputs.get("positions"):
         run.progress.say(
             f"prepare: {source.path} has {positions:,} positions, fewer than data.max_length={settings.data.max_length:,}: "
@@ -194,7 +194,7 @@ class _Prepare:
                 ]
             )
         if 3 * wanted > total and not is_example(self.settings.data.train):
-            self.progress.say(
+            self.progress.warn(
                 f"prepare: WARNING: {wanted:,} of {total:,} rows are held out, more than a third ({wanted_validation:,} for "
                 f"validation, {wanted - wanted_validation:,} Fisher prompts): set a smaller data.validation or "
                 "anchor.fisher.prompts, or give rows of their own with data.validation=FILE"

@@ -157,6 +157,12 @@ def _read(storage: Storage) -> dict[str, Any]:
     raise RunFailed(f"{storage.path(NAME)} cannot be gone on with ({reason}): choose another run.dir")
 
 
+def versions_line() -> str:
+    """This version, and those of the packages that decide what it computes."""
+    own, *others = _versions().items()
+    return f"alphatoken {own[1]} ({', '.join(f'{name} {found}' for name, found in others)})"
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:

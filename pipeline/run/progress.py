@@ -42,12 +42,14 @@ class Progress:
     Where ``log`` is set, every task's numbers go there too: every 30 s and at its end.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, level: str = "info") -> None:
+        """``level``: log_level; at ``warning`` nothing but ``warn`` and ``once`` is shown."""
         self.console = console or Console(file=sys.stderr)
+        self.quiet = level == "warning"
         self.log: RunLog | None = None
         self.said: set[str] = set()
         self.bars: RichProgress | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not self.quiet:
             self.bars = RichProgress(SpinnerColumn(), _Line(self.console), console=self.console)
 
     def __enter__(self) -> Progress:
@@ -62,14 +64,19 @@ class Progress:
             self.bars.stop()
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """One line that stays: how far it is, what was found."""
+        if not self.quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """One line that stays at every level: what somebody should know who reads nothing else."""
         self.console.print(redacted(text), highlight=False, markup=False, soft_wrap=True)
 
     def once(self, text: str) -> None:
-        """As ``say``, and nothing where it has been said before: a sweep has one remark for all of its points."""
+        """As ``warn``, and nothing where it has been said before: a sweep has one remark for all of its points."""
         if text not in self.said:
             self.said.add(text)
-            self.say(text)
+            self.warn(text)
 
     def task(self, name: str, total: int | None, unit: str) -> Task:
         """Begin to show a task of ``total`` units (None: unknown)."""

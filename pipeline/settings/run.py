@@ -15,6 +15,7 @@ from alphatoken.pipeline.settings.trial import TrialSettings
 from alphatoken.pipeline.settings.valuation import ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
+LEVELS = ("warning", "info", "debug")
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
 
 
@@ -55,6 +56,9 @@ class Settings:
     trial: TrialSettings = field(default_factory=TrialSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     debug: bool = option(False, "show tracebacks")
+    log_level: str = option(
+        "info", "warning: what went wrong and results alone | info: progress too | debug: also what the libraries say"
+    )
 
     @property
     def validation_trial(self) -> Any:
@@ -73,7 +77,13 @@ class Settings:
 
     def problems(self) -> list[str]:
         """Every reason why the run cannot start, over all groups, one sentence each."""
-        found = empty_texts(self) + self.run.problems() + self.model.problems() + self.data.problems()
+        found = (
+            one_of("log_level", self.log_level, LEVELS)
+            + empty_texts(self)
+            + self.run.problems()
+            + self.model.problems()
+            + self.data.problems()
+        )
         mask, valuation = self.mask.problems(), self.valuation.problems()
         if self.valuation.needs_directions:
             found += self.anchor_problems(pairs=self.data.format == "preference")

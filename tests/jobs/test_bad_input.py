@@ -229,9 +229,12 @@ def test_damaged_parquet_is_named(alphatoken, tmp_path, policy):
 
 def test_a_stage_before_its_time_names_the_one_to_run(alphatoken, tmp_path, policy, train_file):
     same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
-    for stage, missing in (("anchor", "prepare"), ("value", "prepare"), ("mask", "prepare"), ("report", "mask")):
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/run.json").write_text("{}")
+    for stage in ("anchor", "value", "mask", "report", "trial"):
         status, _, err = alphatoken(stage, *same)
-        assert status == 1 and f"run `alphatoken {missing}` first" in err
+        assert status == 1 and f"run.dir={tmp_path}/r: there is no such directory" in err
+        assert f"runs beside it: {tmp_path}/beside" in err and "alphatoken run" in err and not (tmp_path / "r").exists()
     assert alphatoken("prepare", *same)[0] == 0
     for stage, missing in (("value", "anchor"), ("mask", "value"), ("report", "mask")):
         status, _, err = alphatoken(stage, *same)
