@@ -39,7 +39,7 @@ UNITS = {
     "mask.least_stable": "fraction of the response tokens",
     "mask.rare_tokens": "occurrences",
     "mask.batch_size": "examples",
-    "mask.min_kept": "tokens per example",
+    "mask.min_kept": "tokens per example, below 1 a fraction of them",
     "trial.seeds": "fine-tunes of each mask",
     "trial.steps": "optimizer steps",
     "trial.examples": "examples",
