@@ -6,21 +6,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
 
+from alphatoken.pipeline.cluster.choice import is_inline, make_cluster
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.lock import RunLock
 from alphatoken.pipeline.run.manifest import NAME, Manifest
 from alphatoken.pipeline.run.progress import Progress
-from alphatoken.pipeline.run.run import Models, Run
+from alphatoken.pipeline.run.run import Models, Run, Workers
 from alphatoken.pipeline.run.run_log import RunLog
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.run.tracker import open_tracker
 from alphatoken.pipeline.settings import Settings
-
-if TYPE_CHECKING:
-    from alphatoken.pipeline.cluster.cluster import Cluster
-
 
 MOST_NAMED = 4  # runs in a line
 
@@ -36,7 +32,7 @@ class Session:
         self.tracker = open_tracker(settings.run.tracker, settings.run.dir, leaves(asdict(settings)))
         self.log = RunLog(self.storage, self.tracker)
         progress.log = self.log
-        self._cluster: Cluster | None = None
+        self._cluster: Workers | None = None
         self._models: Models | None = None
         self._shard_examples: int | None = None  # of data.shard_examples=auto
         self._lock: RunLock | None = None
@@ -147,13 +143,23 @@ class Session:
             self._shard_examples = shard_examples(run)
         return replace(run, settings=replace(run.settings, data=replace(data, shard_examples=self._shard_examples)))
 
-    def _join_cluster(self) -> Cluster:
-        """The cluster of cluster.address; Ray is imported on first use, so that masks do without."""
+    def _join_cluster(self) -> Workers:
+        """The cluster of cluster.address; Ray is imported on first use, so that masks and small data do without."""
         if self._cluster is None:
-            from alphatoken.pipeline.cluster.cluster import Cluster
-
-            self._cluster = Cluster(self.settings.cluster, self.settings.debug)
+            own = self.settings.cluster
+            inline = is_inline(own, self._tokens)
+            if inline and own.address is None:
+                self.progress.say(
+                    f"one worker in this process, without Ray: fewer than cluster.inline_below={own.inline_below:,} tokens"
+                )
+            self._cluster = make_cluster(own, inline, self.settings.debug, self.progress)
         return self._cluster
+
+    def _tokens(self) -> int | None:
+        """Of the prepared data, else about as many as a sample says."""
+        from alphatoken.pipeline.plan.shards import tokens_of
+
+        return tokens_of(self.run if self.manifest.done("prepare") else self.run_with_data())
 
     def end_workers(self) -> None:
         """End worker processes that wait for another stage of this session, so that others get their CPUs."""

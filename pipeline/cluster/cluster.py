@@ -11,9 +11,12 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from alphatoken.pipeline.cluster.host import Resources, Worker, kill
+from alphatoken.pipeline.cluster.host import kill
+from alphatoken.pipeline.cluster.inline import cpus_here
 from alphatoken.pipeline.cluster.pool import WorkerPool
+from alphatoken.pipeline.cluster.work import Resources, Worker
 from alphatoken.pipeline.run.failure import RunFailed, first_line
+from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.settings import ClusterSettings
 
 
@@ -24,8 +27,8 @@ class Cluster:
     cluster that was running before is left running.
     """
 
-    def __init__(self, settings: ClusterSettings, debug: bool) -> None:
-        self.settings, self.debug = settings, debug
+    def __init__(self, settings: ClusterSettings, debug: bool, progress: Progress | None = None) -> None:
+        self.settings, self.debug, self.progress = settings, debug, progress
         self.started = False
         self.idle: list[Any] = []  # hosts without a worker
         self.idle_cpus = 0  # of each of them
@@ -126,4 +129,4 @@ def _local_cpus(settings: ClusterSettings) -> int:
     asked = 0
     if isinstance(settings.workers, int) and isinstance(settings.cpus_per_worker, int):
         asked = settings.workers * settings.cpus_per_worker
-    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, asked)
+    return max(cpus_here(), asked)

@@ -22,6 +22,7 @@ from alphatoken.pipeline.settings import Settings
 SECONDS = 60
 # Operations of the forward pass per second of one worker that values: two cores of a CPU, and one GPU.
 CPU_RATE, DEVICE_RATE = 3e10, 3e13
+UNREADABLE = (SettingsWrong, RunFailed, UnsupportedModel, UnreadableModel, Unreachable)
 FEWEST, MOST = 8, 1024  # examples
 
 
@@ -35,10 +36,22 @@ def shard_examples(run: Run) -> int:
         return began
     try:
         cost = example_flops(run)
-    except (SettingsWrong, RunFailed, UnsupportedModel, UnreadableModel, Unreachable):
+    except UNREADABLE:
         return MOST
     rate = DEVICE_RATE if _has_gpus(run.settings) else CPU_RATE
     return min(MOST, max(FEWEST, 2 ** math.floor(math.log2(max(1.0, SECONDS * rate / cost)))))
+
+
+def tokens_of(run: Run) -> int | None:
+    """Tokens of the data that is trained on, by a sample where nothing is prepared; None where it cannot be read."""
+    prepared = run.manifest.stage("prepare")
+    if run.manifest.done("prepare"):
+        return prepared["counts"]["tokens"]
+    try:
+        sample = sample_data(run.settings, run.models.policy)
+    except UNREADABLE:
+        return None
+    return round(sum(len(example.input_ids) for example in sample.train) * sample.scale)
 
 
 def example_flops(run: Run) -> float:

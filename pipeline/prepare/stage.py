@@ -11,9 +11,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from alphatoken.pipeline.cluster.host import Resources
-from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.work import Pool, Resources, Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
 from alphatoken.pipeline.prepare import remarks
@@ -171,7 +169,7 @@ def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str,
 class _Prepare:
     """One run of the stage."""
 
-    def __init__(self, run: Run, fingerprint: str, pool: WorkerPool, repeated: bool) -> None:
+    def __init__(self, run: Run, fingerprint: str, pool: Pool, repeated: bool) -> None:
         self.storage, self.settings, self.progress = run.storage, run.settings, run.progress
         self.fingerprint, self.pool, self.repeated = fingerprint, pool, repeated
 

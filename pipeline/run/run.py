@@ -56,6 +56,9 @@ class Workers(Protocol):
     def end_idle(self) -> None:
         """End worker processes that no pool uses."""
 
+    def __exit__(self, *_: object) -> None:
+        """End what was started."""
+
 
 def _no_models() -> Models:
     raise RuntimeError("this Run was made without models: give it find_models")

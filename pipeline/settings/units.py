@@ -47,6 +47,7 @@ UNITS = {
     "trial.learning_rate": "per step",
     "trial.prompts": "prompts",
     "trial.cache_bytes": "bytes",
+    "cluster.inline_below": "tokens",
     "cluster.workers": "workers",
     "cluster.gpus_per_worker": "GPUs",
     "cluster.cpus_per_worker": "CPU threads",

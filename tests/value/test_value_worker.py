@@ -14,10 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphatoken.data_schemas import PREPARED, SCORES
 from alphatoken.pipeline.anchor.tensors import write_tensors
-from alphatoken.pipeline.cluster.host import Resources
 from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
+from alphatoken.pipeline.cluster.work import Resources, Shard
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.models import ModelSource, load_model, load_tokenizer
