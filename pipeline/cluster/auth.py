@@ -28,3 +28,10 @@ def about_token(answer: str) -> str:
     wanted = [] if asks else [f"{MODE}=token"]
     wanted += [] if given else [f"{TOKEN_PATH}=FILE with the token of the head's user ({DEFAULT_TOKEN} there)"]
     return f"wants a token: set {' and '.join(wanted)}"
+
+
+def token_hint() -> str:
+    """For a cluster that says nothing of why it does not answer, as one does that was joined without its token."""
+    if os.environ.get(MODE) == "token":
+        return f", and is the token of {TOKEN}, {TOKEN_PATH} or {DEFAULT_TOKEN} that of the head's user"
+    return f", and does it want a token (then set {MODE}=token and {TOKEN_PATH})"

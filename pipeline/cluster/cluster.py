@@ -11,7 +11,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from alphatoken.pipeline.cluster.auth import about_token
+from alphatoken.pipeline.cluster.auth import about_token, token_hint
 from alphatoken.pipeline.cluster.host import kill
 from alphatoken.pipeline.cluster.inline import cpus_here
 from alphatoken.pipeline.cluster.pool import WorkerPool
@@ -134,7 +134,9 @@ def _no_ray(address: str | None, error: Exception) -> str:
     if address is not None:
         if missing := about_token(str(error)):
             return f"cluster.address={address}: the cluster {missing}"
-        return f"cluster.address={address}: Ray cannot be reached: {first_line(error)}; is `ray status` fine there?"
+        return (
+            f"cluster.address={address}: Ray cannot be reached: {first_line(error)}; is it running there{token_hint()}?"
+        )
     return (
         f"a local Ray cannot be started: {first_line(error)}; is the machine busy, or full (memory, /dev/shm, /tmp)? "
         "cluster.address=inline runs without Ray, with one worker"

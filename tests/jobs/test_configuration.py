@@ -160,9 +160,10 @@ def test_the_slurm_script_starts_ray_on_every_node_and_returns_the_stages_status
         "scontrol": "printf 'n1\\nn2\\n'",
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; "$@"',  # what remains is the command
         "hostname": "echo 10.0.0.1",
-        "ray": f'echo "ray $*" >> {log}',
+        "ray": f'echo "ray $*" >> {log}; echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> {log}.tokens',
         # A stage outlives the start of the other nodes, which the script does not wait for.
-        "alphatoken": f'until grep -q "start --address" {log}; do sleep 0.1; done; echo "alphatoken $*" >> {log}; exit 7',
+        "alphatoken": f'until grep -q "start --address" {log}; do sleep 0.1; done; echo "alphatoken $*" >> {log}; '
+        f'echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> {log}.tokens; exit 7',
     }
     for name, body in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -175,3 +176,7 @@ def test_the_slurm_script_starts_ray_on_every_node_and_returns_the_stages_status
     assert "ray start --address=10.0.0.1:6379" in calls
     assert "alphatoken run run.dir=/shared/a b cluster.address=10.0.0.1:6379" in calls
     assert subprocess.run(["bash", script], env=environment, capture_output=True).returncode == 2
+    tokens = set(Path(f"{log}.tokens").read_text().splitlines())
+    assert len(tokens) == 1, "the nodes have different tokens"
+    mode, token = tokens.pop().split()
+    assert mode == "token" and len(token) == 64
