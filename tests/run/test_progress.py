@@ -26,7 +26,7 @@ def test_the_counter_stays_at_every_width(width):
 
 def test_the_time_left_is_known_after_the_first_unit_however_slow():
     """Where units come minutes apart a rate over the last seconds would never be known."""
-    assert Facts("x", 1, 4, "shards", 300.0).left == 900.0
+    assert Facts("x", 1, 4, "shards", 300.0).left == pytest.approx(900.0)
     assert Facts("x", 0, 4, "shards", 300.0).left is None and Facts("x", 5, None, "rows", 3.0).left is None
     assert Facts("x", 9, 4, "shards", 300.0).left == 0.0
 
