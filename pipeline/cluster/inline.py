@@ -86,6 +86,9 @@ class InlinePool:
             torch.cuda.empty_cache()
         torch.set_num_threads(self.threads)
 
+    def start(self) -> None:
+        """There is one worker, and nothing to do meanwhile."""
+
     def run(
         self, shards: Sequence[Shard], payload: Callable[[Shard], Any], done: Callable[[Shard, Any], None], task: Task
     ) -> None:

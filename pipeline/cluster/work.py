@@ -6,10 +6,12 @@ import errno
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from alphatoken.pipeline.run.failure import RunFailed
-from alphatoken.pipeline.run.progress import Task
+
+if TYPE_CHECKING:
+    from alphatoken.pipeline.run.progress import Task  # with rich, which workers do not need
 
 ATTEMPTS = 3
 RETRY_SECONDS = 2.0  # before a shard is tried again; doubled each time
@@ -63,6 +65,9 @@ class Pool(Protocol):
 
     def __exit__(self, kind: object = None, *_: object) -> None:
         """Let go of all workers."""
+
+    def start(self) -> None:
+        """Start all workers now and wait for none."""
 
     def run(
         self, shards: Sequence[Shard], payload: Callable[[Shard], Any], done: Callable[[Shard, Any], None], task: Task

@@ -12,7 +12,7 @@ import torch
 
 from alphatoken.pipeline.maths.costs import forward_flops, meta_model, model_costs, shapes_of
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_config
 from alphatoken.pipeline.plan.sample import sample_data
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.remote import Unreachable, here

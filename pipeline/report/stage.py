@@ -133,7 +133,7 @@ def _warnings(manifest: Manifest, summaries: dict[str, Any]) -> list[str]:
 
 def _decoder(manifest: Manifest) -> tuple[Callable[[int], str], list[str]]:
     """Token id -> text by the run's tokenizer; ids, and a warning, where that cannot be read any more."""
-    from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
+    from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_tokenizer
 
     model = manifest.content["configuration"].get("model", {})
     place = manifest.stage("prepare")["counts"]["tokenizer"]

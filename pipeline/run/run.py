@@ -41,7 +41,7 @@ class Models:
 class Workers(Protocol):
     """What stages use of a cluster, which is a floor above: alphatoken.pipeline.cluster.cluster.Cluster says it in full.
 
-    ``Any`` stands for its Resources and its WorkerPool.
+    ``Any`` stands for its Resources and its Pool.
     """
 
     def pool(self, make: Callable[..., Any], arguments: dict[str, Any], resources: Any) -> Any:
