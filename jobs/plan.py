@@ -15,6 +15,7 @@ from alphatoken.jobs.cli import COMMANDS, parse
 from alphatoken.jobs.config import load
 from alphatoken.pipeline.run.progress_line import clock
 
+LEAST_HOURS = 0.0005  # that are shown as a number
 STATES = {
     "skipped": "not needed",
     "new": "to do",
@@ -148,16 +149,18 @@ def _hours(plan: dict[str, Any]) -> Table:
     hours = dict(plan["device_hours"])
     utilisation = hours.pop("utilisation")
     table = Table(title="device-hours", title_justify="left")
-    table.caption, table.caption_justify = (
-        f"accelerators at {utilisation:.0%} of their makers' figure for bfloat16, the CPU by a short measurement in float32; "
-        "of one device, loading of models and writing left out",
-        "left",
+    table.caption = (
+        f"one device, at {utilisation:.0%} of what its maker states for bfloat16; the CPU measured, in float32"
     )
+    table.caption_justify = "left"
     table.add_column("device")
     table.add_column("hours", justify="right")
     table.add_column("which is", justify="right")
     for name, count in hours.items():
-        table.add_row(name, f"{count:,.2f}" if count >= 1 else f"{count:.4f}", clock(max(1.0, 3600 * count)))
+        hours_shown = (
+            f"{count:,.2f}" if count >= 1 else f"{count:.4f}" if count >= LEAST_HOURS else f"under {LEAST_HOURS}"
+        )
+        table.add_row(name, hours_shown, clock(3600 * count) if 3600 * count >= 1 else "under 1 s")
     return table
 
 
