@@ -14,7 +14,7 @@ from alphatoken.pipeline.maths.costs import forward_flops, meta_model, model_cos
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_config
 from alphatoken.pipeline.plan.sample import sample_data
-from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong, first_line
 from alphatoken.pipeline.run.remote import Unreachable, here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import Settings
@@ -37,6 +37,11 @@ def shard_examples(run: Run) -> int:
     try:
         cost = example_flops(run)
     except UNREADABLE:
+        return MOST
+    except Exception as error:  # what a model class does on the meta device is its own; sizes are no reason to fail
+        run.progress.say(
+            f"data.shard_examples=auto: {MOST}, since the model's sizes cannot be told: {first_line(error)}"
+        )
         return MOST
     rate = DEVICE_RATE if _has_gpus(run.settings) else CPU_RATE
     return min(MOST, max(FEWEST, 2 ** math.floor(math.log2(max(1.0, SECONDS * rate / cost)))))
