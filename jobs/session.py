@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from alphatoken.pipeline.cluster.choice import is_inline, make_cluster
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
@@ -17,6 +18,9 @@ from alphatoken.pipeline.run.run_log import RunLog
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.run.tracker import open_tracker
 from alphatoken.pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from alphatoken.pipeline.plan.shards import Extent  # with torch
 
 MOST_NAMED = 4  # runs in a line
 
@@ -34,7 +38,7 @@ class Session:
         progress.log = self.log
         self._cluster: Workers | None = None
         self._models: Models | None = None
-        self._shard_examples: int | None = None  # of data.shard_examples=auto
+        self._extent: Extent | None = None  # of the data, where it is asked for
         self._lock: RunLock | None = None
 
     def __enter__(self) -> Session:
@@ -128,7 +132,7 @@ class Session:
         """The same with what is left open of the data filled in, for what reads raw data: the place of the embedded data,
         which is fetched on first use, and data.shard_examples.
         """
-        from alphatoken.pipeline.plan.shards import shard_examples
+        from alphatoken.pipeline.plan.shards import begun_with
         from alphatoken.pipeline.prepare.example import HELD_OUT, example_data, example_pairs
 
         data = self.settings.data
@@ -139,9 +143,16 @@ class Session:
         run = replace(self.run, settings=replace(self.settings, data=data))
         if data.shard_examples != "auto":
             return run
-        if self._shard_examples is None:
-            self._shard_examples = shard_examples(run)
-        return replace(run, settings=replace(run.settings, data=replace(data, shard_examples=self._shard_examples)))
+        found = begun_with(run) or self._sampled(run).shard_examples
+        return replace(run, settings=replace(run.settings, data=replace(data, shard_examples=found)))
+
+    def _sampled(self, run: Run) -> Extent:
+        """The extent of the data, by a sample that is taken once."""
+        if self._extent is None:
+            from alphatoken.pipeline.plan.shards import extent
+
+            self._extent = extent(run)
+        return self._extent
 
     def _join_cluster(self) -> Workers:
         """The cluster of cluster.address; Ray is imported on first use, so that masks and small data do without."""
@@ -157,9 +168,9 @@ class Session:
 
     def _tokens(self) -> int | None:
         """Of the prepared data, else about as many as a sample says."""
-        from alphatoken.pipeline.plan.shards import tokens_of
-
-        return tokens_of(self.run if self.manifest.done("prepare") else self.run_with_data())
+        if self.manifest.done("prepare"):
+            return self.manifest.stage("prepare")["counts"].get("tokens")
+        return self._sampled(self.run_with_data()).tokens
 
     def end_workers(self) -> None:
         """End worker processes that wait for another stage of this session, so that others get their CPUs."""
