@@ -24,7 +24,7 @@ NOT_WRAPPED = 10_000  # columns, for what is searched in or read by a program
 def usage(commands: Mapping[str, str]) -> str:
     """``commands``: name -> one line about it."""
     lines = ["usage: alphatoken <command> [options] [key=value ...]", ""]
-    lines += [f"  {name:<11}{text}" for name, text in commands.items()]
+    lines += [f"  {name:<13}{text}" for name, text in commands.items()]
     lines += [
         "",
         "`alphatoken <command> --help` lists options and the keys that most people set, `--help --all` every key,",
