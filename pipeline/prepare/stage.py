@@ -13,7 +13,7 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.pipeline.cluster.work import Pool, Resources, Shard
+from alphatoken.pipeline.cluster.work import Pool, Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_tokenizer, portable
 from alphatoken.pipeline.prepare import remarks
@@ -33,6 +33,7 @@ from alphatoken.pipeline.prepare.inputs import (
 )
 from alphatoken.pipeline.prepare.outcome import NOTES
 from alphatoken.pipeline.prepare.pairs import Pair
+from alphatoken.pipeline.prepare.parts import planned_parts, worker_resources
 from alphatoken.pipeline.prepare.reader import validation_rows
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeating
 from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, shape_of
@@ -41,7 +42,7 @@ from alphatoken.pipeline.prepare.tokenize import Example
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker, chosen_of, to_pair_table, to_table
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.remote import here
-from alphatoken.pipeline.run.run import Run, Workers
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.data import HALF
@@ -86,13 +87,13 @@ def make_prepared(run: Run) -> None:
         "settings": settings, "preference": raw.preference, "positions": positions,
     }  # fmt: skip
     total = train.starts[-1]
-    with run.cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(run.cluster, total)) as pool:
+    with run.cluster.pool(logged("prepare", PrepareWorker), arguments, worker_resources(run.cluster, total)) as pool:
         pool.start()  # all at once: what is held out is one worker's work, during which the others get ready
         repeated = settings.data.strips_prompts and all_repeat_prompt(train, columns)
         stage = _Prepare(run, fingerprint, pool, repeated, raw)
         drawn, counts = stage.hold_out(train, raw)
         rows = training_rows(total, drawn, settings)
-        parts = _plan(len(rows), int(settings.data.shard_examples))
+        parts = planned_parts(len(rows), int(settings.data.shard_examples))
         facts["format"] = "preference" if raw.preference else "sft"
         manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
         counts += stage.shards(train, rows, parts)
@@ -152,17 +153,6 @@ def all_complete(storage: Storage, names: Sequence[str], fingerprint: str) -> di
 def complete(storage: Storage, name: str, fingerprint: str) -> dict[str, Any] | None:
     """The counts of a prepared file that is whole, with its quarantine; None where it has to be written (again)."""
     return all_complete(storage, [name], fingerprint).get(name)
-
-
-def _plan(rows: int, per_shard: int) -> list[str]:
-    count = -(-rows // per_shard)
-    return [f"part-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
-
-
-def _resources(cluster: Workers, rows: int) -> Resources:
-    resources = cluster.tokenizer_resources()
-    few = max(1, -(-rows // 256))  # starting a worker takes longer than tokenizing some hundred rows
-    return Resources(min(resources.workers, few), resources.cpus, resources.gpus)
 
 
 def _check(source: ModelSource, settings: Settings, train: Sources) -> PreTrainedTokenizerBase:
