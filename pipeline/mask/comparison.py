@@ -35,6 +35,10 @@ class MaskPlace:
         whole: dict[str, Any] = self.storage.read_json(f"masks/{self.name}/summary.json")
         return {**whole, **whole["branches"][self.branch]} if self.branch else whole
 
+    def file(self, part: str) -> str:
+        """Where its rows of a part of prepared/ are, relative to the run directory."""
+        return f"masks/{self.name}/{mask_part(part)}"
+
 
 def branches_of(storage: Storage) -> tuple[str, ...]:
     """The branches of a run's data: one without a name for supervised data."""
@@ -106,10 +110,13 @@ def _jaccard(one: MaskPlace, other: MaskPlace) -> float:
 
 
 def _kept(mask: MaskPlace) -> Iterator[npt.NDArray[np.bool_]]:
-    """Kept tokens of some rows at a time, ``(tokens,)``; all masks of a data set are cut alike."""
-    labels = f"{mask.branch}_labels" if mask.branch else "labels"
     for part in Manifest(mask.storage).stage("prepare")["counts"]["parts"]:
-        name = f"masks/{mask.name}/{mask_part(part)}"
-        with pq.ParquetFile(mask.storage.path(name), filesystem=mask.storage.fs) as file:
-            for batch in file.iter_batches(batch_size=1024, columns=[labels]):
-                yield batch.column(0).flatten().to_numpy() != IGNORED
+        yield from kept_in_part(mask, part, 1024)
+
+
+def kept_in_part(mask: MaskPlace, part: str, rows: int) -> Iterator[npt.NDArray[np.bool_]]:
+    """Kept tokens of ``rows`` rows at a time, ``(tokens,)``; all masks of a data set are cut alike."""
+    labels = f"{mask.branch}_labels" if mask.branch else "labels"
+    with pq.ParquetFile(mask.storage.path(mask.file(part)), filesystem=mask.storage.fs) as file:
+        for batch in file.iter_batches(batch_size=rows, columns=[labels]):
+            yield batch.column(0).flatten().to_numpy() != IGNORED

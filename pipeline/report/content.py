@@ -1,0 +1,89 @@
+"""One row as it is shown: its tokens, their scores, and what every mask keeps of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from alphatoken.pipeline.maths.masking import Bools, Floats
+from alphatoken.pipeline.report.reading import Batch, BranchRows
+
+WHOLE = 1 << 40
+
+
+@dataclass(frozen=True, slots=True)
+class BranchContent:
+    """The tokens from ``before`` on, ``after`` of them left out at the end; all lists speak of these.
+
+    ``input_ids``, ``response``: ``(tokens,)``; ``scores`` and one ``kept`` per mask: ``(response tokens,)``. ``of``:
+    response tokens of the whole row; ``kept_of``: how many of them each mask keeps.
+    """
+
+    input_ids: npt.NDArray[np.int32]
+    response: Bools
+    scores: dict[str, Floats]
+    kept: tuple[Bools, ...]
+    before: int
+    after: int
+    of: int
+    kept_of: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class RowContent:
+    """``number``: counted over the run, from 0. ``source``: the file and the row in it. ``branches``: one, or of a pair two.
+
+    ``only``: per mask, whether it keeps nothing of the whole row but tokens that are always kept.
+    """
+
+    number: int
+    id: str
+    source: str
+    branches: tuple[BranchContent, ...]
+    only: tuple[bool, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Window:
+    """How much of a row is shown: tokens before its first response token, and from there on."""
+
+    before: int = WHOLE
+    after: int = WHOLE
+
+
+def content_of(batch: Batch, index: int, window: Window) -> RowContent:
+    """Row ``index`` of a batch, copied, so that the batch can be forgotten."""
+    only = [True] * len(batch.always)
+    for found in batch.branches:
+        own = slice(*found.rows.offsets[index : index + 2])
+        ids = found.rows.response_ids()[own]
+        for mask, always in enumerate(batch.always):
+            only[mask] &= not bool((found.kept[mask][own] & ~np.isin(ids, always)).any())
+    ids = batch.branches[0].rows.ids
+    return RowContent(
+        batch.first + index, ids[index].as_py(), batch.sources[index].as_py(),
+        tuple(_branch(found, index, window) for found in batch.branches), tuple(only),
+    )  # fmt: skip
+
+
+def _branch(found: BranchRows, index: int, window: Window) -> BranchContent:
+    rows = found.rows
+    start, stop = (int(place) for place in rows.token_offsets()[index : index + 2])
+    begin, end = (int(place) for place in rows.offsets[index : index + 2])
+    response = rows.response[start:stop]
+    first = int(response.argmax()) if response.any() else stop - start
+    shown = slice(max(0, first - window.before), min(stop - start, first + window.after))
+    own = slice(begin, begin + int(response[shown].sum()))  # no response token stands before what is shown
+    assert rows.input_ids is not None
+    return BranchContent(
+        input_ids=rows.input_ids.flatten().to_numpy()[start:stop][shown].copy(),
+        response=response[shown].copy(),
+        scores={name: score[own].copy() for name, score in found.scores.items()},
+        kept=tuple(kept[own].copy() for kept in found.kept),
+        before=shown.start,
+        after=stop - start - shown.stop,
+        of=end - begin,
+        kept_of=tuple(int(kept[begin:end].sum()) for kept in found.kept),
+    )
