@@ -112,7 +112,11 @@ def _ranges(starts: Sequence[int]) -> list[str]:
 
 def _losses(tally: Tally) -> list[str]:
     borders = [f"{border:.3g}" for border in tally.borders.tolist()]
-    return [f"below {borders[0]}", *(f"{a}–{b}" for a, b in zip(borders, borders[1:], strict=False)), f"{borders[-1]} on"]
+    return [
+        f"below {borders[0]}",
+        *(f"{a}–{b}" for a, b in zip(borders, borders[1:], strict=False)),
+        f"{borders[-1]} on",
+    ]
 
 
 def _sources(tally: Tally) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from alphatoken.pipeline.maths.masking import Bools, Floats
 from alphatoken.pipeline.report.content import BranchContent, RowContent
-from alphatoken.pipeline.report.texts import Texts
+from alphatoken.pipeline.report.texts import Texts, in_a_line, visible
 
 LONGEST_NAME = 200  # characters of an id or a source
 
@@ -37,13 +37,13 @@ class RowPayload:
     def texts_of(self, rows: Sequence[dict[str, Any]]) -> dict[int, str]:
         """Token id -> text, of every token in ``rows``."""
         ids = {token for row in rows for branch in row["b"] for token in branch["t"]}
-        return {token: self.texts.one(token) for token in sorted(ids)}
+        return {token: visible(self.texts.one(token)) for token in sorted(ids)}
 
     def _branch(self, branch: BranchContent) -> dict[str, Any]:
         ids = branch.input_ids.tolist()
         return {
             "t": ids,
-            "o": self.texts.joined(ids),
+            "o": {place: visible(text) for place, text in self.texts.joined(ids).items()},
             "r": bits(branch.response),
             "before": branch.before,
             "after": branch.after,
@@ -73,8 +73,9 @@ def rounded(values: npt.ArrayLike) -> list[float]:
 
 
 def clipped(text: str) -> str:
-    """At most LONGEST_NAME characters."""
-    return text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"
+    """At most LONGEST_NAME characters, on one line."""
+    short = text if len(text) <= LONGEST_NAME else f"{text[: LONGEST_NAME - 1]}…"
+    return in_a_line(short)
 
 
 def as_script(value: Any) -> str:

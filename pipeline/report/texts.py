@@ -32,7 +32,7 @@ class Texts:
         try:
             tokenizer = load_tokenizer(here(source, weights=False))
         except UnreadableModel as error:
-            return cls(_numbers, f"Tokens are shown as numbers: {error}.")
+            return cls(_numbers, f"Tokens are shown as numbers: {str(error).rstrip('.')}.")
         return cls(lambda ids: str(tokenizer.decode(ids, clean_up_tokenization_spaces=False)))
 
     def one(self, token: int) -> str:
@@ -65,8 +65,33 @@ class Texts:
 
 
 def visible(text: str) -> str:
-    """A token's text with its line breaks and tabs to be seen."""
-    return text.replace("\r", "␍").replace("\n", "⏎\n").replace("\t", "→   ") or "∅"
+    """A token's text with everything in it to be seen, so that no text moves a cursor or turns the line around."""
+    return text.replace("\n", "⏎\n").replace("\t", "→   ").translate(_SEEN) or "∅"
+
+
+def in_a_line(text: str) -> str:
+    """An id, a source or a file name, on one line."""
+    return visible(text).replace("⏎\n", "⏎")
+
+
+def _seen() -> dict[int, str]:
+    """Control characters as their pictures; those that order text from right to left, and marks without width, as codes."""
+    pictures = {code: chr(0x2400 + code) for code in range(32) if code != 10} | {127: "␡"}
+    hidden = [
+        *range(0x80, 0xA0),
+        0x200B,
+        0x200E,
+        0x200F,
+        0x2028,
+        0x2029,
+        *range(0x202A, 0x202F),
+        *range(0x2066, 0x206A),
+        0xFEFF,
+    ]
+    return pictures | {code: f"\\u{code:04x}" for code in hidden}
+
+
+_SEEN = _seen()
 
 
 def _numbers(ids: list[int]) -> str:
