@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from transformers import AutoTokenizer
 
-from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.prepare.example import example_data, example_model
 from alphatoken.pipeline.prepare.sources import open_sources
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker

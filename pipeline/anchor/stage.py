@@ -32,7 +32,7 @@ from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import Coverage
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import sequences_of
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest

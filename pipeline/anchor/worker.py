@@ -23,7 +23,8 @@ from alphatoken.pipeline.maths.directions import Directions, fisher_drift
 from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.kronecker import KroneckerFactors, adam, kfac
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions

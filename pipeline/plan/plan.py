@@ -39,7 +39,7 @@ from alphatoken.pipeline.maths.costs import (
     value_memory,
 )
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
-from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.plan.sample import Sample, sample_data
 from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
 from alphatoken.pipeline.prepare.pairs import Pair

@@ -6,14 +6,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_config, load_tokenizer
+from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import draw_order, halves
 from alphatoken.pipeline.prepare.inputs import fisher_prompts, is_preference
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
-from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
+from alphatoken.pipeline.prepare.sources import Sources, open_sources
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.settings import Settings

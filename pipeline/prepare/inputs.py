@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_config
 from alphatoken.pipeline.prepare.columns import PREFERENCE, filled, row_kind
+from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import part_of
 from alphatoken.pipeline.prepare.positions import own_positions
-from alphatoken.pipeline.prepare.sources import Source, Sources, decode, open_sources
+from alphatoken.pipeline.prepare.sources import Source, Sources, open_sources
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.remote import here

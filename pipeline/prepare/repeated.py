@@ -7,12 +7,15 @@ rows were written, and the prompt is taken off.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from alphatoken.data_schemas import BRANCHES
 from alphatoken.pipeline.prepare.columns import columns_of, value_of
+from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.rows import shape_of
-from alphatoken.pipeline.prepare.sources import Sources, decode
+
+if TYPE_CHECKING:
+    from alphatoken.pipeline.prepare.sources import Sources  # with `datasets`, which a worker does without
 
 BATCH = 256  # rows in memory at a time
 

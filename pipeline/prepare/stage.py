@@ -11,12 +11,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from alphatoken.pipeline.cluster.host import Resources
 from alphatoken.pipeline.cluster.pool import WorkerPool
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_tokenizer, portable
 from alphatoken.pipeline.prepare import remarks
+from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import LEAST_TO_CUT, draw_order, halves
 from alphatoken.pipeline.prepare.inputs import (
     RawData,
@@ -29,7 +32,7 @@ from alphatoken.pipeline.prepare.inputs import (
 from alphatoken.pipeline.prepare.outcome import NOTES
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, shape_of
-from alphatoken.pipeline.prepare.sources import Sources, decode
+from alphatoken.pipeline.prepare.sources import Sources
 from alphatoken.pipeline.prepare.tokenize import Example
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker, to_table
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
@@ -63,17 +66,19 @@ def make_prepared(run: Run) -> None:
             f"prepare: {source.path} has {positions:,} positions, fewer than data.max_length={settings.data.max_length:,}: "
             f"longer rows are cut to {positions:,} tokens"
         )
-    facts = {"vocabulary": inputs["vocabulary"], **_check(source, settings, train)}
+    tokenizer = _check(source, settings, train)
+    facts = {"vocabulary": inputs["vocabulary"], "eos_token_ids": _ends(tokenizer), "tokenizer": source.path}
     # Names of files are part of the rows' identifiers: those that the stage was begun with, wherever the files are now.
     manifest.note("prepare", files=manifest.stage("prepare")["counts"].get("files") or [f.name for f in train.files])
     train = train.named(manifest.stage("prepare")["counts"]["files"])
     columns = settings.data.columns.given()
     arguments = {
-        "storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings,
-        "preference": raw.preference, "positions": positions,
+        "storage": storage, "tokenizer": portable(tokenizer, source), "vocabulary": facts["vocabulary"],
+        "settings": settings, "preference": raw.preference, "positions": positions,
     }  # fmt: skip
     total = train.starts[-1]
     with run.cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(run.cluster, total)) as pool:
+        pool.start()  # all at once: what is held out is one worker's work, during which the others get ready
         stage = _Prepare(run, fingerprint, pool, settings.data.strips_prompts and all_repeat_prompt(train, columns))
         drawn, counts = stage.hold_out(train, raw)
         rows = training_rows(total, drawn, settings)
@@ -141,8 +146,8 @@ def _resources(cluster: Workers, rows: int) -> Resources:
     return Resources(min(resources.workers, few), resources.cpus, resources.gpus)
 
 
-def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str, Any]:
-    """What can be said before any worker starts: the tokenizer, the shape of the data, its size."""
+def _check(source: ModelSource, settings: Settings, train: Sources) -> PreTrainedTokenizerBase:
+    """The tokenizer. Raises SettingsWrong for what can be said before any worker starts: its template, the data's shape."""
     if not train.starts[-1]:
         raise SettingsWrong([f"data.train={settings.data.train}: there is no row in it"])
     try:
@@ -161,9 +166,12 @@ def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str,
             require_template(kind, row, columns, settings.data.chat_template, bool(tokenizer.chat_template))
         except TemplateRequired as error:
             raise SettingsWrong([f"data.train={file.name}, model.policy={source.path}: {error}"]) from error
+    return tokenizer
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ends = tokenizer.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return {"eos_token_ids": ends, "tokenizer": source.path}
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 class _Prepare:

@@ -10,14 +10,15 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
-from alphatoken.pipeline.maths.models import ModelSource, load_tokenizer
+from alphatoken.pipeline.maths.model_source import ModelSource, load_tokenizer
 from alphatoken.pipeline.prepare import remarks
+from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.repeated import repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
-from alphatoken.pipeline.prepare.sources import decode
 from alphatoken.pipeline.prepare.tokenize import IGNORED, Draft, Example, ExampleMaker, usable
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
@@ -47,15 +48,19 @@ class PrepareTask:
 
 
 class PrepareWorker:
-    """Tokenizes raw rows; holds the tokenizer and the place to write to. Arguments as `ExampleMaker`'s."""
+    """Tokenizes raw rows; holds the tokenizer and the place to write to. Arguments as `ExampleMaker`'s.
+
+    ``tokenizer``: itself, or where it is loaded from.
+    """
 
     def __init__(
-        self, storage: Storage, source: ModelSource, vocabulary: int, settings: Settings, preference: bool,
-        positions: int | None = None,
+        self, storage: Storage, tokenizer: PreTrainedTokenizerBase | ModelSource, vocabulary: int, settings: Settings,
+        preference: bool, positions: int | None = None,
     ) -> None:  # fmt: skip
         data = settings.data
         self.storage, self.columns = storage, data.columns.given()
-        tokenizer = load_tokenizer(here(source, weights=False))
+        if isinstance(tokenizer, ModelSource):
+            tokenizer = load_tokenizer(here(tokenizer, weights=False))
         arguments = tokenizer, data.max_length, data.chat_template, self.columns, vocabulary, positions
         self.make = ExampleMaker(*arguments)
         self.pair = PairMaker(*arguments) if preference else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_tokenizer
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.remote import here
 

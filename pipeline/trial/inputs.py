@@ -11,7 +11,7 @@ import torch
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.costs import ModelCosts, budget_shapes, meta_model, model_costs, value_flops
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
-from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.remote import here

@@ -15,7 +15,7 @@ import pyarrow as pa
 from alphatoken.data_schemas import TRIAL_RESULTS
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.run import Run

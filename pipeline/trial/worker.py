@@ -16,7 +16,8 @@ from alphatoken.pipeline.maths.decoder import no_scored_layers
 from alphatoken.pipeline.maths.divergence import ReferencePredictions, same_vocabulary
 from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.head import HeadMemory
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses
 from alphatoken.pipeline.run.failure import RunFailed

@@ -22,7 +22,7 @@ from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.costs import meta_model
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
-from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.remote import here

@@ -10,7 +10,7 @@ import time
 
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import prepared_rows, tokens_of
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.value.kinds import Kind

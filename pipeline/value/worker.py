@@ -15,7 +15,8 @@ from alphatoken.pipeline.cluster.token_batches import TokenBatches
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, no_scored_layers
 from alphatoken.pipeline.maths.forward import token_losses_of
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage

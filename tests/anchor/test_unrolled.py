@@ -17,7 +17,7 @@ from alphatoken.pipeline.anchor.tape import kept_every, least_bytes, tape_bytes
 from alphatoken.pipeline.anchor.tensors import counts_of
 from alphatoken.pipeline.anchor.unrolled import Held, order_of, points_of
 from alphatoken.pipeline.anchor.worker import AnchorTask, AnchorWorker
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import sequences_of
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings

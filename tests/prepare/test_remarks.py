@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from alphatoken.data_schemas import PREPARED
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.sources import open_sources
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker
