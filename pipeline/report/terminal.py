@@ -163,4 +163,7 @@ def _texts(branch: BranchContent, texts: Texts) -> list[str]:
 
 def _say(console: Console, what: Text) -> None:
     """On a terminal as wide as it is; elsewhere lines end only where the text's do, for grep and files."""
-    console.print(what, highlight=False, soft_wrap=not console.is_terminal, overflow="fold")
+    if console.is_terminal:
+        console.print(what, highlight=False, overflow="fold")
+    else:
+        console.print(what, highlight=False, soft_wrap=True)
