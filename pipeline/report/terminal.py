@@ -81,10 +81,8 @@ class Shown:
 def print_rows(console: Console, rows: Sequence[RowContent], shown: Shown) -> None:
     """Every row, and below all of them what colours and brackets mean."""
     for row in rows:
-        _say(
-            console,
-            Text.assemble((in_a_line(row.id), "bold"), (f"  row {row.number:,}, {in_a_line(row.source)}", QUIET)),
-        )
+        where = f", {in_a_line(row.source)}" if row.source != row.id else ""
+        _say(console, Text.assemble((in_a_line(row.id), "bold"), (f"  row {row.number:,}{where}", QUIET)))
         for name, branch in zip(shown.branches, row.branches, strict=True):
             _print_branch(console, name, branch, shown)
         _say(console, Text())
@@ -115,21 +113,24 @@ def _print_branch(console: Console, name: str, branch: BranchContent, shown: Sho
 
 def _response(branch: BranchContent, texts: Sequence[str], first: int, mask: int, colours: Colours | None) -> Text:
     """From the first response token on; prompts between turns dim."""
-    line, place, dropping = Text(), 0, False
+    line, place = Text(), 0
+    dropped = np.zeros(len(texts) + 1, np.bool_)
+    dropped[:-1][branch.response] = ~branch.kept[mask]
     for index in range(first, len(texts)):
-        inside = bool(branch.response[index])
-        dropped = inside and not branch.kept[mask][place]
-        if dropped != dropping:
-            line.append(OPEN if dropped else CLOSE)
-            dropping = dropped
-        if not inside:
-            line.append(texts[index], PROMPT)
+        text, style = texts[index], PROMPT
+        if branch.response[index]:
+            style = colours.style(float(branch.scores[colours.name][place])) if colours else ""
+            place += 1
+        if not dropped[index]:
+            line.append(text, style)
             continue
-        style = colours.style(float(branch.scores[colours.name][place])) if colours else ""
-        line.append(texts[index], f"{style} strike".strip() if dropped else style)
-        place += 1
-    if dropping:
-        line.append(CLOSE)
+        if index == first or not dropped[index - 1]:
+            line.append(OPEN)
+        last = not dropped[index + 1]
+        inside = text.removesuffix("\n") if last else text  # the bracket closes on the line that it was opened on
+        line.append(inside, f"{style} strike".strip())
+        if last:
+            line.append(CLOSE + text[len(inside) :])
     if branch.after:
         line.append(f" … {branch.after:,} tokens after", PROMPT)
     return line

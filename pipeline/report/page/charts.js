@@ -23,8 +23,9 @@ function histogram(name, chart, state) {
   const label = (x, anchor, text) => svg('text', { x, y: HEIGHT + 15, 'text-anchor': anchor }, text);
   const middle = chart.edges[chart.edges.length >> 1];
   const axis = [label(0, 'start', short(low)), label(WIDTH, 'end', short(high))];
+  const room = (text) => 12 + 6.5 * text.length; // a label at an end, with the space after it
   if (zero === null) axis.push(label(WIDTH / 2, 'middle', short(middle)));
-  else if (zero > 45 && zero < WIDTH - 45) axis.push(label(zero, 'middle', '0'));
+  else if (zero > room(short(low)) && zero < WIDTH - room(short(high))) axis.push(label(zero, 'middle', '0'));
   const total = chart.count.reduce((sum, n) => sum + n, 0);
   const log = chart.log ? '; logarithmic axis' : '';
   return el(

@@ -62,7 +62,7 @@ function rowBlock(row, state) {
   const sides = masks.flatMap((mask) => row.b.map((_, index) => side(row, index, mask, masks.find((one) => one !== mask) ?? IDLE, state)));
   return el(
     'article', { class: 'row' },
-    el('h3', {}, row.id, ' ', el('span', { class: 'quiet' }, `row ${whole(row.n)}, ${row.from}`), ' ', ...tags),
+    el('h3', {}, row.id, ' ', el('span', { class: 'quiet' }, `row ${whole(row.n)}${row.from === row.id ? '' : `, ${row.from}`}`), ' ', ...tags),
     el('div', { class: 'sides' }, sides),
   );
 }

@@ -65,7 +65,7 @@ function describe(row, index, i, mask) {
     const above = own.scores[s].filter((one) => one > value).length;
     return [score.label, short(value), `${above + 1} of ${shown}`, percent(rank(s, index, value))];
   });
-  const heads = [{ text: 'score' }, { text: 'value', number: 1 }, { text: 'rank here', number: 1 }, { text: 'above, of all', number: 1 }];
+  const heads = [{ text: 'score' }, { text: 'value', number: 1 }, { text: 'rank here', number: 1 }, { text: 'higher than, of all', number: 1 }];
   if (rows.length) lines.push(table(heads, rows));
   return lines;
 }
@@ -103,6 +103,7 @@ function showTip(token, lines) {
   if (matchMedia('(max-width: 40rem)').matches) {
     tip.style.removeProperty('left');
     tip.style.removeProperty('top');
+    if (token.getBoundingClientRect().bottom > tip.getBoundingClientRect().top) token.scrollIntoView({ block: 'nearest' });
     return;
   }
   const at = token.getBoundingClientRect();
