@@ -13,7 +13,7 @@ from alphatoken.pipeline.report.payload import clipped, rounded
 from alphatoken.pipeline.report.sample import Sample
 from alphatoken.pipeline.report.shown_masks import ShownMask
 from alphatoken.pipeline.report.tally import POSITIONS, Counts, Tally
-from alphatoken.pipeline.report.texts import Texts, visible
+from alphatoken.pipeline.report.texts import Texts, in_a_line
 
 STRINGS, SOURCES = 15, 20  # shown
 SEVERAL = 5  # a token that occurs fewer times is not among the strings most kept or most dropped
@@ -141,7 +141,7 @@ def _strings(counts: Counts, mask: int, texts: Texts) -> dict[str, Any]:
     order = np.argsort(-above, kind="stable")
 
     def rows(ids: np.ndarray) -> list[list[Any]]:
-        return [[visible(texts.one(int(i))), int(total[i]), int(kept[i])] for i in ids]
+        return [[in_a_line(texts.one(int(i))).replace(" ", "␣"), int(total[i]), int(kept[i])] for i in ids]
 
     most, least = order[:STRINGS], order[::-1][:STRINGS]
     return {"most": rows(most[above[most] > 0]), "least": rows(least[above[least] < 0])}

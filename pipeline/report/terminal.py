@@ -18,23 +18,10 @@ from alphatoken.pipeline.report.texts import Texts, in_a_line, visible
 OPEN, CLOSE = "⟦", "⟧"  # around tokens that are dropped, so that no colour is needed to tell
 PROMPT, QUIET = "dim", "dim"
 TOKEN_WIDTH, NUMBER_WIDTH = 18, 11  # columns of a terminal, with the space between
-# Backgrounds from weak to strong, of the 256 colours that nearly every terminal has, each with a text that can be read.
-HIGH = (
-    "",
-    "black on color(153)",
-    "black on color(117)",
-    "black on color(75)",
-    "white on color(26)",
-    "white on color(19)",
-)
-LOW = (
-    "",
-    "black on color(223)",
-    "black on color(216)",
-    "black on color(209)",
-    "white on color(166)",
-    "white on color(130)",
-)
+# Backgrounds of the 256 colours that nearly every terminal has. They grow in colour and not in lightness, so that a higher
+# score stands out on a dark ground as well as on a light one.
+HIGH = ("", "", "white on color(60)", "white on color(61)", "white on color(62)", "white on color(27)")
+LOW = ("", "", "white on color(95)", "white on color(94)", "white on color(130)", "black on color(208)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +50,7 @@ class Colours:
     @property
     def legend(self) -> str:
         """For the line below everything."""
-        how = "blue above 0, orange below" if self.signed else "the darker the higher among the tokens shown"
+        how = "blue above 0, orange below" if self.signed else "the stronger the higher among the tokens shown"
         return f"colour: {label(self.name)}, {how}"
 
 

@@ -71,6 +71,7 @@ function drawCharts(state) {
         groups('By source', null, 'file', chart.sources, state),
       ),
       strings(chart.strings[state.a], D.masks[state.a]),
+      state.b < 0 || state.b === state.a ? null : strings(chart.strings[state.b], D.masks[state.b]),
       correlations(chart),
     ];
   });
