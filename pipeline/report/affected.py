@@ -57,7 +57,7 @@ class Affected:
 
 def only_always(batch: Batch, number: int) -> Bools:
     """Rows that keep no response token by their value, ``(rows,)``; of pairs, in neither branch."""
-    always, left = batch.always[number], np.zeros(len(batch), np.int64)
+    always, left = batch.masks[number].always, np.zeros(len(batch), np.int64)
     for one in batch.branches:
         kept = one.kept[number]
         if len(always):

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from alphatoken.pipeline.maths.masking import Bools, Floats
+from alphatoken.pipeline.mask.worker import LOWEST
+from alphatoken.pipeline.maths.masking import Bools, Floats, threshold_of
 from alphatoken.pipeline.report.reading import Batch, BranchRows
+from alphatoken.pipeline.report.shown_masks import ShownMask
 
 WHOLE = 1 << 40
 
@@ -18,7 +21,8 @@ class BranchContent:
     """The tokens from ``before`` on, ``after`` of them left out at the end; all lists speak of these.
 
     ``input_ids``, ``response``: ``(tokens,)``; ``scores`` and one ``kept`` per mask: ``(response tokens,)``. ``of``:
-    response tokens of the whole row; ``kept_of``: how many of them each mask keeps.
+    response tokens of the whole row; ``kept_of``: how many of them each mask keeps. ``thresholds``: per mask, None where
+    the row has none of its own.
     """
 
     input_ids: npt.NDArray[np.int32]
@@ -29,6 +33,7 @@ class BranchContent:
     after: int
     of: int
     kept_of: tuple[int, ...]
+    thresholds: tuple[float | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,20 +60,20 @@ class Window:
 
 def content_of(batch: Batch, index: int, window: Window) -> RowContent:
     """Row ``index`` of a batch, copied, so that the batch can be forgotten."""
-    only = [True] * len(batch.always)
+    only = [True] * len(batch.masks)
     for found in batch.branches:
         own = slice(*found.rows.offsets[index : index + 2])
         ids = found.rows.response_ids()[own]
-        for mask, always in enumerate(batch.always):
-            only[mask] &= not bool((found.kept[mask][own] & ~np.isin(ids, always)).any())
+        for number, mask in enumerate(batch.masks):
+            only[number] &= not bool((found.kept[number][own] & ~np.isin(ids, mask.always)).any())
     ids = batch.branches[0].rows.ids
     return RowContent(
         batch.first + index, ids[index].as_py(), batch.sources[index].as_py(),
-        tuple(_branch(found, index, window) for found in batch.branches), tuple(only),
+        tuple(_branch(found, index, window, batch.masks) for found in batch.branches), tuple(only),
     )  # fmt: skip
 
 
-def _branch(found: BranchRows, index: int, window: Window) -> BranchContent:
+def _branch(found: BranchRows, index: int, window: Window, masks: Sequence[ShownMask]) -> BranchContent:
     rows = found.rows
     start, stop = (int(place) for place in rows.token_offsets()[index : index + 2])
     begin, end = (int(place) for place in rows.offsets[index : index + 2])
@@ -86,4 +91,17 @@ def _branch(found: BranchRows, index: int, window: Window) -> BranchContent:
         after=stop - start - shown.stop,
         of=end - begin,
         kept_of=tuple(int(kept[begin:end].sum()) for kept in found.kept),
+        thresholds=tuple(_threshold(found, index, number, mask) for number, mask in enumerate(masks)),
     )
+
+
+def _threshold(found: BranchRows, index: int, number: int, mask: ShownMask) -> float | None:
+    """Of the group of examples that example ``index`` was compared in."""
+    ranked = found.ranked[number]
+    if ranked is None or mask.grouped is None:
+        return None
+    first = index - index % mask.grouped
+    start, stop = found.rows.offsets[[first, min(first + mask.grouped, len(found.rows))]]
+    if start == stop:
+        return None
+    return float(max(threshold_of(ranked[start:stop], mask.settings["rho"]), LOWEST))

@@ -50,6 +50,7 @@ class RowPayload:
             "of": branch.of,
             "kept": list(branch.kept_of),
             "k": [bits(kept) for kept in branch.kept],
+            "th": [None if one is None else rounded(one)[0] for one in branch.thresholds],
             "s": [numbers(branch.scores[name]) for name in self.scores],
         }
 

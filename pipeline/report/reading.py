@@ -22,24 +22,29 @@ ROWS_AT_ONCE = 1024  # a divisor of the rows of a row group, so that masks, whic
 
 @dataclass(frozen=True, slots=True)
 class BranchRows:
-    """Of pairs one branch. ``scores``: name -> ``(response tokens,)``; ``kept``: one per mask, ``(response tokens,)``."""
+    """Of pairs one branch. ``scores``: name -> ``(response tokens,)``; ``kept``: one per mask, ``(response tokens,)``.
+
+    ``ranked``: one per mask, what it compared within groups of examples, ``(response tokens,)``; None where it did not, or
+    where the groups cannot be told from these rows.
+    """
 
     rows: PairedRows
     scores: dict[str, Floats]
     kept: tuple[Bools, ...]
+    ranked: tuple[Floats | None, ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
     """Consecutive rows from number ``first`` on (counted over the run).
 
-    ``sources``: where each was read from. ``always``: per mask, the token ids that it always keeps.
+    ``sources``: where each was read from. ``masks``: those that the lists of each branch speak of.
     """
 
     first: int
     branches: tuple[BranchRows, ...]
     sources: pa.ChunkedArray
-    always: tuple[np.ndarray, ...]
+    masks: tuple[ShownMask, ...]
 
     def __len__(self) -> int:
         return len(self.sources)
@@ -83,15 +88,16 @@ class Reading:
         one = next(iter(self.parts.values()))
         sources = one.tables(f"prepared/{part}", one.prepared, ["source"], "prepare")
         branches = [self._branch(part, branch) for branch in self.branches]
-        always = tuple(mask.always for mask in self.masks)
         for table, *found in zip(sources, *branches, strict=True):
-            yield Batch(first, tuple(found), table["source"], always)
+            yield Batch(first, tuple(found), table["source"], self.masks)
             first += table.num_rows
 
     def _branch(self, part: str, branch: str) -> Iterator[BranchRows]:
         kept = [kept_in_part(mask.places[branch], part, ROWS_AT_ONCE) for mask in self.masks]
         for rows in self.parts[branch].part(part, self.columns, with_input_ids=True):
-            yield BranchRows(rows, self._scores(rows, branch), tuple(next(one)[rows.response] for one in kept))
+            own = tuple(next(one)[rows.response] for one in kept)
+            ranked = tuple(_ranked(mask, branch, rows) for mask in self.masks)
+            yield BranchRows(rows, self._scores(rows, branch), own, ranked)
 
     def _scores(self, rows: PairedRows, branch: str) -> dict[str, Floats]:
         found = dict(rows.components)
@@ -111,6 +117,13 @@ class Reading:
                         f"{name} is missing, damaged or of another run: remove masks/{mask.name} and run "
                         f"`alphatoken mask mask.name={mask.name}` again"
                     )
+
+
+def _ranked(mask: ShownMask, branch: str, rows: PairedRows) -> Floats | None:
+    """Of masks whose groups end where these rows do: mask.scope=example, and batch of most sizes."""
+    if mask.grouped is None or ROWS_AT_ONCE % mask.grouped:
+        return None
+    return mask.ranked[branch].ranked(rows)
 
 
 def lengths_of(rows: PairedRows) -> np.ndarray:

@@ -22,14 +22,20 @@ PLAIN_COLUMNS = ("information", "entropy")  # scores that are a column as it sta
 
 @dataclass(frozen=True, slots=True)
 class ShownMask:
-    """``summaries``: branch -> summary.json, of pairs what it says of the branch. ``score``: the name of what the mask
-    decides by, None where it looks at no values. ``values``: branch -> how that score is made, where it is no column."""
+    """``summaries``: branch -> summary.json, of pairs what it says of the branch.
+
+    ``score``: the name of what the mask decides by, None where it looks at no values. ``values``: branch -> how that score
+    is made, where it is no column. ``grouped``: examples of a group that has a threshold of its own, None where there are no
+    such groups; ``ranked``: branch -> what is compared within them.
+    """
 
     name: str
     places: dict[str, MaskPlace]
     summaries: dict[str, dict[str, Any]]
     score: str | None
     values: dict[str, Valuing]
+    grouped: int | None
+    ranked: dict[str, Valuing]
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -61,7 +67,9 @@ def shown_masks(run: Run, names: Sequence[str]) -> list[ShownMask]:
         summaries = {branch: place.summary for branch, place in places.items()}
         score, values = _score(run, name, summaries)
         equal = next((one for one in found if values and one.values == values), None)
-        found.append(ShownMask(name, places, summaries, equal.score if equal else score, values))
+        ranked = {branch: _ranked(one) for branch, one in summaries.items()}
+        grouped = _grouped(run, next(iter(ranked.values())).settings)
+        found.append(ShownMask(name, places, summaries, equal.score if equal else score, values, grouped, ranked))
     return found
 
 
@@ -79,6 +87,21 @@ def _score(run: Run, name: str, summaries: dict[str, dict[str, Any]]) -> tuple[s
         normalize=settings.normalize, divide_by_gradient_norm=settings.divide_by_gradient_norm,
     )  # fmt: skip
     return f"value of {name}", {branch: Valuing(plain, one["scales"]) for branch, one in summaries.items()}
+
+
+def _ranked(summary: dict[str, Any]) -> Valuing:
+    """The values that were compared with the threshold, without those that were left out."""
+    border = summary["left_out"]["stability_below"]
+    return Valuing(
+        MaskSettings(**summary["settings"]), summary["scales"], np.float32(-np.inf if border is None else border)
+    )
+
+
+def _grouped(run: Run, settings: MaskSettings) -> int | None:
+    """Consecutive examples of a part that were compared with each other alone."""
+    decided = settings.rule == "top" and settings.score not in WITHOUT_VALUES and not is_rehearsed(values_of(run))
+    sizes = {"example": 1, "batch": settings.batch_size}
+    return sizes.get(settings.scope) if decided else None
 
 
 def values_of(run: Run) -> dict[str, Any]:

@@ -148,6 +148,17 @@ def test_a_mask_without_its_shards_is_said_with_the_remedy(tmp_path):
         report_on(made)
 
 
+@pytest.mark.parametrize("settings", [{"scope": "example"}, {"scope": "batch", "batch_size": 8}])
+def test_a_row_has_the_threshold_of_its_own_group(tmp_path, settings):
+    made = write_shown(tmp_path, lengths=[3 + i % 9 for i in range(40)])
+    with_masks(made, own={"score": "entropy", "min_kept": 0, "always_keep": [], **settings})
+    values = [np.array(row["entropy"]) for row in rows_of(made, "values")]
+    for row in data_of(report_on(made))["rows"]:
+        (branch,) = row["b"]
+        inside = values[row["n"]][3:]  # after the prompt
+        assert branch["kept"][0] == (inside >= branch["th"][0] * (1 - 1e-4)).sum()
+
+
 def test_masks_of_no_values_are_shown_without_scores(tmp_path):
     made = with_masks(
         write_shown(tmp_path, lengths=range(1, 9), columns=()), all={"score": "full"}, some={"score": "random"}

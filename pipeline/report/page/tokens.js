@@ -80,14 +80,15 @@ function why(branch, index, i, mask) {
   const says = `${name}: ${kept ? 'kept' : 'dropped'}`;
   const s = D.scores.findIndex((found) => found.name === score);
   if (s < 0) return settings.score === 'random' ? `${says}, drawn at random` : says;
-  if (one.threshold === null) {
+  const threshold = branch.th[mask] ?? one.threshold;
+  if (threshold === null) {
     const range = one.thresholds ? ` (${short(one.thresholds.min)} to ${short(one.thresholds.max)})` : '';
-    const per = { example: 'of its own row', batch: 'of its batch', token_id: 'of its token id' }[settings.scope];
+    const per = { batch: 'of its batch', token_id: 'of its token id' }[settings.scope];
     return `${says}; the threshold is that ${per ?? 'of its group'}${range}`;
   }
   const value = own.scores[s][place];
-  const above = value >= one.threshold * (1 - Math.sign(one.threshold) * 1e-3);
-  const against = `${D.scores[s].label} ${short(value)}, threshold ${short(one.threshold)}`;
+  const above = value >= threshold * (1 - Math.sign(threshold) * 1e-3);
+  const against = `${D.scores[s].label} ${short(value)}, threshold${branch.th[mask] === null ? '' : settings.scope === 'batch' ? ' of its batch' : ' of its row'} ${short(threshold)}`;
   if (!kept && own.since[i] < (settings.skip_first ?? 0)) return `${says}: mask.skip_first leaves it out (${against})`;
   if (kept && always.includes(branch.t[i])) return `${says}: one of mask.always_keep (${against})`;
   if (kept && !above) return `${says}: by mask.min_kept (${against})`;
