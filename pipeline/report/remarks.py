@@ -10,6 +10,8 @@ from alphatoken.pipeline.mask.rehearsed import is_rehearsed
 from alphatoken.pipeline.report.shown_masks import ShownMask
 from alphatoken.pipeline.run.manifest import Manifest
 
+WARNED = "WARNING: "  # how notes of a mask begin that are one
+
 
 @dataclass(frozen=True, slots=True)
 class Remarks:
@@ -35,9 +37,10 @@ def remarks(manifest: Manifest, masks: Sequence[ShownMask]) -> Remarks:
                 names.setdefault(f"{empty:,} examples have no kept token", []).append(of)
             for note in summary["notes"]:
                 names.setdefault(note, []).append(of)
-    for text, of_masks in names.items():
+    for note, of_masks in names.items():
+        warned, text = note.startswith(WARNED), note.removeprefix(WARNED)
         sentence = f"{'Mask' if len(of_masks) == 1 else 'Masks'} {', '.join(of_masks)}: {text}."
-        (warnings if text == PLAIN_ALIGNMENT or text[0].isdigit() else notes).append(sentence)
+        (warnings if warned or text == PLAIN_ALIGNMENT or text[0].isdigit() else notes).append(sentence)
     return Remarks(tuple(warnings), tuple(notes))
 
 

@@ -32,7 +32,7 @@ class Counts:
 
 
 class Tally:
-    """Counts of one branch; ``vocabulary``: token ids are below it."""
+    """Counts of one branch, over ``masks`` masks; where bins stand is found from its sample."""
 
     def __init__(self, sample: Sample, masks: int) -> None:
         self.masks, self.codes = masks, 1 << masks

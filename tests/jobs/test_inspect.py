@@ -24,7 +24,7 @@ WORDS = [*PLAIN[:-2], "longer"]  # no line breaks, so that a response is one lin
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory):
     made = write_shown(tmp_path_factory.mktemp("inspect"), words=WORDS)
-    return with_masks(made, default={}, paper={"score": "paper"}, third={"rho": 0.3})
+    return with_masks(made, default={"min_kept": 1}, paper={"score": "paper"}, third={"rho": 0.3})
 
 
 @pytest.fixture

@@ -22,7 +22,9 @@ def browser():
 @pytest.fixture(scope="module")
 def storage(tmp_path_factory):
     made = write_shown(tmp_path_factory.mktemp("shown"), zero=("stability_causal",))
-    return with_masks(made, default={}, paper={"score": "paper"}, example={"score": "entropy", "scope": "example"})
+    return with_masks(
+        made, default={"min_kept": 1}, paper={"score": "paper"}, example={"score": "entropy", "scope": "example"}
+    )
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def hostile(tmp_path_factory):
         tmp_path_factory.mktemp("hostile"), words=[*PLAIN, *HOSTILE], ids="<img src=x onerror=window.hacked=3>{}</h3>",
         source="</script><script>window.hacked=4</script>",
     )  # fmt: skip
-    return report_on(with_masks(made, default={}, paper={"score": "paper"}))
+    return report_on(with_masks(made, default={"min_kept": 1}, paper={"score": "paper"}))
 
 
 @pytest.fixture(scope="module")

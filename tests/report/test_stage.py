@@ -17,7 +17,7 @@ from tests.mask.synthetic_run import masks, run_of
 from tests.report.shown_run import EOS, report_on, with_masks, write_shown
 
 NAMES = ("default", "paper", "third")
-SETTINGS = {"default": {}, "paper": {"score": "paper"}, "third": {"rho": 0.3}}
+SETTINGS = {"default": {"min_kept": 1}, "paper": {"score": "paper"}, "third": {"rho": 0.3}}
 
 
 def data_of(file) -> dict:
