@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.mask.worker import LOWEST
 from alphatoken.pipeline.maths.masking import Bools, Floats, threshold_of
 from alphatoken.pipeline.report.reading import Batch, BranchRows
@@ -62,8 +63,9 @@ def content_of(batch: Batch, index: int, window: Window) -> RowContent:
     """Row ``index`` of a batch, copied, so that the batch can be forgotten."""
     only = [True] * len(batch.masks)
     for found in batch.branches:
+        start, stop = found.rows.token_offsets()[index : index + 2]
         own = slice(*found.rows.offsets[index : index + 2])
-        ids = found.rows.response_ids()[own]
+        ids = _ids(found.rows)[start:stop][found.rows.response[start:stop]]
         for number, mask in enumerate(batch.masks):
             only[number] &= not bool((found.kept[number][own] & ~np.isin(ids, mask.always)).any())
     ids = batch.branches[0].rows.ids
@@ -81,9 +83,8 @@ def _branch(found: BranchRows, index: int, window: Window, masks: Sequence[Shown
     first = int(response.argmax()) if response.any() else stop - start
     shown = slice(max(0, first - window.before), min(stop - start, first + window.after))
     own = slice(begin, begin + int(response[shown].sum()))  # no response token stands before what is shown
-    assert rows.input_ids is not None
     return BranchContent(
-        input_ids=rows.input_ids.flatten().to_numpy()[start:stop][shown].copy(),
+        input_ids=_ids(rows)[start:stop][shown].copy(),
         response=response[shown].copy(),
         scores={name: score[own].copy() for name, score in found.scores.items()},
         kept=tuple(kept[own].copy() for kept in found.kept),
@@ -93,6 +94,13 @@ def _branch(found: BranchRows, index: int, window: Window, masks: Sequence[Shown
         kept_of=tuple(int(kept[begin:end].sum()) for kept in found.kept),
         thresholds=tuple(_threshold(found, index, number, mask) for number, mask in enumerate(masks)),
     )
+
+
+def _ids(rows: PairedRows) -> npt.NDArray[np.int32]:
+    """Of all tokens; no copy."""
+    assert rows.input_ids is not None
+    found: npt.NDArray[np.int32] = rows.input_ids.flatten().to_numpy()
+    return found
 
 
 def _threshold(found: BranchRows, index: int, number: int, mask: ShownMask) -> float | None:
