@@ -46,7 +46,7 @@ class Page:
 
 
 def _file(name: str) -> str:
-    return files(__package__).joinpath(FOLDER, name).read_text(encoding="utf-8")
+    return files(__package__).joinpath(f"{FOLDER}/{name}").read_text(encoding="utf-8")
 
 
 def _element(text: str) -> Markup:

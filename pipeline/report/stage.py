@@ -102,7 +102,7 @@ def _data(run: Run, masks: Sequence[ShownMask], found: _Found, texts: Texts, pag
         "tokens": {},
     }
     left = LIMIT - len(page.render(data)) - 300 * len(choices)
-    payload, known = RowPayload(reading.scores, texts), set()
+    payload, known = RowPayload(reading.scores, texts), set[int]()
     why: dict[int, list[int]] = {}
     for number, choice in enumerate(choices):
         for row in choice.rows.tolist():
