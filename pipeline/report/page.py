@@ -15,7 +15,7 @@ from markupsafe import Markup
 
 from alphatoken.pipeline.report.payload import as_script
 
-FOLDER = "page"
+FOLDER = "html"
 STYLE = "page.css"
 # In the order in which they stand in the page; each is given what the ones before it define.
 SCRIPTS = ("data.js", "elements.js", "tokens.js", "rows.js", "charts.js", "tables.js", "start.js")
