@@ -6,7 +6,8 @@ rows were written, and the prompt is taken off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from alphatoken.data_schemas import BRANCHES
@@ -52,6 +53,14 @@ def all_repeat_prompt(data: Sources, columns: Mapping[str, str]) -> bool:
             if not found and start + BATCH < len(file.rows):
                 return False
     return found
+
+
+def repeating(data: Sources, tasks: Mapping[str, Collection[str]], columns: Mapping[str, str]) -> bool | frozenset[str]:
+    """``all_repeat_prompt``; where there are ``tasks`` (task -> names of its files), the files of those that do."""
+    if not tasks:
+        return all_repeat_prompt(data, columns)
+    own = {task: replace(data, files=tuple(f for f in data.files if f.name in files)) for task, files in tasks.items()}
+    return frozenset(name for task, files in tasks.items() if all_repeat_prompt(own[task], columns) for name in files)
 
 
 def _response_names(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, ...] | None:

@@ -30,6 +30,7 @@ class Page:
         )
         environment.filters["percent"] = lambda share: f"{share:.1%}"
         environment.filters["short"] = lambda number: f"{number:.3g}"
+        environment.filters["spread"] = lambda pair: f"{pair[0]:.4f} ± {pair[1]:.4f}"
         environment.filters["number"] = lambda number: f"{number:,}"
         script = "'use strict';\n(() => {\n" + "".join(_file(name) for name in SCRIPTS) + "})();\n"
         self.template, self.facts = environment.from_string(_file("report.html.jinja")), facts

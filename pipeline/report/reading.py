@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import KEPT
 from alphatoken.pipeline.mask.comparison import kept_in_part
+from alphatoken.pipeline.mask.layout import require_shards
 from alphatoken.pipeline.mask.paired_rows import PairedParts, PairedRows
 from alphatoken.pipeline.mask.rehearsed import is_rehearsed
 from alphatoken.pipeline.maths.masking import Bools, Floats
@@ -109,6 +110,7 @@ class Reading:
     def _check(self) -> None:
         """Every mask has every row of every part."""
         for mask in self.masks:
+            require_shards(self.run.storage, mask.name)
             fingerprint = self.run.manifest.stage(f"mask/{mask.name}")["fingerprint"]
             for part, rows in self.rows.items():
                 name = next(iter(mask.places.values())).file(part)

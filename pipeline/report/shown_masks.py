@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from alphatoken.pipeline.mask.comparison import MaskPlace, branches_of
+from alphatoken.pipeline.mask.layout import is_finished
 from alphatoken.pipeline.mask.rehearsed import is_rehearsed
 from alphatoken.pipeline.mask.valuing import Valuing
 from alphatoken.pipeline.run.failure import RunFailed
@@ -53,7 +54,7 @@ def finished(run: Run) -> list[str]:
     """The names of the masks that are whole; some may have been removed since. Raises RunFailed where there is none."""
     storage, manifest = run.storage, run.manifest
     done = [s.partition("/")[2] for s in manifest.content["stages"] if s.startswith("mask/") and manifest.done(s)]
-    names = [name for name in done if storage.exists(f"masks/{name}/summary.json")]
+    names = [name for name in done if is_finished(storage, name)]
     if not names:
         raise RunFailed(f"there is no mask in {storage.root}: run `alphatoken mask` first")
     return names

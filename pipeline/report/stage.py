@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 
 from alphatoken.data_schemas import COMPONENTS
 from alphatoken.pipeline.mask.comparison import contributions
+from alphatoken.pipeline.mask.layout import summary_of
 from alphatoken.pipeline.report.affected import Affected
 from alphatoken.pipeline.report.charts import charts_json, label, masks_json, scores_json
 from alphatoken.pipeline.report.choice import Chosen
@@ -129,7 +130,7 @@ def _facts(run: Run, masks: Sequence[ShownMask], found: _Found, texts: Texts) ->
     storage, manifest, stages = run.storage, run.manifest, run.manifest.content["stages"]
     trial = storage.read_json(SUMMARY) if manifest.done("trial") and storage.exists(SUMMARY) else None
     said = remarks(manifest, masks)
-    summary = storage.read_json(f"masks/{masks[0].name}/summary.json")
+    summary = summary_of(storage, masks[0].name)
     shown = found.reading.masks
     return {
         "place": storage.root.rpartition("/")[2],
@@ -140,6 +141,7 @@ def _facts(run: Run, masks: Sequence[ShownMask], found: _Found, texts: Texts) ->
         "left_out": [mask.name for mask in masks[MOST:]],
         "components": [(name, label(name)) for name in COMPONENTS],
         "trial": trial,
+        "learned": _learned(trial) if trial else "",
         "plot": dot_plot(trial) if trial else None,
         "seen": SEEN,
         "coverage": stages.get("anchor", {}).get("counts", {}).get("coverage"),
@@ -154,6 +156,14 @@ def _facts(run: Run, masks: Sequence[ShownMask], found: _Found, texts: Texts) ->
         "versions": manifest.content["versions"],
         "fingerprints": {stage: record["fingerprint"] for stage, record in stages.items()},
     }
+
+
+def _learned(trial: dict[str, Any]) -> str:
+    """What the fine-tunes of a trial have changed."""
+    own = trial["settings"]
+    if own["train"] == "lora":
+        return f"adapters of rank {own['rank']} on all layers"
+    return "all weights" if own["train"] == "all" else f"the last {trial['layers']} layers"
 
 
 def _line(mask: ShownMask, branch: str, found: _Found, shown: Sequence[ShownMask]) -> dict[str, Any]:

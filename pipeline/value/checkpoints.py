@@ -147,7 +147,8 @@ def value_checkpoints(
     engines: list[dict[str, Any]] = []
     for index, checkpoint in enumerate(checkpoints):
         place, own = checkpoint_place(index), checkpoint_fingerprint(fingerprint, index)
-        missing = [part for part in tokens if storage.rows_of(f"{place}/{part}", own) != rows[part]]
+        there = storage.footers(place, tokens, own)
+        missing = [part for part in tokens if part not in there or there[part].rows != rows[part]]
         title = f"value: checkpoint {index + 1} of {len(checkpoints)}"
         if len(missing) < len(tokens):
             run.progress.say(f"{title}: {len(tokens) - len(missing)} of {len(tokens)} shards are complete already")

@@ -22,6 +22,7 @@ from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.kinds import Kind, Rows
+from alphatoken.pipeline.value.own_step import OwnStepValues
 from alphatoken.pipeline.value.scoring import OWN_LOSS, Scoring
 
 LOGPS = "logps"
@@ -42,6 +43,7 @@ class ValueTask:
     part: str
     fingerprint: str
     place: str = "values"
+    first: int = 0  # the part's first row among all rows
 
 
 class ValueWorker:
@@ -61,10 +63,14 @@ class ValueWorker:
         reference: Reference | None,
     ) -> None:
         self.storage, self.kind, self.reference = storage, kind, reference
-        self.names = settings.valuation.columns
+        self.names = settings.columns
         self.batches = TokenBatches(settings.valuation.tokens_per_batch)
         model = load_model(here(source), self.batches.device)
         self.scoring = Scoring(model, storage, settings, snapshots, kind.weighed)
+        self.own_step: OwnStepValues | None = None
+        if settings.valuation.own_step:
+            objectives = ("adaptation", "stability", *settings.objectives)
+            self.own_step = OwnStepValues(storage, settings.anchor.unroll.orders, objectives)
 
     def __call__(self, task: ValueTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write one part of values, and where the policy is the reference one of reference/; returns counts."""
@@ -73,6 +79,8 @@ class ValueWorker:
         with self.batches.device_lock:
             engine = self.scoring.checked(sequences.input_ids)
         columns, padded = self.batches.score(sequences, self.scoring.columns, self.scoring, advance)
+        if self.own_step is not None:
+            columns |= self.own_step.columns(sequences, task.first)
         own = _negated(columns[OWN_LOSS]) if self.kind.weighed else None
         theirs = self._theirs(task.part, table, own)
         if REFERENCE_LOSS in self.names:

@@ -41,7 +41,7 @@ def prepared(tmp_path, policy):
         pieces = sources.pieces(range(len(rows)))
         short = [("rows.jsonl", numbers, table) for _, numbers, table in pieces]
         counts, _ = worker(PrepareTask(short, "prepared/x", "quarantine/x", "f"), lambda units: None)
-        _, sent = worker(PrepareTask(short, None, None, "f", "held-out"), lambda units: None)
+        _, sent = worker(PrepareTask(short, None, None, "f"), lambda units: None)
         return counts, storage.read_table("prepared/x", PREPARED).to_pylist(), sent
 
     return run
