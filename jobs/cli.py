@@ -25,6 +25,17 @@ SWEEP = {
     "-m": "sweep: run every combination of `key=a,b` overrides",
     "--from FILE": "start from the settings in a run.json, or in a mask's summary.json",
 }
+INSPECT = {
+    "--row ID": "this row; may be given several times",
+    "--top N": "the N rows that come first (default 5)",
+    "--by NAME": "in this order: affected (default: nothing kept by value, then the largest share dropped), dropped, kept, or "
+    "the mean of a column of values/ over the response",
+    "--changed A,B": "rows that two masks decide most differently",
+    "--mask A,B,...": "these masks, under each other (default: all, at most 4)",
+    "--colour NAME": "colour by this column (default: that of --by, else what the first mask decides by)",
+    "--values": "also every response token with its numbers",
+    "--whole": "do not shorten long rows",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,10 @@ COMMANDS = {
         {"--from FILE": "start from the settings in a run.json; default: those of run.dir"}, needs_run=True,
     ),
     "report": Command("one self-contained HTML page about a run", needs_run=True),
+    "inspect": Command(
+        "rows with their values in the terminal, kept and dropped tokens apart", "tool",
+        "RUN [--row ID | --top 20 --by information | --changed default,paper]", INSPECT,
+    ),
     "plan": Command(
         "what a run would cost and what it would skip; loads no weights, starts no worker", "tool",
         options={"--json": "print the plan as JSON", "--from FILE": SWEEP["--from FILE"]},

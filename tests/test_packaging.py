@@ -16,7 +16,7 @@ else:
 
 ROOT = Path(__file__).parents[1]
 PARTS = ("conf", "data_schemas", "jobs", "pipeline")
-CONTENT = {".py", ".yaml", ".jinja", ".sh"}
+CONTENT = {".py", ".yaml", ".jinja", ".sh", ".css", ".js"}
 
 
 def content() -> dict[str, Path]:
@@ -92,7 +92,7 @@ def test_a_wheel_holds_the_package_and_nothing_beside_it(wheel):
     inside = {name for name in names if name.startswith("alphatoken/")}
     assert inside == set(content())
     assert "alphatoken/py.typed" in inside and "alphatoken/conf/config.yaml" in inside
-    assert "alphatoken/pipeline/report/report.html.jinja" in inside
+    assert "alphatoken/pipeline/report/html/report.html.jinja" in inside
 
 
 def test_the_front_door_opens_in_a_project_with_folders_of_our_names(installed, foreign):

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from alphatoken.data_schemas import BRANCHES, COMPONENTS
-from alphatoken.pipeline.mask.layout import open_part, summary_of
+from alphatoken.pipeline.mask.layout import mask_part, open_part, summary_of
 from alphatoken.pipeline.mask.paired_rows import IGNORED
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.storage import Storage
@@ -34,6 +34,10 @@ class MaskPlace:
         """summary.json; of pairs what it says of the branch, beside what holds for both."""
         whole = summary_of(self.storage, self.name)
         return {**whole, **whole["branches"][self.branch]} if self.branch else whole
+
+    def file(self, part: str) -> str:
+        """Where its rows of a part of prepared/ are, relative to the run directory."""
+        return mask_part(self.name, part)
 
 
 def branches_of(storage: Storage) -> tuple[str, ...]:
@@ -106,9 +110,13 @@ def _jaccard(one: MaskPlace, other: MaskPlace) -> float:
 
 
 def _kept(mask: MaskPlace) -> Iterator[npt.NDArray[np.bool_]]:
-    """Kept tokens of some rows at a time, ``(tokens,)``; all masks of a data set are cut alike."""
-    labels = f"{mask.branch}_labels" if mask.branch else "labels"
     for part in Manifest(mask.storage).stage("prepare")["counts"]["parts"]:
-        with open_part(mask.storage, mask.name, part) as file:
-            for batch in file.iter_batches(batch_size=1024, columns=[labels]):
-                yield batch.column(0).flatten().to_numpy() != IGNORED
+        yield from kept_in_part(mask, part, 1024)
+
+
+def kept_in_part(mask: MaskPlace, part: str, rows: int) -> Iterator[npt.NDArray[np.bool_]]:
+    """Kept tokens of ``rows`` rows at a time, ``(tokens,)``; all masks of a data set are cut alike."""
+    labels = f"{mask.branch}_labels" if mask.branch else "labels"
+    with open_part(mask.storage, mask.name, part) as file:
+        for batch in file.iter_batches(batch_size=rows, columns=[labels]):
+            yield batch.column(0).flatten().to_numpy() != IGNORED

@@ -1,69 +1,51 @@
-"""Histograms of streams, and the numbers that an SVG needs to draw them."""
+"""Bins of a score: where they stand is found from a sample, so that no axis is wasted on what hardly occurs."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-WIDTH, HEIGHT = 360.0, 120.0  # of the drawing area, in SVG units
+from alphatoken.pipeline.maths.masking import Floats
+
+BINS = 48
+TAIL = 0.005  # of the sample's tokens may lie outside on each side; they are counted in the bins at the edges
+UNEVEN = 20.0  # a score without a sign gets a logarithmic axis where its upper tail is this many medians high
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
-    """One bar in SVG units, with its interval and its counts for the tooltip."""
+class Axis:
+    """Equal bins from ``low`` to ``high``, of a logarithmic axis in powers of ten."""
 
-    x: float
-    y: float
-    width: float
-    height: float
-    kept_height: float
-    start: float
-    stop: float
-    count: int
-    kept: int
+    low: float
+    high: float
+    logarithmic: bool
+
+    def bins(self, values: Floats) -> npt.NDArray[np.int32]:
+        """The bin of each value, 0 .. BINS - 1; what lies outside is in the bins at the edges."""
+        places = np.log10(np.maximum(values, np.float32(10**self.low))) if self.logarithmic else values
+        scale = np.float32(BINS / (self.high - self.low))
+        return np.clip((places - np.float32(self.low)) * scale, 0, BINS - 1).astype(np.int32)
+
+    def edges(self) -> list[float]:
+        """``BINS + 1`` borders in the score's unit."""
+        borders = np.linspace(self.low, self.high, BINS + 1)
+        return (10**borders if self.logarithmic else borders).tolist()
 
 
-class Histogram:
-    """Counts of values in equal bins between two borders, of kept tokens apart; what lies outside enters the edge bins."""
-
-    def __init__(self, title: str, low: float, high: float, bins: int = 60) -> None:
-        self.title = title
-        self.edges = np.linspace(low, high, bins + 1)
-        self.counts = np.zeros(bins, np.int64)
-        self.kept = np.zeros(bins, np.int64)
-        self.outside = 0
-
-    def add(self, values: npt.NDArray[Any], kept: npt.NDArray[np.bool_]) -> None:
-        """Count ``values``; ``kept``: which of them belong to kept tokens."""
-        low, high = self.edges[0], self.edges[-1]
-        self.outside += int(((values < low) | (values > high)).sum())
-        inside = np.clip(values, low, high)
-        self.counts += np.histogram(inside, self.edges)[0]
-        self.kept += np.histogram(inside[kept], self.edges)[0]
-
-    @property
-    def total(self) -> int:
-        """Values counted."""
-        return int(self.counts.sum())
-
-    @property
-    def zero(self) -> float | None:
-        """Where 0 lies on the horizontal axis, in SVG units; None outside."""
-        low, high = float(self.edges[0]), float(self.edges[-1])
-        return WIDTH * -low / (high - low) if low < 0 < high else None
-
-    def bars(self) -> list[Bar]:
-        """The bars of bins that hold anything; heights grow with the root of the count, so that tails can be seen."""
-        most, step = max(1, int(self.counts.max())), WIDTH / len(self.counts)
-        found = []
-        for index, (count, kept) in enumerate(zip(self.counts.tolist(), self.kept.tolist(), strict=True)):
-            if count:
-                height, kept_height = (HEIGHT * (n / most) ** 0.5 for n in (count, kept))
-                start, stop = float(self.edges[index]), float(self.edges[index + 1])
-                found.append(
-                    Bar(index * step, HEIGHT - height, step * 0.9, height, kept_height, start, stop, count, kept)
-                )
-        return found
+def axis_of(sample: Floats) -> Axis | None:
+    """For a score of which ``sample`` is a sample; None where there is nothing to see, since all values are the same."""
+    if not len(sample) or sample.min() == sample.max():
+        return None
+    low, high = (float(q) for q in np.quantile(sample.astype(np.float64), [TAIL, 1 - TAIL]))
+    if low == high:
+        low, high = float(sample.min()), float(sample.max())
+    positive = sample[sample > 0]
+    if sample.min() >= 0 and len(positive):
+        median = float(np.median(positive))
+        if high > UNEVEN * median:
+            start = float(np.quantile(positive.astype(np.float64), 0.01))
+            return Axis(float(np.log10(start)), float(np.log10(high)), True)
+        low = 0.0
+    return Axis(low, high, False)

@@ -138,7 +138,7 @@ def test_auto_ends_with_the_winner_as_chosen(alphatoken, tmp_path, policy, train
     else:
         assert chosen["settings"]["score"] == "full"
     html = (place / "report/index.html").read_text()
-    assert "<h2>Trial</h2>" in html and html.count("<circle") == len(whole["lines"]) - 1
+    assert ">Trial</h2>" in html and html.count("<circle") == len(whole["lines"]) - 1
     status, _, err = alphatoken("run", *arguments, "data.validation=10", "trial.auto=true")
     assert status == 0 and "fine-tunes are done already" in err, err
 
