@@ -60,7 +60,7 @@ def _hf(batch: pa.RecordBatch, source: MaskSource) -> pa.Table:
 
 
 def _jsonl(batch: pa.RecordBatch, source: MaskSource) -> pa.Table:
-    made = {}
+    made: dict[str, pa.Array] = {}
     for prefix in source.prefixes:
         ids = batch.column(f"{prefix}input_ids")
         made |= {f"{prefix}input_ids": ids, f"{prefix}labels": batch.column(f"{prefix}labels")}
@@ -72,7 +72,7 @@ def _with(name: str, make: Callable[[pa.ListArray], pa.ListArray]) -> Columns:
     """Tokens and attention as they are, and ``make(labels)`` under ``name`` instead of the labels."""
 
     def columns(batch: pa.RecordBatch, source: MaskSource) -> pa.Table:
-        made = {}
+        made: dict[str, pa.Array] = {}
         for prefix in source.prefixes:
             made |= {f"{prefix}{own}": batch.column(f"{prefix}{own}") for own in ("input_ids", "attention_mask")}
             made[f"{prefix}{name}"] = make(batch.column(f"{prefix}labels"))
