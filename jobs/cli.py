@@ -71,7 +71,7 @@ COMMANDS = {
     "report": Command("one self-contained HTML page about a run", needs_run=True),
     "inspect": Command(
         "rows with their values in the terminal, kept and dropped tokens apart", "tool",
-        "RUN [--row ID | --top 20 --by information | --changed default,paper]", INSPECT,
+        "RUN [--row ID | --top 20 --by information | --changed default,paper]", INSPECT, reads_settings=False,
     ),
     "plan": Command(
         "what a run would cost and what it would skip; loads no weights, starts no worker", "tool",
