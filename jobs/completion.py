@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from alphatoken.jobs.cli import COMMANDS
 from alphatoken.jobs.config import groups, keys
-from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.jobs.tool_arguments import ToolArguments
 from alphatoken.pipeline.settings import Settings
 
 # In bash `=` begins a word; what is completed here is the whole of key=value, and what bash has taken already is cut off.
@@ -35,12 +35,16 @@ complete -c alphatoken -n "not __fish_use_subcommand" -a "@WORDS@"
 SCRIPTS = {"bash": BASH, "zsh": ZSH + BASH, "fish": FISH}
 
 
+def parser() -> ToolArguments:
+    """What the command takes."""
+    parser = ToolArguments("completion")
+    parser.add_argument("shell", choices=list(SCRIPTS))
+    return parser
+
+
 def execute(arguments: Sequence[str]) -> int:
     """Print the script of one shell. Raises SettingsWrong for another one."""
-    shells = [argument for argument in arguments if argument in SCRIPTS]
-    if len(arguments) != 1 or not shells:
-        raise SettingsWrong([f"alphatoken completion: give one of {', '.join(SCRIPTS)}"])
-    print(script(shells[0]), end="")
+    print(script(parser().parse_args(list(arguments)).shell), end="")
     return 0
 
 

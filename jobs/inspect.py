@@ -5,11 +5,10 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from rich.console import Console
 
-from alphatoken.jobs.cli import INSPECT
+from alphatoken.jobs.tool_arguments import ToolArguments
 from alphatoken.pipeline.report.content import RowContent, Window
 from alphatoken.pipeline.report.find import AFFECTED, by_id, changed, top, ways
 from alphatoken.pipeline.report.reading import Reading
@@ -29,7 +28,7 @@ MOST_MASKS = 4
 
 def execute(arguments: Sequence[str]) -> int:
     """Print the rows that are asked for."""
-    asked = _parser().parse_args(list(arguments))
+    asked = parser().parse_args(list(arguments))
     run = _run(asked.run.removeprefix("run.dir="))
     masks = _masks(run, asked)
     reading = Reading(run, masks)
@@ -104,13 +103,9 @@ def _some(text: str) -> int:
     return int(text)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise SettingsWrong([f"alphatoken inspect: {message}; options: {', '.join(INSPECT)}"])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="alphatoken inspect", add_help=False, allow_abbrev=False)
+def parser() -> ToolArguments:
+    """What the command takes."""
+    parser = ToolArguments("inspect")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--row", action="append")
     parser.add_argument("--top", type=_some, default=5)
