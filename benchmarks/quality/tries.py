@@ -1,0 +1,217 @@
+"""Is a trial to be believed? Short fine-tunes as a trial makes them, on masks whose whole fine-tunes are on record.
+
+    python -m benchmarks.quality.tries [--setting NAME ...] [--seeds 0 1 2] [--only MASK ...] [--print]
+
+The same 216 rows of code, masks, held-out rows and seeds as `benchmarks.quality.grid`; values in bfloat16. Every fine-tune
+is one line in tries.jsonl; a killed benchmark goes on with the same command. The table says how far each setting's losses
+agree with the record, and what a fine-tune costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+import torch
+
+from alphatoken.jobs.config import load
+from alphatoken.jobs.session import Session
+from alphatoken.jobs.trial import made_masks, of_the_run
+from alphatoken.pipeline.maths.batch import Sequences
+from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers
+from alphatoken.pipeline.maths.epochs import row_order
+from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses
+from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.trial.candidates import random_labels, without_first
+from benchmarks.quality.agreement import HEAD, agreement, mean_by_name, record
+from benchmarks.quality.finetune import Tokens
+from benchmarks.quality.grid import ROWS, RUNS, Quality, Row, results_in
+
+HELD_OUT = {"code": "report", "humaneval": "humaneval", "general": "general"}
+VALUED = ("default", "untouched", "kfac")  # runs of the grid; rows without values are drawn here
+BFLOAT16 = "model.dtype=bfloat16"
+KERNEL, TOKENS_PER_PASS = "sdpa", 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """How a trial is made. ``examples``: the first so many of the rows; ``epochs`` over them."""
+
+    layers: int = 3
+    learning_rate: float = 1e-4
+    batch_size: int = 2
+    examples: int = 108
+    epochs: float = 1.0
+
+    @property
+    def steps(self) -> int:
+        """AdamW steps."""
+        return round(self.epochs * self.examples / self.batch_size)
+
+
+SETTINGS = {
+    "trial's own": Setting(),
+    "learning rate 3e-4": Setting(learning_rate=3e-4),
+    "learning rate 3e-5": Setting(learning_rate=3e-5),
+    "learning rate 1e-3": Setting(learning_rate=1e-3),
+    "half of the examples, twice": Setting(examples=54, epochs=2.0),
+    "half of the examples": Setting(examples=54),
+    "all examples": Setting(examples=216),
+    "batches of 8": Setting(batch_size=8),
+    "6 layers": Setting(layers=6, examples=72),
+    "1 layer": Setting(layers=1, examples=144),
+}
+
+
+class Tries:
+    """Masks, models and measurements of one place."""
+
+    def __init__(self, place: Path) -> None:
+        self.quality = Quality(place)
+        self.file = place / "tries.jsonl"
+        self.models: dict[int, ScoredLayers] = {}
+        self.hidden: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
+        rows = self.quality.rows.held_out
+        self.held_out = {name: _sequences(self.quality.tokens(rows[own])) for name, own in HELD_OUT.items()}
+
+    def value(self) -> None:
+        """Value the rows and make every mask, each kind of values in one go."""
+        for run in VALUED:
+            rows = [row for row in ROWS if row.run == run]
+            place = self.quality.place / run
+            missing = [row for row in rows if not (place / "masks" / row.slug / "summary.json").exists()]
+            if not missing:
+                continue
+            first = replace(rows[0], mask=(*rows[0].mask, BFLOAT16))
+            self.quality.piped(first)
+            masks = {row.slug: load([*RUNS[run], *row.mask, f"mask.name={row.slug}"]).mask for row in missing}
+            with Progress() as progress, Session(of_the_run([f"run.dir={place}"], None), progress) as session:
+                session.claim()
+                made_masks(session, masks)
+
+    def labelled(self, row: Row, seed: int) -> Sequences:
+        """The rows with the labels that the mask ``row`` leaves them; a random one is drawn anew with each seed."""
+        if row.run in VALUED:
+            return _sequences(self.quality.masked(row)[0])
+        place = next(row for row in ROWS if row.name == "default 0.5")
+        prepared = sorted((self.quality.piped(place) / "prepared").glob("part-*.parquet"))
+        whole = _prepared(prepared)
+        labels = [np.asarray(one, np.int32) for one in whole.labels]
+        if row.drawn:
+            labels = random_labels(labels, whole.ids, float(row.name.split()[-1]), seed)
+        elif "mask.skip_first=1" in row.mask:
+            labels = [without_first(one) for one in labels]
+        return Sequences(whole.ids, whole.input_ids, [one.tolist() for one in labels])
+
+    def measure(self, row: Row | None, setting: Setting, seed: int) -> dict[str, Any]:
+        """One short fine-tune and its losses, nats per token; None: the model untouched."""
+        scored = self._model(setting.layers)
+        train = self.labelled(row, seed) if row else next(iter(self.held_out.values()))
+        chosen = train.take(range(min(setting.examples, len(train))))
+        order = row_order(len(chosen), setting.batch_size, setting.steps, seed) if row else []
+        fit = Fit(order, setting.learning_rate, KERNEL, TOKENS_PER_PASS)
+        for one in (chosen, *self.held_out.values()):
+            self._warm(scored, setting.layers, one)
+        began, cpu = time.monotonic(), time.process_time()
+        weights, trained = fine_tune(scored, self._entering(scored, setting.layers, chosen), fit, lambda _: None)
+        learned = time.process_time() - cpu
+        losses = {}
+        for name, rows in self.held_out.items():
+            sums, counts = held_out_losses(scored, weights, self._entering(scored, setting.layers, rows), fit)
+            losses[name] = float(sums.sum() / counts.sum())
+        return {
+            "seed": seed, "trained": trained, **losses, "cpu": learned, "seconds": time.monotonic() - began,
+        }  # fmt: skip
+
+    def run(self, names: list[str], seeds: list[int], only: list[str]) -> None:
+        """Measure what is missing, seed by seed."""
+        rows: list[Row | None] = [None, *(row for row in ROWS if row.run in VALUED or row.name in DRAWN)]
+        for seed in seeds:
+            for setting in names:
+                for row in rows:
+                    name = row.name if row else "untouched"
+                    key = {"setting": setting, "name": name, "seed": seed}
+                    if (only and name not in only) or (row is None and seed):
+                        continue
+                    if any(key.items() <= line.items() for line in results_in(self.file)):
+                        continue
+                    found = {**key, **self.measure(row, SETTINGS[setting], seed)}
+                    with self.file.open("a") as out:
+                        out.write(json.dumps(found) + "\n")
+                    print(json.dumps(found), flush=True)
+
+    def _model(self, layers: int) -> ScoredLayers:
+        if layers not in self.models:
+            model = load_model(ModelSource(str(self.quality.model), dtype="bfloat16"), torch.device("cpu"))
+            self.models[layers] = scored_layers(model, layers)
+        return self.models[layers]
+
+    def _warm(self, scored: ScoredLayers, layers: int, rows: Sequences) -> None:
+        for ids in rows.input_ids:
+            key = (layers, tuple(ids))
+            if key not in self.hidden:
+                self.hidden[key] = entering_hidden(scored, ids, KERNEL)
+
+    def _entering(self, scored: ScoredLayers, layers: int, rows: Sequences) -> Entering:
+        find: Callable[[int], torch.Tensor] = lambda row: self.hidden[layers, tuple(rows.input_ids[row])]  # noqa: E731
+        return Entering(rows, find)
+
+
+DRAWN = ("full", "full skip_first=1", "random 0.3", "random 0.5", "random 0.7", "random 0.9")
+
+
+def _sequences(rows: Tokens) -> Sequences:
+    return Sequences([f"row-{i}" for i in range(len(rows))], [ids for ids, _ in rows], [labels for _, labels in rows])
+
+
+def _prepared(files: list[Path]) -> Sequences:
+    rows = [row for file in files for row in pq.read_table(file).to_pylist()]
+    return Sequences(*([row[name] for row in rows] for name in ("id", "input_ids", "labels")))
+
+
+def table(found: list[dict[str, Any]]) -> str:
+    """A line per setting and kind of held-out rows."""
+    head = f"| setting | seeds | CPU s a fine-tune | held-out rows | {HEAD} |"
+    lines = [head, "|" + "---|" * head.count(" | ") + "---|"]
+    for setting in dict.fromkeys(line["setting"] for line in found):
+        own = [line for line in found if line["setting"] == setting]
+        seeds = len({line["seed"] for line in own})
+        cost = np.mean([line["cpu"] for line in own if line["name"] != "untouched"])
+        for column in HELD_OUT:
+            try:
+                said = agreement(mean_by_name(own, column), record(column))
+            except ValueError:
+                continue
+            lines.append(f"| {setting} | {seeds} | {cost:.0f} | {column} | {said} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Measure what is missing, or only print what has been found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--place", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--setting", nargs="*", choices=list(SETTINGS), default=["trial's own"])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--print", action="store_true", dest="only_print")
+    options = parser.parse_args()
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    place = options.place.resolve()
+    if not options.only_print:
+        tries = Tries(place)
+        tries.value()
+        tries.run(options.setting, options.seeds, options.only)
+    print(table(results_in(place / "tries.jsonl")))
+
+
+if __name__ == "__main__":
+    main()
