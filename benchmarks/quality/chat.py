@@ -31,13 +31,13 @@ QUOTED = (15357,)  # a wrong sum, which the answer itself calls wrong
 NUMBER = r"\(?-?\$?\d[\d,]*(?:\.\d+)?%?\)?"
 # A sum of numbers alone and what the answer makes of it; not where the right side is the beginning of another sum.
 SUM = re.compile(
-    rf"({NUMBER}(?:\s*[-+*/×÷x·]\s*{NUMBER})+)\s*=\s*(-?\$?\d[\d,]*(?:\.\d+)?)(?![.,]?\d|[/^:]|\s*\\?[-+*/×÷x·^(]\s*\(?\d)"
+    rf"({NUMBER}(?:\s*[-+*/×÷x·]\s*{NUMBER})+)\s*=\s*(-?\$?\d(?:[\d,]*\d)?(?:\.\d+)?)(?![.,]?\d|[/^:]|\s*\\?[-+*/×÷x·^(]\s*\(?\d)"
 )
 INSIDE_A_LONGER_ONE = re.compile(
     r"([\d^)*/+−×÷√·x-]\s*|[\w.,:])$"
 )  # what stands before a match that is only a part of a sum
 SIGNS = str.maketrans({"$": None, ",": None, "×": "*", "÷": "/", "x": "*", "·": "*"})
-# A question about a text, without the text: one short line that names it.
+# A question about a text, without the text: one short line that names it and quotes nothing.
 ABSENT = re.compile(
     r"\b(the|this|these|that|given|provided|presented|specified)\b[^.?!:\"]{0,40}"
     r"\b(receipt|email|paper|document|filing|agreement|contract|table|passage|article|meeting|dataset|study|page)s?\b",
@@ -69,7 +69,7 @@ class ChatRow:
     def about_nothing(self) -> bool:
         """Whether the question speaks of a text that it does not show."""
         asked = self.question.strip()
-        return len(asked) <= LONGEST_WITHOUT and "\n" not in asked and bool(ABSENT.search(asked))
+        return len(asked) <= LONGEST_WITHOUT and not {"\n", '"'} & {*asked} and bool(ABSENT.search(asked))
 
     @property
     def row(self) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def sums(answer: str) -> tuple[tuple[tuple[int, int], ...], tuple[tuple[int, int
 
 def _value(text: str) -> float | None:
     """What a sum of numbers gives; None where it is none."""
-    plain = re.sub(r"(\d(?:\.\d+)?)%", r"(\1/100)", text.translate(SIGNS))
+    plain = re.sub(r"(\d+(?:\.\d+)?)%", r"(\1/100)", text.translate(SIGNS))
     plain = re.sub(r"(?<![\d.])0+(?=\d)", "", plain)  # no octal
     try:
         return float(eval(plain, {"__builtins__": {}}))
