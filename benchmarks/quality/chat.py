@@ -31,7 +31,7 @@ QUOTED = (15357,)  # a wrong sum, which the answer itself calls wrong
 NUMBER = r"\(?-?\$?\d[\d,]*(?:\.\d+)?%?\)?"
 # A sum of numbers alone and what the answer makes of it; not where the right side is the beginning of another sum.
 SUM = re.compile(
-    rf"({NUMBER}(?:\s*[-+*/×÷x·]\s*{NUMBER})+)\s*=\s*(-?\$?\d(?:[\d,]*\d)?(?:\.\d+)?)(?![.,]?\d|[/^:]|\s*\\?[-+*/×÷x·^(]\s*\(?\d)"
+    rf"({NUMBER}(?:\s*[-+*/×÷x·]\s*{NUMBER})+)\s*=\s*(-?\$?\d(?:[\d,]*\d)?(?:\.\d+)?)(?![.,]?\d|[/^:]|\s*%|\s*\\?[-+*/×÷x·^(]\s*\(?\d)"
 )
 INSIDE_A_LONGER_ONE = re.compile(
     r"([\d^)*/+−×÷√·x-]\s*|[\w.,:])$"

@@ -24,7 +24,7 @@ def row(answer, question="What is it?", number=0):
         ("7 / 2 = 3, and 8 / 2 = 3", ["3"], ["3"]),  # a whole number may be cut, where the sum gives none
         ("$1,200 + $300 = $1,500", ["$1,500"], []),
         ("27% of it: 0.27 × 200 = 54", ["54"], []),
-        ("20% * 50 = 10", ["10"], []),
+        ("20% * 50 = 10; 20% + 30% = 50%", ["10"], []),  # a share of what is not said
         ("3 + 4 = 2 * 3 + 1 = 7", ["7"], []),  # what follows the first sign is a sum, not a result
         ("180°C x 1.8 + 32 = 356", [], []),  # a part of a longer sum
         ("at 13:15 + 10 = 14", [], []),
