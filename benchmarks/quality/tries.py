@@ -2,9 +2,10 @@
 
     python -m benchmarks.quality.tries [--setting NAME ...] [--seeds 0 1 2] [--only MASK ...] [--print]
 
-The same 216 rows of code, masks, held-out rows and seeds as `benchmarks.quality.grid`; values in bfloat16. Every fine-tune
-is one line in tries.jsonl; a killed benchmark goes on with the same command. The table says how far each setting's losses
-agree with the record, and what a fine-tune costs.
+The masks, held-out rows and seeds of `benchmarks.quality.grid` on a third of its rows: 72 of the 216 that the whole
+fine-tunes learned from, as a trial takes a sample; masks are made over the sample, values in bfloat16. Every fine-tune is one
+line in tries.jsonl; a killed benchmark goes on with the same command. The table says how far each setting's losses agree
+with the record, and what a fine-tune costs.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.trial.candidates import random_labels, without_first
 from benchmarks.quality.agreement import HEAD, agreement, mean_by_name, record
 from benchmarks.quality.finetune import Tokens
-from benchmarks.quality.grid import ROWS, RUNS, Quality, Row, results_in
+from benchmarks.quality.grid import FISHER, ROWS, RUNS, Quality, Row, results_in
 
 HELD_OUT = {"code": "report", "general": "general"}
 VALUED = ("default", "untouched", "kfac")  # runs of the grid; rows without values are drawn here
 BFLOAT16 = "model.dtype=bfloat16"
 KERNEL, TOKENS_PER_PASS = "sdpa", 4096
+EXAMPLES = 72
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ class Setting:
     layers: int = 3
     learning_rate: float = 1e-4
     batch_size: int = 2
-    examples: int = 72
+    examples: int = 40
     epochs: float = 1.0
 
     @property
@@ -62,25 +64,34 @@ SETTINGS = {
     "trial's own": Setting(),
     "learning rate 3e-4": Setting(learning_rate=3e-4),
     "learning rate 1e-3": Setting(learning_rate=1e-3),
-    "half of the examples": Setting(examples=36),
-    "half of the examples, twice": Setting(examples=36, epochs=2.0),
-    "all examples": Setting(examples=216),
+    "all examples": Setting(examples=EXAMPLES),
+    "half of the examples, twice": Setting(examples=20, epochs=2.0),
     "batches of 8": Setting(batch_size=8),
     "6 layers": Setting(layers=6),
     "1 layer": Setting(layers=1),
 }
 
 
+class Sampled(Quality):
+    """As Quality, on the first rows of its training rows; the record is of all."""
+
+    def train_rows(self) -> list[dict[str, Any]]:
+        """What is valued and tried, and the rows that are held out of it as Fisher prompts."""
+        return self.rows.train[: EXAMPLES + FISHER]
+
+
 class Tries:
     """Masks, models and measurements of one place."""
 
-    def __init__(self, place: Path, runs: Sequence[str]) -> None:
-        self.quality, self.runs = Quality(place), runs
+    def __init__(self, place: Path, runs: Sequence[str], columns: Sequence[str]) -> None:
+        self.quality, self.runs = Sampled(place), runs
         self.file = place / "tries.jsonl"
         self.models: dict[int, ScoredLayers] = {}
         self.hidden: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         rows = self.quality.rows.held_out
-        self.held_out = {name: _sequences(self.quality.tokens(rows[own])) for name, own in HELD_OUT.items()}
+        self.held_out = {
+            name: _sequences(self.quality.tokens(rows[own])) for name, own in HELD_OUT.items() if name in columns
+        }
 
     def value(self) -> None:
         """Value the rows and make every mask, each kind of values in one go."""
@@ -101,8 +112,7 @@ class Tries:
         """The rows with the labels that the mask ``row`` leaves them; a random one is drawn anew with each seed."""
         if row.run in VALUED:
             return _sequences(self.quality.masked(row)[0])
-        place = next(row for row in ROWS if row.name == "default 0.5")
-        prepared = sorted((self.quality.piped(place) / "prepared").glob("part-*.parquet"))
+        prepared = sorted((self.quality.place / self.runs[0] / "prepared").glob("part-*.parquet"))
         whole = _prepared(prepared)
         labels = [np.asarray(one, np.int32) for one in whole.labels]
         if row.drawn:
@@ -186,10 +196,10 @@ def table(found: list[dict[str, Any]]) -> str:
         seeds = len({line["seed"] for line in own})
         cost = np.mean([line["cpu"] for line in own if line["name"] != "untouched"])
         for column in HELD_OUT:
-            try:
-                said = agreement(mean_by_name(own, column), record(column))
-            except ValueError:
+            measured = [line for line in own if column in line]
+            if len({line["name"] for line in measured}) < 3:
                 continue
+            said = agreement(mean_by_name(measured, column), record(column))
             lines.append(f"| {setting} | {seeds} | {cost:.0f} | {column} | {said} |")
     return "\n".join(lines)
 
@@ -197,17 +207,18 @@ def table(found: list[dict[str, Any]]) -> str:
 def main() -> None:
     """Measure what is missing, or only print what has been found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--place", type=Path, default=Path("runs/quality"))
+    parser.add_argument("--place", type=Path, default=Path("runs/tries"))
     parser.add_argument("--setting", nargs="*", choices=list(SETTINGS), default=["trial's own"])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--only", nargs="*", default=[])
     parser.add_argument("--runs", nargs="*", choices=VALUED, default=VALUED, help="of the grid, whose masks are tried")
+    parser.add_argument("--columns", nargs="*", choices=list(HELD_OUT), default=list(HELD_OUT), help="held-out rows")
     parser.add_argument("--print", action="store_true", dest="only_print")
     options = parser.parse_args()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     place = options.place.resolve()
     if not options.only_print:
-        tries = Tries(place, options.runs)
+        tries = Tries(place, options.runs, options.columns)
         tries.value()
         tries.run(options.setting, options.seeds, options.only)
     print(table(results_in(place / "tries.jsonl")))
