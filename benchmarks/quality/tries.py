@@ -144,12 +144,13 @@ class Tries:
     def run(self, names: list[str], seeds: list[int], only: list[str]) -> None:
         """Measure what is missing, seed by seed."""
         rows: list[Row | None] = [None, *(row for row in ROWS if row.run in self.runs or row.name in DRAWN)]
+        recorded = record("code")
         for seed in seeds:
             for setting in names:
                 for row in rows:
                     name = row.name if row else "untouched"
                     key = {"setting": setting, "name": name, "seed": seed}
-                    if (only and name not in only) or (row is None and seed):
+                    if (only and name not in only) or (row is None and seed) or name not in recorded:
                         continue
                     if any(key.items() <= line.items() for line in results_in(self.file)):
                         continue
