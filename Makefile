@@ -1,10 +1,11 @@
 # make demo: the embedded example into runs/demo.   make test: the tests.   Both use .venv, made on first use.
-# make soak: 200 kills.   make bench, bench-bergson: the tables of the README.   make clean keeps runs/.
+# make soak: 200 kills.   make bench, bench-bergson: tables of docs/cost.md.   make clean keeps runs/.
+# make docs: docs/ as a site in build/site; links that lead nowhere are errors.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test soak lint bench bench-bergson clean
+.PHONY: demo test soak lint docs bench bench-bergson clean
 
 $(VENV)/.installed: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -28,6 +29,17 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# in an environment of its own: the pages need nothing of the package
+build/docs/.installed: pyproject.toml
+	$(PYTHON) -m venv build/docs
+	build/docs/bin/python -m pip install --quiet --upgrade pip
+	build/docs/bin/python -m pip install --quiet --group docs
+	touch $@
+
+docs: build/docs/.installed
+	NO_MKDOCS_2_WARNING=1 build/docs/bin/mkdocs build --strict
+	@echo "build/site/index.html"
 
 bench: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.speed

@@ -1,4 +1,4 @@
-"""What prepare costs beside the tokenizer: `python -m benchmarks.prepare` prints the table of the README.
+"""What prepare costs beside the tokenizer: `python -m benchmarks.prepare` prints the table of docs/cost.md.
 
 Chat rows of about 400 tokens, made from the embedded example. The tokenizer alone goes over the same texts, rendered with
 the same template beforehand, in two processes; then the command `prepare` runs on two CPUs. CPU time is that of all
@@ -25,7 +25,7 @@ from typing import Any
 import psutil
 from transformers import AutoTokenizer
 
-from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.prepare.example import example_data, example_model
 from alphatoken.pipeline.prepare.sources import open_sources
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker

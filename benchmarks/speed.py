@@ -1,4 +1,4 @@
-"""What a token costs: `python -m benchmarks.speed` (or `make bench`) prints the table of the README.
+"""What a token costs: `python -m benchmarks.speed` (or `make bench`) prints the table of docs/cost.md.
 
 Every ratio is taken within one run, batch by batch in turn, so that it survives a noisy machine; tokens are real ones,
 without padding. `--only speed snapshots exact pairwise memory` picks parts.

@@ -1,4 +1,4 @@
-"""What the unrolled direction costs: `python -m benchmarks.unroll` prints rows of the README's table.
+"""What the unrolled direction costs: `python -m benchmarks.unroll` prints rows for docs/cost.md.
 
 The sweep back against the forward half on the same steps, in turn, with two objectives; the peak memory of
 each half in a process of its own, the tape being on disk in a run.

@@ -12,6 +12,7 @@ from alphatoken.data_schemas.version import versioned
 
 # The Ghost Dot-Product along the directions. Higher is better: a positive value means that training on the token lowers
 # the validation loss (adaptation) or moves the weights back toward the reference where its Fisher says it matters.
+PATHS = ("_direct", "_causal")
 COMPONENTS = ("adaptation_direct", "adaptation_causal", "stability_direct", "stability_causal")
 
 # valuation.scores -> its columns.
@@ -27,18 +28,40 @@ SCORES: dict[str, tuple[str, ...]] = {
 }
 
 EXACT = ("adaptation_exact", "stability_exact")  # valuation.exact: of the token's own loss, signed as the components
+UNROLLED = "_unrolled"  # valuation.schedule=own_step: the ending of its columns
 REFERENCE_LOSS = "reference_loss"  # valuation.reference_loss: cross-entropy under the reference, in nats
 SIGNED = (*COMPONENTS, *EXACT)
+
+
+def is_signed(column: str) -> bool:
+    """Whether a column speaks for or against a token: those of SIGNED, and those of every further objective."""
+    return column in SIGNED or column.endswith((*PATHS, UNROLLED))
+
 
 KEPT = "kept"
 
 
-def value_columns(scores: Sequence[str], exact: bool = False, reference_loss: bool = False) -> tuple[str, ...]:
-    """The columns of values/ beside the id, in their order; raises KeyError for an unknown score."""
+def value_columns(
+    scores: Sequence[str],
+    exact: bool = False,
+    reference_loss: bool = False,
+    objectives: Sequence[str] = (),
+    unrolled: bool = False,
+) -> tuple[str, ...]:
+    """The columns of values/ beside the id, in their order; raises KeyError for an unknown score.
+
+    ``objectives``: directions beside adaptation and stability: ``adaptation_<task>`` for a task's validation rows,
+    ``retention``. With paper each has its two columns, with the meaning, unit and sign of COMPONENTS: above 0, learning the
+    token lowers the loss on those rows. ``unrolled``: of adaptation, stability and the objectives also the value at the token's
+    own steps of the simulated run (valuation.schedule=own_step): minus the derivative of the objective at the END of the run
+    by the token's weight in the loss, all trained layers together; the mean over the orders of the rows.
+    """
     for score in scores:
         SCORES[score]
     found = [column for score, columns in SCORES.items() if score in scores for column in columns]
-    return (*found, *(EXACT if exact else ()), *([REFERENCE_LOSS] if reference_loss else []))
+    further = [f"{name}{path}" for name in objectives for path in PATHS] if "paper" in scores else []
+    further += [f"{name}{UNROLLED}" for name in ("adaptation", "stability", *objectives)] if unrolled else []
+    return (*found, *further, *(EXACT if exact else ()), *([REFERENCE_LOSS] if reference_loss else []))
 
 
 def values_schema(columns: Sequence[str], rehearsed: bool = False) -> pa.Schema:

@@ -26,12 +26,16 @@ SWEEP = {
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """``kind``: stage (runs in a session, can be swept) | tool (its module takes the arguments)."""
+    """``kind``: stage (runs in a session, can be swept) | tool (its module takes the arguments). ``module``: of jobs, where
+    it is not called as the command; ``reads_settings``: whether keys mean anything to it.
+    """
 
     text: str
     kind: str = "stage"
     synopsis: str = "[options] [key=value ...]"
     options: Mapping[str, str] = field(default_factory=lambda: SWEEP)
+    module: str = ""
+    reads_settings: bool = True
 
 
 COMMANDS = {
@@ -39,7 +43,10 @@ COMMANDS = {
     "prepare": Command("read, template, tokenize, validate, shard"),
     "anchor": Command("warm-up if asked, Fisher, validation gradient, directions"),
     "value": Command("score every response token"),
-    "mask": Command("threshold and write the trainer-ready data set; made for sweeps (-m)"),
+    "mask": Command(
+        "threshold and write the trainer-ready data set; made for sweeps (-m)",
+        options={**SWEEP, "--csv FILE": "write the table of the sweep, one mask a line, with its settings"},
+    ),
     "trial": Command(
         "does a mask help on this model and data: short fine-tunes, a table, one sentence", "stage",
         "[options] [trial.masks=NAME,...] [trial.rho=0.5,0.7] [mask.KEY=a,b ...] [key=value ...]",
@@ -54,6 +61,23 @@ COMMANDS = {
         "run a stage as a job on a Ray cluster", "tool", "<stage> [options] [key=value ...]",
         {"--no-wait": "print the job's id and return at once", **SWEEP},
     ),
+    "export": Command(
+        "a mask in the shape that another trainer reads", "tool", "RUN --mask NAME --to FORMAT --out PATH",
+        {
+            "--mask NAME": "which mask of the run; default: default",
+            "--to FORMAT": "hf | jsonl | shifted | loss_mask | olmo (docs/trainers.md)",
+            "--out PATH": "what to write: a file for jsonl, a directory for the others; must not be there yet",
+        },
+        reads_settings=False,
+    ),
+    "check-batch": Command(
+        "does a batch that a trainer made train on what the mask keeps", "tool", "RUN --mask NAME FILE ...",
+        {
+            "--mask NAME": "which mask of the run; default: default",
+            "--shifted": "labels have to stand at the predicting position, for a trainer that does not shift",
+        },
+        module="check_batch", reads_settings=False,
+    ),
     "status": Command("how a submitted job is", "tool", "<job id> [cluster.dashboard=http://host:8265]", {}),
     "stop": Command("stop a submitted job", "tool", "<job id> [cluster.dashboard=http://host:8265]", {}),
 }  # fmt: skip
@@ -66,6 +90,7 @@ class Arguments:
     overrides: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()  # -m as --multirun
     recorded: dict[str, Any] | None = None  # of --from
+    csv: str | None = None  # where the table of a sweep goes
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -80,12 +105,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if command is None:
         return _wrong(SettingsWrong([f"alphatoken {name}: no such command; commands: {', '.join(COMMANDS)}"]))
     if "-h" in rest or "--help" in rest:
-        print(command_help(name, command.text, command.synopsis, command.options))
+        print(command_help(name, command.text, command.synopsis, command.options, command.reads_settings))
         return 0
     debug = "debug=true" in [argument.lower() for argument in rest]
     try:
         if command.kind == "tool":
-            return importlib.import_module(f"{__package__}.{name}").execute(rest)
+            return importlib.import_module(f"{__package__}.{command.module or name}").execute(rest)
         parsed = parse(name, rest, command.options)
         if "--multirun" in parsed.flags:
             return _sweep(name, parsed)
@@ -120,7 +145,7 @@ def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Ar
     """Tell options from overrides. Raises SettingsWrong for an option that the command does not have."""
     overrides: list[str] = []
     flags: list[str] = []
-    recorded = None
+    recorded = table = None
     waiting = list(arguments)
     while waiting:
         argument = waiting.pop(0)
@@ -131,6 +156,10 @@ def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Ar
             from alphatoken.jobs.replay import recorded_configuration
 
             recorded = recorded_configuration(value if equals else waiting.pop(0))
+        elif option == "--csv" and "--csv FILE" in options:
+            if not value and not waiting:
+                raise SettingsWrong([f"alphatoken {name} --csv: give the file to write"])
+            table = value if equals else waiting.pop(0)
         elif argument in ("-m", "--multirun") and "-m" in options:
             flags.append("--multirun")
         elif argument.startswith("-") and argument in options:
@@ -140,7 +169,11 @@ def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Ar
             raise SettingsWrong([f"alphatoken {name} {argument}: no such option; options: {known}"])
         else:
             overrides.append(argument)
-    return Arguments(tuple(overrides), tuple(flags), recorded)
+    if table is not None and "--multirun" not in flags:
+        raise SettingsWrong(
+            [f"alphatoken {name} --csv {table}: it is the table of a sweep: give -m, and keys with several values"]
+        )
+    return Arguments(tuple(overrides), tuple(flags), recorded, table)
 
 
 def _quiet() -> None:
@@ -172,18 +205,25 @@ def _run(name: str, settings: Settings, overrides: Sequence[str]) -> None:
 
 def _sweep(name: str, parsed: Arguments) -> int:
     """Run all points; 1 where any failed."""
-    from alphatoken.jobs.sweep import print_comparison, print_failures, run_sweep, sweep_points
+    from alphatoken.jobs.sweep import compared_masks, print_comparison, print_failures, run_sweep, sweep_points
+    from alphatoken.jobs.sweep_csv import require_place, write_csv
 
     if name == "report":
         raise SettingsWrong(["alphatoken report -m: a report is about one run; give its run.dir"])
     points, failures = sweep_points(parsed.overrides, parsed.recorded)
+    if parsed.csv:
+        require_place(parsed.csv)
     _quiet()
     from alphatoken.pipeline.run.progress import Progress
 
     with Progress() as progress:
         failures += run_sweep(name, points, progress)
     if name in ("run", "mask"):
-        print_comparison(points, failures)
+        found = compared_masks(points, failures)
+        if found:
+            print_comparison(found)
+        if parsed.csv:
+            write_csv(parsed.csv, found, failures)
     print_failures(name, len(points) + sum(f.name not in {p.name for p in points} for f in failures), failures)
     return 1 if failures else 0
 

@@ -116,9 +116,9 @@ def _no_such_key(key: str) -> str:
 
 
 def _leaves(node: Any, prefix: str = "") -> list[str]:
-    found = []
+    found, known = [], keys(Settings)
     for key, child in node.items_ex(resolve=False):
-        is_group = OmegaConf.is_dict(child) and child is not None
+        is_group = OmegaConf.is_dict(child) and child is not None and f"{prefix}{key}" not in known
         found += _leaves(child, f"{prefix}{key}.") if is_group else [f"{prefix}{key}"]
     return found
 

@@ -12,16 +12,20 @@ from alphatoken.pipeline.settings.units import UNITS
 def usage(commands: Mapping[str, str]) -> str:
     """``commands``: name -> one line about it."""
     lines = ["usage: alphatoken <command> [options] [key=value ...]", ""]
-    lines += [f"  {name:<9}{text}" for name, text in commands.items()]
+    lines += [f"  {name:<13}{text}" for name, text in commands.items()]
     lines += ["", "`alphatoken <command> --help` lists options and keys; without any, the embedded example is run."]
     return "\n".join(lines)
 
 
-def command_help(command: str, text: str, synopsis: str, options: Mapping[str, str]) -> str:
+def command_help(
+    command: str, text: str, synopsis: str, options: Mapping[str, str], reads_settings: bool = True
+) -> str:
     """The help of one command; ``options``: flag -> one line about it."""
     lines = [f"alphatoken {command}: {text}", "", f"usage: alphatoken {command} {synopsis}".rstrip()]
     if options:
         lines += ["", "options:", *[f"  {flag:<18}{meaning}" for flag, meaning in options.items()]]
+    if not reads_settings:
+        return "\n".join(lines)
     lines += ["", "groups, each a set of values for the keys below (group=choice):"]
     lines += [f"  {group}={' | '.join(choices)}" for group, choices in groups().items()]
     lines += ["", "keys, with their defaults and units:"]

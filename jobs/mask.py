@@ -26,10 +26,11 @@ def make(session: Session) -> dict[str, Any]:
 
 def tell(session: Session, summary: dict[str, Any]) -> None:
     """Three lines on stdout: where the masks are, what was kept, and what to type next."""
+    from alphatoken.pipeline.mask.layout import mask_place
     from alphatoken.pipeline.run.redaction import redacted
 
     settings = session.settings
-    place = session.storage.path(f"masks/{settings.mask.name}")
+    place = session.storage.path(mask_place(settings.mask.name))
     told = f"kept:  {summary['kept_fraction']:.1%}"
     if summary["loss_weight"]:
         told = f"weigh: {summary['loss_weight']['mean']:.3f} on average, all labels kept,"

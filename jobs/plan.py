@@ -13,6 +13,7 @@ from rich.table import Table
 
 from alphatoken.jobs.cli import COMMANDS, parse
 from alphatoken.jobs.config import load
+from alphatoken.pipeline.settings.objectives import TASK
 
 STATES = {
     "skipped": "not needed",
@@ -59,7 +60,10 @@ def _what(plan: dict[str, Any]) -> Table:
     about = "" if data["complete_sample"] else "about "
     kind = "pairs" if data["format"] == "preference" else "rows"
     rows = f"{about}{data['train_examples']:,} of {data['rows']:,} {kind}, in {data['shards']:,} shard(s)"
-    held = f"{data['validation_examples']:,} for validation, {data['fisher_prompts']:,} Fisher prompts"
+    tasks = ", ".join(f"{name.removeprefix(TASK)} {rows:,}" for name, rows in data.get("tasks", {}).items())
+    held = f"{data['validation_examples']:,} for validation{f' ({tasks})' if tasks else ''}, "
+    held += f"{data['retention_examples']:,} for retention, " if "retention_examples" in data else ""
+    held += f"{data['fisher_prompts']:,} Fisher prompts"
     unusable = f"{data['unusable_fraction']:.1%} of rows not usable, {data['truncated_fraction']:.1%} truncated"
     tokens = (
         f"{about}{data['tokens']:,}, {data['response_tokens']:,} of them response; longest example {data['longest']:,}"
@@ -73,6 +77,8 @@ def _what(plan: dict[str, Any]) -> Table:
         ("tokens", tokens),
         ("model", f"{model['parameters'] / 1e6:,.1f} M parameters in {model['dtype']}"),
         ("scored", f"{scored}, {coverage['scored'] / 1e6:,.2f} M parameters, coverage {coverage['fraction']:.1%}"),
+        *[("trained", f"the last {model['trained_layers']} layers, by the simulated run")]
+        * (model["trained_layers"] != model["scored_layers"]),
         ("columns", ", ".join(model["columns"]) or "none"),
         ("drift", f"{model['drift']}, {model['snapshots']} snapshot(s), {model['checkpoints']} checkpoint(s)"),
     ):

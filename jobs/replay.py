@@ -8,7 +8,9 @@ from typing import Any
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.storage import Storage
 
-PLACES = (("data", "train"), ("data", "validation"), ("model", "policy"), ("model", "reference"))
+PLACES = (
+    *[("data", name) for name in ("train", "validation", "validation_trial", "retention")], ("model", "policy"), ("model", "reference"),
+)  # fmt: skip
 
 
 def recorded_configuration(place: str) -> dict[str, Any]:
@@ -39,6 +41,8 @@ def recorded_configuration(place: str) -> dict[str, Any]:
 def _found(value: Any, directory: str | None) -> Any:
     if isinstance(value, list):
         return [_found(one, directory) for one in value]
+    if isinstance(value, dict):
+        return {task: _found(rows, directory) for task, rows in value.items()}
     if not isinstance(value, str) or directory is None or os.path.exists(value):
         return value
     there = os.path.join(directory, value)

@@ -13,8 +13,6 @@ def execute(session: Session) -> None:
 
     if wrong := mask_problems(session):
         raise SettingsWrong(wrong)
-    if session.settings.trial.auto:
-        refuse_auto_of_pairs(session)
     check_reference(session.settings, session.run.models)
     valuation = session.settings.valuation
     for stage in (prepare, anchor, value):
@@ -31,15 +29,6 @@ def execute(session: Session) -> None:
         session.end_workers()
     report.execute(session)
     mask.tell(session, summary)
-
-
-def refuse_auto_of_pairs(session: Session) -> None:
-    """Raise SettingsWrong where the data is of preference, on which no trial is made: before the hours and not after."""
-    from alphatoken.pipeline.prepare.inputs import open_data
-    from alphatoken.pipeline.trial.inputs import PAIRS
-
-    if open_data(session.run_with_data().settings).preference:
-        raise SettingsWrong([f"trial.auto=true: {PAIRS}"])
 
 
 def mask_problems(session: Session) -> list[str]:

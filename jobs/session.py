@@ -136,7 +136,7 @@ class Session:
     def _find_models(self) -> Models:
         """The models' places; fetches the embedded one on first use. Raises SettingsWrong for one that is not there."""
         if self._models is None:
-            from alphatoken.pipeline.maths.models import ModelSource, adapter_base
+            from alphatoken.pipeline.maths.model_source import ModelSource, adapter_base
             from alphatoken.pipeline.run.remote import here
 
             places = tuple(self._place("model.policy", one) for one in self.settings.model.checkpoints)
@@ -154,7 +154,7 @@ class Session:
         return self._models
 
     def _place(self, key: str, name: str) -> str:
-        from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config
+        from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_config
         from alphatoken.pipeline.prepare.example import example_model
         from alphatoken.pipeline.run.remote import Unreachable, here
 

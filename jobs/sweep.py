@@ -22,6 +22,7 @@ from alphatoken.jobs.config import load
 from alphatoken.jobs.points import Point, Swept, expand, point_name
 from alphatoken.jobs.session import Session
 from alphatoken.pipeline.mask.comparison import ComparedMask, MaskPlace, branches_of, compare
+from alphatoken.pipeline.mask.layout import has_shards
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
@@ -148,22 +149,36 @@ def _reason(error: Exception) -> str:
     return text if expected else f"{text} ({type(error).__name__}; debug=true shows where)"
 
 
-def print_comparison(points: Sequence[SweepPoint], failures: Sequence[PointFailure]) -> None:
-    """The table of the masks that were made, on stdout."""
+@dataclass(frozen=True, slots=True)
+class ComparedMasks:
+    """The masks that a sweep made, the baseline first where it is none of them."""
+
+    rows: list[ComparedMask]
+    baseline: MaskPlace
+    several_runs: bool
+
+
+def compared_masks(points: Sequence[SweepPoint], failures: Sequence[PointFailure]) -> ComparedMasks | None:
+    """The masks that were made, compared with the run's default mask, else with the first; None where none was made."""
     failed = {failure.name for failure in failures}
     made = [point for point in points if point.name not in failed]
     if not made:
-        return
+        return None
     places = [MaskPlace(Storage(p.settings.run.dir), p.settings.mask.name) for p in made]
     standard = MaskPlace(places[0].storage, DEFAULT_MASK)
-    baseline = standard if standard.storage.exists(f"masks/{DEFAULT_MASK}/summary.json") else places[0]
+    baseline = standard if has_shards(standard.storage, DEFAULT_MASK) else places[0]
     others = [baseline] if all((b.storage.root, b.name) != _key(baseline) for b in places) else []
     several = len({place.storage.root for place in places}) > 1
+    branches = [replace(place, branch=b) for place in (*others, *places) for b in branches_of(place.storage)]
+    return ComparedMasks(compare(baseline, branches), baseline, several)
+
+
+def print_comparison(found: ComparedMasks) -> None:
+    """The table of the masks that were made, on stdout."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(120, console.width))
-    branches = [replace(place, branch=b) for place in (*others, *places) for b in branches_of(place.storage)]
-    console.print(comparison_table(compare(baseline, branches), baseline, several))
+    console.print(comparison_table(found.rows, found.baseline, found.several_runs))
 
 
 def _key(place: MaskPlace) -> tuple[str, str]:

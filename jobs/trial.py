@@ -14,11 +14,14 @@ from alphatoken.jobs.config import groups, load
 from alphatoken.jobs.points import expand, point_name
 from alphatoken.jobs.replay import recorded_configuration
 from alphatoken.jobs.session import Session
+from alphatoken.pipeline.mask.layout import is_finished, summary_of
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.manifest import NAME
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import MaskSettings, RunSettings, Settings
 
+TITLES = {"margin": "margin", "reward_accuracy": "preferred", "retention_loss": "retention"}
+WIDE = 110  # columns of a terminal that hold both tables with each candidate in one line
 AUTO = ("noise", "paper")  # presets that trial.auto tries beside the run's own mask
 
 
@@ -93,7 +96,7 @@ def _swept(overrides: Sequence[str]) -> dict[str, MaskSettings | None]:
 
 def _named(session: Session, name: str) -> MaskSettings | None:
     """The settings of a preset that is no mask of the run yet; None for a mask of the run. Raises SettingsWrong."""
-    if session.storage.exists(f"masks/{name}/summary.json"):
+    if is_finished(session.storage, name):
         return None
     presets = groups()["mask"]
     if name not in presets:
@@ -116,7 +119,7 @@ def _at_each_rho(
     for name in names or [one for one in masks_of(session.run) if "_rho-" not in one]:
         settings = asked.get(name)
         if settings is None:
-            recorded = session.storage.read_json(f"masks/{name}/summary.json")["settings"]
+            recorded = summary_of(session.storage, name)["settings"]
             settings = MaskSettings(**recorded)
         for rho in rhos:
             found[f"{name}_rho-{rho}"] = replace(settings, rho=rho, name=f"{name}_rho-{rho}")
@@ -155,42 +158,74 @@ def write_chosen(session: Session, summary: Mapping[str, Any]) -> str:
 
 
 def tell(summary: Mapping[str, Any]) -> None:
-    """The table and the sentence, on stdout."""
+    """The tables and the sentence, on stdout."""
     console = Console()
     if not console.is_terminal:
         console = Console(width=max(160, console.width))
-    console.print(table_of(summary))
+    for table in tables_of(summary, console.width < WIDE):
+        console.print(table)
     for failure in summary["failed"]:
         console.print(f"left out: {failure}", highlight=False, markup=False)
     console.print(summary["sentence"], highlight=False, markup=False, soft_wrap=True)
 
 
-def table_of(summary: Mapping[str, Any]) -> Table:
-    """One row per candidate, sorted by adaptation."""
+def tables_of(summary: Mapping[str, Any], narrow: bool = False) -> list[Table]:
+    """One row per candidate, sorted by adaptation: what it has learned, and what else became of the model.
+
+    ``narrow``: numbers and their spreads stand in two lines, so that names have room.
+    """
+    pairs = summary.get("pairs", False)
+    what = "-log sigmoid(margin), nats per pair, on" if pairs else "nats per token on"
     caption = (
-        f"loss: nats per token on {summary['held_out_rows']} held-out rows, mean and half the range over seeds; less ...: the "
-        "difference to it, paired by seed, and its spread (the larger of half the range and two standard errors over rows), * where "
-        f"it exceeds it; divergence: of the reference on {summary['completions']} completions of its own, nats per token"
+        f"loss: {what} {summary['held_out_rows']} held-out {'pairs' if pairs else 'rows'}, mean and half the range over seeds; "
+        "less ...: the difference to it, paired by seed, and its spread (the larger of half the range and two standard errors over "
+        "rows), * where it exceeds it"
     )
     if summary["held_out_made_directions"]:
         caption += "; WARNING: the held-out rows also made the directions, which flatters masks that come from them"
-    table = Table(caption=caption, caption_justify="left")
-    table.add_column("trained on", overflow="fold", min_width=24)
-    for title in ("kept", "seeds", "loss", "less\nfull", "less random\nof its size", "divergence", "less\nfull"):
-        table.add_column(title, justify="right")
+    learned = _table(["kept", "seeds", "loss", "less\nfull", "less random\nof its size"], caption, narrow)
     for line in summary["lines"]:
         untouched = line["kind"] == "untouched"
-        table.add_row(
-            "(model untouched)" if untouched else line["name"],
+        learned.add_row(
+            _called(line),
             "-" if untouched else f"{line['kept_fraction']:.1%}",
             "-" if untouched else str(line["seeds"]),
             _spread(line["adaptation"]),
             _difference(line["to_full"]),
             _difference(line["to_random"]),
-            _spread(line["retention"]),
-            _difference(line["moved"]),
         )
+    return [learned, _other_table(summary, pairs, narrow)]
+
+
+def _other_table(summary: Mapping[str, Any], pairs: bool, narrow: bool) -> Table:
+    """Divergence; of pairs margins; losses on data.retention."""
+    kept = summary.get("retention_rows", 0)
+    caption = f"divergence: of the reference on {summary['completions']} completions of its own, nats per token"
+    if pairs:
+        caption += (
+            "; margin: how much more the chosen response has gained over the reference than the rejected one, times beta, nats; "
+            "preferred: pairs where that is above 0 (at 0: one half)"
+        )
+    if kept:
+        caption += f"; retention: loss on the {kept} rows of data.retention, nats per token"
+    more = [*(["margin", "reward_accuracy"] if pairs else []), *(["retention_loss"] if kept else [])]
+    table = _table(["divergence", "less\nfull", *[TITLES[key] for key in more]], caption, narrow)
+    for line in summary["lines"]:
+        others = ["-" if line[key] is None else _spread(line[key]) for key in more]
+        table.add_row(_called(line), _spread(line["retention"]), _difference(line["moved"]), *others)
     return table
+
+
+def _table(titles: Sequence[str], caption: str, narrow: bool) -> Table:
+    table = Table(caption=caption, caption_justify="left")
+    table.add_column("trained on", overflow="fold")
+    for title in titles:
+        table.add_column(title, justify="right", overflow="fold", max_width=10 if narrow else None)
+    return table
+
+
+def _called(line: Mapping[str, Any]) -> str:
+    return "(model untouched)" if line["kind"] == "untouched" else line["name"]
 
 
 def _spread(pair: Sequence[float]) -> str:

@@ -9,7 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 # From the top floor down: a folder imports from the floors below it and from itself.
 FLOORS = (
-    "jobs", "plan", "report", "trial", "mask", "value", "anchor", "prepare", "cluster", "run", "settings", "maths", "data_schemas",
+    "jobs", "plan", "report", "trial", "trainers", "mask", "value", "anchor", "prepare", "cluster", "run", "settings", "maths",
+    "data_schemas",
 )  # fmt: skip
 BESIDE_THE_MATHS = ("pipeline/dpo.py",)
 LONGEST = 400  # lines

@@ -213,7 +213,7 @@ class Quality:
 
     def masked(self, row: Row, seed: int = 0) -> tuple[Tokens, list[list[float]] | None]:
         """Labels (and soft weights) of one row, through the pipeline's own commands."""
-        files = sorted((self.piped(row, seed) / "masks" / row.slug).glob("*.parquet"))
+        files = sorted((self.piped(row, seed) / "masks" / row.slug / "data").glob("*.parquet"))
         table = [r for file in files for r in pq.read_table(file).to_pylist()]
         soft = [r["loss_weight"] for r in table] if table and "loss_weight" in table[0] else None
         return [(r["input_ids"], r["labels"]) for r in table], soft
@@ -228,7 +228,7 @@ class Quality:
         run = self.place / (f"{row.run}-{seed}" if drawn else row.run)
         own = [self._with_paths(override) for override in self.runs[row.run]]
         with FileLock(f"{run}.lock"):
-            if not (run / "masks" / row.slug / "summary.json").exists():
+            if not all((run / "masks" / row.slug / name).exists() for name in ("summary.json", "data")):
                 train = [self.place / "train.jsonl"]
                 self.alphatoken(run, train, f"mask.name={row.slug}", *own, *row.mask, *drawn)
         return run

@@ -24,7 +24,8 @@ from alphatoken.pipeline.maths.batch import by_token_budget, collate
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.lower import lower_layers_once
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.rehearsal import RehearsedModel
 from alphatoken.pipeline.maths.warmup import schedule

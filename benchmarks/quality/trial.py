@@ -22,7 +22,8 @@ import torch
 
 from alphatoken.jobs.session import Session
 from alphatoken.jobs.trial import of_the_run
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.trial.candidates import labels_of
 from alphatoken.pipeline.trial.inputs import TrialInputs, trial_inputs

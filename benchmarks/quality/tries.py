@@ -13,9 +13,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,37 +26,17 @@ from alphatoken.jobs.config import load
 from alphatoken.jobs.session import Session
 from alphatoken.jobs.trial import made_masks, of_the_run
 from alphatoken.pipeline.maths.batch import Sequences
-from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers
-from alphatoken.pipeline.maths.epochs import row_order
-from alphatoken.pipeline.maths.models import ModelSource, load_model
-from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.trial.candidates import random_labels, without_first
 from benchmarks.quality.agreement import HEAD, agreement, mean_by_name, record
 from benchmarks.quality.finetune import Tokens
 from benchmarks.quality.grid import FISHER, ROWS, RUNS, Quality, Row, results_in
+from benchmarks.quality.short import Setting, ShortFineTunes
 
 HELD_OUT = {"code": "report", "general": "general"}
 VALUED = ("default", "untouched", "kfac")  # runs of the grid; rows without values are drawn here
 BFLOAT16 = "model.dtype=bfloat16"
-KERNEL, TOKENS_PER_PASS = "sdpa", 4096
 EXAMPLES = 72
-
-
-@dataclass(frozen=True, slots=True)
-class Setting:
-    """How a trial is made. ``examples``: the first so many of the rows; ``epochs`` over them."""
-
-    layers: int = 3
-    learning_rate: float = 1e-4
-    batch_size: int = 2
-    examples: int = 40
-    epochs: float = 1.0
-
-    @property
-    def steps(self) -> int:
-        """AdamW steps."""
-        return round(self.epochs * self.examples / self.batch_size)
 
 
 SETTINGS = {
@@ -69,6 +48,7 @@ SETTINGS = {
     "batches of 8": Setting(batch_size=8),
     "6 layers": Setting(layers=6),
     "1 layer": Setting(layers=1),
+    "adapters in all layers": Setting(train="lora"),
 }
 
 
@@ -86,12 +66,9 @@ class Tries:
     def __init__(self, place: Path, runs: Sequence[str], columns: Sequence[str]) -> None:
         self.quality, self.runs = Sampled(place), runs
         self.file = place / "tries.jsonl"
-        self.models: dict[int, ScoredLayers] = {}
-        self.hidden: dict[tuple[int, tuple[int, ...]], torch.Tensor] = {}
         rows = self.quality.rows.held_out
-        self.held_out = {
-            name: _sequences(self.quality.tokens(rows[own])) for name, own in HELD_OUT.items() if name in columns
-        }
+        chosen = {name: self.quality.tokens(rows[own]) for name, own in HELD_OUT.items() if name in columns}
+        self.short = ShortFineTunes(self.quality.model, {name: _sequences(own) for name, own in chosen.items()})
 
     def value(self) -> None:
         """Value the rows and make every mask, each kind of values in one go."""
@@ -122,24 +99,8 @@ class Tries:
         return Sequences(whole.ids, whole.input_ids, [one.tolist() for one in labels])
 
     def measure(self, row: Row | None, setting: Setting, seed: int) -> dict[str, Any]:
-        """One short fine-tune and its losses, nats per token; None: the model untouched."""
-        scored = self._model(setting.layers)
-        train = self.labelled(row, seed) if row else next(iter(self.held_out.values()))
-        chosen = train.take(range(min(setting.examples, len(train))))
-        order = row_order(len(chosen), setting.batch_size, setting.steps, seed) if row else []
-        fit = Fit(order, setting.learning_rate, KERNEL, TOKENS_PER_PASS)
-        for one in (chosen, *self.held_out.values()):
-            self._warm(scored, setting.layers, one)
-        began, cpu = time.monotonic(), time.process_time()
-        weights, trained = fine_tune(scored, self._entering(scored, setting.layers, chosen), fit, lambda _: None)
-        learned = time.process_time() - cpu
-        losses = {}
-        for name, rows in self.held_out.items():
-            sums, counts = held_out_losses(scored, weights, self._entering(scored, setting.layers, rows), fit)
-            losses[name] = float(sums.sum() / counts.sum())
-        return {
-            "seed": seed, "trained": trained, **losses, "cpu": learned, "seconds": time.monotonic() - began,
-        }  # fmt: skip
+        """One short fine-tune on a mask; None: the model untouched."""
+        return self.short.measure(self.labelled(row, seed) if row else None, setting, seed)
 
     def run(self, names: list[str], seeds: list[int], only: list[str]) -> None:
         """Measure what is missing, seed by seed."""
@@ -158,22 +119,6 @@ class Tries:
                     with self.file.open("a") as out:
                         out.write(json.dumps(found) + "\n")
                     print(json.dumps(found), flush=True)
-
-    def _model(self, layers: int) -> ScoredLayers:
-        if layers not in self.models:
-            model = load_model(ModelSource(str(self.quality.model), dtype="bfloat16"), torch.device("cpu"))
-            self.models[layers] = scored_layers(model, layers)
-        return self.models[layers]
-
-    def _warm(self, scored: ScoredLayers, layers: int, rows: Sequences) -> None:
-        for ids in rows.input_ids:
-            key = (layers, tuple(ids))
-            if key not in self.hidden:
-                self.hidden[key] = entering_hidden(scored, ids, KERNEL)
-
-    def _entering(self, scored: ScoredLayers, layers: int, rows: Sequences) -> Entering:
-        find: Callable[[int], torch.Tensor] = lambda row: self.hidden[layers, tuple(rows.input_ids[row])]  # noqa: E731
-        return Entering(rows, find)
 
 
 DRAWN = ("full", "full skip_first=1", "random 0.3", "random 0.5", "random 0.7", "random 0.9")

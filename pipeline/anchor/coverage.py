@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from alphatoken.pipeline.maths.decoder import Coverage, ScoredLayers, UnsupportedModel, scored_layers
+from alphatoken.pipeline.maths.decoder import Coverage, ScoredLayers, UnsupportedModel, decoder_layers, scored_layers
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.settings import Settings
 
 
-def checked_layers(model: Any, settings: Settings) -> ScoredLayers:
-    """The scored layers; raises RunFailed for a model that cannot be scored or is covered too little."""
+def checked_layers(model: Any, settings: Settings, layers: int | str | None = None) -> ScoredLayers:
+    """The scored layers; raises RunFailed for a model that cannot be scored or is covered too little.
+
+    ``layers``: how many, or all; None: valuation.layers.
+    """
     try:
-        scored = scored_layers(model, settings.valuation.layers)
+        scored = scored_layers(model, layers_of(model, settings.valuation.layers if layers is None else layers))
     except UnsupportedModel as error:
         raise RunFailed(f"model.policy: {error}") from error
     coverage, least = scored.coverage, settings.valuation.min_coverage
@@ -22,6 +25,11 @@ def checked_layers(model: Any, settings: Settings) -> ScoredLayers:
             f"valuation.min_coverage={least}; left out: {', '.join(coverage.left_out[:5])}"
         )
     return scored
+
+
+def layers_of(model: Any, asked: int | str) -> int:
+    """``asked`` decoder layers, with ``all`` resolved. Raises UnsupportedModel."""
+    return len(decoder_layers(model)[1]) if isinstance(asked, str) else asked
 
 
 def as_json(coverage: Coverage) -> dict[str, Any]:

@@ -66,6 +66,12 @@ def anchor_inputs(settings: Settings, models: Models, prepare: Mapping[str, Any]
         inputs["anchor.direction"] = anchor.direction
         for name in ("orders", "steps", "examples", "batch_size", "learning_rate", "snapshots"):
             inputs[f"anchor.unroll.{name}"] = getattr(anchor.unroll, name)
+        if anchor.unroll.layers is not None:
+            inputs["anchor.unroll.layers"] = anchor.unroll.layers
+        if settings.valuation.own_step:
+            inputs["valuation.schedule"] = settings.valuation.schedule
+        if not settings.valuation.looks_at_anchors:
+            inputs["anchor.unroll.snapshots"] = 0
         # Where the reference is the policy the run itself is the drift.
     elif drift == "warmup":
         inputs["anchor.snapshots"] = anchor.snapshots
@@ -74,11 +80,17 @@ def anchor_inputs(settings: Settings, models: Models, prepare: Mapping[str, Any]
     return inputs
 
 
+# Keys of anchor.unroll that the Fisher does not depend on; it does on the layers.
+_OF_THE_RUN = tuple(
+    f"anchor.unroll.{name}" for name in ("orders", "steps", "examples", "batch_size", "learning_rate", "snapshots")
+)
+
+
 def fisher_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
     """Those of ``anchor_inputs`` that the Fisher depends on: runs that differ in the others can share it."""
     other = (
         "policy", "anchor.drift", "anchor.snapshot", "anchor.warmup.", "anchor.precondition", "anchor.damping",
-        "valuation.window", "anchor.direction", "anchor.unroll.",
+        "valuation.window", "valuation.schedule", "anchor.direction", *_OF_THE_RUN,
     )  # fmt: skip
     found = {key: value for key, value in inputs.items() if not key.startswith(other)}
     if "held_out" in found:  # its prompts are the same for every part of the data

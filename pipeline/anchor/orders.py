@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
+from alphatoken.pipeline.anchor.own_step import PLACE
 from alphatoken.pipeline.anchor.places import PARTIAL, POLICY
 from alphatoken.pipeline.anchor.tensors import counts_of
 from alphatoken.pipeline.anchor.unrolled import Held
@@ -13,23 +15,27 @@ from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.run import Run
+from alphatoken.pipeline.settings.objectives import RETENTION, TASK
 from alphatoken.pipeline.settings.unroll import ENOUGH_VALIDATION, LEAST_VALIDATION
 
 HALVES = 3  # units per step: the simulated run, the sweep back, and the run without the lowest tokens
 
 
-def check_validation(rows: int) -> str | None:
-    """What to say of ``rows`` validation rows, None where they are enough. Raises SettingsWrong for too few."""
+def check_validation(rows: int, objective: str = "adaptation") -> str | None:
+    """What to say of the ``rows`` validation rows of an objective, None where they are enough. Raises SettingsWrong for too
+    few."""
+    of = "" if objective == "adaptation" else f" of {objective.removeprefix(TASK)}"
     if rows < LEAST_VALIDATION:
+        key = "data.retention" if objective == RETENTION else "data.validation"
         raise SettingsWrong(
             [
-                f"anchor.direction=unrolled with {rows} validation rows fits them and not the task: give data.validation at "
+                f"anchor.direction=unrolled with {rows} validation rows{of} fits them and not the task: give {key} at "
                 f"least {LEAST_VALIDATION}, better {ENOUGH_VALIDATION}, or set anchor.direction=gradient"
             ]
         )
     if rows < ENOUGH_VALIDATION:
         return (
-            f"warning: {rows} validation rows are few for anchor.direction=unrolled, which fits the rows that it is given: "
+            f"warning: {rows} validation rows{of} are few for anchor.direction=unrolled, which fits the rows that it is given: "
             f"better {ENOUGH_VALIDATION}"
         )
     return None
@@ -44,14 +50,18 @@ def check_examples(rows: int, batch_size: int) -> None:
 
 
 def unroll_orders(
-    run: Run, pool: WorkerPool, fingerprint: str, drift: str, examples: Sequences, validation: Sequences
+    run: Run, pool: WorkerPool, fingerprint: str, drift: str, examples: Sequences, rows: Mapping[str, Sequences]
 ) -> dict[str, dict[str, Any]]:
-    """Make every order that is not complete yet, each by one worker; returns the counts of each by name."""
+    """Make every order that is not complete yet, each by one worker; returns the counts of each by name.
+
+    ``rows``: objective -> its validation rows.
+    """
     unroll, progress = run.settings.anchor.unroll, run.progress
-    if said := check_validation(len(validation)):
-        progress.say(f"anchor: {said}")
+    for objective, own in rows.items():
+        if said := check_validation(len(own), objective):
+            progress.say(f"anchor: {said}")
     check_examples(len(examples), unroll.batch_size)
-    held = Held.of(validation)
+    held = {objective: Held.of(own) for objective, own in rows.items()}
     tasks = {
         f"order-{order:02d}": AnchorTask(
             "unroll",
@@ -66,17 +76,21 @@ def unroll_orders(
     }
     found: dict[str, dict[str, Any]] = {}
     for index, (name, task) in enumerate(tasks.items()):
-        policies = [POLICY.format(index=index * unroll.snapshots + i) for i in range(unroll.snapshots)]
+        own_step, at_points = run.settings.valuation.own_step, run.settings.valuation.looks_at_anchors
+        files = [POLICY.format(index=index * unroll.snapshots + i) for i in range(unroll.snapshots * at_points)]
+        files += [PLACE.format(order=index)] * own_step
         counts = counts_of(run.storage, task.output, fingerprint)
-        if counts is not None and all(counts_of(run.storage, one, fingerprint) is not None for one in policies):
+        if counts is not None and all(counts_of(run.storage, one, fingerprint) is not None for one in files):
             found[name] = counts
     missing = [Shard(name, HALVES * unroll.steps) for name in tasks if name not in found]
     if len(missing) < len(tasks):
         progress.say(f"anchor: {len(tasks) - len(missing)} of {len(tasks)} unrolled runs are complete already")
     with progress.task("anchor: unrolled runs", sum(shard.units for shard in missing), "steps") as shown:
         pool.run(missing, lambda s: tasks[s.name], lambda s, r: found.__setitem__(s.name, r), shown)
+    tasks_alone = [one for objective, one in held.items() if objective != RETENTION]
+    made, left_out = (sum(len(getattr(one, rows)) for one in tasks_alone) for rows in ("made", "left_out"))
     for name in tasks:
-        progress.say(f"anchor: {name.replace('-', ' ')}: {_told(found[name], len(held.made), len(held.left_out))}")
+        progress.say(f"anchor: {name.replace('-', ' ')}: {_told(found[name], made, left_out)}")
     return {name: found[name] for name in tasks}
 
 

@@ -8,3 +8,11 @@ GRADIENT = PARTIAL + "/gradient-{index:02d}.safetensors"  # of adaptation; of an
 STABILITY = PARTIAL + "/stability-{index:02d}.safetensors"  # minus an unrolled run's residual
 POLICY = "anchors/snapshot-{index:02d}/policy.safetensors"
 TOKENS_PER_PASS = 4096
+
+
+def made(objective: str, index: int) -> str:
+    """What is known of an objective's direction at a snapshot before it is preconditioned and scaled."""
+    place = {"adaptation": GRADIENT, "stability": STABILITY}.get(
+        objective, PARTIAL + "/" + objective + "-{index:02d}.safetensors"
+    )
+    return place.format(index=index)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,8 +17,10 @@ import torch
 from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
 from alphatoken.pipeline.anchor import coverage as coverage_report
 from alphatoken.pipeline.anchor.inputs import anchor_inputs, drift_of, fisher_inputs
+from alphatoken.pipeline.anchor.objectives import rows_of_objectives, shares_of_adaptation, with_adaptation
 from alphatoken.pipeline.anchor.orders import check_validation, unroll_orders
-from alphatoken.pipeline.anchor.places import FACTORS, FISHER, GRADIENT, PARTIAL, POLICY, REFERENCE
+from alphatoken.pipeline.anchor.own_step import PLACE, check_covered
+from alphatoken.pipeline.anchor.places import FACTORS, FISHER, PARTIAL, POLICY, REFERENCE, made
 from alphatoken.pipeline.anchor.tensors import (
     carried,
     counts_of,
@@ -32,12 +35,13 @@ from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import Coverage
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import sequences_of
-from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings.objectives import TASK
 
 NO_ROWS = Sequences([], [], [])
 SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
@@ -56,24 +60,32 @@ def make_anchors(run: Run) -> None:
     configuration = {"model": settings.model, "anchor": settings.anchor}
     fingerprint = manifest.begin("anchor", inputs, configuration)
     own_weights = settings.anchor.moves(drift)
-    if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), own_weights):
+    orders = settings.anchor.unroll.orders if settings.valuation.own_step else 0
+    kinds = ("adaptation", "stability", *settings.objectives, *["policy"] * own_weights)
+    if manifest.done("anchor") and not _missing(storage, manifest.stage("anchor"), kinds, orders):
         storage.remove(PARTIAL)  # where the run was killed before it came to that
         run.progress.say("anchor: done already")
         return
     if settings.anchor.unrolled:  # before a worker starts
-        check_validation(prepared["counts"]["validation_rows"])
+        for name, rows in rows_of_objectives(run).items():
+            check_validation(len(rows), name)
+        if settings.valuation.own_step:
+            check_covered(prepared["counts"]["train_rows"], settings.anchor.unroll)
     counts = _Anchor(run, fingerprint, drift).make()
     manifest.finish("anchor", time.monotonic() - started, drift=drift, **counts)
     storage.remove(PARTIAL)
 
 
-def _missing(storage: Storage, record: dict[str, Any], own_weights: bool) -> bool:
-    """Whether a file of the finished stage is gone or damaged; ``own_weights``: snapshots bring them."""
+def _missing(storage: Storage, record: dict[str, Any], kinds: Sequence[str], orders: int) -> bool:
+    """Whether a file of the finished stage is gone or damaged; ``kinds``: the files of every snapshot; ``orders``: how many
+    have values at the tokens' own steps."""
     expected = {}
     if "fisher" in record["counts"]:
         expected[FISHER] = digest(fisher_inputs(record["inputs"]))
+    for order in range(orders):
+        expected[PLACE.format(order=order)] = record["fingerprint"]
     for index in range(record["counts"]["snapshots"]):
-        for kind in ("adaptation", "stability", *(["policy"] if own_weights else [])):
+        for kind in kinds:
             expected[f"anchors/snapshot-{index:02d}/{kind}.safetensors"] = record["fingerprint"]
     return any(fingerprint_of(storage, name) != fingerprint for name, fingerprint in expected.items())
 
@@ -173,12 +185,9 @@ class _Anchor:
     def _unrolled(self, pool: WorkerPool, counts: dict[str, Any]) -> list[str]:
         """As ``_snapshots`` for unrolled runs; adds what came of each order to ``counts``."""
         self._one(pool, AnchorTask("weights", f"{PARTIAL}/policy.safetensors", NO_ROWS), "policy weights")
-        examples, validation = self._draw(self.settings.anchor.unroll.examples), self._validation()
-        counts |= unroll_orders(self.run, pool, self.fingerprint, self.drift, examples, validation)
-        return [POLICY.format(index=index) for index in range(self.settings.anchor.points(self.drift))]
-
-    def _validation(self) -> Sequences:
-        return self._read("prepared/validation.parquet")
+        examples, rows = self._draw(self.settings.anchor.unroll.examples), rows_of_objectives(self.run)
+        counts |= unroll_orders(self.run, pool, self.fingerprint, self.drift, examples, rows)
+        return [POLICY.format(index=index) for index in range(self.settings.snapshots(self.drift))]
 
     def _snapshot(self, pool: WorkerPool, index: int, weights: str) -> dict[str, Any]:
         """Write both directions of one snapshot."""
@@ -200,26 +209,37 @@ class _Anchor:
             drift=drift,
             metadata=metadata,
         )
-        made = self._one(pool, work, "directions")  # adaptation.safetensors is written first
+        found = self._one(pool, work, "directions")  # all others are written first
         if anchor.unrolled:
-            return made
+            return found
         loss = counts["loss"] / counts["positions"]
         self.progress.say(
             f"anchor: snapshot {index}, validation loss {loss:.4f} nats over {counts['positions']:,} tokens, drift {drift}"
         )
-        return {"validation_positions": counts["positions"], "validation_loss": loss, **made}
+        for objective, one in counts.get("losses", {}).items():
+            self.progress.say(f"anchor: snapshot {index}, loss of {objective.removeprefix(TASK)} {one:.4f} nats")
+        apart = {"losses": counts["losses"]} if "losses" in counts else {}
+        return {"validation_positions": counts["positions"], "validation_loss": loss, **apart, **found}
 
     def _gradient(self, pool: WorkerPool, index: int, weights: str) -> dict[str, Any]:
         """Write the validation gradient of one snapshot for its directions; returns positions and summed loss."""
         own = weights if self.drift == "warmup" else None
-        counts, totals = self._sum(
-            pool, f"gradient-{index:02d}", self._validation(), own, "anchor: validation gradient", "examples"
-        )
-        if not counts["positions"]:
-            raise RunFailed("the validation set has no response token: give other rows with data.validation")
-        gradient = {name: total / counts["positions"] for name, total in totals.items()}
-        write_tensors(self.storage, GRADIENT.format(index=index), gradient, {})
-        return counts
+        gradients: dict[str, dict[str, torch.Tensor]] = {}
+        found: dict[str, dict[str, Any]] = {}
+        for objective, rows in rows_of_objectives(self.run).items():
+            what, of = f"gradient-{index:02d}", ""
+            if objective != "adaptation":
+                what, of = f"{what}-{objective}", f" of {objective.removeprefix(TASK)}"
+            counts, totals = self._sum(pool, what, rows, own, f"anchor: validation gradient{of}", "examples")
+            positions = max(1, counts["positions"])
+            gradients[objective] = {name: total / positions for name, total in totals.items()}
+            found[objective] = counts
+        shares = shares_of_adaptation({name: counts["positions"] for name, counts in found.items()})
+        for objective, gradient in with_adaptation(gradients, shares).items():
+            write_tensors(self.storage, made(objective, index), gradient, {})
+        together = {key: sum(found[name][key] for name in shares) for key in ("positions", "loss")}
+        apart = {name: counts["loss"] / counts["positions"] for name, counts in found.items() if name != "adaptation"}
+        return {**together, **({"losses": apart} if apart else {})}
 
     def _sum(
         self, pool: WorkerPool, what: str, sequences: Sequences, weights: str | None, title: str, unit: str

@@ -94,5 +94,5 @@ class Tape:
             assert facts is not None, json.dumps({"step": step, "every": self.every})
         found = read_tensors(self.storage, self.name(step))
         weights = {name: start + found[f"moved/{name}"].to(start) for name, start in self.start.items()}
-        scale = {name: found[f"scale/{name}"].to(start) for name, start in self.start.items()}
+        scale = {name: found[f"scale/{name}"].to(start.device) for name, start in self.start.items()}  # as it was kept
         return Taped(weights, scale, facts["clip"], facts["tokens"])

@@ -7,13 +7,15 @@ for rows that did not: with few rows the direction fits those rows and not the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from alphatoken.pipeline.anchor.places import FISHER, GRADIENT, PARTIAL, POLICY, REFERENCE, STABILITY, TOKENS_PER_PASS
+from alphatoken.pipeline.anchor.objectives import response_tokens, shares_of_adaptation, with_adaptation
+from alphatoken.pipeline.anchor.own_step import PLACE, OwnSteps
+from alphatoken.pipeline.anchor.places import FISHER, PARTIAL, POLICY, REFERENCE, TOKENS_PER_PASS, made
 from alphatoken.pipeline.anchor.saving import Saving
 from alphatoken.pipeline.anchor.tape import Tape, kept_every, too_long
 from alphatoken.pipeline.anchor.tensors import carried, read_tensors, write_tensors
@@ -28,8 +30,8 @@ from alphatoken.pipeline.maths.unroll import Adjoint, Swept, loss_gradient, swee
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.objectives import RETENTION
 
-PLACES = {"adaptation": GRADIENT, "stability": STABILITY}
 LEFT_OUT = 10  # every tenth validation row makes no direction
 DROPPED = 0.1  # of the tokens, when the run is made again without the lowest
 
@@ -62,21 +64,23 @@ class UnrolledRun:
     """Makes one order with the model of ``scored`` at its own weights. Raises RunFailed."""
 
     def __init__(
-        self, storage: Storage, settings: Settings, scored: ScoredLayers, examples: Sequences, held: Held
+        self, storage: Storage, settings: Settings, scored: ScoredLayers, examples: Sequences, held: Mapping[str, Held]
     ) -> None:
+        """``held``: objective -> its validation rows: adaptation, or one for each task; retention."""
         self.storage, self.settings, self.scored, self.held = storage, settings, scored, held
         self.unroll, self.kernel, self.examples = settings.anchor.unroll, settings.model.attention, examples
         self.device = next(scored.model.parameters()).device
         self.descent = Descent("adam", self.unroll.learning_rate, self.unroll.steps)
         self.start = {name: weight.float().clone() for name, weight in scored.weights().items()}
         self.batches: list[list[Batch]] = []
+        self.rows: list[list[int]] = []  # of every step: the examples of its passes, one after the other
 
     def __call__(self, order: int, drift: str, fingerprint: str, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write the policy and minus the residuals of every snapshot of this order; returns the counts.
 
         ``advance`` is called with 1 for every step of the simulated run, of the sweep and of the run made again.
         """
-        self.batches = self._batches(order)
+        self._make_batches(order)
         weights = sum(tensor.numel() for tensor in self.start.values())
         every = kept_every(self.unroll.steps, weights, self.unroll.tape_bytes)
         if every is None:
@@ -92,7 +96,8 @@ class UnrolledRun:
         self, order: int, drift: str, fingerprint: str, every: int, advance: Callable[[int], None]
     ) -> dict[str, Any]:
         steps, first = self.unroll.steps, order * self.unroll.snapshots
-        snapshots = {step: first + i for i, step in enumerate(points_of(steps, self.unroll.snapshots))}
+        points = points_of(steps, self.unroll.snapshots) if self.settings.valuation.looks_at_anchors else []
+        snapshots = {step: first + i for i, step in enumerate(points)}
         forward = Saving(self.storage, f"{PARTIAL}/unroll-forward-{order:02d}.safetensors", fingerprint)
         marks = carried(fingerprint, {})
 
@@ -137,19 +142,27 @@ class UnrolledRun:
         step = self.unroll.steps
         if saved is not None:
             step, state = saved
-            values = {int(key.split("/")[1]): one for key, one in state.items() if key.startswith("values/")}
-            adjoints = {name: _restored(state, name, self.start) for name in _objectives(drift)}
+            values = {int(key): one for key, one in _below("values/", state).items()}
+            adjoints = {name: _restored(state, name, self.start) for name in self._objectives(drift)}
             advance(self.unroll.steps - step)
         else:
             adjoints = {name: Adjoint.at_the_end(one) for name, one in self._ends(drift, end).items()}
 
+        own_steps = OwnSteps(self.examples, None if saved is None else _below("own/", saved[1]))
+        shares = shares_of_adaptation({name: response_tokens(held.made) for name, held in self.held.items()})
+
         def found(step: int, swept: Swept) -> None:
-            values[step] = swept.values["adaptation"]
+            if swept.values:  # a batch may have no labelled token
+                named = {name: {"": one} for name, one in swept.values.items()}
+                own = {name: one[""] for name, one in with_adaptation(named, shares).items()}
+                values[step] = own["adaptation"]
+                own_steps.add(self.rows[step], own)
             if step in snapshots:
-                for objective, residual in swept.residuals.items():
+                for objective, residual in with_adaptation(swept.residuals(), shares).items():
                     minus = {name: -tensor for name, tensor in residual.items()}
-                    write_tensors(self.storage, PLACES[objective].format(index=snapshots[step]), minus, marks)
+                    write_tensors(self.storage, made(objective, snapshots[step]), minus, marks)
             state = {f"values/{t:05d}": one for t, one in values.items()}
+            state |= {f"own/{name}": one for name, one in own_steps.state().items()}
             for name, adjoint in adjoints.items():
                 state |= {f"weights/{name}/{key}": tensor for key, tensor in adjoint.weights.items()}
                 state |= {f"momentum/{name}/{key}": tensor for key, tensor in adjoint.momentum.items()}
@@ -157,16 +170,17 @@ class UnrolledRun:
             advance(1)
 
         sweep(self.scored, self.descent, self.batches, tape, adjoints, self.kernel, found, step)
+        if self.settings.valuation.own_step:
+            write_tensors(self.storage, PLACE.format(order=order), own_steps.as_file(), marks)
         tokens = sum(len(one) for one in values.values())
         return {"tokens": tokens, **self._falls(end, values, advance)}
 
     def _ends(self, drift: str, end: Tensors) -> dict[str, Tensors]:
         """The gradient of each objective at the end of the run."""
+        found = {}
         with swapped(self.scored, end):
-            gradient, _, tokens = loss_gradient(self.scored, self._passes(self.held.made), self.kernel)
-        if not tokens:
-            raise RunFailed("the validation set has no response token: give other rows with data.validation")
-        found = {"adaptation": gradient}
+            for objective, held in self.held.items():
+                found[objective], _, _ = loss_gradient(self.scored, self._passes(held.made), self.kernel)
         if drift != "none":
             fisher, reference = (read_tensors(self.storage, name) for name in (FISHER, REFERENCE))
             found["stability"] = {
@@ -183,32 +197,47 @@ class UnrolledRun:
         run = SimulatedRun(self.start, self.descent)
         simulate(self.scored, run, kept, self.kernel, lambda t, taped: None, after=lambda done: advance(1))
         found = {}
-        for rows, sequences in (("made", self.held.made), ("left_out", self.held.left_out)):
+        of_tasks = [held for name, held in self.held.items() if name != RETENTION]
+        for rows, several in (("made", [h.made for h in of_tasks]), ("left_out", [h.left_out for h in of_tasks])):
             for when, weights in (("before", self.start), ("after", end), ("masked", run.masters())):
-                found[f"{rows}_{when}"] = self._loss(sequences, weights)
+                found[f"{rows}_{when}"] = self._loss(several, weights)
         return found
 
-    def _loss(self, sequences: Sequences, weights: Tensors) -> float:
+    def _loss(self, several: Sequence[Sequences], weights: Tensors) -> float:
         loss, tokens = 0.0, 0
         with swapped(self.scored, weights):
-            for batch in self._passes(sequences):
+            for batch in [batch for sequences in several for batch in self._passes(sequences)]:
                 losses = token_losses_of(self.scored.model, batch, self.kernel)
                 loss, tokens = loss + float(losses.double().sum()), tokens + len(batch.predicting())
         return loss / max(1, tokens)
 
-    def _batches(self, order: int) -> list[list[Batch]]:
-        """Of every step the passes that make up its batch."""
+    def _objectives(self, drift: str) -> list[str]:
+        return [*self.held, *(["stability"] if drift != "none" else [])]
+
+    def _make_batches(self, order: int) -> None:
+        """Of every step the passes that make up its batch, and the examples in them."""
         size, steps = self.unroll.batch_size, self.unroll.steps
-        rows = order_of(len(self.examples), size * steps, self.settings.run.seed, order)
-        return [self._passes(self.examples.take(rows[t * size : (t + 1) * size])) for t in range(steps)]
+        drawn = order_of(len(self.examples), size * steps, self.settings.run.seed, order)
+        self.batches, self.rows = [], []
+        for step in range(steps):
+            rows = drawn[step * size : (step + 1) * size]
+            groups = _groups(self.examples.take(rows))
+            self.batches.append([self._batch(self.examples.take([rows[i] for i in group])) for group in groups])
+            self.rows.append([rows[i] for group in groups for i in group])
 
     def _passes(self, sequences: Sequences) -> list[Batch]:
-        groups = by_token_budget([len(ids) for ids in sequences.input_ids], TOKENS_PER_PASS)
-        return [sequences.take(group).batch().to(self.device) for group in groups]
+        return [self._batch(sequences.take(group)) for group in _groups(sequences)]
+
+    def _batch(self, sequences: Sequences) -> Batch:
+        return sequences.batch().to(self.device)
 
 
-def _objectives(drift: str) -> list[str]:
-    return ["adaptation", *(["stability"] if drift != "none" else [])]
+def _groups(sequences: Sequences) -> list[list[int]]:
+    return by_token_budget([len(ids) for ids in sequences.input_ids], TOKENS_PER_PASS)
+
+
+def _below(prefix: str, state: Tensors) -> Tensors:
+    return {key.removeprefix(prefix): one for key, one in state.items() if key.startswith(prefix)}
 
 
 def _restored(state: Tensors, objective: str, like: Tensors) -> Adjoint:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.engine import Engine
-from alphatoken.pipeline.anchor.places import FACTORS, FISHER, GRADIENT, PARTIAL, REFERENCE, STABILITY, TOKENS_PER_PASS
+from alphatoken.pipeline.anchor.places import FACTORS, FISHER, PARTIAL, REFERENCE, TOKENS_PER_PASS, made
 from alphatoken.pipeline.anchor.saving import Saving
 from alphatoken.pipeline.anchor.tensors import carried, read_tensors, write_tensors
 from alphatoken.pipeline.anchor.unrolled import Held, UnrolledRun
@@ -23,7 +23,8 @@ from alphatoken.pipeline.maths.directions import Directions, fisher_drift
 from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.kronecker import KroneckerFactors, adam, kfac
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions
@@ -50,7 +51,7 @@ class AnchorTask:
     weights: str | None = None  # a file with the scored weights to use instead of the model's own
     fingerprint: str = ""  # what the output carries
     index: int = 0  # of the snapshot; of an unrolled run, of its order
-    held: Held | None = None  # the validation rows of an unrolled run
+    held: Mapping[str, Held] = field(default_factory=dict)  # of an unrolled run: objective -> its validation rows
     drift: str = "none"
     metadata: dict[str, str] = field(default_factory=dict)
 
@@ -61,7 +62,7 @@ class AnchorWorker:
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings, eos: Sequence[int]) -> None:
         self.storage, self.settings, self.eos = storage, settings, eos
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scored = checked_layers(load_model(here(source), self.device), settings)
+        self.scored = checked_layers(load_model(here(source), self.device), settings, settings.anchor_layers)
         self.kernel = settings.model.attention
         try:  # before the Fisher, and not when there are directions for a TokenValuer
             own = settings.valuation
@@ -161,25 +162,26 @@ class AnchorWorker:
         return counts
 
     def _unroll(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
-        assert task.held is not None
-        self.engine([*task.held.made.input_ids, *task.held.left_out.input_ids])
+        for held in task.held.values():
+            self.engine([*held.made.input_ids, *held.left_out.input_ids])
         run = UnrolledRun(self.storage, self.settings, self.scored, task.sequences, task.held)
         counts = run(task.index, task.drift, task.fingerprint, advance)
         self._save(task, task.output, {}, counts)
         return counts
 
     def _directions(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
-        """Write both directions of one snapshot, preconditioned and scaled as asked; returns norms and scales."""
+        """Write all directions of one snapshot, preconditioned and scaled as asked; returns norms and scales."""
         anchor = self.settings.anchor
         assert task.weights is not None
         there = read_tensors(self.storage, task.weights)
-        named = {"adaptation": read_tensors(self.storage, GRADIENT.format(index=task.index))}
+        objectives = ("adaptation", *self.settings.objectives)
+        named = {name: read_tensors(self.storage, made(name, task.index)) for name in objectives}
         needs_fisher = (task.drift != "none" and not anchor.unrolled) or anchor.precondition == "adam"
         fisher = read_tensors(self.storage, FISHER) if needs_fisher else {}
         if task.drift == "none":
             named["stability"] = {name: torch.zeros_like(weight) for name, weight in there.items()}
         elif anchor.unrolled:
-            named["stability"] = read_tensors(self.storage, STABILITY.format(index=task.index))
+            named["stability"] = read_tensors(self.storage, made("stability", task.index))
         else:
             before = read_tensors(self.storage, REFERENCE)
             _same_shapes(there, before)

@@ -32,6 +32,11 @@ class WorkerPool:
     def __exit__(self, kind: object = None, *_: object) -> None:
         self.hosts.close(keep=kind is None)
 
+    def start(self) -> None:
+        """Start all workers now and wait for none: for a pool whose first call has fewer shards than workers."""
+        while len(self.hosts.all) < self.hosts.resources.workers:
+            self.hosts.start()
+
     def run(
         self, shards: Sequence[Shard], payload: Callable[[Shard], Any], done: Callable[[Shard, Any], None], task: Task
     ) -> None:

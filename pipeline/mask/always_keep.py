@@ -44,7 +44,7 @@ def always_keep_ids(entries: Sequence[Any], manifest: Manifest) -> Ints:
 def _token_ids(strings: Sequence[str], tokenizer: str, manifest: Manifest) -> Mapping[str, Any]:
     """String -> token id, or None where there is none."""
     # On demand: masks need neither transformers nor torch otherwise.
-    from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
+    from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_tokenizer
     from alphatoken.pipeline.run.remote import here
 
     model = manifest.content["configuration"].get("model", {})

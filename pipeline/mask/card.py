@@ -20,8 +20,9 @@ def card(summary: dict[str, Any], schema: pa.Schema, fingerprint: str) -> str:
     """The README.md of a mask: columns, alignment, what was kept, and how to train on it.
 
     ``summary``: as in summary.json; ``schema``, ``fingerprint``: of the parts. Says nothing that changes from run to
-    run. The configuration is named after the mask's content: `load_dataset` looks up a directory with a card in its
-    cache by the directory's last name and the configuration's name alone, and would give the masks of another run.
+    run. The configuration's description is a digest of the mask's content: `load_dataset` looks up a directory with a card
+    in its cache by the directory's last name and by what the card says of the configurations, not by what the files hold,
+    and would give the masks of another run.
     """
     environment = jinja2.Environment(
         undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,

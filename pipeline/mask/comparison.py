@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from alphatoken.data_schemas import BRANCHES, COMPONENTS
-from alphatoken.pipeline.mask.paired_rows import IGNORED, mask_part
+from alphatoken.pipeline.mask.layout import open_part, summary_of
+from alphatoken.pipeline.mask.paired_rows import IGNORED
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.storage import Storage
 
@@ -32,7 +32,7 @@ class MaskPlace:
     @property
     def summary(self) -> dict[str, Any]:
         """summary.json; of pairs what it says of the branch, beside what holds for both."""
-        whole: dict[str, Any] = self.storage.read_json(f"masks/{self.name}/summary.json")
+        whole = summary_of(self.storage, self.name)
         return {**whole, **whole["branches"][self.branch]} if self.branch else whole
 
 
@@ -75,10 +75,10 @@ def contributions(summary: dict[str, Any]) -> dict[str, float] | None:
     The mean value of kept tokens less that of masked ones is the sum over components of weight * (mean over kept -
     mean over masked), with weight 1 / scale for adaptation and lambda / scale for stability (Eq. 12). A negative share:
     the component speaks against what was kept. None where nothing was masked or there is no difference, and where
-    values are no sum of the components (another mask.score, mask.divide_by_gradient_norm).
+    values are no sum of the components (another mask.score, mask.weights, mask.divide_by_gradient_norm).
     """
     settings, scales = summary["settings"], summary["scales"]
-    if settings["score"] != "paper" or settings["divide_by_gradient_norm"]:
+    if settings["score"] != "paper" or settings["weights"] or settings["divide_by_gradient_norm"]:
         return None
     weights = {"adaptation": 1.0 / scales["score"]}
     weights["stability"] = settings["stability_weight"] / scales.get("stability", 1.0)
@@ -109,7 +109,6 @@ def _kept(mask: MaskPlace) -> Iterator[npt.NDArray[np.bool_]]:
     """Kept tokens of some rows at a time, ``(tokens,)``; all masks of a data set are cut alike."""
     labels = f"{mask.branch}_labels" if mask.branch else "labels"
     for part in Manifest(mask.storage).stage("prepare")["counts"]["parts"]:
-        name = f"masks/{mask.name}/{mask_part(part)}"
-        with pq.ParquetFile(mask.storage.path(name), filesystem=mask.storage.fs) as file:
+        with open_part(mask.storage, mask.name, part) as file:
             for batch in file.iter_batches(batch_size=1024, columns=[labels]):
                 yield batch.column(0).flatten().to_numpy() != IGNORED

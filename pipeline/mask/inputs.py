@@ -17,7 +17,7 @@ from alphatoken.pipeline.settings import MaskSettings
 
 PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: on the measured example of supervised data a fine-tune on such a "
-    "mask ends worse than on a random one, on one by mask.score=information better (README, What a mask is worth)"
+    "mask ends worse than on a random one, on one by mask.score=information better (docs/evidence.md)"
 )
 REFERENCE_UNUSED = (
     "stability against model.reference is in values/ and weighs nothing here: give it weight with mask.stability_weight, "
@@ -26,7 +26,7 @@ REFERENCE_UNUSED = (
 NO_SIGN = (
     "mask.rule=positive keeps everything that mask.score={score} is given to, which has no sign: choose mask.rule=top"
 )
-SIGNED_SCORES = ("paper", "exact", "excess_loss")
+SIGNED_SCORES = ("paper", "exact", "unrolled", "excess_loss")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +34,8 @@ class MaskInputs:
     """``settings``: resolved. ``columns``: of values/, those that are there; none where no values are looked at.
 
     ``always``: ids that are always kept. ``schema``: of the mask's parts. ``fingerprinted``: everything that the mask
-    depends on. ``notes``: what to know about it that is known beforehand.
+    depends on. ``notes``: what to know about it that is known beforehand. ``made_with``: model and tokenizer by name, where
+    they are recorded.
     """
 
     settings: MaskSettings
@@ -44,6 +45,7 @@ class MaskInputs:
     schema: pa.Schema
     fingerprinted: dict[str, Any]
     notes: tuple[str, ...]
+    made_with: dict[str, str]
 
 
 def mask_inputs(run: Run) -> MaskInputs:
@@ -70,7 +72,7 @@ def mask_inputs(run: Run) -> MaskInputs:
     always = always_keep_ids(settings.always_keep, manifest)
     notes = _notes(run, settings, always, drift, rehearsed)
     columns = (*there, KEPT) if rehearsed else there
-    return MaskInputs(settings, columns, rehearsed, always, schema, fingerprinted, notes)
+    return MaskInputs(settings, columns, rehearsed, always, schema, fingerprinted, notes, _made_with(run))
 
 
 def _resolved(run: Run) -> MaskSettings:
@@ -89,6 +91,7 @@ def _check(run: Run, settings: MaskSettings, there: tuple[str, ...], drift: str 
             "anchor.drift=none, so there is no stability to weigh: set mask.stability_weight=0"
         )
     scores = run.manifest.content["configuration"].get("valuation", {}).get("scores", [])
+    problems += settings.unknown(there)
     problems += [f"{one} and value anew with run.overwrite=value" for one in settings.missing(there, scores)]
     if problems:
         raise SettingsWrong(problems)
@@ -109,6 +112,22 @@ def _notes(run: Run, settings: MaskSettings, always: np.ndarray, drift: str | No
     if settings.rule == "positive" and settings.score not in (*SIGNED_SCORES, "full") and not weighed:
         found.append(NO_SIGN.format(score=settings.score))
     return tuple(found)
+
+
+def _made_with(run: Run) -> dict[str, str]:
+    """Names for the card, which may leave this machine: of a local directory its last part alone."""
+    policy = run.manifest.content["configuration"].get("model", {}).get("policy")
+    places = {
+        "model": policy if isinstance(policy, list) else [policy],
+        "tokenizer": [run.manifest.stage("prepare")["counts"].get("tokenizer")],
+    }
+    named = {kind: [_name(place) for place in several if place] for kind, several in places.items()}
+    return {kind: ", ".join(names) for kind, names in named.items() if names}
+
+
+def _name(place: str) -> str:
+    local = place.startswith((".", "/", "~")) or place.count("/") > 1
+    return place.rstrip("/").rpartition("/")[2] if local else place
 
 
 def _is_plain_alignment(run: Run) -> bool:

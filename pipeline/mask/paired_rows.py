@@ -27,11 +27,6 @@ from alphatoken.pipeline.run.run import Run
 IGNORED = -100
 
 
-def mask_part(part: str) -> str:
-    """The file of a mask that belongs to a part of prepared/."""
-    return part.replace("part-", "train-", 1)
-
-
 @dataclass(frozen=True, slots=True)
 class PairedRows:
     """Consecutive examples of one part, their tokens laid end to end."""
@@ -72,17 +67,18 @@ class PairedParts:
         self.values = preference_values_schema(columns) if branch else values_schema(columns, rehearsed)
         self.rows: dict[str, int] = {}
         prepared, values = run.manifest.stage("prepare"), run.manifest.stage("value")
-        for part in prepared["counts"]["parts"]:
-            first = run.storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
-            if first is None:
+        parts = prepared["counts"]["parts"]
+        firsts = run.storage.footers("prepared", parts, prepared["fingerprint"])
+        seconds = run.storage.footers("values", parts, values["fingerprint"]) if there else {}
+        for part in parts:
+            if part not in firsts:
                 raise _damaged("prepare", f"prepared/{part}", "is missing, damaged or of another run")
-            if there:
-                second = run.storage.rows_of(f"values/{part}", values["fingerprint"])
-                if second is None:
-                    raise _damaged("value", f"values/{part}", "is missing, damaged or of another run")
-                if first != second:
-                    raise _damaged("value", f"values/{part}", f"has {second} rows, prepared/{part} has {first}")
-            self.rows[part] = first
+            rows = firsts[part].rows
+            if there and part not in seconds:
+                raise _damaged("value", f"values/{part}", "is missing, damaged or of another run")
+            if there and seconds[part].rows != rows:
+                raise _damaged("value", f"values/{part}", f"has {seconds[part].rows} rows, prepared/{part} has {rows}")
+            self.rows[part] = rows
 
     def all(self, columns: Sequence[str]) -> Iterator[PairedRows]:
         """Every part with these columns, without input_ids."""

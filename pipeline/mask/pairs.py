@@ -15,7 +15,8 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREFERENCE_REFERENCE
 from alphatoken.pipeline.mask.inputs import MaskInputs
-from alphatoken.pipeline.mask.paired_rows import PairedRows, mask_part
+from alphatoken.pipeline.mask.layout import mask_part
+from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.mask.passes import Passes
 from alphatoken.pipeline.mask.worker import Decider, mask_columns
 from alphatoken.pipeline.maths.masking import sums_by_row
@@ -29,11 +30,11 @@ def write_pairs(
     run: Run,
     passes: Mapping[str, Passes],
     deciders: Mapping[str, Decider],
-    place: str,
+    name: str,
     inputs: MaskInputs,
     fingerprint: str,
 ) -> None:
-    """Decide every row, and write every part that is not complete yet; ``passes``, ``deciders``: by branch.
+    """Decide every row, and write every part that is not complete yet; ``passes``, ``deciders``: by branch; ``name``: of the mask.
 
     Raises RunFailed for a part of reference/ that is missing, damaged or does not belong to the others.
     """
@@ -45,23 +46,23 @@ def write_pairs(
         for part, expected in first.rows.items():
             if storage.rows_of(f"reference/{part}", reference) != expected:
                 raise _damaged(part, "is missing, damaged or of another run")
-            name = f"{place}/{mask_part(part)}"
-            complete = storage.rows_of(name, fingerprint) == expected
+            place = mask_part(name, part)
+            complete = storage.rows_of(place, fingerprint) == expected
             sides = [parts[b].part(part, columns[b], with_input_ids=True) for b in BRANCHES]
             texts = first.tables(f"prepared/{part}", PREFERENCE_PREPARED, ["id", *TEXTS], "prepare")
             logps = [
                 parts[b].tables(f"reference/{part}", PREFERENCE_REFERENCE, ["id", "logps"], "value") for b in BRANCHES
             ]
-            file = nullcontext() if complete else storage.table_writer(name, schema, fingerprint)
+            file = nullcontext() if complete else storage.table_writer(place, schema, fingerprint)
             with file as out:
                 for chosen, rejected, text, *stored in zip(*sides, texts, *logps, strict=True):
-                    made = {name: text[name] for name in TEXTS}
+                    made = {column: text[column] for column in TEXTS}
                     for branch, rows, theirs in zip(BRANCHES, (chosen, rejected), stored, strict=True):
                         if theirs["id"] != text["id"]:
                             raise _damaged(part, "has other ids than prepared/")
                         made |= _branch(branch, deciders[branch], rows, theirs["logps"], schema, part)
                     if out is not None:
-                        out.write(pa.table([made[name] for name in schema.names], schema=schema))
+                        out.write(pa.table([made[column] for column in schema.names], schema=schema))
                     task.advance(len(chosen))
 
 

@@ -114,7 +114,11 @@ def look(passes: Passes, settings: MaskSettings, rehearsed: bool) -> Found:
 def find_scales(passes: Passes, valuing: Valuing) -> tuple[Valuing, tuple[str, ...]]:
     """mask.normalize=rms: the root mean square of every term that is weighed; else 1. And the terms that are zero."""
     settings = valuing.settings
-    weighed = {"score": 1.0, "stability": settings.stability_weight, "loss": settings.loss_weight}
+    weighed = {
+        **(valuing.objectives or {"score": 1.0}),
+        "stability": settings.stability_weight,
+        "loss": settings.loss_weight,
+    }
     scales = {name: 1.0 for name, weight in weighed.items() if weight}
     if settings.normalize != "rms" or settings.score == "full":
         return replace(valuing, scales=scales), ()

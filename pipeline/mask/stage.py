@@ -15,7 +15,16 @@ import numpy as np
 from alphatoken.data_schemas import BRANCHES
 from alphatoken.pipeline.mask.card import card
 from alphatoken.pipeline.mask.inputs import MaskInputs, mask_inputs
-from alphatoken.pipeline.mask.paired_rows import PairedParts, mask_part
+from alphatoken.pipeline.mask.layout import (
+    earlier_shards,
+    mask_card,
+    mask_data,
+    mask_place,
+    mask_summary,
+    shard_name,
+    summary_of,
+)  # fmt: skip
+from alphatoken.pipeline.mask.paired_rows import PairedParts
 from alphatoken.pipeline.mask.pairs import write_pairs
 from alphatoken.pipeline.mask.passes import Found, Passes, columns_of, look
 from alphatoken.pipeline.mask.rehearsed import NOTE
@@ -41,34 +50,46 @@ def make_mask(run: Run) -> dict[str, Any]:
     started, storage = time.monotonic(), run.storage
     inputs = mask_inputs(run)
     name = inputs.settings.name
-    stage, place = f"mask/{name}", f"masks/{name}"
+    stage = f"mask/{name}"
     fingerprint = run.manifest.begin(stage, inputs.fingerprinted, {"mask": inputs.settings})
-    if run.manifest.done(stage) and _is_whole(run, place, fingerprint):
+    if run.manifest.done(stage) and _is_whole(run, name, fingerprint):
         run.progress.say(f"mask: {name} is done already")
-        return storage.read_json(f"{place}/summary.json")
+        return summary_of(storage, name)
     deciders, passes = {}, {}
     for branch in BRANCHES if run.manifest.pairs else ("",):
         passes[branch] = _passes(run, inputs, branch)
         found = look(passes[branch], inputs.settings, inputs.rehearsed)
         deciders[branch] = Decider(found, inputs.always, _is_hard(inputs))
     write = write_pairs if run.manifest.pairs else write_supervised
-    write(run, passes, deciders, place, inputs, fingerprint)
+    write(run, passes, deciders, name, inputs, fingerprint)
+    _forget_earlier_shards(run, name)
     summaries = {branch: _summary(inputs, deciders[branch]) for branch in deciders}
     for branch, one in summaries.items():
         for note in one["notes"]:
             run.progress.say(f"{passes[branch].title}: {note}")
     summary = _of_pairs(summaries) if run.manifest.pairs else summaries[""]
-    storage.write_bytes(f"{place}/README.md", card(summary, inputs.schema, fingerprint).encode())
-    storage.write_json(f"{place}/summary.json", summary)
+    storage.write_bytes(mask_card(name), card(summary, inputs.schema, fingerprint).encode())
+    storage.write_json(mask_summary(name), summary)
     told = ("rows", "response_tokens", "kept_tokens", "kept_fraction")
     run.manifest.finish(stage, time.monotonic() - started, **{key: summary[key] for key in told})
     return summary
 
 
-def _is_whole(run: Run, place: str, fingerprint: str) -> bool:
+def _is_whole(run: Run, name: str, fingerprint: str) -> bool:
     parts = run.manifest.stage("prepare")["counts"]["parts"]
-    whole = all(run.storage.rows_of(f"{place}/{mask_part(part)}", fingerprint) is not None for part in parts)
-    return whole and all(run.storage.exists(f"{place}/{name}") for name in ("README.md", "summary.json"))
+    whole = len(run.storage.footers(mask_data(name), [shard_name(part) for part in parts], fingerprint)) == len(parts)
+    return whole and all(run.storage.exists(file) for file in (mask_card(name), mask_summary(name)))
+
+
+def _forget_earlier_shards(run: Run, name: str) -> None:
+    """Shards beside the card, of a version that had no data/: nothing reads them any more."""
+    left = earlier_shards(run.storage, name)
+    for file in left:
+        run.storage.remove(file)
+    if left:
+        run.progress.say(
+            f"mask: what an earlier version left in {mask_place(name)}/ is removed, now that data/ holds it ({len(left):,} files)"
+        )
 
 
 def _passes(run: Run, inputs: MaskInputs, branch: str) -> Passes:
@@ -98,8 +119,10 @@ def _summary(inputs: MaskInputs, decider: Decider) -> dict[str, Any]:
         "settings": asdict(settings),
         "always_keep_ids": inputs.always.tolist(),
         "scales": dict(found.valuing.scales),
+        "made_with": inputs.made_with,
         **where,
         **counts,
+        **decider.lengths.as_json(),
         **({} if decider.hard else {"decisions_changed_by_stability": None}),
         "left_out": decider.left_out.as_json(border),
         "notes": [*inputs.notes, *_what_happened(inputs, decider, counts)],
@@ -141,13 +164,15 @@ def _what_was_left(inputs: MaskInputs, decider: Decider, counts: dict[str, Any])
     """What keys that leave tokens out do to mask.rho and to short answers."""
     settings, notes = inputs.settings, []
     keys = [key for key in ("skip_first", "least_stable") if getattr(settings, key)]
-    by = " and ".join(f"mask.{key}={getattr(settings, key)}" for key in keys)
+    asked = [f"mask.{key}={getattr(settings, key)}" for key in keys]
+    by = " and ".join([*asked, *[f"mask.require=[{','.join(settings.required)}]"] * bool(settings.required)])
     if counts["kept_tokens"] < rank_of(settings.rho, counts["response_tokens"]):
         notes.append(f"{by} leaves fewer tokens than mask.rho={settings.rho} asks for")
     if decider.left_out.emptied:
         notes.append(
             f"{decider.left_out.emptied:,} examples have no tokens but those that {by} leaves out and those of "
-            "mask.always_keep: where short answers are the task, set mask.skip_first=0"
+            "mask.always_keep"
+            + (": where short answers are the task, set mask.skip_first=0" if settings.skip_first else "")
         )
     return notes
 
@@ -178,7 +203,7 @@ def _of_pairs(branches: dict[str, dict[str, Any]]) -> dict[str, Any]:
     chosen = branches["chosen"]
     tokens, kept = (sum(b[name] for b in branches.values()) for name in ("response_tokens", "kept_tokens"))
     soft = [(b["loss_weight"], b["response_tokens"]) for b in branches.values() if b["loss_weight"]]
-    shared = ("name", "score", "settings", "always_keep_ids")
+    shared = ("name", "score", "settings", "always_keep_ids", "made_with")
     return {
         "format": "preference",
         **{name: chosen[name] for name in shared},

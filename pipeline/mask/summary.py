@@ -6,8 +6,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from alphatoken.pipeline.maths.masking import Bools, Floats, Ints, RankSelect, sums_by_row
+
+USUAL_LENGTH = 1024  # tokens: where trainers cut unless they are told otherwise
 
 
 @dataclass(slots=True)
@@ -130,18 +133,37 @@ class MaskCounts:
 
 
 @dataclass(slots=True)
+class RowLengths:
+    """How long rows are, prompt and response together: what a trainer's longest length is chosen by."""
+
+    longest: int = 0
+    over: int = 0  # rows of more than USUAL_LENGTH tokens
+
+    def add(self, lengths: npt.NDArray[np.integer[Any]]) -> None:
+        """``lengths``: tokens of some examples, ``(examples,)``."""
+        if len(lengths):
+            self.longest = max(self.longest, int(lengths.max()))
+            self.over += int((lengths > USUAL_LENGTH).sum())
+
+    def as_json(self) -> dict[str, Any]:
+        return {"longest_row": self.longest, f"rows_over_{USUAL_LENGTH}": self.over}
+
+
+@dataclass(slots=True)
 class LeftOutCounts:
-    """Tokens that mask.skip_first and mask.least_stable have left out; a token may be in both counts."""
+    """Tokens that mask.skip_first, mask.least_stable and mask.require have left out; a token may be in several counts."""
 
     first: int = 0
     least_stable: int = 0
+    harmful: int = 0
     emptied: int = 0  # examples of whose response tokens none is left to choose from but those that are always kept
 
-    def add(self, offsets: Ints, first: Bools, unstable: Bools, always: Bools) -> None:
+    def add(self, offsets: Ints, first: Bools, unstable: Bools, harmful: Bools, always: Bools) -> None:
         """Count some examples, as ``MaskCounts.add``."""
-        left_out = first | unstable
+        left_out = first | unstable | harmful
         self.first += int(first.sum())
         self.least_stable += int(unstable.sum())
+        self.harmful += int(harmful.sum())
         choice, lost = (sums_by_row(some & ~always, offsets) for some in (~left_out, left_out))
         self.emptied += int(((choice == 0) & (lost > 0)).sum())
 
@@ -150,6 +172,7 @@ class LeftOutCounts:
         return {
             "first": self.first,
             "least_stable": self.least_stable,
+            "harmful": self.harmful,
             "stability_below": border,
             "examples_without_choice": self.emptied,
         }

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import pyarrow as pa
 
 from alphatoken.pipeline.mask.inputs import MaskInputs
-from alphatoken.pipeline.mask.paired_rows import mask_part
+from alphatoken.pipeline.mask.layout import mask_part
 from alphatoken.pipeline.mask.passes import Passes
 from alphatoken.pipeline.mask.worker import Decider, mask_columns
 from alphatoken.pipeline.run.run import Run
@@ -18,18 +18,21 @@ def write_supervised(
     run: Run,
     passes: Mapping[str, Passes],
     deciders: Mapping[str, Decider],
-    place: str,
+    name: str,
     inputs: MaskInputs,
     fingerprint: str,
 ) -> None:
-    """Decide every row, and write every part that is not complete yet. ``passes``, ``deciders``: under an empty name."""
+    """Decide every row, and write every part that is not complete yet.
+
+    ``passes``, ``deciders``: under an empty branch; ``name``: of the mask.
+    """
     own, decider, schema = passes[""], deciders[""], inputs.schema
     columns = tuple(dict.fromkeys((*inputs.columns, *own.columns)))
     with own.task("write") as task:
         for part, expected in own.parts.rows.items():
-            name = f"{place}/{mask_part(part)}"
-            complete = run.storage.rows_of(name, fingerprint) == expected
-            file = nullcontext() if complete else run.storage.table_writer(name, schema, fingerprint)
+            place = mask_part(name, part)
+            complete = run.storage.rows_of(place, fingerprint) == expected
+            file = nullcontext() if complete else run.storage.table_writer(place, schema, fingerprint)
             with file as out:
                 for rows in own.parts.part(part, columns, with_input_ids=True):
                     kept, weights = decider.decide(rows)

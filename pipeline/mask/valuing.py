@@ -9,9 +9,10 @@ import numpy as np
 
 from alphatoken.pipeline.mask.left_out import first_of_responses, lowest_where
 from alphatoken.pipeline.mask.paired_rows import PairedRows
-from alphatoken.pipeline.maths.masking import Bools, Floats, score_of, stability_of, token_values
+from alphatoken.pipeline.maths.masking import Bools, Floats, objective_value, score_of, stability_of, token_values
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.settings import MaskSettings
+from alphatoken.pipeline.settings.objectives import objective_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,15 +32,27 @@ class Valuing:
 
     def ranked(self, rows: PairedRows) -> Floats:
         """The values, with the tokens that are left out below all others."""
-        return lowest_where(self.first(rows) | self.least_stable(rows), self.values(rows))
+        return lowest_where(self.first(rows) | self.least_stable(rows) | self.harmful(rows), self.values(rows))
 
     def alone(self, rows: PairedRows) -> Floats:
         """What the ranked values were if stability had no say."""
-        return lowest_where(self.first(rows), self._weighed(rows, 0.0))
+        return lowest_where(self.first(rows) | self.harmful(rows), self._weighed(rows, 0.0))
 
     def first(self, rows: PairedRows) -> Bools:
         """Those that mask.skip_first leaves out."""
         return first_of_responses(rows, self.settings.skip_first or 0)
+
+    def harmful(self, rows: PairedRows) -> Bools:
+        """Those that mask.require leaves out: of a value below 0 for one of its tasks."""
+        found = np.zeros(int(rows.offsets[-1]), np.bool_)
+        for name in self.settings.required:
+            found |= objective_value(rows.components, objective_of(name), score=self.settings.score) < 0
+        return found
+
+    @property
+    def objectives(self) -> dict[str, float]:
+        """mask.weights by direction, without those of 0."""
+        return {objective_of(name): weight for name, weight in self.settings.weighed.items()}
 
     def least_stable(self, rows: PairedRows) -> Bools:
         """Those that mask.least_stable leaves out."""
@@ -53,8 +66,10 @@ class Valuing:
         return stability_of(rows.components, own.score, own.divide_by_gradient_norm).astype(np.float32)
 
     def term(self, rows: PairedRows, name: str) -> np.ndarray:
-        """score | stability | loss before its scale, float64."""
+        """score | stability | loss, or a direction of mask.weights, before its scale, float64."""
         own = self.settings
+        if name in self.objectives:
+            return objective_value(rows.components, name, own.divide_by_gradient_norm, own.score)
         if name == "loss":
             return rows.components["loss"].astype(np.float64)
         if name == "stability":
@@ -66,10 +81,16 @@ class Valuing:
         if own.score == "full":
             return np.zeros(int(rows.offsets[-1]), np.float32)
         values = token_values(
-            rows.components, own.score, weight, self.scales, own.loss_weight, own.divide_by_gradient_norm
+            rows.components,
+            own.score,
+            weight,
+            self.scales,
+            own.loss_weight,
+            own.divide_by_gradient_norm,
+            self.objectives,
         )
         if not np.isfinite(values).all():
-            weights = {"stability_weight": weight, "loss_weight": own.loss_weight}
+            weights = {"stability_weight": weight, "loss_weight": own.loss_weight, "weights": own.weights}
             asked = [f"mask.{name}={number}" for name, number in weights.items() if number]
             key = ", ".join(asked) or f"mask.score={own.score}"
             raise RunFailed(f"{key}: values do not fit into float32; choose a smaller one")

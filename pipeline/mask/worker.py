@@ -13,7 +13,7 @@ from alphatoken.pipeline.mask.left_out import lowest_where
 from alphatoken.pipeline.mask.paired_rows import IGNORED, PairedRows
 from alphatoken.pipeline.mask.passes import Found
 from alphatoken.pipeline.mask.soft_weights import WeightCounts
-from alphatoken.pipeline.mask.summary import LeftOutCounts, MaskCounts
+from alphatoken.pipeline.mask.summary import LeftOutCounts, MaskCounts, RowLengths
 from alphatoken.pipeline.mask.thresholds import KEEP_ALL
 from alphatoken.pipeline.maths.masking import RANDOM, keep_flat
 
@@ -29,13 +29,15 @@ class Decider:
     def __init__(self, found: Found, always: np.ndarray, hard: bool) -> None:
         self.found, self.always, self.hard = found, always, hard
         self.counts, self.left_out, self.soft = MaskCounts(), LeftOutCounts(), WeightCounts()
+        self.lengths = RowLengths()
 
     def decide(self, rows: PairedRows) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are kept, bool, and their soft weights, float32: ``(tokens,)`` over all of ``rows``."""
         found, valuing, settings = self.found, self.found.valuing, self.found.valuing.settings
         values, alone = valuing.values(rows), valuing.alone(rows)
-        first, unstable = valuing.first(rows), valuing.least_stable(rows)
-        ranked = lowest_where(first | unstable, values)
+        first, unstable, harmful = valuing.first(rows), valuing.least_stable(rows), valuing.harmful(rows)
+        left_out = first | unstable | harmful
+        ranked = lowest_where(left_out, values)
         threshold, of_groups = found.threshold.of(rows, ranked)
         self.counts.thresholds.add(np.maximum(of_groups, LOWEST))
         # A group may have none but tokens that are left out; where values do not decide all labels stay as they are.
@@ -44,7 +46,8 @@ class Decider:
         threshold = np.maximum(threshold, floor)
         assert rows.input_ids is not None
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
-        self.left_out.add(rows.offsets, first, unstable, always)
+        self.lengths.add(np.diff(rows.token_offsets()))
+        self.left_out.add(rows.offsets, first, unstable, harmful, always)
         inside = keep_flat(ranked, rows.offsets, threshold, always, settings.min_kept)
         stored = {name: column for name, column in rows.components.items() if name not in (KEPT, RANDOM)}
         columns = {**stored, "value": values}
@@ -54,7 +57,7 @@ class Decider:
         kept[rows.response] = inside
         if settings.rule == "weight":
             soft = found.soft.of(rows, ranked) if found.soft else np.ones(len(values), np.float32)
-            weights[rows.response] = self.soft.add(np.where(first | unstable, np.float32(0), soft), always)
+            weights[rows.response] = self.soft.add(np.where(left_out, np.float32(0), soft), always)
         return kept, weights
 
 

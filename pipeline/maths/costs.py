@@ -172,10 +172,12 @@ def value_flops(
     scores: Collection[str] = ("paper",),
     exact: bool = False,
     drift: bool = True,
+    directions: int = DIRECTIONS,
 ) -> int:
     """Values of every response token; the lower layers run once for all snapshots.
 
     ``scores``, ``exact``: what is valued. ``drift``: whether stability moves anything; else its exact column costs nothing.
+    ``directions``: along which tokens are valued.
     """
     lower = lower_flops(m, s)
     each = loss_flops(m, s) - lower
@@ -183,7 +185,7 @@ def value_flops(
         each += backward_flops(m, s) + 2 * m.head * s.predicting
     if "paper" in scores:
         given = "information" in scores or exact  # its products M h come with the derivative
-        each += 2 * (DIRECTIONS - given) * m.scored * s.predicting
+        each += 2 * (directions - given) * m.scored * s.predicting
         if window > 0:
             band = 2 * m.attention * s.blocks + 2 * m.value_width * (BLOCK + window) * s.tokens
             each += m.scored_layers * band
@@ -242,7 +244,13 @@ def sampling_flops(m: ModelCosts, rows: int, prompt: int, new: int) -> int:
 
 
 def value_memory(
-    m: ModelCosts, tokens: int, longest: int, dtype_bytes: int, snapshots: int, moved: bool
+    m: ModelCosts,
+    tokens: int,
+    longest: int,
+    dtype_bytes: int,
+    snapshots: int,
+    moved: bool,
+    directions: int = DIRECTIONS,
 ) -> dict[str, int]:
     """Bytes that a worker of the value stage holds at most, about, by what they are for.
 
@@ -250,12 +258,12 @@ def value_memory(
     """
     float_bytes = max(4, dtype_bytes)
     rows = max(1, tokens // max(1, longest))
-    directions = snapshots * m.scored_stored * (DIRECTIONS * dtype_bytes + (float_bytes if moved else 0))
+    matrices = snapshots * m.scored_stored * (directions * dtype_bytes + (float_bytes if moved else 0))
     activations = 2 * m.widths * tokens * dtype_bytes
     attention = rows * (m.attention // max(1, m.value_width) + 1) * BLOCK * longest * float_bytes * 4
     return {
         "weights": m.parameters * dtype_bytes,
-        "directions": directions,
+        "directions": matrices,
         "activations": activations + attention,
         "logits": 3 * CHUNK_BYTES,
     }

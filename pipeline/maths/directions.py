@@ -29,7 +29,8 @@ class Directions:
 
     @classmethod
     def load(cls, directory: str | Path) -> Directions:
-        """Read ``adaptation.safetensors``, ``stability.safetensors`` and, where present, ``policy.safetensors``.
+        """Read ``adaptation.safetensors``, ``stability.safetensors``, those of further objectives, and ``policy.safetensors``
+        where present.
 
         ``directory``: a local one, such as RUN/anchors/snapshot-00. Raises FileNotFoundError naming what is missing.
         """
@@ -37,7 +38,8 @@ class Directions:
         missing = [name for name in NAMES if not (place / f"{name}.safetensors").is_file()]
         if missing:
             raise FileNotFoundError(f"{place} has no {missing[0]}.safetensors: run `alphatoken anchor` first")
-        named = {name: safetensors.torch.load_file(place / f"{name}.safetensors") for name in NAMES}
+        others = sorted(file.stem for file in place.glob("*.safetensors") if file.stem not in (*NAMES, "policy"))
+        named = {name: safetensors.torch.load_file(place / f"{name}.safetensors") for name in (*NAMES, *others)}
         policy = place / "policy.safetensors"
         weights = safetensors.torch.load_file(policy) if policy.is_file() else None
         return cls(named, weights)

@@ -13,12 +13,11 @@ from typing import Any
 import torch
 
 from alphatoken.pipeline.maths.attention import intercepted
-from alphatoken.pipeline.maths.batch import Sequences, by_token_budget
-from alphatoken.pipeline.maths.capture import swapped
+from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import ScoredLayers, decoder_layers
 from alphatoken.pipeline.maths.head import chunk_rows, head_of, vocabulary_of
-from alphatoken.pipeline.maths.lower import lower_layers_once
-from alphatoken.pipeline.maths.trial import Entering, Weights, add_by_row
+from alphatoken.pipeline.maths.learners import Learner, Weights
+from alphatoken.pipeline.maths.trial import Entering, add_by_row
 
 COPIES = 6  # of a chunk's logits that are held at once
 
@@ -27,20 +26,20 @@ class ReferencePredictions:
     """What the reference predicts in its completions: last hidden states, and the head that makes logits of them.
 
     ``reference``: the reference with its head; of ``no_scored_layers``, or the scored layers of the policy where it is the
-    same model. ``budget``: padded tokens of one pass. Logits are made anew each time: hidden states take a hundredth of
-    the room.
+    same model. ``completions``: sequences, and of such a policy what enters its scored layers, so that it does not diverge
+    from itself by what is rounded there. ``budget``: padded tokens of one pass. Logits are made anew each time: hidden states
+    take a hundredth of the room.
     """
 
-    def __init__(self, reference: ScoredLayers, completions: Sequences, kernel: str, budget: int) -> None:
+    def __init__(self, reference: ScoredLayers, completions: Entering, kernel: str, budget: int) -> None:
         self.reference, self.kernel = reference, kernel
-        lengths = [len(ids) for ids in completions.input_ids]
-        self.groups = by_token_budget(lengths, budget)
+        rows = completions.sequences
+        self.groups = by_token_budget([len(ids) for ids in rows.input_ids], budget)
         self.hidden: list[torch.Tensor] = []
         self.outputs: Any = None
-        device = next(reference.model.parameters()).device
         for group in self.groups:
-            batch = completions.take(group).batch().to(device)
-            with torch.no_grad(), intercepted(reference.decoder, kernel, None):
+            batch, from_below = completions.batch(group, reference)
+            with torch.no_grad(), from_below, intercepted(reference.decoder, kernel, None):
                 self.outputs = reference.decoder(input_ids=batch.input_ids, use_cache=False)
             self.hidden.append(self.outputs.last_hidden_state.flatten(0, 1)[batch.predicting()])
 
@@ -52,31 +51,28 @@ class ReferencePredictions:
 
     @torch.no_grad()
     def divergences(
-        self, scored: ScoredLayers, weights: Weights, completions: Entering
+        self, learner: Learner, weights: Weights, completions: Entering
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sum over positions of KL(reference || model with these weights), nats, and their number, per completion.
 
-        ``completions``: the sequences that this was made of, with what enters the first scored layer of ``scored``. Two
-        (completions,), float64. A result that is not finite is handed out as it is.
+        ``completions``: the sequences that this was made of, with what enters the first scored layer of the learner's model.
+        Two (completions,), float64. A result that is not finite is handed out as it is.
         """
         sums, counts = (torch.zeros(len(completions.sequences), dtype=torch.float64) for _ in range(2))
+        scored = learner.scored
         for group, theirs in zip(self.groups, self.hidden, strict=True):
-            batch, entering = completions.batch(group, scored.maps[0].parameter)
-            with (
-                swapped(scored, dict(weights)),
-                lower_layers_once(scored, [entering]),
-                intercepted(scored.decoder, self.kernel, None),
-            ):
+            batch, from_below = completions.batch(group, scored)
+            with learner.holding(weights), from_below, intercepted(scored.decoder, self.kernel, None):
                 outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
             own = outputs.last_hidden_state.flatten(0, 1)[batch.predicting()]
             found = []
             rows = max(16, chunk_rows(scored.model, own) // COPIES)
             for start in range(0, len(own), rows):
                 part = slice(start, start + rows)
-                # One after the other: both may be the head of one model.
+                # One after the other: both may be the head of one model, and it may have learned.
                 with head_of(self.reference, self.outputs) as head:
                     before = _log_probabilities(head(theirs[part]))
-                with head_of(scored, outputs) as head:
+                with learner.holding(weights), head_of(scored, outputs) as head:
                     now = _log_probabilities(head(own[part]))
                 found.append((before.exp() * (before - now)).sum(dim=1))
             add_by_row(sums, counts, torch.cat(found) if found else own.new_zeros(0), batch, group)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from alphatoken.pipeline.maths.attention import intercepted
-from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget
 from alphatoken.pipeline.maths.decoder import no_scored_layers
 from alphatoken.pipeline.maths.head import Predictions, read_head
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate_forward
@@ -32,3 +32,13 @@ def token_losses_of(model: Any, batch: Batch, attention: str) -> torch.Tensor:
         if not bool(torch.isfinite(flat).all()):
             raise locate_forward(model, batch) or NonFinite(0, "the loss")
     return flat.unflatten(0, batch.shape)
+
+
+def response_logps(model: Any, rows: Sequences, attention: str, budget: int) -> torch.Tensor:
+    """The log-probability of every sequence's whole response, (sequences,) float64, nats; ``budget``: tokens of a pass."""
+    found = torch.zeros(len(rows), dtype=torch.float64)
+    device = next(model.parameters()).device
+    for group in by_token_budget([len(ids) for ids in rows.input_ids], budget):
+        losses = token_losses_of(model, rows.take(group).batch().to(device), attention)
+        found[group] = -losses.double().sum(dim=1).cpu()
+    return found

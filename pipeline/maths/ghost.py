@@ -7,7 +7,7 @@ derivative of the logits (forward over the same pass; see tangents.py).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
 
@@ -41,13 +41,15 @@ def read_pass(
     window: int = 0,
     memory: HeadMemory | None = None,
     keep: torch.Tensor | None = None,
+    weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
     """A ghost pass that reads more than losses off the softmax: (readings, n), in the order of ``batch.predicting()``.
 
     ``visitor`` None: forward alone. ``along``: direction name -> direction; the readings find the logits' derivative
     along each. The first shares the forward pass, each further one takes a forward pass of its own: let
     ``lower_layers_once`` hand the lower layers on. ``keep``: flat positions whose products M h of the first the visitor is
-    shown. ``memory``: kept from one batch to the next.
+    shown. ``memory``: kept from one batch to the next. ``weigh``: the first reading (n,) -> factors (n,), held constant, of
+    every position's loss in the sum whose errors the visitor sees.
     """
     positions = batch.predicting()
     if not len(positions):
@@ -69,7 +71,8 @@ def read_pass(
         level.close()
         found, gradient = read_head(scored, outputs, hidden, targets, readings, moved, visitor is not None, memory)
         if gradient is not None:
-            hidden.backward(gradient)
+            factors = None if weigh is None else weigh(found[0]).to(gradient.dtype)
+            hidden.backward(gradient if factors is None else gradient * factors[:, None])
     return found
 
 

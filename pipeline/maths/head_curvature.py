@@ -55,7 +55,7 @@ class TwiceDifferentiableHead:
         self.moved = moved
         found: list[torch.Tensor] = []
         weight: torch.Tensor | None = None  # the head's, where it is this matrix alone
-        rows = chunk_rows(self.scored.model, hidden)
+        rows = max(1, chunk_rows(self.scored.model, hidden) // 2)  # logits and their derivative in the memory of one
         starts = [0, *range(min(PROBE_ROWS, rows), len(hidden), rows), len(hidden)]
         with head_of(self.scored, self.outputs) as head, watched(self.scored.model) as plain_weight:
             for start, stop in zip(starts[:-1], starts[1:], strict=True):

@@ -26,14 +26,15 @@ _HALF = 1 << 16
 def score_of(columns: Mapping[str, Floats], score: str, per_norm: bool = False) -> npt.NDArray[np.float64]:
     """What mask.score puts first, before stability and loss: ``(tokens,)`` float64, higher is better.
 
-    paper: adaptation, direct plus causal. exact: adaptation of the token's own loss. information, entropy, random: their
+    paper: adaptation, direct plus causal. exact: adaptation of the token's own loss. unrolled: at
+    the token's own steps of a simulated run. information, entropy, random: their
     column. loss: minus the loss. excess_loss: the policy's loss less the reference's. full: 0. ``per_norm``: see
     ``per_gradient_norm``.
     """
     if score == "paper":
-        found = columns["adaptation_direct"].astype(np.float64) + columns["adaptation_causal"]
-    elif score == "exact":
-        found = columns["adaptation_exact"].astype(np.float64)
+        found = objective_value(columns, "adaptation")
+    elif score in ("exact", "unrolled"):
+        found = columns[f"adaptation_{score}"].astype(np.float64)
     elif score == "loss":
         found = -columns["loss"].astype(np.float64)
     elif score == "excess_loss":
@@ -45,12 +46,22 @@ def score_of(columns: Mapping[str, Floats], score: str, per_norm: bool = False) 
     return per_gradient_norm(found, columns) if per_norm else found
 
 
+def objective_value(
+    columns: Mapping[str, Floats], objective: str, per_norm: bool = False, score: str = "paper"
+) -> npt.NDArray[np.float64]:
+    """Direct plus causal along one direction, ``(tokens,)`` float64: adaptation, adaptation_<task> or retention; with ``score``
+    unrolled its value at the token's own steps of a simulated run."""
+    if score == "unrolled":
+        found = columns[f"{objective}_unrolled"].astype(np.float64)
+    else:
+        found = columns[f"{objective}_direct"].astype(np.float64) + columns[f"{objective}_causal"]
+    return per_gradient_norm(found, columns) if per_norm else found
+
+
 def stability_of(columns: Mapping[str, Floats], score: str, per_norm: bool = False) -> npt.NDArray[np.float64]:
     """Stability, ``(tokens,)`` float64: direct plus causal, of mask.score=exact that of the token's own loss."""
-    if score == "exact":
-        found = columns["stability_exact"].astype(np.float64)
-    else:
-        found = columns["stability_direct"].astype(np.float64) + columns["stability_causal"]
+    alone = score in ("exact", "unrolled")
+    found = columns[f"stability_{score}"].astype(np.float64) if alone else objective_value(columns, "stability")
     return per_gradient_norm(found, columns) if per_norm else found
 
 
@@ -67,20 +78,27 @@ def token_values(
     scale: Mapping[str, float],
     loss_weight: float = 0.0,
     per_norm: bool = False,
+    objectives: Mapping[str, float] | None = None,
 ) -> Floats:
     """The value of every token (Eq. 12), ``(tokens,)`` float32; higher is better.
 
     ``value = score / scale["score"] + weight * stability / scale["stability"] - loss_weight * loss / scale["loss"]``. With
     ``score`` paper the first two terms are the paper's. The last one is not: it takes the token's own loss as a second
     criterion, against tokens that are simply wrong. Columns and scales of terms whose weight is 0 are not needed.
+    ``objectives``: direction -> weight: instead of the score, the sum of weight * value / scale[direction] over them.
     ``per_norm``: score and stability (not the loss) are those per unit of the token's gradient norm. Computed in float64
     and rounded once, so that the order of equal sums does not depend on how they were added up. A result beyond float32
     becomes infinite.
     """
-    needed = ["score"] + ["stability"] * bool(weight) + ["loss"] * bool(loss_weight)
+    objectives = objectives or {}
+    needed = list(objectives or ["score"]) + ["stability"] * bool(weight) + ["loss"] * bool(loss_weight)
     if not all(0 < scale[name] < math.inf for name in needed):
         raise ValueError(f"scales must be positive and finite, not {dict(scale)}")
-    value = score_of(columns, score, per_norm) / scale["score"]
+    if objectives:
+        parts = [w * objective_value(columns, name, per_norm, score) / scale[name] for name, w in objectives.items()]
+        value = np.sum(parts, axis=0)
+    else:
+        value = score_of(columns, score, per_norm) / scale["score"]
     if weight:
         value += weight * stability_of(columns, score, per_norm) / scale["stability"]
     if loss_weight:

@@ -5,67 +5,24 @@ An image-text checkpoint is loaded as what it is; its text decoder is scored.
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
-from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForImageTextToText,
-    AutoTokenizer,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
 )
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
-ADAPTER = "adapter_config.json"
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, adapter_base, load_config, reading
+
 # The image-text class raises on any input in transformers 5.24 (findings/llama4_with_images_does_not_run.sh); the causal LM
 # is the text decoder of the same checkpoint.
 TEXT_ALONE = ("llama4",)
-
-
-class UnreadableModel(ValueError):
-    """A model or tokenizer cannot be loaded; the message names the place and the remedy."""
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """Where a model comes from and how it is loaded."""
-
-    path: str
-    revision: str | None = None
-    dtype: str = "auto"
-    trust_remote_code: bool = False
-
-    def _arguments(self) -> dict[str, Any]:
-        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
-
-
-def adapter_base(path: str) -> str | None:
-    """The base model of a PEFT adapter directory; None where ``path`` is not one."""
-    file = Path(path) / ADAPTER
-    return json.loads(file.read_text())["base_model_name_or_path"] if file.is_file() else None
-
-
-def load_config(source: ModelSource) -> Any:
-    """The model's configuration, without its weights. Raises UnreadableModel."""
-    path = adapter_base(source.path) or source.path
-    return _reading(path, lambda: AutoConfig.from_pretrained(path, **source._arguments()))
-
-
-def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
-    """The model's tokenizer. Raises UnreadableModel."""
-    base = adapter_base(source.path)
-    own = base is None or (Path(source.path) / "tokenizer_config.json").is_file()
-    path = source.path if own else str(base)
-    return _reading(path, lambda: AutoTokenizer.from_pretrained(path, **source._arguments()))
 
 
 def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
@@ -79,7 +36,7 @@ def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
     base = adapter_base(source.path)
     path = base or source.path
     kind = auto_class(load_config(source))
-    model = _reading(path, lambda: kind.from_pretrained(path, dtype=dtype, **source._arguments()))
+    model = reading(path, lambda: kind.from_pretrained(path, dtype=dtype, **source.arguments()))
     if base is not None:
         model = _merged(model, source.path)
     return model.to(device).eval()
@@ -115,13 +72,3 @@ def _merged(model: PreTrainedModel, adapter: str) -> PreTrainedModel:
     except RuntimeError as error:
         reason = str(error).partition("\n")[0]
         raise UnreadableModel(f"{adapter} cannot be merged into its base: {reason}") from error
-
-
-def _reading(path: str, read: Any) -> Any:
-    try:
-        return read()
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, UnpicklingError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if "trust_remote_code" in str(error):
-            reason += "; model.trust_remote_code=true lets it run code of its own"
-        raise UnreadableModel(f"{path} cannot be read as a model: {reason}") from error

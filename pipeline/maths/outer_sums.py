@@ -15,11 +15,12 @@ class OuterSum:
     """A visitor that sums outer products in float32 (float64 for a float64 model), one tensor per scored weight.
 
     ``squared``: of the squares of error and input (the Fisher) instead of themselves (the gradient). ``positions``:
-    flat positions of the batch that enter the sum, set before each pass; None: all of them.
+    flat positions of the batch that enter the sum, set before each pass; None: all of them. ``rounded``: the products of one
+    pass are made in the model's own dtype, as a training step makes them, which takes half the time where that has 16 bits.
     """
 
-    def __init__(self, scored: ScoredLayers, squared: bool = False) -> None:
-        self.squared = squared
+    def __init__(self, scored: ScoredLayers, squared: bool = False, rounded: bool = False) -> None:
+        self.squared, self.rounded = squared, rounded
         self.positions: torch.Tensor | None = None
         self.total: dict[str, torch.Tensor] = {}
         for name, weight in scored.weights().items():
@@ -34,6 +35,10 @@ class OuterSum:
         total = self.total[captured.map.name]
         if captured.map.experts:
             total = total[captured.expert]
+        if self.rounded and error.dtype != total.dtype:
+            left, right = (entering, error) if captured.map.transposed else (error, entering)
+            total.add_(left.T @ right)
+            return
         entering, error = entering.to(total.dtype), error.to(total.dtype)
         if self.squared:
             entering, error = entering.square(), error.square()

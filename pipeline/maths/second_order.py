@@ -9,13 +9,14 @@ so that the derivative of every token's own loss along r, <grad l_i, r>, is read
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alphatoken.pipeline.maths.attention import intercepted
@@ -33,13 +34,15 @@ Tensors = Mapping[str, torch.Tensor]
 class Curvature:
     """Of one batch. ``losses`` (n,): in the order of ``batch.predicting()``, nats.
 
-    ``products``: direction -> parameter -> H r, of the weight's shape, for the SUM of the losses. ``along``: direction ->
-    (n,), each token's <grad l_i, r>, nats per unit of r.
+    ``along``: direction -> (n,), each token's <grad l_i, r>, nats per unit of r.
     """
 
     losses: torch.Tensor
-    products: dict[str, dict[str, torch.Tensor]]
     along: dict[str, torch.Tensor]
+
+
+# Called with a direction's name, a parameter's name and H r, of the weight's shape and dtype, for the SUM of the losses.
+ProductVisitor = Callable[[str, str, torch.Tensor], None]
 
 
 @contextmanager
@@ -70,43 +73,54 @@ def curvature_pass(
     scored: ScoredLayers,
     batch: Batch,
     directions: Mapping[str, Tensors],
+    visit: ProductVisitor,
     kernel: str = "sdpa",
     memory: HeadMemory | None = None,
 ) -> Curvature:
     """H r and every token's <grad l_i, r> for each of ``directions`` (name -> parameter -> r), at the present weights.
 
-    The first backward pass is shared; each direction costs a backward pass over both. Products are in at least float32.
+    The first backward pass is shared; each direction costs a backward pass over both. Its products are shown to ``visit``
+    before the next direction's turn, and are not held here; a weight that no token met has none.
     """
     positions = batch.predicting()
     if not len(positions):
         none = torch.zeros(0, device=batch.input_ids.device)
-        zeros = {m.name: _wide_zeros(m.parameter) for m in scored.maps}
-        return Curvature(none, dict.fromkeys(directions, zeros), dict.fromkeys(directions, none))
+        return Curvature(none, dict.fromkeys(directions, none))
     targets = batch.labels.flatten()[positions + 1]
     names = [m.name for m in scored.maps]
-    products, along = {}, {}
+    along = {}
     with _twice_differentiable(scored, kernel) as parameters:
         decoder: Any = scored.decoder
         outputs = decoder(input_ids=batch.input_ids, use_cache=False)
         hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
         head = TwiceDifferentiableHead(scored, outputs, targets, memory or HeadMemory())
         errors = head.errors(hidden)
-        gradients = torch.autograd.grad(hidden, parameters, errors, create_graph=True, allow_unused=True)
-        _refuse_once_differentiable(gradients)
-        used = [i for i, gradient in enumerate(gradients) if gradient is not None]  # an expert may see no token
+        used, edges = _gradient(hidden, parameters, errors)
+        del hidden
         last = list(directions)[-1:]
         for name, direction in directions.items():
             moving = [direction[names[i]].to(parameters[i].device, parameters[i].dtype) for i in used]
-            found = torch.autograd.grad(
-                [gradients[i] for i in used], parameters, moving, retain_graph=[name] != last, allow_unused=True
-            )
-            products[name] = {
-                m.name: _wide_zeros(m.parameter) if product is None else product.to(_wide(m.parameter))
-                for m, product in zip(scored.maps, found, strict=True)
-            }
+            found = torch.autograd.grad(edges, parameters, moving, retain_graph=[name] != last, allow_unused=True)
+            for parameter, product in zip(names, found, strict=True):
+                if product is not None:
+                    visit(name, parameter, product)
+            del found
             assert head.moved is not None
             along[name] = (errors.detach().to(head.losses.dtype) * head.moved).sum(dim=1)
-    return Curvature(head.losses, products, along)
+    return Curvature(head.losses, along)
+
+
+def _gradient(
+    hidden: torch.Tensor, parameters: Sequence[nn.Parameter], errors: torch.Tensor
+) -> tuple[list[int], list[GradientEdge]]:
+    """The graph of the gradient: which of ``parameters`` have one (an expert may see no token), and the ends of it.
+
+    The gradient itself, as large as the weights, is let go: the second pass needs what it was made of.
+    """
+    gradients = torch.autograd.grad(hidden, parameters, errors, create_graph=True, allow_unused=True)
+    _refuse_once_differentiable(gradients)
+    used = [i for i, gradient in enumerate(gradients) if gradient is not None]
+    return used, [get_gradient_edge(gradient) for gradient in gradients if gradient is not None]
 
 
 def _refuse_once_differentiable(gradients: Sequence[torch.Tensor | None]) -> None:
@@ -129,7 +143,7 @@ def check_second_derivative(scored: ScoredLayers, kernel: str) -> None:
     ids = torch.arange(2, device=scored.maps[0].parameter.device)[None]
     batch = Batch(ids, torch.where(ids > 0, ids, IGNORED), torch.full((1,), 2, device=ids.device))
     try:
-        curvature_pass(scored, batch, {"probe": scored.weights()}, kernel)
+        curvature_pass(scored, batch, {"probe": scored.weights()}, lambda *product: None, kernel)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, UnsupportedModel) as error:  # whatever an operation says that has no second derivative
@@ -138,11 +152,3 @@ def check_second_derivative(scored: ScoredLayers, kernel: str) -> None:
             f"its scored layers cannot be differentiated twice ({type(error).__name__}: {reason}): set "
             "anchor.direction=gradient"
         ) from error
-
-
-def _wide_zeros(tensor: torch.Tensor) -> torch.Tensor:
-    return torch.zeros_like(tensor, dtype=_wide(tensor))
-
-
-def _wide(tensor: torch.Tensor) -> torch.dtype:
-    return torch.promote_types(tensor.dtype, torch.float32)

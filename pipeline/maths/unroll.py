@@ -25,10 +25,15 @@ from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.second_order import curvature_pass
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, Taped, Tensors
 
+SWEPT_TOKENS = 1024
+
 
 @dataclass(slots=True)
 class Adjoint:
-    """Of one objective: ``weights`` lambda and ``momentum`` mu by parameter name, changed in place by the sweep."""
+    """Of one objective: ``weights`` lambda and ``momentum`` mu by parameter name, changed in place by the sweep.
+
+    Between two steps mu stands as the step above left it, before it decays: r_t is a multiple of it.
+    """
 
     weights: Tensors
     momentum: Tensors
@@ -42,15 +47,24 @@ class Adjoint:
 
 @dataclass(frozen=True, slots=True)
 class Swept:
-    """One step t of the sweep. ``residuals``: objective -> r_t by parameter name.
+    """One step t of the sweep, as ``found`` is shown it.
 
     ``values``: objective -> (n,), minus the derivative of J by the weight of each labelled token of batch t, nats, in the
     order of the batch's passes and their ``predicting()``; above 0: learning the token lowers J. ``losses`` (n,).
+    ``adjoints``, ``factor``: what ``residuals`` is made of.
     """
 
-    residuals: dict[str, Tensors]
     values: dict[str, torch.Tensor]
     losses: torch.Tensor
+    adjoints: Mapping[str, Adjoint]
+    factor: float
+
+    def residuals(self) -> dict[str, Tensors]:
+        """Objective -> r_t by parameter name; while this step is the sweep's last, since it is made of the adjoints."""
+        return {
+            objective: {name: self.factor * mu for name, mu in adjoint.momentum.items()}
+            for objective, adjoint in self.adjoints.items()
+        }
 
 
 def sweep(
@@ -71,26 +85,33 @@ def sweep(
     memory, decay = HeadMemory(), descent.decay
     for step in reversed(range(len(batches) if start is None else start)):
         taped = tape(step)
-        residuals: dict[str, Tensors] = {}
-        for objective, adjoint in adjoints.items():
+        for adjoint in adjoints.values():
             for name, tensor in adjoint.weights.items():
-                adjoint.momentum[name] -= taped.scaled(name, tensor)
-            residuals[objective] = {n: (1 - decay) * taped.clip * mu for n, mu in adjoint.momentum.items()}
+                adjoint.momentum[name].mul_(decay).sub_(taped.scaled(name, tensor))
+        # r_t = factor * mu, so that no residual is held: products and derivatives along mu are scaled.
+        factor, tokens = (1 - decay) * taped.clip, max(1, taped.tokens)
+        directions = {objective: adjoint.momentum for objective, adjoint in adjoints.items()}
+
+        def add(objective: str, name: str, product: torch.Tensor, share: float = factor / tokens) -> None:
+            adjoints[objective].weights[name].add_(product, alpha=share)
+
         passes = []
         with swapped(scored, taped.weights):
             for batch in batches[step]:
-                curvature = curvature_pass(scored, batch, residuals, kernel, memory)
-                passes.append((curvature.losses, curvature.along))
-                for objective, products in curvature.products.items():
-                    for name, product in products.items():
-                        adjoints[objective].weights[name].add_(product, alpha=1 / max(1, taped.tokens))
-        for adjoint in adjoints.values():
-            for mu in adjoint.momentum.values():
-                mu.mul_(decay)
+                for some in few_rows(batch):
+                    passes.append(curvature_pass(scored, some, directions, add, kernel, memory))
         _check(adjoints, step, len(batches))
-        along = {objective: torch.cat([one[objective] for _, one in passes]) for objective in adjoints}
-        values = {o: (one.mean() - one) / max(1, taped.tokens) for o, one in along.items() if len(one)}
-        found(step, Swept(residuals, values, torch.cat([losses for losses, _ in passes])))
+        along = {o: factor * torch.cat([one.along[o] for one in passes]) for o in adjoints}
+        values = {o: (one.mean() - one) / tokens for o, one in along.items() if len(one)}
+        found(step, Swept(values, torch.cat([one.losses for one in passes]), adjoints, factor))
+
+
+def few_rows(batch: Batch) -> list[Batch]:
+    """A batch in parts of consecutive rows of at most SWEPT_TOKENS padded tokens, or of one row: a pass over a pass holds
+    several times what a training step does."""
+    rows, length = batch.shape
+    each = max(1, SWEPT_TOKENS // length)
+    return [batch.rows(slice(start, start + each)) for start in range(0, rows, each)]
 
 
 def loss_gradient(scored: ScoredLayers, batches: Sequence[Batch], kernel: str) -> tuple[Tensors, float, int]:

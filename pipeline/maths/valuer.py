@@ -88,13 +88,19 @@ class TokenValuer:
             self.weights = dict(directions.weights) if directions.weights is not None else None
         self.window, self.attention = window if "paper" in names else 0, attention
         self.memory = HeadMemory() if memory is None else memory
-        self.columns = tuple(column for name in names for column in _columns_of(name))
         self.head = [score for score in map(SCORES.__getitem__, names) if isinstance(score, HeadScore)]
         looked_at = {direction for score in self.head for direction in score.along}
         self.along = _moving(self.scored, directions, looked_at) if directions is not None else {}
         given = next(iter(self.along), None)
-        layered = [score for score in map(SCORES.__getitem__, names) if not isinstance(score, HeadScore)]
-        self.layers: list[LayerScore] = [score(self.scored, directions, window, attention, given) for score in layered]
+        self.layers: list[LayerScore] = []
+        columns: list[str] = []
+        for score in map(SCORES.__getitem__, names):
+            if isinstance(score, HeadScore):
+                columns += score.readings
+            else:
+                self.layers.append(score(self.scored, directions, window, attention, given))
+                columns += self.layers[-1].columns
+        self.columns = tuple(columns)
 
     @property
     def causal_layers(self) -> int:
@@ -186,11 +192,6 @@ def _looks_along(score: str) -> tuple[str, ...]:
     if isinstance(kind, HeadScore):
         return kind.along
     return NAMES if kind.directed else ()
-
-
-def _columns_of(score: str) -> tuple[str, ...]:
-    kind = SCORES[score]
-    return tuple(kind.readings) if isinstance(kind, HeadScore) else kind.columns
 
 
 def _moving(scored: ScoredLayers, directions: Directions, names: set[str]) -> dict[str, Tangents]:

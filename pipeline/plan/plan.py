@@ -11,8 +11,9 @@ from typing import Any
 
 import torch
 
-from alphatoken.pipeline.anchor.coverage import as_json, warning
+from alphatoken.pipeline.anchor.coverage import as_json, layers_of, warning
 from alphatoken.pipeline.anchor.orders import check_examples, check_validation
+from alphatoken.pipeline.anchor.own_step import check_covered
 from alphatoken.pipeline.anchor.places import TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.stage import SUMS
 from alphatoken.pipeline.anchor.tape import kept_every, too_long
@@ -20,6 +21,7 @@ from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.maths.batch import response_start
 from alphatoken.pipeline.maths.costs import (
+    DIRECTIONS,
     ModelCosts,
     Shapes,
     budget_shapes,
@@ -39,7 +41,7 @@ from alphatoken.pipeline.maths.costs import (
     value_memory,
 )
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
-from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.plan.sample import Sample, sample_data
 from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
 from alphatoken.pipeline.prepare.pairs import Pair
@@ -47,6 +49,7 @@ from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.objectives import RETENTION
 from alphatoken.pipeline.trial.budget import Lengths, lengths_of, planned_extent
 
 UTILISATION = 0.35
@@ -68,7 +71,9 @@ def make_plan(run: Run) -> dict[str, Any]:
     config = load_config(ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code))
     dtype = _dtype(settings, config)
     try:
-        costs, scored = model_costs(meta_model(config, dtype), settings.valuation.layers)
+        model, asked = meta_model(config, dtype), settings.anchor_layers
+        costs, scored = model_costs(model, settings.valuation.layers)
+        wide, trained = (costs, scored) if asked == costs.scored_layers else model_costs(model, layers_of(model, asked))
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
@@ -79,12 +84,12 @@ def make_plan(run: Run) -> dict[str, Any]:
     budget = settings.valuation.tokens_per_batch
     budget = budget if isinstance(budget, int) else CPU_TOKENS
     shapes = train_shapes(sample, budget)
-    snapshots = settings.anchor.points(drift)
+    snapshots = settings.snapshots(drift)
     tokens, response = _tokens(sample.train), _response(sample.train)
     scale = sample.scale
     longest = max(len(example.input_ids) for example in sample.train)
     if settings.valuation.needs_directions:
-        anchor = anchor_flops(costs, sample, settings, drift, several)
+        anchor = anchor_flops(wide, sample, settings, drift, several)
         value = several * planned_values(costs, sample, shapes, settings, snapshots, drift)
         floor = value_floor(costs, round(tokens * scale), round(response * scale), settings.valuation.scores)
     else:
@@ -112,7 +117,7 @@ def make_plan(run: Run) -> dict[str, Any]:
     }
     rows: Sequence[Example | Pair] = sample.pairs or sample.train
     total = sum(stage["flops"] for name, stage in stages.items() if name != "trial" or settings.trial.auto)
-    rows_file = file_sizes(sample, settings, scored, drift, several)
+    rows_file = file_sizes(sample, settings, trained, drift, several)
     coverage = as_json(scored.coverage)
     return {
         "data": {
@@ -120,6 +125,8 @@ def make_plan(run: Run) -> dict[str, Any]:
             "sampled": len(rows) + len(sample.fisher) + len(sample.validation),
             "complete_sample": sample.complete, "unusable_fraction": sample.unusable,
             "train_examples": sample.train_rows, "validation_examples": sample.validation_rows,
+            **({"tasks": dict(sample.tasks)} if sample.tasks else {}),
+            **({"retention_examples": sample.retention_rows} if sample.retention else {}),
             "fisher_prompts": len(sample.fisher), "tokens": round(tokens * scale),
             "response_tokens": round(response * scale), "padded_tokens": shapes.tokens, "longest": longest,
             "truncated_fraction": sum(row.truncated for row in rows) / len(rows),
@@ -127,15 +134,17 @@ def make_plan(run: Run) -> dict[str, Any]:
         },
         "model": {
             "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
-            "layers": costs.layers, "scored_layers": costs.scored_layers, "drift": drift, "snapshots": snapshots,
+            "layers": costs.layers, "scored_layers": costs.scored_layers, "trained_layers": wide.scored_layers,
+            "drift": drift, "snapshots": snapshots,
             "checkpoints": several,
-            "columns": list(settings.valuation.columns),
+            "columns": list(settings.columns),
             "scored_modules": [linear.name for linear in scored.maps], "coverage": coverage,
             "coverage_warning": warning(scored.coverage),
         },
         "flops": {**stages, "total": total},
         "memory_per_worker": value_memory(
-            costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift)
+            costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift),
+            DIRECTIONS + len(settings.objectives),
         ),
         "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
         "device_hours": {
@@ -146,16 +155,19 @@ def make_plan(run: Run) -> dict[str, Any]:
 
 
 def planned_trial(m: ModelCosts, sample: Sample, settings: Settings) -> dict[str, int]:
-    """What a trial would cost, with its steps and examples; none of pairs, on which it is not made."""
-    if sample.pairs:
-        return {"flops": 0}
-    train, held_out = (
-        lengths_of([e.input_ids for e in rows], [e.labels for e in rows]) for rows in (sample.train, sample.validation)
+    """What a trial would cost, with its steps and examples. Of held-out pairs the rejected branch is taken to be as long as
+    the chosen one."""
+    train, held_out, retention = (
+        lengths_of([e.input_ids for e in rows], [e.labels for e in rows])
+        for rows in (sample.train, sample.validation, sample.retention)
     )
     new = settings.anchor.fisher.max_new_tokens
     prompts = lengths_of([e.input_ids for e in sample.fisher], [e.labels for e in sample.fisher]) or held_out
     completed = [(tokens - response + new, new) for tokens, response in prompts[: settings.trial.prompts]]
-    far = planned_extent(m, settings, Lengths(train, held_out, completed), sample.train_rows)
+    pairs = bool(sample.pairs)
+    kept = retention * max(1, sample.retention_rows // max(1, len(retention)))
+    lengths = Lengths(train, held_out * 2 if pairs else held_out, completed, kept, pairs)
+    far = planned_extent(m, settings, lengths, sample.train_rows)
     return {"flops": far.flops, "steps": far.steps, "examples": far.examples}
 
 
@@ -175,9 +187,12 @@ def planned_values(
 ) -> int:
     """Operations of the value stage; of a rehearsal with its padding taken for that of the static schedule."""
     own = settings.valuation
-    if not own.columns:
+    if not settings.columns:
         return 0
-    values = value_flops(m, shapes, own.window, snapshots, own.scores, own.exact, drift != "none")
+    if not own.looks_at_anchors:
+        snapshots, drift = 1, "none"
+    directions = DIRECTIONS + len(settings.objectives)
+    values = value_flops(m, shapes, own.window, snapshots, own.scores, own.exact, drift != "none", directions)
     if not own.rehearsed:
         return values
     steps = -(-sample.train_rows // own.rehearsal.batch_size)
@@ -187,9 +202,17 @@ def planned_values(
 
 def validation_shapes(sample: Sample) -> Shapes:
     """The batches of one validation gradient."""
-    lengths = [len(e.input_ids) for e in sample.validation]
-    shapes = budget_shapes(lengths, _response(sample.validation), TOKENS_PER_PASS)
-    return shapes.times(sample.validation_rows / len(sample.validation))
+    return _held_shapes(sample.validation, sample.validation_rows)
+
+
+def retention_shapes(sample: Sample) -> Shapes | None:
+    """The batches of one gradient of data.retention; None where there are no such rows."""
+    return _held_shapes(sample.retention, sample.retention_rows) if sample.retention else None
+
+
+def _held_shapes(examples: Sequence[Example], rows: int) -> Shapes:
+    shapes = budget_shapes([len(e.input_ids) for e in examples], _response(examples), TOKENS_PER_PASS)
+    return shapes.times(rows / len(examples))
 
 
 def train_shapes(sample: Sample, budget: int) -> Shapes:
@@ -202,8 +225,11 @@ def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, 
     """Operations of the anchor by what they are for; ``fisher`` is at most, as completions may end early."""
     anchor, validation = settings.anchor, validation_shapes(sample)
     if anchor.unrolled:
-        check_validation(sample.validation_rows)
+        for objective, rows in rows_of_objectives(sample, settings).items():
+            check_validation(rows, objective)
         check_examples(sample.train_rows, anchor.unroll.batch_size)
+        if settings.valuation.own_step:
+            check_covered(sample.train_rows, anchor.unroll)
         made, moved = unrolled_flops(m, sample, settings, drift), 0
         gradients = anchor.unroll.orders
     else:
@@ -216,7 +242,15 @@ def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, 
         **({"unrolled": made} if anchor.unrolled else {}),
         "validation_gradient": gradients * (ghost_flops(m, validation) + outer_flops(m, validation.predicting)),
     }
+    if (kept := retention_shapes(sample)) and settings.objectives:
+        found["retention_gradient"] = gradients * (ghost_flops(m, kept) + outer_flops(m, kept.predicting))
     return {"flops": sum(found.values()), **found}
+
+
+def rows_of_objectives(sample: Sample, settings: Settings) -> dict[str, int]:
+    """Objective -> about how many validation rows make its direction; those of all tasks together follow from theirs."""
+    found = dict(sample.tasks) or {"adaptation": sample.validation_rows}
+    return found | ({RETENTION: sample.retention_rows} if RETENTION in settings.objectives else {})
 
 
 def fisher_flops(m: ModelCosts, prompts: Sequence[Example], new: int) -> int:
@@ -257,7 +291,7 @@ def unrolled_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str
     every = kept_every(unroll.steps, m.scored_stored, unroll.tape_bytes)
     if every is None:
         raise SettingsWrong([too_long(unroll.steps, m.scored_stored, unroll.tape_bytes)])
-    objectives, forward, sweep = 1 if drift == "none" else 2, 0, 0
+    objectives, forward, sweep = len(rows_of_objectives(sample, settings)) + (drift != "none"), 0, 0
     for shapes in step_shapes(sample.train, unroll.steps, unroll.batch_size):
         forward += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
         sweep += sweep_flops(m, shapes, objectives)

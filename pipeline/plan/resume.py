@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from alphatoken.pipeline.mask.layout import is_finished
 from alphatoken.pipeline.plan.share import UPSTREAM, stage_inputs
 from alphatoken.pipeline.run.fingerprint import differences, digest
 from alphatoken.pipeline.run.run import Run
@@ -40,7 +41,7 @@ def resume_state(run: Run) -> dict[str, dict[str, Any]]:
         else:
             found[stage] = {"state": "continues", **_progress(run, stage)}
     mask = f"mask/{settings.mask.name}"
-    done = manifest.done(mask) and run.storage.exists(f"masks/{settings.mask.name}/summary.json")
+    done = manifest.done(mask) and is_finished(run.storage, settings.mask.name)
     state = "overwritten" if "mask" in anew else "done" if done else "new"
     found["mask"] = {"state": state, "name": settings.mask.name}
     return found
@@ -53,5 +54,4 @@ def _progress(run: Run, stage: str) -> dict[str, Any]:
         return {}
     directory = "prepared" if stage == "prepare" else "values"
     fingerprint = run.manifest.stage(stage)["fingerprint"]
-    complete = sum(run.storage.rows_of(f"{directory}/{part}", fingerprint) is not None for part in parts)
-    return {"complete_shards": complete, "shards": len(parts)}
+    return {"complete_shards": len(run.storage.footers(directory, parts, fingerprint)), "shards": len(parts)}

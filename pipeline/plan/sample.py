@@ -2,22 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config, load_tokenizer
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_config, load_tokenizer
+from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import draw_order, halves
-from alphatoken.pipeline.prepare.inputs import fisher_prompts, is_preference
+from alphatoken.pipeline.prepare.inputs import fisher_prompts, is_preference, open_validation
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
-from alphatoken.pipeline.prepare.sources import Sources, decode, open_sources
+from alphatoken.pipeline.prepare.sources import Sources, open_sources
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.data import HALF, DataSettings
+from alphatoken.pipeline.settings.objectives import objective_of
 
 SAMPLE = 512
 
@@ -29,6 +31,7 @@ class Sample:
     ``rows``: of data.train; ``train_rows``: about how many of them are trained on; ``train``: a sample of those, of
     pairs both branches one after the other; ``pairs``: the same as pairs, empty for supervised data;
     ``validation``, ``fisher``: the held-out examples themselves (of a validation file: a sample, and how many it has).
+    ``tasks``: objective -> rows of its files, where data.validation has tasks; ``retention``: a sample of data.retention.
     ``unusable``: the share of rows that goes to the quarantine. ``complete``: every row was read.
     """
 
@@ -41,6 +44,9 @@ class Sample:
     fisher: tuple[Example, ...]
     unusable: float
     complete: bool
+    tasks: Mapping[str, int] = field(default_factory=dict)
+    retention: tuple[Example, ...] = ()
+    retention_rows: int = 0
 
     @property
     def scale(self) -> float:
@@ -92,25 +98,45 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     is_half = settings.validation_trial == HALF
     directions = halves(split, settings.run.seed)[0] if is_half else range(split)
     validation, validation_rows = [held[i] for i in directions], len(directions)
-    if not held_out:
-        other = open_sources("data.validation", data.validation)
-        validation_rows = len(halves(other.starts[-1], settings.run.seed)[0]) if is_half else other.starts[-1]
 
-        def either(row: Any, source: str) -> Example:
-            return pair(row, source).chosen if preference and is_pair(row, columns) else make(row, source)
+    def either(row: Any, source: str) -> Example:
+        return pair(row, source).chosen if preference and is_pair(row, columns) else make(row, source)
+
+    other, tasks = open_validation(data)
+    if other is not None:
+        validation_rows = len(halves(other.starts[-1], settings.run.seed)[0]) if is_half else other.starts[-1]
 
         some = _examples(either, other, range(min(validation_rows, SAMPLE)), data)
         validation = [example for example in some if example is not None]
         if not validation:
             raise RunFailed(f"data.validation={data.validation}: none of its first {len(some)} rows can be used")
         validation_rows = round(validation_rows * len(validation) / len(some))
+    retention, retention_rows = _retention(either, data)
     trained = usable[wanted:]
     sequences = [s for made in trained for s in ((made.chosen, made.rejected) if isinstance(made, Pair) else (made,))]
     of_all, parts = round(total * (1 - unusable)) - wanted, data.cut[1] if data.cut else 1
     return Sample(
         total, max(1, of_all // parts), tuple(sequences), tuple(trained) if preference else (),
         tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1,
+        {objective_of(task): _rows_in(other, names) for task, names in tasks.items()}, retention, retention_rows,
     )  # fmt: skip
+
+
+def _rows_in(sources: Sources | None, names: Sequence[str]) -> int:
+    return sum(len(file.rows) for file in (sources.files if sources else ()) if file.name in names)
+
+
+def _retention(make: Callable[[Any, str], Example], data: DataSettings) -> tuple[tuple[Example, ...], int]:
+    """A sample of data.retention, and about how many rows it has."""
+    if data.retention is None:
+        return (), 0
+    sources = open_sources("data.retention", data.retention)
+    total = sources.starts[-1]
+    some = _examples(make, sources, range(min(total, SAMPLE)), data)
+    usable = tuple(example for example in some if example is not None)
+    if not usable:
+        raise RunFailed(f"data.retention={data.retention}: none of its first {len(some)} rows can be used")
+    return usable, round(total * len(usable) / len(some))
 
 
 def _examples(make: Callable[[Any, str], Any], sources: Sources, rows: Sequence[int], data: DataSettings) -> list[Any]:

@@ -36,7 +36,7 @@ def stage_inputs(run: Run) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {"prepare": prepare}
     if settings.valuation.needs_directions:
         found["anchor"] = anchor_inputs(settings, models, prepare, drift_of(settings, models))
-    if raw.preference or settings.valuation.columns:
+    if raw.preference or settings.columns:
         anchor = digest(found["anchor"]) if "anchor" in found else None
         found["value"] = value_inputs(settings, models, digest(prepare), anchor, raw.preference)
     return found

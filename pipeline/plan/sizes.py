@@ -11,10 +11,10 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import (
     BRANCHES,
-    COMPONENTS,
     PREFERENCE_REFERENCE,
     REFERENCE,
     SIGNED,
+    is_signed,
     masks_schema,
     preference_masks_schema,
     preference_values_schema,
@@ -43,9 +43,10 @@ def file_sizes(
     """Bytes by directory of the run, for one mask; several checkpoints leave values of each beside their mean."""
     parts = max(1, -(-sample.train_rows // settings.data.shard_examples))
     anchor = settings.anchor
-    snapshots = anchor.points(drift, checkpoints)
+    snapshots = settings.snapshots(drift, checkpoints)
     fisher = 0 if drift == anchor.precondition == "none" else 1
-    tensors = fisher + snapshots * (3 if anchor.moves(drift) else 2) if settings.valuation.needs_directions else 0
+    each = 2 + len(settings.objectives) + anchor.moves(drift)
+    tensors = fisher + snapshots * each if settings.valuation.needs_directions else 0
     held = sum(_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample))
     tables = (_pair_tables if sample.pairs else _tables)(sample, settings, drift)
     found = {name: _weighed(table, sample.train_rows, parts) for name, table in tables.items()}
@@ -54,13 +55,17 @@ def file_sizes(
         unroll, weights = anchor.unroll, scored.coverage.scored
         every = kept_every(unroll.steps, weights, unroll.tape_bytes) or 1
         found["tape"] = unroll.orders * tape_bytes(unroll.steps, every, weights)
-    return {"prepared": found.pop("prepared") + held, "anchors": tensors * directions_bytes(scored), **found}
+    anchors = tensors * directions_bytes(scored)
+    if settings.valuation.own_step:
+        tokens = sample.scale * sum(label != IGNORED for example in sample.train for label in example.labels)
+        anchors += round(4 * tokens) * (2 + len(settings.objectives)) * anchor.unroll.orders
+    return {"prepared": found.pop("prepared") + held, "anchors": anchors, **found}
 
 
 def _tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa.Table]:
     rows, schema = sample.train, masks_schema(settings.mask.extra_columns)
     values = {"id": [example.id for example in rows], **_values(rows, settings, drift)}
-    mask, own = _mask(rows, settings, schema.names), values_schema(settings.valuation.columns)
+    mask, own = _mask(rows, settings, schema.names), values_schema(settings.columns)
     found = {
         "prepared": to_table(rows),
         "values": pa.table([values[name] for name in own.names], schema=own),
@@ -88,7 +93,7 @@ def _pair_tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa
         own["logps"] = [_drawn(example, random, signed=False) for example in rows]
         known |= {f"{branch}_{name}": column for name, column in own.items()}
     schemas = {
-        "values": preference_values_schema(settings.valuation.columns),
+        "values": preference_values_schema(settings.columns),
         "reference": PREFERENCE_REFERENCE,
         "masks, each": schema,
     }
@@ -97,7 +102,9 @@ def _pair_tables(sample: Sample, settings: Settings, drift: str) -> dict[str, pa
 
 
 def _held_out(sample: Sample) -> list[tuple[Sequence[Example], int]]:
-    return [(sample.validation, sample.validation_rows), (sample.fisher, len(sample.fisher))]
+    found: list[tuple[Sequence[Example], int]] = [(sample.validation, sample.validation_rows)]
+    kept = [(sample.retention, sample.retention_rows)] if sample.retention else []
+    return [*found, (sample.fisher, len(sample.fisher)), *kept]
 
 
 def _weighed(table: pa.Table, rows: int, parts: int) -> int:
@@ -117,18 +124,18 @@ def _weighed(table: pa.Table, rows: int, parts: int) -> int:
 
 def _zeros(settings: Settings, drift: str) -> set[str]:
     """The columns of values that are 0.0 throughout and take hardly any room."""
-    causal = {name for name in COMPONENTS if name.endswith("causal") and settings.valuation.window == 0}
+    causal = {name for name in settings.columns if name.endswith("causal") and settings.valuation.window == 0}
     return causal | {name for name in SIGNED if name.startswith("stability") and drift == "none"}
 
 
 def _values(examples: Sequence[Example], settings: Settings, drift: str) -> dict[str, list[list[float]]]:
     """Values as far as their size is concerned."""
     random, zeros = np.random.default_rng(settings.run.seed), _zeros(settings, drift)
-    names = settings.valuation.columns
+    names = settings.columns
     columns: dict[str, list[list[float]]] = {name: [] for name in names}
     for example in examples:
         for name, rows in columns.items():
-            signed = name in SIGNED
+            signed = is_signed(name)
             rows.append([0.0] * len(example.labels) if name in zeros else _drawn(example, random, signed))
     return columns
 

@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_config
+from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED, named
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_config
 from alphatoken.pipeline.prepare.columns import PREFERENCE, filled, row_kind
+from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import part_of
 from alphatoken.pipeline.prepare.positions import own_positions
-from alphatoken.pipeline.prepare.sources import Source, Sources, decode, open_sources
+from alphatoken.pipeline.prepare.sources import Source, Sources, open_sources
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import Settings
-from alphatoken.pipeline.settings.data import HALF
+from alphatoken.pipeline.settings.data import HALF, DataSettings
 from alphatoken.pipeline.settings.run import NO_PAIRS
 
 MOST_FISHER_PROMPTS = 1000
@@ -29,28 +30,67 @@ class RawData:
     """The rows that a run is made of.
 
     ``validation``: None where its rows are held out of ``train``. ``trial``: rows of data.validation_trial that are files of
-    their own, else None. ``preference``: whether the rows of ``train`` are pairs.
+    their own, else None. ``retention``: of data.retention, else None. ``preference``: whether the rows of ``train`` are
+    pairs. ``tasks``: task -> names of its files, where data.validation has tasks.
     """
 
     train: Sources
     validation: Sources | None
     trial: Sources | None
+    retention: Sources | None
     preference: bool
+    tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What is to be said of how the files were read, a line each."""
-        return tuple(line for one in (self.train, self.validation, self.trial) if one for line in one.remarks)
+        sources = (self.train, self.validation, self.trial, self.retention)
+        return tuple(line for one in sources if one for line in one.remarks)
 
 
 def open_data(settings: Settings) -> RawData:
-    """data.train, data.validation and data.validation_trial, opened. Raises SettingsWrong for what is not there or not of one kind."""
+    """The files of data.train, data.validation, data.validation_trial and data.retention, opened.
+
+    Raises SettingsWrong for what is not there or not of one kind.
+    """
     train = open_sources("data.train", settings.data.train)
-    held_out = isinstance(settings.data.validation, int)
-    validation = None if held_out else open_sources("data.validation", settings.data.validation)
+    validation, tasks = open_validation(settings.data)
     kept = settings.validation_trial
     trial = None if kept in (None, HALF) else open_sources("data.validation_trial", kept)
-    return RawData(train, validation, trial, is_preference(settings, train))
+    asked = settings.data.retention
+    retention = None if asked is None else open_sources("data.retention", asked)
+    return RawData(train, validation, trial, retention, is_preference(settings, train), tasks)
+
+
+def open_validation(data: DataSettings) -> tuple[Sources | None, dict[str, tuple[str, ...]]]:
+    """The files of data.validation, None where its rows are held out of data.train; and task -> names of its files.
+
+    Raises SettingsWrong for a file that is not there, and for one that two tasks have.
+    """
+    if isinstance(data.validation, int):
+        return None, {}
+    if not data.tasks:
+        return open_sources("data.validation", data.validation), {}
+    opened = {task: open_sources(f"data.validation.{task}", data.validation[task]) for task in data.tasks}
+    owners: dict[str, str] = {}
+    for task, sources in opened.items():
+        for file in sources.files:
+            if (other := owners.setdefault(file.fingerprint, task)) != task:
+                raise SettingsWrong(
+                    [
+                        f"data.validation: {file.name} has the rows of task {other} as well: give each task rows of its own"
+                    ]
+                )
+    files = tuple(file for sources in opened.values() for file in sources.files)
+    remarks = tuple(line for sources in opened.values() for line in sources.remarks)
+    return Sources(files, remarks), {task: tuple(f.name for f in sources.files) for task, sources in opened.items()}
+
+
+def renamed_tasks(raw: RawData, recorded: Mapping[str, Sequence[str]]) -> RawData:
+    """The same rows under the names of files that the stage was begun with, wherever the files are now."""
+    assert raw.validation is not None
+    names = [name for files in recorded.values() for name in files]
+    return replace(raw, validation=raw.validation.named(names), tasks={t: tuple(f) for t, f in recorded.items()})
 
 
 def is_preference(settings: Settings, train: Sources) -> bool:
@@ -91,8 +131,9 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
     schema = PREFERENCE_PREPARED if raw.preference else PREPARED
     return {
         "data.train": [file.fingerprint for file in raw.train.files],
-        "data.validation": data.validation if validation is None else [file.fingerprint for file in validation.files],
+        "data.validation": data.validation if validation is None else _validation_inputs(validation, raw.tasks),
         **_trial_inputs(settings, raw),
+        **({"data.retention": [file.fingerprint for file in raw.retention.files]} if raw.retention else {}),
         "data.max_length": data.max_length,
         **({"positions": positions} if positions is not None else {}),
         "data.shard_examples": data.shard_examples,
@@ -109,12 +150,20 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
     }
 
 
+def _validation_inputs(validation: Sources, tasks: Mapping[str, Sequence[str]]) -> Any:
+    found = [file.fingerprint for file in validation.files]
+    if not tasks:
+        return found
+    rest = iter(found)
+    return {task: [next(rest) for _ in files] for task, files in tasks.items()}
+
+
 def _trial_inputs(settings: Settings, raw: RawData) -> dict[str, Any]:
     """Nothing where no rows are kept for a trial, so that runs without one are what they were."""
     if settings.validation_trial is None:
         return {}
     kept = HALF if raw.trial is None else [file.fingerprint for file in raw.trial.files]
-    return {"data.validation_trial": kept}
+    return {"data.validation_trial": kept, **({"trial.schema": named(PREFERENCE_PREPARED)} if raw.preference else {})}
 
 
 def held_out_digest(inputs: Mapping[str, Any]) -> str | None:

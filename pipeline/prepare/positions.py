@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from alphatoken.pipeline.maths.models import ModelSource, auto_class, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
+from alphatoken.pipeline.maths.models import auto_class
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.remote import here
 

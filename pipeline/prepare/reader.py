@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import pyarrow as pa
 
-from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED
+from alphatoken.data_schemas import BRANCHES, PREPARED
 from alphatoken.pipeline.maths.batch import Sequences
+from alphatoken.pipeline.prepare.held_out import RETENTION
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.run import Run
-from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.run.storage import Footer
+
+
+def prepared_parts(run: Run) -> dict[str, Footer]:
+    """Part -> its rows and counts (``tokens``: of pairs of both branches), in the order of the parts.
+
+    Raises RunFailed for one that is missing or damaged.
+    """
+    prepared = run.manifest.stage("prepare")
+    parts = prepared["counts"]["parts"]
+    found = run.storage.footers("prepared", parts, prepared["fingerprint"])
+    for part in parts:
+        if part not in found:
+            raise RunFailed(f"prepared/{part} is missing or damaged: run `alphatoken prepare` again")
+    return found
 
 
 def prepared_rows(run: Run) -> dict[str, int]:
     """Part -> rows, in the order of the parts; raises RunFailed for one that is missing or damaged."""
-    prepared, found = run.manifest.stage("prepare"), {}
-    for part in prepared["counts"]["parts"]:
-        count = run.storage.rows_of(f"prepared/{part}", prepared["fingerprint"])
-        if count is None:
-            raise RunFailed(f"prepared/{part} is missing or damaged: run `alphatoken prepare` again")
-        found[part] = count
-    return found
+    return {part: footer.rows for part, footer in prepared_parts(run).items()}
 
 
 def sequences_of(table: pa.Table) -> Sequences:
@@ -29,16 +36,36 @@ def sequences_of(table: pa.Table) -> Sequences:
     return Sequences(*(table.column(name).to_pylist() for name in ("id", "input_ids", "labels")))
 
 
+def validation_rows(run: Run) -> dict[str, Sequences]:
+    """Task -> the validation rows that make its direction, in the order of data.validation; one task without a name where
+    it has none. Raises RunFailed for a task of which no row can be used."""
+    table = run.storage.read_table("prepared/validation.parquet", PREPARED)
+    tasks = run.manifest.stage("prepare")["counts"].get("validation_tasks")
+    if not tasks:
+        return {"": sequences_of(table)}
+    files = [source.rpartition(":")[0] for source in table.column("source").to_pylist()]
+    found = {}
+    for task, own in tasks.items():
+        mine = [row for row, file in enumerate(files) if file in own]
+        if not mine:
+            raise RunFailed(f"data.validation.{task}: no row of {', '.join(own)} has a response token: give other rows")
+        found[task] = sequences_of(table.take(mine))
+    return found
+
+
+def retention_rows(run: Run) -> Sequences | None:
+    """The rows of data.retention; None where there are none. Raises RunFailed where the file is missing or damaged."""
+    prepared = run.manifest.stage("prepare")
+    if not prepared["counts"].get(f"{RETENTION}_rows"):
+        return None
+    name = f"prepared/{RETENTION}.parquet"
+    if run.storage.rows_of(name, prepared["fingerprint"]) is None:
+        raise RunFailed(f"{name} is missing or damaged: run `alphatoken prepare` again")
+    return sequences_of(run.storage.read_table(name, PREPARED))
+
+
 def branches_of(table: pa.Table) -> Sequences:
     """A prepared table of pairs: all chosen branches, then all rejected ones."""
     ids = [f"{name} ({branch})" for branch in BRANCHES for name in table.column("id").to_pylist()]
     columns = ([row for b in BRANCHES for row in table.column(f"{b}_{n}").to_pylist()] for n in ("input_ids", "labels"))
     return Sequences(ids, *columns)
-
-
-def tokens_of(storage: Storage, part: str, pairs: bool) -> int:
-    """Tokens of a prepared part, of pairs of both branches."""
-    names: Sequence[str] = [f"{branch}_input_ids" for branch in BRANCHES] if pairs else ["input_ids"]
-    schema = PREFERENCE_PREPARED if pairs else PREPARED
-    batches = storage.read_batches(f"prepared/{part}", schema, columns=names)
-    return sum(len(batch.column(name).flatten()) for batch in batches for name in names)

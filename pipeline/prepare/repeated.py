@@ -6,13 +6,17 @@ rows were written, and the prompt is taken off.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Collection, Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from alphatoken.data_schemas import BRANCHES
 from alphatoken.pipeline.prepare.columns import columns_of, value_of
+from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.rows import shape_of
-from alphatoken.pipeline.prepare.sources import Sources, decode
+
+if TYPE_CHECKING:
+    from alphatoken.pipeline.prepare.sources import Sources  # with `datasets`, which a worker does without
 
 BATCH = 256  # rows in memory at a time
 
@@ -49,6 +53,14 @@ def all_repeat_prompt(data: Sources, columns: Mapping[str, str]) -> bool:
             if not found and start + BATCH < len(file.rows):
                 return False
     return found
+
+
+def repeating(data: Sources, tasks: Mapping[str, Collection[str]], columns: Mapping[str, str]) -> bool | frozenset[str]:
+    """``all_repeat_prompt``; where there are ``tasks`` (task -> names of its files), the files of those that do."""
+    if not tasks:
+        return all_repeat_prompt(data, columns)
+    own = {task: replace(data, files=tuple(f for f in data.files if f.name in files)) for task, files in tasks.items()}
+    return frozenset(name for task, files in tasks.items() if all_repeat_prompt(own[task], columns) for name in files)
 
 
 def _response_names(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, ...] | None:

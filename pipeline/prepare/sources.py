@@ -1,6 +1,6 @@
 """Raw rows: files, globs, directories and hub ids become `datasets.Dataset`s of known length, one per file.
 
-Text formats become data sets with one column `json` that holds a row as text, decoded where it is tokenized: a broken
+Text formats become data sets with one column `json` that holds a row as text, decoded where it is tokenized (`decoding`): a broken
 line then is one row for the quarantine and not the end of a file. Parquet and Arrow keep their typed columns.
 """
 
@@ -24,7 +24,8 @@ import pyarrow.parquet as pq
 from datasets.exceptions import DatasetGenerationError
 
 from alphatoken.pipeline.prepare.compressed import BROKEN, COMPRESSIONS, opened, suffixes
-from alphatoken.pipeline.prepare.typed import structs_of_tools, typed_rows
+from alphatoken.pipeline.prepare.decoding import LONGEST_LINE, TEXT, TOO_LONG, TOO_MANY_FIELDS
+from alphatoken.pipeline.prepare.typed import structs_of_tools
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_file
 from alphatoken.pipeline.run.redaction import redacted
@@ -41,11 +42,7 @@ FORMATS = {
 }
 KNOWN = f"{', '.join(sorted(FORMATS))}, those of text also with {', '.join(COMPRESSIONS)}"
 SHOWN = 4  # names of skipped files in a line
-TEXT = "__row_as_text__"  # the column of text formats
-TOO_MANY_FIELDS = "__too_many_fields__"
-TOO_LONG = "__too_long__"
 READER = 3  # counts up when the rows of a file are read differently, since they are cached
-LONGEST_LINE = 64 << 20  # bytes; what has no line break for longer is no row, and must not fill the memory
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,31 +91,6 @@ class Sources:
         for index, numbers in by_file.items():
             found.append((self.files[index].name, numbers, self.files[index].table(numbers)))
         return found
-
-
-def decode(table: pa.Table) -> Iterator[tuple[Any, str | None]]:
-    """Rows of a raw table as (row, None), or (raw text, reason) for a row that cannot be read."""
-    if table.column_names != [TEXT] or not pa.types.is_large_string(table.schema.field(0).type):
-        yield from typed_rows(table)
-        return
-    for text in table.column(TEXT).to_pylist():
-        try:
-            content = (text or "").encode("latin-1")
-            row = json.loads(content)
-        except UnicodeEncodeError as error:  # a Parquet file with a column of this very name
-            yield text, f"bad_unicode: {error}"
-            continue
-        except (ValueError, RecursionError) as error:
-            yield content.decode("utf-8", "backslashreplace"), f"broken_json: {error}"
-            continue
-        if not isinstance(row, dict):
-            yield row, f"wrong_type: a row must be an object, not {type(row).__name__}"
-        elif TOO_LONG in row:
-            yield row, f"too_long: a line of {row[TOO_LONG]} bytes, more than {LONGEST_LINE}"
-        elif TOO_MANY_FIELDS in row:
-            yield row, "broken_csv: more fields than the header has columns"
-        else:
-            yield row, None
 
 
 def open_sources(key: str, value: Any) -> Sources:

@@ -11,27 +11,34 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
 from alphatoken.pipeline.cluster.host import Resources
 from alphatoken.pipeline.cluster.pool import WorkerPool
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_tokenizer, portable
 from alphatoken.pipeline.prepare import remarks
+from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import LEAST_TO_CUT, draw_order, halves
+from alphatoken.pipeline.prepare.held_out import PAIRS, RETENTION, TRIAL
 from alphatoken.pipeline.prepare.inputs import (
     RawData,
     fisher_prompts,
     open_data,
     prepare_inputs,
+    renamed_tasks,
     tokenizer_source,
     training_rows,
 )
 from alphatoken.pipeline.prepare.outcome import NOTES
-from alphatoken.pipeline.prepare.repeated import all_repeat_prompt
+from alphatoken.pipeline.prepare.pairs import Pair
+from alphatoken.pipeline.prepare.reader import validation_rows
+from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeating
 from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, shape_of
-from alphatoken.pipeline.prepare.sources import Sources, decode
+from alphatoken.pipeline.prepare.sources import Sources
 from alphatoken.pipeline.prepare.tokenize import Example
-from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker, to_table
+from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker, chosen_of, to_pair_table, to_table
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run, Workers
@@ -63,24 +70,33 @@ def make_prepared(run: Run) -> None:
             f"prepare: {source.path} has {positions:,} positions, fewer than data.max_length={settings.data.max_length:,}: "
             f"longer rows are cut to {positions:,} tokens"
         )
-    facts = {"vocabulary": inputs["vocabulary"], **_check(source, settings, train)}
+    tokenizer = _check(source, settings, train)
+    facts = {"vocabulary": inputs["vocabulary"], "eos_token_ids": _ends(tokenizer), "tokenizer": source.path}
     # Names of files are part of the rows' identifiers: those that the stage was begun with, wherever the files are now.
     manifest.note("prepare", files=manifest.stage("prepare")["counts"].get("files") or [f.name for f in train.files])
     train = train.named(manifest.stage("prepare")["counts"]["files"])
+    if raw.tasks:
+        manifest.note(
+            "prepare", validation_tasks=manifest.stage("prepare")["counts"].get("validation_tasks") or raw.tasks
+        )
+        raw = renamed_tasks(raw, manifest.stage("prepare")["counts"]["validation_tasks"])
     columns = settings.data.columns.given()
     arguments = {
-        "storage": storage, "source": source, "vocabulary": facts["vocabulary"], "settings": settings,
-        "preference": raw.preference, "positions": positions,
+        "storage": storage, "tokenizer": portable(tokenizer, source), "vocabulary": facts["vocabulary"],
+        "settings": settings, "preference": raw.preference, "positions": positions,
     }  # fmt: skip
     total = train.starts[-1]
     with run.cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(run.cluster, total)) as pool:
-        stage = _Prepare(run, fingerprint, pool, settings.data.strips_prompts and all_repeat_prompt(train, columns))
+        pool.start()  # all at once: what is held out is one worker's work, during which the others get ready
+        repeated = settings.data.strips_prompts and all_repeat_prompt(train, columns)
+        stage = _Prepare(run, fingerprint, pool, repeated, raw)
         drawn, counts = stage.hold_out(train, raw)
         rows = training_rows(total, drawn, settings)
         parts = _plan(len(rows), settings.data.shard_examples)
         facts["format"] = "preference" if raw.preference else "sft"
         manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
         counts += stage.shards(train, rows, parts)
+    tasks = {task: len(rows) for task, rows in validation_rows(run).items()} if raw.tasks else {}
     if not counts["train_rows"]:
         why = remarks.line(counts)
         raise RunFailed(
@@ -97,11 +113,13 @@ def make_prepared(run: Run) -> None:
     said = {"notes": notes, "left_out": remarks.as_counts(left_out)}
     given = {key: found for key, found in said.items() if found}
     manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **given, **plain)
+    if tasks:
+        run.progress.say(f"prepare: validation rows of each task: {_listed(tasks)}")
     for line in _said(notes):
         run.progress.say(f"prepare: {line}")
     run.progress.say(
         f"prepare: {plain['train_rows']:,} training examples in {len(parts)} shard(s), {plain['validation_rows']:,} for "
-        f"validation, {_for_trial(plain)}{plain.get('fisher_rows', 0):,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
+        f"validation, {_of_their_own(plain)}{plain.get('fisher_rows', 0):,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
         f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({_listed(reasons)})" if reasons else "")
     )
     if left_out:
@@ -111,23 +129,29 @@ def make_prepared(run: Run) -> None:
 def _missing(storage: Storage, record: dict[str, Any]) -> bool:
     """Whether a file of the finished stage is gone or damaged."""
     counts = record["counts"]
-    names = [
-        "validation.parquet",
-        "fisher.parquet",
-        *["trial.parquet"] * bool(counts.get("trial_rows")),
-        *counts["parts"],
-    ]
-    return any(complete(storage, name, record["fingerprint"]) is None for name in names)
+    sometimes = [f"{name}.parquet" for name in (TRIAL, RETENTION, PAIRS) if counts.get(f"{name}_rows")]
+    names = ["validation.parquet", "fisher.parquet", *sometimes, *counts["parts"]]
+    return len(all_complete(storage, names, record["fingerprint"])) < len(names)
+
+
+def all_complete(storage: Storage, names: Sequence[str], fingerprint: str) -> dict[str, dict[str, Any]]:
+    """As `complete`, name -> counts of those that are whole, with one listing of each directory."""
+    found = storage.footers("prepared", names, fingerprint)
+    beside = [name for name, footer in found.items() if footer.counts.get("quarantined")]
+    refused = storage.footers("quarantine", beside, fingerprint)
+    rows = {name: refused[name].rows if name in refused else 0 for name in found}
+    return {
+        name: footer.counts
+        for name, footer in found.items()
+        if footer.counts
+        and footer.counts["rows_used"] == footer.rows
+        and footer.counts.get("quarantined", 0) == rows[name]
+    }
 
 
 def complete(storage: Storage, name: str, fingerprint: str) -> dict[str, Any] | None:
     """The counts of a prepared file that is whole, with its quarantine; None where it has to be written (again)."""
-    counts = storage.counts_of(f"prepared/{name}", fingerprint)
-    if counts is None or storage.rows_of(f"prepared/{name}", fingerprint) != counts["rows_used"]:
-        return None
-    if counts.get("quarantined") and storage.rows_of(f"quarantine/{name}", fingerprint) != counts["quarantined"]:
-        return None
-    return counts
+    return all_complete(storage, [name], fingerprint).get(name)
 
 
 def _plan(rows: int, per_shard: int) -> list[str]:
@@ -141,8 +165,8 @@ def _resources(cluster: Workers, rows: int) -> Resources:
     return Resources(min(resources.workers, few), resources.cpus, resources.gpus)
 
 
-def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str, Any]:
-    """What can be said before any worker starts: the tokenizer, the shape of the data, its size."""
+def _check(source: ModelSource, settings: Settings, train: Sources) -> PreTrainedTokenizerBase:
+    """The tokenizer. Raises SettingsWrong for what can be said before any worker starts: its template, the data's shape."""
     if not train.starts[-1]:
         raise SettingsWrong([f"data.train={settings.data.train}: there is no row in it"])
     try:
@@ -161,22 +185,27 @@ def _check(source: ModelSource, settings: Settings, train: Sources) -> dict[str,
             require_template(kind, row, columns, settings.data.chat_template, bool(tokenizer.chat_template))
         except TemplateRequired as error:
             raise SettingsWrong([f"data.train={file.name}, model.policy={source.path}: {error}"]) from error
+    return tokenizer
+
+
+def _ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     ends = tokenizer.eos_token_id
-    ends = [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
-    return {"eos_token_ids": ends, "tokenizer": source.path}
+    return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
 class _Prepare:
     """One run of the stage."""
 
-    def __init__(self, run: Run, fingerprint: str, pool: WorkerPool, repeated: bool) -> None:
+    def __init__(self, run: Run, fingerprint: str, pool: WorkerPool, repeated: bool, raw: RawData) -> None:
         self.storage, self.settings, self.progress = run.storage, run.settings, run.progress
         self.fingerprint, self.pool, self.repeated = fingerprint, pool, repeated
+        self.pairs, self.tasks = raw.preference, raw.tasks
 
     def hold_out(self, train: Sources, raw: RawData) -> tuple[set[int], Counter[str]]:
-        """Write validation.parquet, fisher.parquet and, where rows are kept for a trial, trial.parquet.
+        """Write validation.parquet, fisher.parquet and, where there are such rows, trial.parquet and retention.parquet.
 
-        Returns the training rows that they took, and the counts.
+        Of pairs validation.parquet and fisher.parquet hold the chosen branch; the pairs themselves are in trial.parquet, or
+        where that is not written in validation_pairs.parquet. Returns the training rows that they took, and the counts.
 
         Rows are drawn from the seeded order until enough usable ones are found. A drawn row that cannot be used stays
         in its shard, where it goes to the quarantine like any other.
@@ -191,19 +220,22 @@ class _Prepare:
                     f"anchor.fisher.prompts={asked} would leave none to train on: give a validation file or smaller numbers"
                 ]
             )
+        other = Counter[str]()
         if raw.trial is not None:
-            trial = self._of_file("trial", "data.validation_trial", raw.trial, range(raw.trial.starts[-1]))
+            other += self._of_file(TRIAL, "data.validation_trial", raw.trial, range(raw.trial.starts[-1]))
         elif validation is not None and self.settings.validation_trial == HALF:
-            trial = self._of_file("trial", "data.validation", validation, self._halves(validation.starts[-1])[1])
-        else:
-            trial = Counter[str]()
-        names = ("validation", "fisher", *["trial"] * self._is_cut(wanted_validation))
+            other += self._of_file(TRIAL, "data.validation", validation, self._halves(validation.starts[-1])[1])
+        if raw.retention is not None:
+            other += self._of_file(RETENTION, "data.retention", raw.retention, range(raw.retention.starts[-1]))
+        is_cut = self._is_cut(wanted_validation)
+        keeps_pairs = self.pairs and wanted_validation > 0 and not is_cut and raw.trial is None
+        names = ("validation", "fisher", *[TRIAL] * is_cut, *[PAIRS] * keeps_pairs)
         before = {name: complete(self.storage, f"{name}.parquet", self.fingerprint) for name in names}
         if all(found is not None for found in before.values()):
             taken, counts = self._held_out_before(before, validation is not None)  # type: ignore[arg-type]  # none is None
-            return taken, counts + trial
+            return taken, counts + other
         order = draw_order(total, self.settings.run.seed)
-        found: list[tuple[int, Example]] = []
+        found: list[tuple[int, Example | Pair]] = []
         with self.progress.task("prepare: hold out", wanted, "rows") as task:
             while len(found) < wanted:
                 candidates = [row for row, _ in zip(order, range(wanted - len(found) + 16), strict=False)]
@@ -218,12 +250,14 @@ class _Prepare:
             directions, kept = self._halves(wanted_validation)
             self._write("validation", [found[i] for i in directions], counts)
             if kept:
-                self._write("trial", [found[i] for i in kept], counts)
+                self._write(TRIAL, [found[i] for i in kept], counts)
+            if keeps_pairs:
+                self._write(PAIRS, [found[i] for i in directions], counts)
         else:
             rows = self._halves(validation.starts[-1])[0]
             counts += self._of_file("validation", "data.validation", validation, rows)
         self._write("fisher", found[wanted_validation:], counts)
-        return taken, counts + trial
+        return taken, counts + other
 
     def _halves(self, rows: int) -> tuple[list[int], list[int]]:
         """Rows of data.validation that make directions, and those that are kept for a trial; says where none can be."""
@@ -248,11 +282,11 @@ class _Prepare:
             counts += _of_validation(found) if from_file and name == "validation" else _held(name, found)
         return {row for found in before.values() for row in found.get("held_out", ())}, counts
 
-    def _examples(self, sources: Sources, rows: Sequence[int], task: Any) -> list[tuple[int, Example | None]]:
-        """(row, example or None) in the order of ``rows``."""
+    def _examples(self, sources: Sources, rows: Sequence[int], task: Any) -> list[tuple[int, Example | Pair | None]]:
+        """(row, example or pair, or None) in the order of ``rows``."""
         ordered = sorted(rows)
-        results: list[Example | None] = []
-        work = PrepareTask(sources.pieces(ordered), None, None, self.fingerprint, "held-out", self.repeated)
+        results: list[Example | Pair | None] = []
+        work = PrepareTask(sources.pieces(ordered), None, None, self.fingerprint, repeated=self.repeated)
         self.pool.run([Shard("held-out rows", 0)], lambda s: work, lambda s, r: results.extend(r[1]), task)
         by_row = dict(zip(ordered, results, strict=True))
         return [(row, by_row[row]) for row in rows]
@@ -265,26 +299,30 @@ class _Prepare:
             return _of_validation(before, name)
         written = f"prepared/{name}.parquet", f"quarantine/{name}.parquet"
         data = self.settings.data
-        repeated = data.strips_prompts and all_repeat_prompt(sources, data.columns.given())
-        work = PrepareTask(sources.pieces(rows), *written, self.fingerprint, "validation", repeated)
+        tasks = self.tasks if key == "data.validation" else {}
+        repeated = data.strips_prompts and repeating(sources, tasks, data.columns.given())
+        role = "pair" if name == TRIAL else "validation"
+        work = PrepareTask(sources.pieces(rows), *written, self.fingerprint, role, repeated)
         counts = Counter[str]()
         with self.progress.task(f"prepare: {name}", len(rows), "rows") as task:
             self.pool.run([Shard(f"{name} rows", len(rows))], lambda s: work, lambda s, r: counts.update(r[0]), task)
         if not counts["rows_used"]:
+            what = "is a pair that can be used" if self.pairs and name == TRIAL else "has a response token"
             raise RunFailed(
-                f"{key}={getattr(data, key.partition('.')[2])}: none of its {len(rows)} rows has a response token; "
+                f"{key}={getattr(data, key.partition('.')[2])}: none of its {len(rows)} rows {what}; "
                 f"see the reasons in {self.storage.path(written[1])}"
             )
         return _of_validation(counts, name)
 
-    def _write(self, name: str, found: Sequence[tuple[int, Example]], counts: Counter[str]) -> None:
+    def _write(self, name: str, found: Sequence[tuple[int, Example | Pair]], counts: Counter[str]) -> None:
         """Write held-out rows, and which ones they are beside them."""
-        examples = [example for _, example in found]
+        made, examples = [one for _, one in found], [chosen_of(one) for _, one in found]
+        table = to_pair_table(made) if self.pairs and name in (TRIAL, PAIRS) else to_table(examples)  # type: ignore[arg-type]  # all are pairs
         own: dict[str, Any] = {"held_out": [row for row, _ in found], "rows_used": len(examples)}
-        own["truncated"] = sum(example.truncated for example in examples)
+        own["truncated"] = sum(one.truncated for one in made)
         own |= Counter(f"note/{note}" for example in examples for note in example.notes)
         own |= remarks.of_lost(example.source for example in examples if example.lost)
-        self.storage.write_table(f"prepared/{name}.parquet", to_table(examples), self.fingerprint, own)
+        self.storage.write_table(f"prepared/{name}.parquet", table, self.fingerprint, own)
         counts += _held(name, own)
 
     def shards(self, train: Sources, rows: Sequence[int], parts: Sequence[str]) -> Counter[str]:
@@ -296,11 +334,10 @@ class _Prepare:
             counts.update(found)
             counts["train_rows"] += found["rows_used"]
 
-        before = {part: complete(self.storage, part, self.fingerprint) for part in parts}
-        missing = [part for part, found in before.items() if found is None]
+        before = all_complete(self.storage, parts, self.fingerprint)
+        missing = [part for part in parts if part not in before]
         for found in before.values():
-            if found is not None:
-                add(found)
+            add(found)
         if len(missing) < len(parts):
             self.progress.say(f"prepare: {len(parts) - len(missing)} of {len(parts)} shards are complete already")
 
@@ -325,14 +362,16 @@ class _Prepare:
 
 
 def _held(name: str, counts: dict[str, Any]) -> Counter[str]:
-    """The stage's counts of rows held out of the training data."""
+    """The stage's counts of rows held out of the training data; of validation rows as pairs their number alone."""
+    if name == PAIRS:
+        return Counter({f"{name}_rows": counts["rows_used"]})
     found = Counter({f"{name}_rows": counts["rows_used"], "truncated": counts["truncated"]})
     found.update({key: n for key, n in counts.items() if key.startswith("note/") or remarks.is_remark(key)})
     return Counter({key: n for key, n in found.items() if n})
 
 
 def _of_validation(counts: Mapping[str, Any], file: str = "validation") -> Counter[str]:
-    """The stage's counts of a validation file of its own; ``file``: what it is for, validation or trial."""
+    """The stage's counts of a file of its own; ``file``: what it is for, validation, trial or retention."""
     renamed = Counter({_of_file(key, file): n for key, n in counts.items()})
     renamed[f"{file}_rows"] = counts["rows_used"]
     return renamed
@@ -345,8 +384,9 @@ def _of_file(key: str, file: str) -> str:
     return f"{kind}/{file} {name}" if mark else f"{file}_{key}"
 
 
-def _for_trial(counts: Mapping[str, int]) -> str:
-    return f"{counts['trial_rows']:,} for trials, " if counts.get("trial_rows") else ""
+def _of_their_own(counts: Mapping[str, int]) -> str:
+    said = ((TRIAL, "for trials"), (RETENTION, "for retention"))
+    return "".join(f"{counts[f'{name}_rows']:,} {what}, " for name, what in said if counts.get(f"{name}_rows"))
 
 
 def _said(notes: Mapping[str, int]) -> list[str]:

@@ -10,14 +10,15 @@ from itertools import islice
 from typing import Any
 
 import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUARANTINE
-from alphatoken.pipeline.maths.models import ModelSource, load_tokenizer
+from alphatoken.pipeline.maths.model_source import ModelSource, load_tokenizer
 from alphatoken.pipeline.prepare import remarks
+from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.repeated import repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
-from alphatoken.pipeline.prepare.sources import decode
 from alphatoken.pipeline.prepare.tokenize import IGNORED, Draft, Example, ExampleMaker, usable
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
@@ -33,29 +34,33 @@ Pieces = list[tuple[str, list[int], pa.Table]]
 class PrepareTask:
     """Rows for one worker call. ``part``: the file name to write, or None to send the examples back.
 
-    ``role`` matters to preference data alone: "train" rows become pairs; "held-out" ones are pairs too, of which the
-    chosen branch is the example; "validation" rows may also be supervised ones. ``repeated``: every row of the data
-    repeats its prompt, which is taken off.
+    ``role`` matters to preference data alone: "pair" rows become pairs; "validation" rows, which may also be supervised ones,
+    become the chosen branch of a pair. ``repeated``: every row of the data
+    repeats its prompt, which is taken off; or the names of the files of which it does.
     """
 
     pieces: Pieces
     part: str | None
     quarantine: str | None
     fingerprint: str
-    role: str = "train"
-    repeated: bool = False
+    role: str = "pair"
+    repeated: bool | frozenset[str] = False
 
 
 class PrepareWorker:
-    """Tokenizes raw rows; holds the tokenizer and the place to write to. Arguments as `ExampleMaker`'s."""
+    """Tokenizes raw rows; holds the tokenizer and the place to write to. Arguments as `ExampleMaker`'s.
+
+    ``tokenizer``: itself, or where it is loaded from.
+    """
 
     def __init__(
-        self, storage: Storage, source: ModelSource, vocabulary: int, settings: Settings, preference: bool,
-        positions: int | None = None,
+        self, storage: Storage, tokenizer: PreTrainedTokenizerBase | ModelSource, vocabulary: int, settings: Settings,
+        preference: bool, positions: int | None = None,
     ) -> None:  # fmt: skip
         data = settings.data
         self.storage, self.columns = storage, data.columns.given()
-        tokenizer = load_tokenizer(here(source, weights=False))
+        if isinstance(tokenizer, ModelSource):
+            tokenizer = load_tokenizer(here(tokenizer, weights=False))
         arguments = tokenizer, data.max_length, data.chat_template, self.columns, vocabulary, positions
         self.make = ExampleMaker(*arguments)
         self.pair = PairMaker(*arguments) if preference else None
@@ -63,8 +68,8 @@ class PrepareWorker:
 
     def __call__(
         self, task: PrepareTask, advance: Callable[[int], None]
-    ) -> tuple[dict[str, Any], list[Example | None]]:
-        """Returns the counts, and for a task without a part one example per row in row order (None: not usable)."""
+    ) -> tuple[dict[str, Any], list[Example | Pair | None]]:
+        """Returns the counts, and for a task without a part one example or pair per row in row order (None: not usable)."""
         examples: list[Any] = []
         made: list[Any] = []
         rejected: list[dict[str, Any]] = []
@@ -85,7 +90,7 @@ class PrepareWorker:
             self.storage.write_table(task.quarantine, pa.Table.from_pylist(rejected, QUARANTINE), task.fingerprint)
         counts = _counts(made, rejected)
         if task.part:  # after its quarantine, so that a part that is there has both
-            pairs = self.pair is not None and task.role == "train"
+            pairs = self.pair is not None and task.role == "pair"
             table = (to_pair_table if pairs else to_table)(made)
             self.storage.write_table(task.part, table, task.fingerprint, counts)
             examples = []
@@ -121,16 +126,22 @@ class PrepareWorker:
         source = f"{name}:{number}"
         try:
             if repeats_prompt(row, self.columns):
-                notes = ("prompt_stripped",) if task.repeated else ("prompt_repeated",)
-                row = without_prompt(row, self.columns) if task.repeated else row
+                repeated = task.repeated if isinstance(task.repeated, bool) else name in task.repeated
+                notes = ("prompt_stripped",) if repeated else ("prompt_repeated",)
+                row = without_prompt(row, self.columns) if repeated else row
             if self.pair is None or (task.role == "validation" and not is_pair(row, self.columns)):
                 return self.make.drafts(row, source, self.keep_reasoning), notes
             pair = self.pair(row, source)
-            return (pair if task.role == "train" else replace(pair.chosen, notes=pair.notes)), notes
+            return (pair if task.role == "pair" else chosen_of(pair)), notes
         except TemplateRequired as error:
             raise RunFailed(f"{name}, row {number}: {error}") from error
         except Unusable as error:
             return str(error), notes
+
+
+def chosen_of(made: Example | Pair) -> Example:
+    """The chosen branch of a pair, with the pair's notes; an example as it is."""
+    return replace(made.chosen, notes=made.notes) if isinstance(made, Pair) else made
 
 
 def to_table(examples: Iterable[Example]) -> pa.Table:

@@ -14,11 +14,11 @@ from typing import Any
 import jinja2
 import numpy as np
 import numpy.typing as npt
-import pyarrow.parquet as pq
 
 from alphatoken.data_schemas import COMPONENTS, KEPT
 from alphatoken.pipeline.mask.comparison import MaskPlace, branches_of, compare
-from alphatoken.pipeline.mask.paired_rows import IGNORED, PairedParts, PairedRows, mask_part
+from alphatoken.pipeline.mask.layout import is_finished, open_part, summary_of
+from alphatoken.pipeline.mask.paired_rows import IGNORED, PairedParts, PairedRows
 from alphatoken.pipeline.mask.rehearsed import is_rehearsed
 from alphatoken.pipeline.mask.valuing import Valuing
 from alphatoken.pipeline.maths.masking import RANDOM, sums_by_row
@@ -46,7 +46,7 @@ def make_report(run: Run) -> str:
     """
     storage, manifest = run.storage, run.manifest
     done = [s.partition("/")[2] for s in manifest.content["stages"] if s.startswith("mask/") and manifest.done(s)]
-    names = [name for name in done if storage.exists(f"masks/{name}/summary.json")]  # some may have been removed since
+    names = [name for name in done if is_finished(storage, name)]  # some may have been removed since
     if not names:
         raise RunFailed(f"report needs a mask, and there is none in {storage.root}: run `alphatoken mask` first")
     shown = run.settings.mask.name if run.settings.mask.name in names else names[0]
@@ -67,7 +67,7 @@ class _Picture:
 
 def _page(run: Run, names: list[str], shown: str) -> str:
     storage, manifest = run.storage, run.manifest
-    summaries = {name: storage.read_json(f"masks/{name}/summary.json") for name in names}
+    summaries = {name: summary_of(storage, name) for name in names}
     places = [MaskPlace(storage, name, branch) for name in names for branch in branches_of(storage)]
     compared = compare(MaskPlace(storage, shown), places)
     decode, trouble = _decoder(manifest)
@@ -87,6 +87,7 @@ def _page(run: Run, names: list[str], shown: str) -> str:
         components=COMPONENTS,
         pictures=pictures,
         trial=trial,
+        learned=_learned(trial) if trial else "",
         plot=dot_plot(trial) if trial else None,
         seen=SEEN,
         width=WIDTH,
@@ -102,6 +103,14 @@ def _page(run: Run, names: list[str], shown: str) -> str:
         versions=manifest.content["versions"],
         fingerprints={stage: record["fingerprint"] for stage, record in stages.items()},
     )
+
+
+def _learned(trial: dict[str, Any]) -> str:
+    """What the fine-tunes of a trial have changed."""
+    own = trial["settings"]
+    if own["train"] == "lora":
+        return f"adapters of rank {own['rank']} on all layers"
+    return "all weights" if own["train"] == "all" else f"the last {trial['layers']} layers"
 
 
 def _warnings(manifest: Manifest, summaries: dict[str, Any]) -> list[str]:
@@ -133,7 +142,7 @@ def _warnings(manifest: Manifest, summaries: dict[str, Any]) -> list[str]:
 
 def _decoder(manifest: Manifest) -> tuple[Callable[[int], str], list[str]]:
     """Token id -> text by the run's tokenizer; ids, and a warning, where that cannot be read any more."""
-    from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_tokenizer
+    from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_tokenizer
 
     model = manifest.content["configuration"].get("model", {})
     place = manifest.stage("prepare")["counts"]["tokenizer"]
@@ -185,8 +194,8 @@ def _histograms(summary: dict[str, Any], columns: list[str]) -> dict[str, Histog
 
 def _kept(place: MaskPlace, part: str) -> Iterator[npt.NDArray[np.bool_]]:
     """Which tokens a mask keeps, ``(tokens,)``, ROWS_AT_ONCE rows at a time."""
-    name, column = f"masks/{place.name}/{mask_part(part)}", f"{place.branch}_labels" if place.branch else "labels"
-    with pq.ParquetFile(place.storage.path(name), filesystem=place.storage.fs) as file:
+    column = f"{place.branch}_labels" if place.branch else "labels"
+    with open_part(place.storage, place.name, part) as file:
         for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
             yield batch.column(0).flatten().to_numpy() != IGNORED
 

@@ -22,9 +22,7 @@ from alphatoken.pipeline.run.cache import cache_directory
 from alphatoken.pipeline.run.redaction import redacted
 
 if TYPE_CHECKING:
-    from alphatoken.pipeline.maths.models import (
-        ModelSource,  # with transformers and torch, which listing files does not need
-    )
+    from alphatoken.pipeline.maths.model_source import ModelSource
 
 MODEL_FILES = (".safetensors", ".json", ".bin", ".gguf", ".model", ".jinja", ".txt")
 WEIGHTS = (".safetensors", ".bin", ".gguf")

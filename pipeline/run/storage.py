@@ -3,8 +3,10 @@
 import json
 import os
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +20,16 @@ from alphatoken.pipeline.run.attempts import insist
 FINGERPRINT_KEY = b"alphatoken.fingerprint"
 COUNTS_KEY = b"alphatoken.counts"
 ROWS_PER_GROUP = 2048
+OPENED_AT_ONCE = 16  # footers: a store answers after a while, and a disk while others wait
 T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Footer:
+    """What a complete part says at its end: its rows, and what was counted when it was written (empty: nothing was)."""
+
+    rows: int
+    counts: dict[str, Any]
 
 
 class Storage:
@@ -161,20 +172,28 @@ class Storage:
             check(file.schema_arrow, schema, name)
             yield from file.iter_batches(batch_size=rows, columns=None if columns is None else list(columns))
 
+    def footers(self, directory: str, parts: Iterable[str], fingerprint: str) -> dict[str, Footer]:
+        """Part -> footer, in the order of ``parts``, of those below ``directory`` that are complete and carry ``fingerprint``.
+
+        One listing says which are there; those are opened, OPENED_AT_ONCE at a time.
+        """
+        there = self.modified(directory)
+        names = [part for part in parts if f"{directory}/{part}" in there]
+        with ThreadPoolExecutor(OPENED_AT_ONCE) as threads:
+            found = threads.map(lambda part: self._footer(f"{directory}/{part}", fingerprint), names)
+            return {part: footer for part, footer in zip(names, found, strict=True) if footer is not None}
+
     def rows_of(self, name: str, fingerprint: str) -> int | None:
         """The row count of a complete part that carries ``fingerprint``; None where it has to be written (again)."""
-        found = self._footer(name, fingerprint)
-        return None if found is None else found[0]
+        found = self._footer(name, fingerprint) if self.exists(name) else None
+        return None if found is None else found.rows
 
     def counts_of(self, name: str, fingerprint: str) -> dict[str, Any] | None:
         """The counts that a complete part was written with; None where it has to be written (again)."""
-        found = self._footer(name, fingerprint)
-        return None if found is None or COUNTS_KEY not in found[1] else json.loads(found[1][COUNTS_KEY])
+        found = self._footer(name, fingerprint) if self.exists(name) else None
+        return None if found is None else found.counts or None
 
-    def _footer(self, name: str, fingerprint: str) -> tuple[int, dict[bytes, bytes]] | None:
-        if not self.exists(name):
-            return None
-
+    def _footer(self, name: str, fingerprint: str) -> Footer | None:
         def read() -> tuple[int, dict[bytes, bytes]] | None:
             try:
                 with pq.ParquetFile(self.path(name), filesystem=self.fs) as file:
@@ -187,7 +206,9 @@ class Storage:
                 raise
 
         found = self._insist(read)
-        return found if found and found[1].get(FINGERPRINT_KEY) == fingerprint.encode() else None
+        if found is None or found[1].get(FINGERPRINT_KEY) != fingerprint.encode():
+            return None
+        return Footer(found[0], json.loads(found[1].get(COUNTS_KEY, b"{}")))
 
     def _upload(self, name: str, content: Any) -> None:
         def write() -> None:

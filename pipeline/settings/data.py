@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from alphatoken.pipeline.settings.objectives import task_problems
 from alphatoken.pipeline.settings.option import at_least, one_of, option
 
 HALF = "half"  # of data.validation, for data.validation_trial
@@ -48,11 +49,20 @@ class DataSettings:
     train: Any = option(
         "embedded", "file, glob, directory, list of them, hub id, `embedded` (code problems) or `embedded-preference`"
     )
-    validation: Any = option(32, "the same, or an integer: hold that many examples out of data.train")
+    validation: Any = option(
+        32,
+        "the same, or an integer: hold that many examples out of data.train; or {task: rows, ...}: values for each task beside "
+        "those of all together",
+    )
     validation_trial: Any = option(
         None,
         "rows on which `trial` measures, and which make no direction: half (data.validation is cut in two by run.seed, one half "
         "for each) or rows of their own, as data.train; null: none are kept, and a trial measures on rows that made it",
+    )
+    retention: Any = option(
+        None,
+        "rows that should not be forgotten, as data.train: a direction with columns of its own (retention_direct, _causal), and "
+        "`trial` measures the loss on them beside all else; null: none",
     )
     format: str = option("auto", "auto | sft | preference")
     part: str | None = option(
@@ -74,6 +84,11 @@ class DataSettings:
     columns: ColumnSettings = field(
         default_factory=ColumnSettings, metadata={"help": "column names, where not the usual ones"}
     )
+
+    @property
+    def tasks(self) -> tuple[str, ...]:
+        """The tasks of data.validation; none where its rows are one task."""
+        return tuple(self.validation) if isinstance(self.validation, dict) else ()
 
     @property
     def strips_prompts(self) -> bool:
@@ -105,6 +120,10 @@ class DataSettings:
             found.append(f"data.validation={self.validation}: must be a file or a whole number of examples to hold out")
         elif isinstance(self.validation, int):
             found += at_least("data.validation", self.validation, 1)
+        elif isinstance(self.validation, dict):
+            found += task_problems(self.validation)
         if isinstance(self.validation_trial, bool | int | float):
             found.append(f"data.validation_trial={self.validation_trial}: must be half, a file, or null")
+        if isinstance(self.retention, bool | int | float) or self.retention in ("", []):
+            found.append(f"data.retention={self.retention}: must be a file, a glob, a directory, a hub id, or null")
         return found

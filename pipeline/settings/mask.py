@@ -5,7 +5,8 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from typing import Any
 
-from alphatoken.data_schemas import COMPONENTS, EXACT, MASK_EXTRA_COLUMNS, REFERENCE_LOSS, SCORES
+from alphatoken.data_schemas import COMPONENTS, EXACT, MASK_EXTRA_COLUMNS, REFERENCE_LOSS, SCORES, UNROLLED
+from alphatoken.pipeline.settings.objectives import columns_of, names_in, unknown_names
 from alphatoken.pipeline.settings.option import at_least, one_of, option
 
 # mask.score -> the columns of values/ that it is made of.
@@ -16,6 +17,7 @@ MASK_SCORES: dict[str, tuple[str, ...]] = {
     "loss": ("loss",),
     "excess_loss": ("loss", REFERENCE_LOSS),
     "exact": EXACT[:1],
+    "unrolled": (f"adaptation{UNROLLED}",),
     "random": (),
     "full": (),
 }
@@ -29,13 +31,26 @@ class MaskSettings:
     score: str = option(
         "auto",
         "which tokens come first: paper (adaptation + lambda * stability, Eq. 12) | information | entropy (undecided first) | "
-        "loss (low loss first: against wrong tokens) | excess_loss (policy's minus reference's, Rho-1) | exact | random "
-        "| full (keep everything) | auto (information; paper for pairs, for a rehearsal and where values/ has no information)",
+        "loss (low loss first: against wrong tokens) | excess_loss (policy's minus reference's, Rho-1) | exact | unrolled "
+        "(valuation.schedule=own_step) | random "
+        "| full (keep everything) | auto (information; paper for pairs, for a rehearsal and where values/ has no "
+        "information; unrolled where it has that)",
     )
     rho: float = option(0.5, "fraction of the response tokens that is kept")
     stability_weight: float | None = option(
         None,
-        "lambda: value = score + lambda * stability; null: 1.5 for mask.score=paper and exact, where there is a drift, else 0",
+        "lambda: value = score + lambda * stability; null: 1.5 for mask.score=paper and exact, where there is a drift and there "
+        "are no mask.weights, else 0",
+    )
+    weights: Any = option(
+        None,
+        "{task: weight, ...} of data.validation's tasks, of retention and of adaptation (all tasks together): the score is the "
+        "weighed sum of their values instead; null: the paper's adaptation",
+    )
+    require: Any = option(
+        "none",
+        "all: a token with a value below 0 for any task of data.validation, or for retention, is not kept whatever its value; or a "
+        "list of tasks; none",
     )
     loss_weight: float = option(0.0, "subtract this much of the token's loss from its value: against wrong tokens")
     least_stable: float = option(
@@ -85,6 +100,7 @@ class MaskSettings:
         ):
             if asked and self.score in WITHOUT_VALUES:
                 found.append(f"mask.{key}={asked}: mask.score={self.score} looks at no values: leave it out")
+        found += self._objective_problems()
         found += at_least("mask.rare_tokens", self.rare_tokens, 0)
         found += one_of("mask.rule", self.rule, ("top", "positive", "weight"))
         found += at_least("mask.batch_size", self.batch_size, 1)
@@ -112,21 +128,61 @@ class MaskSettings:
         rehearsal is the paper's own loop, and of a pair only signed values say which branch a token speaks for.
         """
         lacking = "information" not in there and set(MASK_SCORES["paper"]) <= set(there)
-        usual = "paper" if paired_or_rehearsed or lacking else "information"
+        usual = "paper" if paired_or_rehearsed or lacking or self.weights else "information"
+        if f"adaptation{UNROLLED}" in there:
+            usual = "unrolled"
         score = usual if self.score == "auto" else self.score
-        weight = 1.5 if score in ("paper", "exact") and drift != "none" else 0.0
+        weight = 1.5 if score in ("paper", "exact") and drift != "none" and not self.weights else 0.0
         first = 1 if score == "information" else 0
         return replace(
             self,
             score=score,
             stability_weight=weight if self.stability_weight is None else self.stability_weight,
             skip_first=first if self.skip_first is None else self.skip_first,
+            require=names_in(there, score) or "all" if self.require == "all" else self.require,
         )
+
+    @property
+    def weighed(self) -> dict[str, float]:
+        """mask.weights without those of 0."""
+        return {name: weight for name, weight in (self.weights or {}).items() if weight}
+
+    @property
+    def required(self) -> list[str]:
+        """The tasks, and retention, for which no token may have a value below 0; of resolved settings."""
+        return [self.require] * (self.require != "none") if isinstance(self.require, str) else list(self.require)
+
+    def _objective_problems(self) -> list[str]:
+        found = []
+        given = self.weights if isinstance(self.weights, dict) else {}
+        if self.weights is not None and not given:
+            found.append(f"mask.weights={self.weights}: must be {{task: weight, ...}} or null")
+        for name, weight in given.items():
+            if isinstance(weight, bool) or not isinstance(weight, int | float):
+                found.append(f"mask.weights.{name}={weight}: must be a number")
+            else:
+                found += at_least(f"mask.weights.{name}", weight, 0)
+        if given and not any(given.values()):
+            found.append(f"mask.weights={given}: at least one must be above 0")
+        if self.weights and self.score not in ("auto", "paper", "unrolled"):
+            found.append(
+                f"mask.weights={self.weights}: they weigh values of tasks, mask.score={self.score} is none: set mask.score=paper"
+            )
+        if isinstance(self.require, str):
+            found += one_of("mask.require", self.require, ("none", "all"))
+        elif not isinstance(self.require, list | tuple) or not all(isinstance(name, str) for name in self.require):
+            found.append(f"mask.require={self.require}: must be none, all or a list of tasks")
+        return found
 
     def columns(self) -> dict[str, str]:
         """Column of values/ that is read -> the key that asks for it; of resolved settings."""
-        found = dict.fromkeys(MASK_SCORES[self.score], f"mask.score={self.score}")
-        stability = EXACT[1:] if self.score == "exact" else COMPONENTS[2:]
+        first = MASK_SCORES[self.score]
+        if self.weights:
+            first = tuple(column for name in self.weighed for column in columns_of(name, self.score))
+        found = dict.fromkeys(first, "mask.weights" if self.weights else f"mask.score={self.score}")
+        for name in self.required:
+            found |= {column: found.get(column, "mask.require") for column in columns_of(name, self.score)}
+        stability = {"exact": EXACT[1:], "unrolled": (f"stability{UNROLLED}",)}.get(self.score, COMPONENTS[2:])
         for asked, columns in (
             ("stability_weight", stability),
             ("least_stable", stability),
@@ -138,11 +194,22 @@ class MaskSettings:
             found["gradient_norm"] = "mask.divide_by_gradient_norm=true"
         return found
 
+    def unknown(self, there: Collection[str]) -> list[str]:
+        """Tasks that are asked for and have no columns in ``there``, one sentence each; of resolved settings."""
+        if self.require == "all":
+            return [
+                "mask.require=all: values/ has no columns of tasks: give data.validation={task: FILE, ...} or data.retention=FILE"
+            ]
+        asked = {"mask.weights": self.weighed, "mask.require": self.required}
+        return [line for key, names in asked.items() for line in unknown_names(key, names, there, self.score)]
+
     def missing(self, there: Collection[str], scores: Collection[str]) -> list[str]:
         """Why these settings cannot be met by values with the columns ``there``, one sentence for each key to set.
 
         ``scores``: of valuation.scores, which ``there`` come from.
         """
+        if self.unknown(there):
+            return []  # said by that
         remedies: dict[str, str] = {}
         for column, asked in self.columns().items():
             if column not in there:
@@ -154,6 +221,8 @@ class MaskSettings:
 
 def _asks_for(column: str, scores: Collection[str]) -> str:
     """The setting with which values/ has ``column``."""
+    if column.endswith(UNROLLED):
+        return "anchor=unrolled valuation.schedule=own_step"
     if column in EXACT:
         return "valuation.exact=true"
     if column == REFERENCE_LOSS:

@@ -3,15 +3,17 @@
 from dataclasses import dataclass, field
 from typing import Any
 
+from alphatoken.data_schemas import value_columns
 from alphatoken.pipeline.settings.anchor import AnchorSettings
 from alphatoken.pipeline.settings.cluster import ClusterSettings
 from alphatoken.pipeline.settings.data import HALF, DataSettings
 from alphatoken.pipeline.settings.mask import MaskSettings
 from alphatoken.pipeline.settings.model import ModelSettings
+from alphatoken.pipeline.settings.objectives import RETENTION, objective_of
 from alphatoken.pipeline.settings.option import one_of, option
 from alphatoken.pipeline.settings.rehearsal import contradictions
 from alphatoken.pipeline.settings.trial import TrialSettings
-from alphatoken.pipeline.settings.valuation import ValuationSettings
+from alphatoken.pipeline.settings.valuation import DIRECTED, ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
@@ -62,6 +64,31 @@ class Settings:
         return HALF if own is None and self.trial.auto else own
 
     @property
+    def objectives(self) -> tuple[str, ...]:
+        """Directions beside adaptation and stability; a rehearsal, which is the paper's own loop, has none."""
+        if self.valuation.rehearsed:
+            return ()
+        return (*map(objective_of, self.data.tasks), *[RETENTION] * (self.data.retention is not None))
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """The columns of values/ beside the id."""
+        own = self.valuation
+        return value_columns(own.scores, own.exact, own.reference_loss, self.objectives, own.own_step)
+
+    @property
+    def anchor_layers(self) -> int | str:
+        """How many decoder layers the anchor stage looks at, from the last, or all."""
+        asked = self.anchor.unroll.layers if self.anchor.unrolled else None
+        return self.valuation.layers if asked is None else asked
+
+    def snapshots(self, drift: str, checkpoints: int = 1) -> int:
+        """How many points there are at which tokens are valued; ``drift``: the resolved one."""
+        if self.anchor.unrolled and not self.valuation.looks_at_anchors:
+            return 0
+        return self.anchor.points(drift, checkpoints)
+
+    @property
     def makes_fisher(self) -> bool:
         """Whether the anchor stage samples completions for a Fisher, so that prompts have to be held out."""
         if not self.valuation.needs_directions:
@@ -93,22 +120,47 @@ class Settings:
         """Why the mask cannot be made from the values that these settings make; for commands that make both."""
         if self.mask.problems() or self.valuation.problems():
             return []  # said already
-        there = self.valuation.columns
+        there = self.columns
         mask = self.mask.resolved(pairs or self.valuation.rehearsed, self.anchor.drift, there)
-        return mask.missing(there, self.valuation.scores)
+        return mask.unknown(there) + mask.missing(there, self.valuation.scores)
 
     def anchor_problems(self, pairs: bool) -> list[str]:
         """Why the anchors cannot be made; ``pairs``: whether the data is of preference."""
         # A rehearsal makes its own drift, and weighs it by its own key.
-        mask = self.mask.resolved(pairs, there=self.valuation.columns) if not self.valuation.problems() else self.mask
+        mask = self.mask.resolved(pairs, there=self.columns) if not self.valuation.problems() else self.mask
         weight = 0.0 if self.valuation.rehearsed else mask.stability_weight or 0.0
-        return self.anchor.problems(weight, len(self.model.checkpoints))
+        return self.anchor.problems(weight, len(self.model.checkpoints)) + self._own_step_problems(pairs)
+
+    def _own_step_problems(self, pairs: bool) -> list[str]:
+        """What valuation.schedule=own_step and anchor.unroll.layers do not go together with."""
+        found, own, layers = [], self.valuation, self.anchor_layers
+        if own.own_step and not self.anchor.unrolled:
+            found.append(
+                "valuation.schedule=own_step values tokens at the steps of a simulated run: set anchor.direction=unrolled"
+            )
+        elif own.own_step and pairs:
+            found.append(
+                "valuation.schedule=own_step is not available for preference pairs: set valuation.schedule=static"
+            )
+        if layers != own.layers and (not own.own_step or own.looks_at_anchors) and not self.anchor.unroll.problems():
+            other = f", or valuation.layers={layers}" if isinstance(layers, int) else ""
+            plain = ",".join(score for score in own.scores if score not in DIRECTED) or "loss"
+            found.append(
+                f"anchor.unroll.layers={layers}: values at snapshots are of the {own.layers} layers of valuation.layers: set "
+                f"valuation.schedule=own_step valuation.scores=[{plain}] valuation.exact=false{other}"
+            )
+        return found
 
     def _rehearsal_problems(self) -> list[str]:
         """What valuation.schedule=rehearsal does not go together with."""
         found = []
         if self.data.format == "preference":
             found.append(NO_PAIRS)
+        if self.data.tasks:
+            found.append(
+                f"data.validation={{{', '.join(self.data.tasks)}}}: valuation.schedule=rehearsal has one validation set: give "
+                "its rows as a list, or set valuation.schedule=static"
+            )
         if len(self.model.checkpoints) > 1:
             found.append("valuation.schedule=rehearsal starts at one model: give one model.policy, no list")
         for key, value, only in (

@@ -26,7 +26,12 @@ class TrialSettings:
         [], "every mask of trial.masks is made and tried at each of these fractions; empty: as it is"
     )
     seeds: int = option(3, "fine-tunes of each mask, each with rows in an order of its own, the same for all masks")
-    train: str = option("layers", "layers: the linear maps of the last valuation.layers decoder layers are fine-tuned")
+    train: str = option(
+        "layers",
+        "what is fine-tuned: layers (the linear maps of the last valuation.layers decoder layers; lower layers are computed "
+        "once), lora (adapters on the linear maps of all layers) or all (every weight); the latter two cost whole passes",
+    )
+    rank: int = option(16, "rank of the adapters of trial.train=lora")
     steps: int | str = option("auto", "AdamW steps; auto: one epoch of the sample, 20 to 200")
     examples: int | str = option(
         "auto", "training examples, drawn with run.seed; auto: what fits into about ten minutes"
@@ -36,7 +41,7 @@ class TrialSettings:
     prompts: int = option(64, "prompts at most whose completions by the reference measure how far the model moves")
     cache_bytes: int = option(
         8 << 30,
-        "hidden states that a worker keeps on its node's disk, in bfloat16; beyond it they are made anew each time",
+        "hidden states that the workers of a node share on its disk, in bfloat16; beyond it they are made anew each time",
     )
 
     def problems(self) -> list[str]:
@@ -44,17 +49,14 @@ class TrialSettings:
         found = at_least("trial.seeds", self.seeds, 1)
         found += auto_or_at_least("trial.steps", self.steps, 1)
         found += auto_or_at_least("trial.examples", self.examples, 1)
-        for name, least in (("batch_size", 1), ("prompts", 1), ("cache_bytes", 0)):
+        for name, least in (("rank", 1), ("batch_size", 1), ("prompts", 1), ("cache_bytes", 0)):
             found += at_least(f"trial.{name}", getattr(self, name), least)
         if not self.learning_rate > 0:
             found.append(f"trial.learning_rate={self.learning_rate}: must be above 0")
         found += [f"trial.rho={rho}: must be above 0 and at most 1" for rho in self.rho if not 0 < rho <= 1]
-        wrong = one_of("trial.train", self.train, TRAINED)
-        if not wrong and self.train != "layers":
-            wrong = [f"trial.train={self.train}: not available yet, set trial.train=layers"]
-        return found + wrong
+        return found + one_of("trial.train", self.train, TRAINED)
 
     def fingerprinted(self) -> dict[str, Any]:
         """Those that the numbers of a trial depend on, beside how many rows and steps ``auto`` comes to."""
-        names = ("train", "batch_size", "learning_rate", "prompts")
+        names = ("train", *["rank"] * (self.train == "lora"), "batch_size", "learning_rate", "prompts")
         return {f"trial.{name}": getattr(self, name) for name in names}

@@ -1,6 +1,7 @@
 """The simulated training run that anchor.direction=unrolled goes back over."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from alphatoken.pipeline.settings.option import at_least, option
 
@@ -19,6 +20,11 @@ class UnrollSettings:
     batch_size: int = option(8, "examples per step")
     learning_rate: float = option(1e-4, "peak learning rate of Adam")
     snapshots: int = option(5, "points along each run at which tokens are valued")
+    layers: Any = option(
+        None,
+        "decoder layers that the run trains, from the last, or all; null: valuation.layers; others than these with "
+        "valuation.schedule=own_step alone, whose values are of all trained layers",
+    )
     tape_bytes: int = option(
         32 * 2**30,
         "bytes on disk for the states of each run; where they are more, every s-th is kept and the steps between are made "
@@ -30,6 +36,12 @@ class UnrollSettings:
         found = []
         for name in ("orders", "batch_size", "snapshots", "tape_bytes"):
             found += at_least(f"anchor.unroll.{name}", getattr(self, name), 1)
+        if isinstance(self.layers, str) and self.layers != "all":
+            found.append(f"anchor.unroll.layers={self.layers}: must be a whole number, all or null")
+        elif isinstance(self.layers, int):
+            found += at_least("anchor.unroll.layers", self.layers, 1)
+        elif self.layers is not None and self.layers != "all":
+            found.append(f"anchor.unroll.layers={self.layers}: must be a whole number, all or null")
         if self.steps < 2:
             found.append(
                 f"anchor.unroll.steps={self.steps}: a run of one step is anchor.direction=gradient; give at least 2"

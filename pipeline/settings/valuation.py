@@ -33,8 +33,9 @@ class ValuationSettings:
     tokens_per_batch: int | str = option("auto", "padded tokens per batch; auto: from the device's memory")
     schedule: str = option(
         "static",
-        "static: values at the anchors | rehearsal: the paper's loop of value, threshold, masked step over the data, on "
-        "the scored modules; what it keeps is the mask",
+        "static: values at the anchors | own_step: with anchor.direction=unrolled, the columns adaptation_unrolled, ... as "
+        "well: each token at the steps of the simulated run that train on it, which has to train on all rows | rehearsal: "
+        "the paper's loop of value, threshold, masked step over the data, on the scored modules; what it keeps is the mask",
     )
     rehearsal: RehearsalSettings = field(
         default_factory=RehearsalSettings, metadata={"help": "the loop of valuation.schedule=rehearsal"}
@@ -43,9 +44,19 @@ class ValuationSettings:
     min_coverage: float = option(0.5, "smallest share of the scored layers' matrix parameters that must be scored")
 
     @property
-    def needs_directions(self) -> bool:
-        """Whether any score needs the anchor stage."""
+    def looks_at_anchors(self) -> bool:
+        """Whether any score looks at the directions of the anchor stage."""
         return self.exact or any(score in DIRECTED for score in self.scores)
+
+    @property
+    def needs_directions(self) -> bool:
+        """Whether the anchor stage is needed."""
+        return self.looks_at_anchors or self.own_step
+
+    @property
+    def own_step(self) -> bool:
+        """Whether values come from the sweep back over the simulated run as well."""
+        return self.schedule == "own_step"
 
     @property
     def rehearsed(self) -> bool:
@@ -64,7 +75,9 @@ class ValuationSettings:
         for score in self.scores:
             found += one_of("valuation.scores", score, tuple(SCORES))
         found += auto_or_at_least("valuation.tokens_per_batch", self.tokens_per_batch, 1)
-        found += one_of("valuation.schedule", self.schedule, ("static", "rehearsal"))
+        found += one_of("valuation.schedule", self.schedule, ("static", "own_step", "rehearsal"))
+        if self.own_step and not self.scores:
+            found.append("valuation.scores=[]: with valuation.schedule=own_step leave at least valuation.scores=[loss]")
         if self.rehearsed:
             found += self.rehearsal.problems()
             if "paper" not in self.scores:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from alphatoken.pipeline.maths.batch import IGNORED
 from alphatoken.pipeline.maths.costs import (
@@ -33,11 +33,13 @@ class Extent:
 
 @dataclass(frozen=True, slots=True)
 class Lengths:
-    """Tokens and response tokens of rows, (tokens, response tokens) each."""
+    """Tokens and response tokens of sequences, (tokens, response tokens) each; ``pairs``: whether an example is two."""
 
     train: Sequence[tuple[int, int]]
     held_out: Sequence[tuple[int, int]]
     completions: Sequence[tuple[int, int]]
+    retention: Sequence[tuple[int, int]] = ()
+    pairs: bool = False
 
 
 def lengths_of(input_ids: Sequence[Sequence[int]], labels: Sequence[Sequence[int]]) -> list[tuple[int, int]]:
@@ -77,14 +79,25 @@ def extent(
 def trial_flops(
     m: ModelCosts, settings: TrialSettings, rows: Lengths, steps: int, examples: int, kept: Sequence[float]
 ) -> int:
-    """Operations of all fine-tunes and what they measure; the lower layers once for each row."""
-    batch = _shapes(rows.train).times(settings.batch_size / max(1, len(rows.train)))
-    measured = [_shapes(rows.held_out), _shapes(rows.completions)]
-    total = lower_flops(m, _shapes(rows.train).times(examples / max(1, len(rows.train))))
-    total += sum(lower_flops(m, shapes) for shapes in measured)
+    """Operations of all fine-tunes and what they measure; the lower layers once for each row, where they do not learn.
+
+    Else every pass is a whole one, forward and, in a step, back through all layers.
+    """
+    whole, each = settings.train != "layers", (2 if rows.pairs else 1) / max(1, len(rows.train))
+    if whole:  # no layer is below those that learn
+        m = replace(m, lower=0, lower_layers=0, scored=m.lower + m.scored, scored_layers=m.layers)
+    batch, sample = (_shapes(rows.train).times(count * each) for count in (settings.batch_size, examples))
+    measured = [_shapes(some) for some in (rows.held_out, rows.completions, rows.retention)]
+    total = sum(lower_flops(m, shapes) for shapes in [sample, *measured])
+    if rows.pairs:  # log-probabilities under the reference
+        total += sum(loss_flops(m, shapes) - lower_flops(m, shapes) for shapes in (sample, measured[0]))
     for fraction in kept:
-        learned = Shapes(batch.tokens, batch.squares, batch.blocks, round(fraction * batch.predicting), batch.rows)
-        step = ghost_flops(m, learned) - lower_flops(m, learned) + outer_flops(m, learned.tokens)
+        # A margin is over all response tokens, whatever is masked.
+        predicting = batch.predicting if rows.pairs else round(fraction * batch.predicting)
+        learned = replace(batch, predicting=predicting)
+        step = ghost_flops(m, learned) - lower_flops(m, learned)
+        step += 0 if settings.train == "lora" else outer_flops(m, learned.tokens)
+        step += 2 * m.head * predicting * ((settings.train == "all") + (whole and rows.pairs))
         total += steps * step if fraction else 0  # of the untouched model it is measured alone
         total += sum(loss_flops(m, shapes) - lower_flops(m, shapes) for shapes in measured)
         total += 2 * m.head * measured[1].predicting  # the reference's predictions

@@ -6,10 +6,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-import pyarrow.parquet as pq
-
 from alphatoken.pipeline.mask.card import card
-from alphatoken.pipeline.mask.paired_rows import mask_part
+from alphatoken.pipeline.mask.layout import is_finished, mask_card, mask_place, open_part, summary_of
 from alphatoken.pipeline.mask.stage import make_mask
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import MaskSettings
@@ -29,26 +27,26 @@ def make_chosen(run: Run, summary: Mapping[str, Any]) -> str:
     Where no mask beats it, that is everything, or everything but first tokens. Returns the name.
     """
     winner = summary["winner"]
-    if run.storage.exists(f"masks/{winner}/summary.json"):
-        recorded = run.storage.read_json(f"masks/{winner}/summary.json")["settings"]
+    if is_finished(run.storage, winner):
+        recorded = summary_of(run.storage, winner)["settings"]
         settings = MaskSettings(**{**recorded, "name": CHOSEN})
     else:
         settings = replace(MaskSettings(), score="full", skip_first=1 if winner == FIRST else 0, name=CHOSEN)
     run.manifest.forget(f"mask/{CHOSEN}")  # of an earlier trial
-    run.storage.remove(f"masks/{CHOSEN}")
+    run.storage.remove(mask_place(CHOSEN))
     make_mask(replace(run, settings=replace(run.settings, mask=settings)))
     _write_card(run, CHOSEN, summary["sentence"])
     return CHOSEN
 
 
 def _write_card(run: Run, name: str, sentence: str | None) -> None:
-    summary = run.storage.read_json(f"masks/{name}/summary.json")
+    summary = summary_of(run.storage, name)
     if sentence is not None:
         summary = {**summary, "trial": sentence}
     part = run.manifest.stage("prepare")["counts"]["parts"][0]
-    with pq.ParquetFile(run.storage.path(f"masks/{name}/{mask_part(part)}"), filesystem=run.storage.fs) as file:
+    with open_part(run.storage, name, part) as file:
         schema = file.schema_arrow
     fingerprint = run.manifest.stage(f"mask/{name}")["fingerprint"]
     made = card(summary, schema, fingerprint).encode()
-    if run.storage.read_bytes(f"masks/{name}/README.md") != made:
-        run.storage.write_bytes(f"masks/{name}/README.md", made)
+    if run.storage.read_bytes(mask_card(name)) != made:
+        run.storage.write_bytes(mask_card(name), made)

@@ -13,7 +13,8 @@ from alphatoken.data_schemas import PREPARED
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences, response_start
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.sampling import sample_completions
 from alphatoken.pipeline.prepare.reader import sequences_of
 from alphatoken.pipeline.run.remote import here

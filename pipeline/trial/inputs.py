@@ -8,28 +8,37 @@ from typing import Any
 
 import torch
 
+from alphatoken.pipeline.mask.layout import is_finished, summary_of
+from alphatoken.pipeline.maths.adapters import adapted, all_layers
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.costs import ModelCosts, budget_shapes, meta_model, model_costs, value_flops
-from alphatoken.pipeline.maths.decoder import UnsupportedModel
-from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
+from alphatoken.pipeline.prepare.reader import retention_rows
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.trial.budget import CPU_RATE, DEVICE_RATE, Extent, Lengths, extent, lengths_of
 from alphatoken.pipeline.trial.candidates import Candidate, Labels, candidates
-from alphatoken.pipeline.trial.rows import HeldOut, drawn_rows, held_out_rows, mask_labels, prompts_of, sample_of
+from alphatoken.pipeline.trial.rows import (
+    HeldOut,
+    drawn_rows,
+    held_out_rows,
+    labelled,
+    mask_labels,
+    prompts_of,
+    sample_of,
+)
 
 CHOSEN = "chosen"  # the mask that trial.auto writes
-PAIRS = (
-    "trial measures supervised data only so far, and this run is of preference pairs: fine-tune on a mask of theirs with "
-    "your own trainer"
-)
 
 
 @dataclass(frozen=True, slots=True)
 class TrialInputs:
-    """``masks``: labels of every row of ``sample``. ``common``: everything that all fine-tunes depend on.
+    """``masks``: labels of every sequence of ``sample``. ``common``: everything that all fine-tunes depend on.
+
+    ``pairs``: whether an example is two sequences, see rows.py. ``retention``: rows of data.retention, where there are any.
 
     ``prompts``: rows whose prompts the reference completes. ``rate``: operations per second, of all workers together;
     ``measured``: whether the run has shown it. ``notes``: what to know beforehand.
@@ -38,7 +47,9 @@ class TrialInputs:
     candidates: list[Candidate]
     masks: dict[str, Labels]
     sample: Sequences
+    pairs: bool
     held_out: HeldOut
+    retention: Sequences | None
     prompts: Sequences
     extent: Extent
     rate: float
@@ -56,15 +67,15 @@ def trial_inputs(run: Run) -> TrialInputs:
     """Raises SettingsWrong for masks that cannot be tried, and RunFailed for a run that is not far enough or too small."""
     manifest, settings, own = run.manifest, run.settings, run.settings.trial
     prepared = manifest.require("prepare", "trial")
-    if manifest.pairs:
-        raise RunFailed(PAIRS)
     names, notes = chosen_masks(run)
-    held_out = held_out_rows(run)
-    summaries = {name: run.storage.read_json(f"masks/{name}/summary.json") for name in names}
+    held_out, retention = held_out_rows(run), retention_of(run)
+    summaries = {name: summary_of(run.storage, name) for name in names}
     identities = {name: manifest.stage(f"mask/{name}")["fingerprint"] for name in names}
     tried = candidates({name: (summaries[name]["kept_fraction"], identities[name]) for name in names})
-    prompts = prompts_of(run, held_out.rows, own.prompts)
-    costs, rate, measured = _costs_and_rate(run)
+    prompts = prompts_of(run, held_out, own.prompts)
+    costs, scored, rate, measured = _costs_and_rate(run)
+    if own.train == "lora" and (stacked := adapted(all_layers(scored.model))[1]):
+        notes.append(f"{len(stacked)} stacks of experts' matrices get no adapters (trial.train=lora)")
     available = sum(drawn.__len__() for drawn in drawn_rows(run, 1 << 62).values())
     look = sample_of(run, drawn_rows(run, min(available, 256)))
     length = settings.anchor.fisher.max_new_tokens
@@ -72,7 +83,11 @@ def trial_inputs(run: Run) -> TrialInputs:
         (tokens - response + length, length) for tokens, response in lengths_of(prompts.input_ids, prompts.labels)
     ]
     lengths = Lengths(
-        lengths_of(look.input_ids, look.labels), lengths_of(held_out.rows.input_ids, held_out.rows.labels), completed
+        lengths_of(look.input_ids, look.labels),
+        lengths_of(held_out.rows.input_ids, held_out.rows.labels),
+        completed,
+        lengths_of(retention.input_ids, retention.labels) if retention else (),
+        manifest.pairs,
     )
     kept = [one.percent / 100 for one in tried for _ in one.seeds(own.seeds)]
     far = extent(costs, own, lengths, available, kept, rate)
@@ -98,10 +113,13 @@ def trial_inputs(run: Run) -> TrialInputs:
         "examples": far.examples,
         "steps": far.steps,
         **own.fingerprinted(),
+        **({"retention": digest(retention.ids)} if retention else {}),
+        **({"valuation.beta": settings.valuation.beta} if manifest.pairs else {}),
     }
     return TrialInputs(
-        tried, masks, sample, held_out, prompts, far, rate, measured, common, digest(model), tuple(notes)
-    )
+        tried, masks, sample, manifest.pairs, held_out, retention, prompts, far, rate, measured, common, digest(model),
+        tuple(notes),
+    )  # fmt: skip
 
 
 def chosen_masks(run: Run) -> tuple[list[str], list[str]]:
@@ -114,7 +132,7 @@ def chosen_masks(run: Run) -> tuple[list[str], list[str]]:
         raise SettingsWrong(
             [f"trial.masks={name}: there is no such mask in {run.storage.root}: {', '.join(there)}" for name in unknown]
         )
-    rules = {name: run.storage.read_json(f"masks/{name}/summary.json")["settings"]["rule"] for name in asked or there}
+    rules = {name: summary_of(run.storage, name)["settings"]["rule"] for name in asked or there}
     soft = [name for name, rule in rules.items() if rule == "weight"]
     why = "its soft weights (mask.rule=weight) are not labels, and a trial is made on labels"
     if asked and soft:
@@ -129,21 +147,28 @@ def masks_of(run: Run) -> list[str]:
     """Finished masks of the run, in the order in which they were made; the copy of an earlier trial is none."""
     stages = run.manifest.content["stages"]
     names = [stage.partition("/")[2] for stage in stages if stage.startswith("mask/") and run.manifest.done(stage)]
-    return [name for name in names if name != CHOSEN and run.storage.exists(f"masks/{name}/summary.json")]
+    return [name for name in names if name != CHOSEN and is_finished(run.storage, name)]
 
 
-def _costs_and_rate(run: Run) -> tuple[ModelCosts, float, bool]:
-    """The model's costs, operations per second of all workers, and whether the value stage has shown the latter."""
+def retention_of(run: Run) -> Sequences | None:
+    """The rows of data.retention that have a response token; None where there are none."""
+    rows = retention_rows(run)
+    return labelled(rows) if rows else None
+
+
+def _costs_and_rate(run: Run) -> tuple[ModelCosts, ScoredLayers, float, bool]:
+    """The model's costs, its layers without weights, operations per second of all workers, and whether the value stage has
+    shown the latter."""
     own = run.settings.model
     source = ModelSource(run.models.policy, own.revision, trust_remote_code=own.trust_remote_code)
     config = load_config(here(source, weights=False))
     try:
-        costs, _ = model_costs(meta_model(config, torch.bfloat16), run.settings.valuation.layers)
+        costs, scored = model_costs(meta_model(config, torch.bfloat16), run.settings.valuation.layers)
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     rate = _measured_rate(run, costs)
     resources = run.cluster.model_resources()
-    return costs, rate or resources.workers * (DEVICE_RATE if resources.gpus else CPU_RATE), rate is not None
+    return costs, scored, rate or resources.workers * (DEVICE_RATE if resources.gpus else CPU_RATE), rate is not None
 
 
 def _measured_rate(run: Run, costs: ModelCosts) -> float | None:

@@ -15,16 +15,18 @@ import pyarrow as pa
 from alphatoken.data_schemas import TRIAL_RESULTS
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.trial.budget import duration
 from alphatoken.pipeline.trial.candidates import FULL, Candidate, kept_tokens, labels_of
 from alphatoken.pipeline.trial.completions import make_completions
+from alphatoken.pipeline.trial.entering import TrialRows
+from alphatoken.pipeline.trial.hidden import remove_unused
 from alphatoken.pipeline.trial.inputs import TrialInputs, trial_inputs
 from alphatoken.pipeline.trial.verdict import SEEN, SUMMARY, Measured, Verdict, judge
-from alphatoken.pipeline.trial.worker import TrialRows, TrialTask, TrialWorker
+from alphatoken.pipeline.trial.worker import TrialTask, TrialWorker
 
 RESULTS = "trial/results.parquet"
 SEED_STRIDE = 1_000_003  # between the seeds of random masks of two runs
@@ -49,10 +51,12 @@ def make_trial(run: Run) -> dict[str, Any]:
     )
     _announce(run, inputs)
     completions = make_completions(run, inputs.prompts, inputs.completions_fingerprint)
-    seconds = _fine_tune(run, inputs, TrialRows(inputs.sample, inputs.held_out.rows, completions))
+    rows = TrialRows(inputs.sample, inputs.held_out.rows, completions, inputs.retention, inputs.pairs)
+    seconds = _fine_tune(run, inputs, rows)
     found = [_measured(run, inputs, one, seed) for one, seed in _pairs(run, inputs)]
     try:
-        verdict = judge(found, {one.name: one.percent for one in inputs.candidates}, inputs.held_out.seen)
+        percents = {one.name: one.percent for one in inputs.candidates}
+        verdict = judge(found, percents, inputs.held_out.seen, inputs.pairs)
     except ValueError as error:
         reasons = "; ".join(f"{m.candidate}, seed {m.seed}: {m.failed}" for m in found if m.failed)
         raise RunFailed(f"trial: {error} ({reasons}): set a smaller trial.learning_rate") from error
@@ -72,10 +76,11 @@ def make_trial(run: Run) -> dict[str, Any]:
 def _announce(run: Run, inputs: TrialInputs) -> None:
     """What is going to be done, and about how long it takes, before it is."""
     far, count = inputs.extent, len(_pairs(run, inputs))
+    held_out = f"{inputs.held_out.count:,} held-out {'pairs' if inputs.pairs else 'rows'}"
     by = "by the seconds of the value stage" if inputs.measured else "by a rough guess of the device's speed"
     run.progress.say(
         f"trial: {count} fine-tunes ({len(inputs.candidates)} candidates, {run.settings.trial.seeds} seed(s)) of {far.steps} "
-        f"steps on {far.examples:,} examples, measured on {len(inputs.held_out.rows):,} held-out rows; {far.flops:.2e} "
+        f"steps on {far.examples:,} examples, measured on {held_out}; {far.flops:.2e} "
         f"operations, about {duration(far.flops / inputs.rate)} {by}"
     )
     for note in inputs.notes:
@@ -126,7 +131,7 @@ def _fine_tune(run: Run, inputs: TrialInputs, rows: TrialRows) -> float:
     same = of_model(models.policy) == of_model(models.reference)
     arguments = {
         "storage": run.storage, "source": source(models.policy), "settings": run.settings, "rows": rows,
-        "reference": None if same else source(models.reference),
+        "reference": None if same else source(models.reference), "name": _name_of_states(run, inputs, rows),
     }  # fmt: skip
 
     def payload(shard: Shard) -> TrialTask:
@@ -148,7 +153,18 @@ def _fine_tune(run: Run, inputs: TrialInputs, rows: TrialRows) -> float:
         run.progress.task("trial", sum(shard.units for shard in shards), "steps") as task,
     ):
         pool.run(shards, payload, done, task)
-        return task.seconds
+    remove_unused()  # on this node, after workers that were killed
+    return task.seconds
+
+
+def _name_of_states(run: Run, inputs: TrialInputs, rows: TrialRows) -> str:
+    """Of all that hidden states depend on: the same for trials that differ in what is learned on them."""
+    model = {key: inputs.common[key] for key in ("policy", "model.revision", "model.dtype", "valuation.layers")}
+    lengths = {name: some.input_ids for name, some in rows.sets().items()}
+    own = run.settings
+    return digest({**model, "attention": own.model.attention, "rows": digest(lengths), "bound": own.trial.cache_bytes})[
+        :24
+    ]
 
 
 def _measured(run: Run, inputs: TrialInputs, candidate: Candidate, seed: int) -> Measured:
@@ -158,6 +174,7 @@ def _measured(run: Run, inputs: TrialInputs, candidate: Candidate, seed: int) ->
     return Measured(
         candidate.name, candidate.kind, seed, found["kept_tokens"] / whole, found["trained_tokens"], found.get("adaptation"),
         found.get("retention"), found.get("row_losses", []), found.get("row_tokens", []), found["failed"],
+        found.get("retention_loss"), found.get("margin"), found.get("reward_accuracy"),
     )  # fmt: skip
 
 
@@ -173,7 +190,9 @@ def _summary(run: Run, inputs: TrialInputs, verdict: Verdict) -> dict[str, Any]:
         "layers": run.settings.valuation.layers,
         "steps": inputs.extent.steps,
         "examples": inputs.extent.examples,
-        "held_out_rows": len(inputs.held_out.rows),
+        "pairs": inputs.pairs,
+        "held_out_rows": inputs.held_out.count,
+        "retention_rows": len(inputs.retention) if inputs.retention else 0,
         "held_out_made_directions": inputs.held_out.seen,
         "completions": len(inputs.prompts),
         "identities": {one.name: digest(one.identity)[:12] for one in inputs.candidates},

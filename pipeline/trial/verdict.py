@@ -16,7 +16,10 @@ SEEN = "measured on rows that also made the directions"
 
 @dataclass(frozen=True, slots=True)
 class Measured:
-    """One finished fine-tune. ``row_losses``, ``row_tokens``: of every held-out row."""
+    """One finished fine-tune. ``row_losses``, ``row_tokens``: of every held-out row; of pairs the loss of each, and 1.
+
+    ``retention_loss``: where there is data.retention; ``margin``, ``reward_accuracy``: of held-out pairs.
+    """
 
     candidate: str
     kind: str
@@ -28,11 +31,14 @@ class Measured:
     row_losses: Sequence[float]
     row_tokens: Sequence[int]
     failed: str | None
+    retention_loss: float | None = None
+    margin: float | None = None
+    reward_accuracy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """Of two candidates' losses on the same seeds: ``mean``, nats per token; below 0: the first is lower.
+    """Of two candidates' losses on the same seeds: ``mean``, nats per token, of pairs per pair; below 0: the first is lower.
 
     ``spread``: the larger of half the range over seeds and two standard errors over held-out rows; None with one seed.
     ``exceeds``: whether the mean is larger than the spread and of one sign at all seeds.
@@ -46,7 +52,8 @@ class Difference:
 @dataclass(frozen=True, slots=True)
 class Line:
     """One candidate. ``adaptation``, ``retention``: mean over seeds and half the range; ``to_full``, ``to_random``: Differences
-    of adaptation, ``moved``: of retention to full; None where there is nothing to compare with.
+    of adaptation, ``moved``: of retention to full; None where there is nothing to compare with. ``retention_loss``,
+    ``margin``, ``reward_accuracy``: mean and half the range, None where they were not measured.
     """
 
     name: str
@@ -58,6 +65,9 @@ class Line:
     to_full: Difference | None
     to_random: Difference | None
     moved: Difference | None
+    retention_loss: tuple[float, float] | None = None
+    margin: tuple[float, float] | None = None
+    reward_accuracy: tuple[float, float] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +86,9 @@ class Verdict:
         return asdict(self)
 
 
-def judge(found: Sequence[Measured], percents: Mapping[str, int], seen: bool) -> Verdict:
-    """``found``: all fine-tunes; ``percents``: candidate -> whole percent that it keeps; ``seen``: see rows.HeldOut.
+def judge(found: Sequence[Measured], percents: Mapping[str, int], seen: bool, pairs: bool = False) -> Verdict:
+    """``found``: all fine-tunes; ``percents``: candidate -> whole percent that it keeps; ``seen``: see rows.HeldOut; ``pairs``:
+    whether losses are of preference pairs.
 
     Raises ValueError where full has no numbers.
     """
@@ -90,7 +101,7 @@ def judge(found: Sequence[Measured], percents: Mapping[str, int], seen: bool) ->
         raise ValueError("full has no numbers")
     lines = [_line(name, by_name, percents) for name in by_name]
     lines.sort(key=lambda line: line.adaptation[0])
-    winner, sentence = _sentence(lines)
+    winner, sentence = _sentence(lines, "nats per pair" if pairs else "nats per token")
     return Verdict(tuple(lines), winner, f"{sentence} ({SEEN})." if seen else f"{sentence}.", failed)
 
 
@@ -98,6 +109,7 @@ def _line(name: str, by_name: Mapping[str, Mapping[int, Measured]], percents: Ma
     own = by_name[name]
     one = next(iter(own.values()))
     adaptation, retention = ([getattr(m, key) for m in own.values()] for key in ("adaptation", "retention"))
+    others = [[getattr(m, key) for m in own.values()] for key in ("retention_loss", "margin", "reward_accuracy")]
     other = random_name(percents[name])
     trained = name not in (FULL, UNTOUCHED)
     return Line(
@@ -105,6 +117,7 @@ def _line(name: str, by_name: Mapping[str, Mapping[int, Measured]], percents: Ma
         difference(own, by_name[FULL]) if trained else None,
         difference(own, by_name[other]) if trained and other != name and other in by_name else None,
         _moved(own, by_name[FULL]) if trained else None,
+        *[None if None in numbers else _mean_and_half_range(numbers) for numbers in others],
     )  # fmt: skip
 
 
@@ -145,8 +158,8 @@ def _mean_and_half_range(numbers: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(numbers)), float(np.ptp(numbers)) / 2
 
 
-def _sentence(lines: Sequence[Line]) -> tuple[str, str]:
-    """The winner, and what to do, without the full stop."""
+def _sentence(lines: Sequence[Line], unit: str) -> tuple[str, str]:
+    """The winner, and what to do, without the full stop; ``unit``: of adaptation."""
     own = {line.name: line for line in lines}
     full = own[FULL]
     tried = [line for line in lines if line.kind in ("mask", "first")]
@@ -154,14 +167,14 @@ def _sentence(lines: Sequence[Line]) -> tuple[str, str]:
     untouched = own.get(UNTOUCHED)
     if untouched and full.adaptation[0] >= untouched.adaptation[0] and not better:
         return FULL, (
-            f"Training does not help at all: on everything it ends at {full.adaptation[0]:.4f} nats per token, where the "
+            f"Training does not help at all: on everything it ends at {full.adaptation[0]:.4f} {unit}, where the "
             f"untouched model is at {untouched.adaptation[0]:.4f}; try a smaller trial.learning_rate, or other data"
         )
     if better:
         best = better[0]
         assert best.to_full
         text = (
-            f"Train on {_called(best)}: it ends {-best.to_full.mean:.4f} ± {best.to_full.spread:.4f} nats per token below "
+            f"Train on {_called(best)}: it ends {-best.to_full.mean:.4f} ± {best.to_full.spread:.4f} {unit} below "
             "training on everything"
         )
         if best.to_random is None:
@@ -176,7 +189,7 @@ def _sentence(lines: Sequence[Line]) -> tuple[str, str]:
     if tried and tried[0].to_full:
         gap = tried[0].to_full
         spread = "" if gap.spread is None else f" ± {gap.spread:.4f}"
-        text += f": the best, {_called(tried[0])}, ends {gap.mean:+.4f}{spread} nats per token from it"
+        text += f": the best, {_called(tried[0])}, ends {gap.mean:+.4f}{spread} {unit} from it"
         text += "" if gap.spread is not None else ", which one seed cannot judge"
     gentle = [
         line

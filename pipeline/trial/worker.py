@@ -1,9 +1,9 @@
-"""The worker of a trial: holds the policy and what enters its last layers, and does one fine-tune after the other."""
+"""The worker of a trial: holds the policy, and does one fine-tune after the other over hidden states that its node shares."""
 
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,36 +11,30 @@ import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.engine import Engine
-from alphatoken.pipeline.maths.batch import Sequences
-from alphatoken.pipeline.maths.decoder import no_scored_layers
+from alphatoken.pipeline.maths.decoder import UnsupportedModel, no_scored_layers
 from alphatoken.pipeline.maths.divergence import ReferencePredictions, same_vocabulary
 from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.head import HeadMemory
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite
-from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses
+from alphatoken.pipeline.maths.trial import Entering, Fit, fine_tune
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.trial.candidates import Candidate, Labels, kept_tokens
-from alphatoken.pipeline.trial.hidden import HiddenFile
+from alphatoken.pipeline.trial.entering import TrialRows, TrialStates, learner_of
+from alphatoken.pipeline.trial.kinds import PairTrial, SupervisedTrial, TrialKind
+from alphatoken.pipeline.trial.measures import Measures
 
 TOKENS_PER_PASS = 4096
 
 
 @dataclass(frozen=True, slots=True)
-class TrialRows:
-    """``train``: the sample, with the labels of everything; ``held_out`` and ``completions``: what is measured on."""
-
-    train: Sequences
-    held_out: Sequences
-    completions: Sequences
-
-
-@dataclass(frozen=True, slots=True)
 class TrialTask:
-    """One fine-tune: a candidate, its ``labels`` of every row of the sample, the seed of the rows' order; ``output``: its file."""
+    """One fine-tune: a candidate, its ``labels`` of every sequence of the sample, the seed of the rows' order; ``output``: its
+    file."""
 
     candidate: Candidate
     labels: Labels
@@ -51,34 +45,39 @@ class TrialTask:
 
 
 class TrialWorker:
-    """``reference``: the reference where it is another model than the policy, of which the head alone is held; else None."""
+    """``reference``: the reference where it is another model than the policy, of which the head alone is held; else None.
+
+    ``name``: of all that hidden states depend on.
+    """
 
     def __init__(
-        self, storage: Storage, source: ModelSource, reference: ModelSource | None, settings: Settings, rows: TrialRows
-    ) -> None:
+        self, storage: Storage, source: ModelSource, reference: ModelSource | None, settings: Settings, rows: TrialRows,
+        name: str,
+    ) -> None:  # fmt: skip
         self.storage, self.settings, self.rows = storage, settings, rows
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         kernel = settings.model.attention
-        theirs = None
+        theirs, kind = None, _kind(settings, rows)
         if reference is not None:  # before the policy is loaded, so that never two are held whole
-            scored = no_scored_layers(load_model(here(reference), self.device))
-            theirs = ReferencePredictions(scored, rows.completions, kernel, TOKENS_PER_PASS).without_layers()
-        self.scored = checked_layers(load_model(here(source), self.device), settings)
-        if theirs is not None and not same_vocabulary([theirs.reference.model, self.scored.model]):
+            scored = no_scored_layers(load_model(here(reference), device))
+            kind.see_reference(scored.model, kernel, TOKENS_PER_PASS)
+            theirs = ReferencePredictions(scored, Entering(rows.completions), kernel, TOKENS_PER_PASS).without_layers()
+        scored = checked_layers(load_model(here(source), device), settings)
+        if theirs is not None and not same_vocabulary([theirs.reference.model, scored.model]):
             raise RunFailed(
                 "model.policy and model.reference have vocabularies of different sizes: they cannot be compared"
             )
-        if not self.scored.shared:
-            raise RunFailed(
-                "trial: a layer of model.policy hands on more than the hidden state (keys and values, a router's state), so "
-                "that its lower layers cannot be computed once: fine-tune it whole to compare masks"
-            )
-        Engine(self.scored, settings)(rows.held_out.input_ids)
-        self.reference = theirs or ReferencePredictions(self.scored, rows.completions, kernel, TOKENS_PER_PASS)
-        self.hidden = HiddenFile(settings.trial.cache_bytes)
-        self.held_out = self._entering("held-out", rows.held_out)
-        self.completions = self._entering("completions", rows.completions)
-        self.memory = HeadMemory()
+        Engine(scored, settings)(rows.held_out.input_ids)
+        try:
+            self.learner = learner_of(scored, settings)
+        except UnsupportedModel as error:
+            raise RunFailed(f"model.policy: {error}") from error
+        self.states = TrialStates(scored, self.learner, settings, rows, f"{name}-{device.type}")
+        self.states.fill([])
+        completions = self.states.entering("completions")
+        predictions = theirs or ReferencePredictions(scored, completions, kernel, TOKENS_PER_PASS)
+        self.kind, self.memory = kind, HeadMemory()
+        self.measures = Measures(self.learner, kind, self.states, predictions)
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
 
     def __call__(self, task: TrialTask, advance: Callable[[int], None]) -> None:
@@ -88,25 +87,26 @@ class TrialWorker:
         self.storage.write_json(task.output, {"fingerprint": task.fingerprint, **found})
 
     def _result(self, task: TrialTask, advance: Callable[[int], None]) -> dict[str, Any]:
-        whole = kept_tokens(task.labels)
         untouched = task.candidate.kind == "untouched"
         found: dict[str, Any] = {
             "candidate": task.candidate.name,
             "kind": task.candidate.kind,
             "seed": task.seed,
-            "kept_tokens": 0 if untouched else whole,
+            "kept_tokens": 0 if untouched else kept_tokens(task.labels),
             "trained_tokens": 0,
             "failed": None,
         }
-        own = self.settings.trial
-        train = Sequences(self.rows.train.ids, self.rows.train.input_ids, [row.tolist() for row in task.labels])
-        order = [] if untouched else row_order(len(train), own.batch_size, task.steps, task.seed)
+        own, examples = self.settings.trial, self.kind.examples(self.rows.train)
+        order = [] if untouched else row_order(examples, own.batch_size, task.steps, task.seed)
         fit = Fit(order, own.learning_rate, self.settings.model.attention, TOKENS_PER_PASS, self.memory)
-        names: Sequence[str] = train.ids
+        names = self.rows.train.ids
         try:
-            weights, found["trained_tokens"] = fine_tune(self.scored, self._entering("train", train), fit, advance)
-            names = self.rows.held_out.ids
-            losses, tokens = held_out_losses(self.scored, weights, self.held_out, fit)
+            self.states.fill(self.kind.sequences(sorted({row for rows in order for row in rows}), self.rows.train))
+            if not self.kind.knows_reference:
+                self.kind.see_policy(self.learner, self.states, fit)
+            labels = [row.tolist() for row in task.labels]
+            objective = self.kind.objective(self.states.entering("train", labels), labels)
+            weights, found["trained_tokens"] = fine_tune(self.learner, objective, fit, advance)
         except NonFinite as error:
             found["failed"] = f"NaN or infinity in {error.where}, example {names[error.row]}"
             return found
@@ -114,25 +114,8 @@ class TrialWorker:
             raise RunFailed(
                 f"trial: a pass of {TOKENS_PER_PASS} tokens does not fit into the device's memory: set a smaller data.max_length"
             ) from error
-        moved, positions = self.reference.divergences(self.scored, weights, self.completions)
-        divergence = float(moved.sum() / positions.sum())
-        if not divergence < float("inf"):
-            found["failed"] = "NaN or infinity in the predictions on the reference's completions"
-            return found
-        found["row_losses"], found["row_tokens"] = losses.tolist(), [int(n) for n in tokens]
-        found["adaptation"] = float(losses.sum() / tokens.sum())
-        found["retention"] = divergence
-        return found
+        return {**found, **self.measures(weights, fit)}
 
-    def _entering(self, what: str, rows: Sequences) -> Entering:
-        kernel = self.settings.model.attention
 
-        def hidden(row: int) -> torch.Tensor:
-            made = self.hidden.get(f"{what}/{row}", lambda: entering_hidden(self.scored, rows.input_ids[row], kernel))
-            if not bool(torch.isfinite(made).all()):
-                raise RunFailed(
-                    f"NaN or infinity below the last layers, example {rows.ids[row]}: check the model or its dtype"
-                )
-            return made
-
-        return Entering(rows, hidden)
+def _kind(settings: Settings, rows: TrialRows) -> TrialKind:
+    return PairTrial(settings.valuation.beta, rows) if rows.pairs else SupervisedTrial()

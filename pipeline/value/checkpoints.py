@@ -22,7 +22,7 @@ from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.costs import meta_model
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
-from alphatoken.pipeline.maths.models import ModelSource, load_config
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.remote import here
@@ -147,7 +147,8 @@ def value_checkpoints(
     engines: list[dict[str, Any]] = []
     for index, checkpoint in enumerate(checkpoints):
         place, own = checkpoint_place(index), checkpoint_fingerprint(fingerprint, index)
-        missing = [part for part in tokens if storage.rows_of(f"{place}/{part}", own) != rows[part]]
+        there = storage.footers(place, tokens, own)
+        missing = [part for part in tokens if part not in there or there[part].rows != rows[part]]
         title = f"value: checkpoint {index + 1} of {len(checkpoints)}"
         if len(missing) < len(tokens):
             run.progress.say(f"{title}: {len(tokens) - len(missing)} of {len(tokens)} shards are complete already")

@@ -18,10 +18,10 @@ def value_inputs(settings: Settings, models: Models, prepare: str, anchor: str |
     """Everything that values/ depends on; ``prepare``, ``anchor``: fingerprints of these stages, None without anchors."""
     own, valuation = settings.model, settings.valuation
     schema = (
-        preference_values_schema(valuation.columns) if pairs else values_schema(valuation.columns, valuation.rehearsed)
+        preference_values_schema(settings.columns) if pairs else values_schema(settings.columns, valuation.rehearsed)
     )
     inputs: dict[str, Any] = {
-        "columns": list(valuation.columns),
+        "columns": list(settings.columns),
         **({"valuation.window": valuation.window} if "paper" in valuation.scores else {}),
         "schema": named(schema),
     }

@@ -18,7 +18,7 @@ from alphatoken.data_schemas import (
     PREFERENCE_REFERENCE,
     PREPARED,
     REFERENCE,
-    SIGNED,
+    is_signed,
     preference_values_schema,
     values_schema,
 )
@@ -88,7 +88,7 @@ class Pairs:
     """Two sequences per row, all chosen branches before all rejected ones; signed and scaled by omega (Eq. 14).
 
     ``beta``: of DPO. A training step on a pair goes along omega times the gradient of the chosen branch's loss and against
-    that of the rejected one, so that SIGNED columns are scaled by +omega and -omega, gradient norms by omega.
+    that of the rejected one, so that signed columns are scaled by +omega and -omega, gradient norms by omega.
     """
 
     prepared, reference, weighed = PREFERENCE_PREPARED, PREFERENCE_REFERENCE, True
@@ -114,8 +114,8 @@ class Pairs:
         for name in names:
             for branch, sign in zip(BRANCHES, (1.0, -1.0), strict=True):
                 rows = _halves(columns[name])[branch]
-                if name in SIGNED or name == "gradient_norm":
-                    factors = omega * (sign if name in SIGNED else 1.0)
+                if is_signed(name) or name == "gradient_norm":
+                    factors = omega * (sign if is_signed(name) else 1.0)
                     rows = [(row * w).astype(np.float32) for row, w in zip(rows, factors, strict=True)]
                 arrays[f"{branch}_{name}"] = as_lists(rows)
         schema = self.schema(names)

@@ -10,8 +10,8 @@ import time
 
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
-from alphatoken.pipeline.maths.models import ModelSource
-from alphatoken.pipeline.prepare.reader import prepared_rows, tokens_of
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.prepare.reader import prepared_parts
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.value.kinds import Kind
 from alphatoken.pipeline.value.worker import Reference, ReferenceWorker, ValueTask
@@ -28,12 +28,13 @@ def make_reference(run: Run, kind: Kind, place: Reference) -> None:
 
 def _missing_parts(run: Run, kind: Kind, fingerprint: str) -> dict[str, int]:
     """What this call has computed."""
-    rows = prepared_rows(run)
-    missing = [part for part in rows if run.storage.rows_of(f"reference/{part}", fingerprint) != rows[part]]
+    prepared = prepared_parts(run)
+    there = run.storage.footers("reference", prepared, fingerprint)
+    missing = [part for part, own in prepared.items() if part not in there or there[part].rows != own.rows]
     counts = {"rows": 0, "tokens": 0}
     if not missing:
         return counts
-    tokens = {part: tokens_of(run.storage, part, run.manifest.pairs) for part in missing}
+    tokens = {part: prepared[part].counts["tokens"] for part in missing}
     own = run.settings.model
     arguments = {
         "storage": run.storage,

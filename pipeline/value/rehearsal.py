@@ -26,7 +26,7 @@ from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.adamw import ScoredAdamW
 from alphatoken.pipeline.maths.directions import fisher_drift
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.rehearsal import kept_in_batch, lanes_of, without_masked
 from alphatoken.pipeline.maths.warmup import schedule
 from alphatoken.pipeline.prepare.reader import prepared_rows

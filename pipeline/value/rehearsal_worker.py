@@ -16,7 +16,8 @@ from alphatoken.pipeline.anchor.engine import Engine
 from alphatoken.pipeline.cluster.pool import Shared
 from alphatoken.pipeline.maths.batch import Batch, collate
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.rehearsal import RehearsedModel

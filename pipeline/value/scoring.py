@@ -41,7 +41,8 @@ class Scoring:
         if looks_at_layers([*scores, *["exact"] * valuation.exact]):
             checked_layers(model, settings)
         memory = HeadMemory()
-        directions: list[Directions | None] = [directions_of(storage, index) for index in snapshots]
+        others = settings.objectives if "paper" in valuation.scores else ()
+        directions: list[Directions | None] = [directions_of(storage, index, others) for index in snapshots]
         try:
             self.valuers = [
                 TokenValuer(
@@ -87,9 +88,10 @@ class Scoring:
         return host
 
 
-def directions_of(storage: Storage, snapshot: int) -> Directions:
-    """The directions at a snapshot, and its own scored weights where they are not the model's."""
+def directions_of(storage: Storage, snapshot: int, others: Sequence[str] = ()) -> Directions:
+    """The directions at a snapshot, and its own scored weights where they are not the model's. ``others``: directions beside
+    adaptation and stability."""
     place = f"anchors/snapshot-{snapshot:02d}"
-    named = {name: read_tensors(storage, f"{place}/{name}.safetensors") for name in NAMES}
+    named = {name: read_tensors(storage, f"{place}/{name}.safetensors") for name in (*NAMES, *others)}
     own = f"{place}/policy.safetensors"
     return Directions(named, read_tensors(storage, own) if storage.exists(own) else None)

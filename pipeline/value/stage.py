@@ -7,14 +7,15 @@ is written.
 
 from __future__ import annotations
 
+import itertools
 import time
 from typing import Any
 
 from alphatoken.pipeline.anchor.engine import together
 from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
-from alphatoken.pipeline.maths.models import ModelSource
-from alphatoken.pipeline.prepare.reader import prepared_rows, tokens_of
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.prepare.reader import prepared_parts
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.value.checkpoints import value_checkpoints
 from alphatoken.pipeline.value.inputs import check_reference, checked_anchor, reference_inputs, value_inputs
@@ -33,7 +34,7 @@ def make_values(run: Run) -> None:
     valuation, pairs = run.settings.valuation, run.manifest.pairs
     if valuation.rehearsed:
         return rehearse(run)
-    if not valuation.columns and not pairs:
+    if not run.settings.columns and not pairs:
         run.progress.say("value: skipped, since valuation.scores is empty")
         return
     started = time.monotonic()
@@ -46,8 +47,10 @@ def make_values(run: Run) -> None:
     own = run.settings.model
     recorded = {"model": own, "valuation": valuation, "cluster": run.settings.cluster}
     fingerprint = run.manifest.begin("value", inputs, recorded)
-    rows = prepared_rows(run)
-    missing = [part for part in rows if run.storage.rows_of(f"values/{part}", fingerprint) != rows[part]]
+    prepared_as = prepared_parts(run)
+    rows = {part: footer.rows for part, footer in prepared_as.items()}
+    before = run.storage.footers("values", rows, fingerprint)
+    missing = [part for part in rows if part not in before or before[part].rows != rows[part]]
     if run.manifest.done("value") and not missing:
         run.progress.say("value: done already")
         return
@@ -58,21 +61,21 @@ def make_values(run: Run) -> None:
     if pairs or valuation.reference_loss:
         reference = reference_inputs(run)
         make_reference(run, kind, reference)
-        there = {part: run.storage.rows_of(f"reference/{part}", reference.fingerprint) for part in rows}
-        missing = [part for part in rows if part in missing or there[part] != rows[part]]
+        there = run.storage.footers("reference", rows, reference.fingerprint)
+        missing = [part for part in rows if part in missing or part not in there or there[part].rows != rows[part]]
     arguments = {
         "storage": run.storage,
         "source": ModelSource(run.models.policy, own.revision, own.dtype, own.trust_remote_code),
         "settings": run.settings,
-        "snapshots": range(anchor["counts"]["snapshots"]) if anchor else [],
+        "snapshots": range(anchor["counts"]["snapshots"]) if anchor and valuation.looks_at_anchors else [],
         "kind": kind,
         "reference": reference,
     }
-    tokens = {part: tokens_of(run.storage, part, pairs) for part in missing}
+    tokens = {part: prepared_as[part].counts["tokens"] for part in missing}
     valued = value_checkpoints if len(run.models.checkpoints) > 1 else _value_parts
     found = valued(run, arguments, fingerprint, tokens, rows)
     for part in rows.keys() - set(missing):
-        found.append(run.storage.counts_of(f"values/{part}", fingerprint) or {})
+        found.append(before[part].counts)
     counts = {key: sum(one.get(key, 0) for one in found) for key in ("tokens", "padded_tokens")}
     engine = together([one["engine"] for one in found if "engine" in one])
     _finish(run, time.monotonic() - started, sum(rows.values()), counts, engine)
@@ -94,7 +97,9 @@ def _value_parts(
         run.progress.task("value", sum(tokens.values()), "tokens") as task,
     ):
         task.note(f"{finished}/{len(rows)} shards")
-        pool.run([Shard(p, n) for p, n in tokens.items()], lambda s: ValueTask(s.name, fingerprint), done, task)
+        starts = dict(zip(rows, itertools.accumulate(rows.values(), initial=0), strict=False))
+        shards = [Shard(p, n) for p, n in tokens.items()]
+        pool.run(shards, lambda s: ValueTask(s.name, fingerprint, first=starts[s.name]), done, task)
     return counts
 
 

@@ -15,12 +15,14 @@ from alphatoken.pipeline.cluster.token_batches import TokenBatches
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, no_scored_layers
 from alphatoken.pipeline.maths.forward import token_losses_of
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.kinds import Kind, Rows
+from alphatoken.pipeline.value.own_step import OwnStepValues
 from alphatoken.pipeline.value.scoring import OWN_LOSS, Scoring
 
 LOGPS = "logps"
@@ -41,6 +43,7 @@ class ValueTask:
     part: str
     fingerprint: str
     place: str = "values"
+    first: int = 0  # the part's first row among all rows
 
 
 class ValueWorker:
@@ -60,10 +63,14 @@ class ValueWorker:
         reference: Reference | None,
     ) -> None:
         self.storage, self.kind, self.reference = storage, kind, reference
-        self.names = settings.valuation.columns
+        self.names = settings.columns
         self.batches = TokenBatches(settings.valuation.tokens_per_batch)
         model = load_model(here(source), self.batches.device)
         self.scoring = Scoring(model, storage, settings, snapshots, kind.weighed)
+        self.own_step: OwnStepValues | None = None
+        if settings.valuation.own_step:
+            objectives = ("adaptation", "stability", *settings.objectives)
+            self.own_step = OwnStepValues(storage, settings.anchor.unroll.orders, objectives)
 
     def __call__(self, task: ValueTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write one part of values, and where the policy is the reference one of reference/; returns counts."""
@@ -72,6 +79,8 @@ class ValueWorker:
         with self.batches.device_lock:
             engine = self.scoring.checked(sequences.input_ids)
         columns, padded = self.batches.score(sequences, self.scoring.columns, self.scoring, advance)
+        if self.own_step is not None:
+            columns |= self.own_step.columns(sequences, task.first)
         own = _negated(columns[OWN_LOSS]) if self.kind.weighed else None
         theirs = self._theirs(task.part, table, own)
         if REFERENCE_LOSS in self.names:

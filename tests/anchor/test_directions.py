@@ -143,7 +143,9 @@ def test_the_default_keeps_half_and_no_first_token(alphatoken, made):
     status, out, err = alphatoken("mask", f"run.dir={run}", "mask.always_keep=[]")
     assert status == 0, err
     masks = [
-        row for file in sorted((run / "masks/default").glob("*.parquet")) for row in pq.read_table(file).to_pylist()
+        row
+        for file in sorted((run / "masks/default/data").glob("*.parquet"))
+        for row in pq.read_table(file).to_pylist()
     ]
     kept = everything = 0
     for row, whole in zip(masks, prepared(run), strict=True):

@@ -17,7 +17,7 @@ from alphatoken.pipeline.anchor.tape import kept_every, least_bytes, tape_bytes
 from alphatoken.pipeline.anchor.tensors import counts_of
 from alphatoken.pipeline.anchor.unrolled import Held, order_of, points_of
 from alphatoken.pipeline.anchor.worker import AnchorTask, AnchorWorker
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import sequences_of
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
@@ -113,7 +113,7 @@ def test_a_killed_run_goes_on_from_its_last_saved_step(made, policy, tmp_path, m
     settings = replace(
         settings,
         anchor=replace(settings.anchor, direction="unrolled", unroll=unroll),
-        valuation=replace(settings.valuation, layers=2, window=4),
+        valuation=replace(settings.valuation, layers=2, window=4, schedule="own_step"),
     )
     monkeypatch.setattr(saving.time, "monotonic", lambda: 0.0)  # saved at every step
     worker = AnchorWorker(storage, ModelSource(str(policy)), settings, [2])
@@ -122,7 +122,7 @@ def test_a_killed_run_goes_on_from_its_last_saved_step(made, policy, tmp_path, m
     held = Held.of(sequences_of(storage.read_table("prepared/validation.parquet", PREPARED)))
     output = "anchors/partial/unroll-00.safetensors"
     task = AnchorTask(
-        "unroll", output, sequences_of(table).part(0, 1), fingerprint="f", drift="warmup", held=held
+        "unroll", output, sequences_of(table).part(0, 1), fingerprint="f", drift="warmup", held={"adaptation": held}
     )  # fmt: skip
 
     class Killed(Exception):
@@ -145,6 +145,7 @@ def test_a_killed_run_goes_on_from_its_last_saved_step(made, policy, tmp_path, m
     again = worker(task, until(-1))
     assert done[0] == (4 if half == "forward" else 6) and sum(done) == 18
     found = {i: load_file(tmp_path / f"run/anchors/partial/gradient-{i:02d}.safetensors") for i in range(2)}
+    own_steps = load_file(tmp_path / "run/anchors/own-step-00.safetensors")
     storage.remove("anchors/partial")
     worker(AnchorTask("weights", "anchors/partial/reference.safetensors", NO_ROWS), lambda n: None)
     assert worker(task, lambda n: None) == again
@@ -152,6 +153,8 @@ def test_a_killed_run_goes_on_from_its_last_saved_step(made, policy, tmp_path, m
         fresh = load_file(tmp_path / f"run/anchors/partial/gradient-{index:02d}.safetensors")
         for name, tensor in tensors.items():
             assert tensor.any() and torch.equal(tensor, fresh[name])
+    for name, tensor in load_file(tmp_path / "run/anchors/own-step-00.safetensors").items():
+        assert tensor.any() and torch.equal(tensor, own_steps[name])
 
 
 def test_a_wrong_request_is_refused_in_one_line_that_names_the_remedy(alphatoken, common, validation_file, tmp_path):

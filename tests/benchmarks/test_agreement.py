@@ -1,10 +1,14 @@
 """How far short fine-tunes agree with whole ones: the record, and what is counted."""
 
+import random
+
 import pytest
 
 from alphatoken.jobs.config import load
+from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from benchmarks.quality.agreement import Whole, agreement, mean_by_name, record
 from benchmarks.quality.grid import ROWS, RUNS
+from benchmarks.quality.short import Setting, ShortFineTunes
 from benchmarks.quality.tries import DRAWN, HELD_OUT, SETTINGS, VALUED, table
 
 WHOLE = {"a": Whole(1.0, 0.1), "b": Whole(1.05, 0.1), "c": Whole(1.3, 0.1), "d": Whole(2.0, 0.5)}
@@ -47,6 +51,21 @@ def test_the_table_has_a_line_per_setting_and_kind_of_rows():
     ]
     assert table(lines).count("\n") == 1 + len(HELD_OUT)
     assert "| trial's own | 1 | 2 | code | 3 | 1.00 | 1 | 3 of 3 |" in table(lines)
+
+
+@pytest.mark.parametrize("train", ["layers", "lora"])
+def test_short_fine_tunes_learn_what_they_are_given(policy, train):
+    generator = random.Random(1)
+    ids = [[generator.randrange(5, 60) for _ in range(12)] for _ in range(4)]
+    labels = [[IGNORED] * 4 + row[4:] for row in ids]
+    rows = Sequences([f"row-{i}" for i in range(4)], ids, labels)
+    short = ShortFineTunes(policy, {"seen": rows}, "float32")
+    setting = Setting(layers=2, learning_rate=1e-2, examples=3, epochs=4, train=train)
+    before, after = short.measure(None, setting, 0), short.measure(rows, setting, 0)
+    assert before["trained"] == 0 and after["trained"] == setting.steps * 2 * 8
+    assert after["seen"] < before["seen"] - 0.1
+    assert short.measure(None, setting, 0)["seen"] == before["seen"]  # the model itself stays as it is
+    assert short.measure(rows, setting, 0)["seen"] == after["seen"] != short.measure(rows, setting, 1)["seen"]
 
 
 def test_settings_are_of_like_size():

@@ -7,7 +7,7 @@ import torch
 
 from alphatoken.data_schemas import PREPARED, SCORES, value_columns, values_schema
 from alphatoken.pipeline.anchor.tensors import write_tensors
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings, ValuationSettings

@@ -10,7 +10,7 @@ from alphatoken.pipeline.anchor.tensors import counts_of, read_tensors, write_te
 from alphatoken.pipeline.anchor.worker import WARMUP_STATE, AnchorTask, AnchorWorker, Sequences
 from alphatoken.pipeline.maths.batch import collate
 from alphatoken.pipeline.maths.decoder import scored_layers
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.warmup import warm_up
 from alphatoken.pipeline.run.failure import RunFailed

@@ -8,7 +8,8 @@ import psutil
 import pytest
 import torch
 
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.redaction import redacted
 from alphatoken.pipeline.run.storage import Storage

@@ -55,7 +55,7 @@ def test_parts_of_the_data_are_disjoint_cover_it_and_share_what_is_held_out(
 def train_on(mask: Path, base: Path, place: Path, steps: int = 12) -> tuple[float, float]:
     """A plain fine-tune on a mask's labels, saved as a checkpoint; returns the loss before and after it."""
     model, rows = AutoModelForCausalLM.from_pretrained(base), []
-    for file in sorted(mask.glob("*.parquet")):
+    for file in sorted(mask.glob("data/*.parquet")):
         rows += pq.read_table(file).to_pylist()
     batch = collate([row["input_ids"] for row in rows], [row["labels"] for row in rows])
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)

@@ -44,7 +44,7 @@ def done_run(tmp_path_factory, ray_cluster, policy, train_file, validation_file)
 
 def test_writes_every_file_of_the_contract(done_run):
     parts = [f"part-{i:05d}-of-00004.parquet" for i in range(4)]
-    masks = [f"masks/default/train-{i:05d}-of-00004.parquet" for i in range(4)]
+    masks = [f"masks/default/data/train-{i:05d}-of-00004.parquet" for i in range(4)]
     expected = [
         "run.json", "metrics.jsonl", "report/index.html", "prepared/validation.parquet", "prepared/fisher.parquet",
         "anchors/fisher.safetensors", "anchors/snapshot-00/adaptation.safetensors", "anchors/snapshot-00/stability.safetensors",

@@ -129,10 +129,10 @@ def test_auto_ends_with_the_winner_as_chosen(alphatoken, tmp_path, policy, train
     ) in out
     card = " ".join((place / "masks/chosen/README.md").read_text().split())
     assert whole["sentence"] in card and "Token mask `chosen`" in card
-    source = place / f"masks/{whole['winner']}"
+    source = place / f"masks/{whole['winner']}/data"
     if source.exists():
         for part in source.glob("*.parquet"):
-            labels = [pq.read_table(p)["labels"] for p in (part, place / "masks/chosen" / part.name)]
+            labels = [pq.read_table(p)["labels"] for p in (part, place / "masks/chosen/data" / part.name)]
             assert labels[0].equals(labels[1])
         assert whole["sentence"] in " ".join((source / "README.md").read_text().split())
     else:
@@ -166,13 +166,14 @@ def test_what_cannot_be_tried_is_refused_in_a_line(alphatoken, run, tmp_path, ma
         assert found == status and reason in err.splitlines()[-1], err
 
     refused(2, "trial.seeds=0: must be at least 1", "trial.seeds=0")
-    refused(2, "trial.train=lora: not available yet", "trial.train=lora")
+    refused(2, "trial.train=some: must be one of layers, lora, all", "trial.train=some")
+    refused(2, "trial.rank=0: must be at least 1", "trial.rank=0")
     refused(2, "data.max_length=7: trial takes the values that are there", "data.max_length=7")
     refused(2, "trial.masks=moon: neither a mask in", "trial.masks=moon")
     assert alphatoken("mask", f"run.dir={run}", "mask.rule=weight", "mask.name=soft")[0] == 0
     refused(2, "soft weights", "trial.masks=soft")
     # A mask of other rows: a part that another run has left.
-    part = next((run / "masks/default").glob("*.parquet"))
+    part = next((run / "masks/default/data").glob("*.parquet"))
     part.write_bytes(next((made / "prepared").glob("part-*.parquet")).read_bytes())
     refused(1, "run.overwrite=mask", "trial.masks=default")
     shutil.rmtree(run / "masks")
@@ -181,9 +182,7 @@ def test_what_cannot_be_tried_is_refused_in_a_line(alphatoken, run, tmp_path, ma
     assert found == 1 and "run `alphatoken prepare` first" in err.splitlines()[-1]
 
 
-def test_a_validation_set_of_one_row_and_pairs_are_refused(
-    alphatoken, tmp_path, policy, train_file, pairs_file, preference_run
-):
+def test_a_validation_set_of_one_row_is_refused(alphatoken, tmp_path, policy, train_file):
     one = write_rows(tmp_path / "one.jsonl", [json.loads(train_file.read_text().splitlines()[0])])
     place = tmp_path / "r"
     arguments = [
@@ -196,11 +195,6 @@ def test_a_validation_set_of_one_row_and_pairs_are_refused(
     assert alphatoken("run", *arguments)[0] == 0
     status, _, err = alphatoken("trial", f"run.dir={place}", *QUICK)
     assert status == 1 and "at least 2 held-out rows" in err.splitlines()[-1]
-    status, _, err = alphatoken("trial", f"run.dir={preference_run}", *QUICK)
-    assert status == 1 and "supervised data only so far" in err.splitlines()[-1]
-    again = [f"run.dir={tmp_path}/p", f"model.policy={policy}", f"data.train={pairs_file}"]
-    status, _, err = alphatoken("run", *again, *SMALL, "data.validation=5", "trial.auto=true")
-    assert status == 2 and "trial.auto=true" in err and not (tmp_path / "p/prepared").exists()
 
 
 def test_a_mask_that_keeps_nothing_of_the_sample_is_refused(alphatoken, run):

@@ -7,7 +7,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from rich.console import Console
 
-from alphatoken.data_schemas import PREPARED, SCORES, SIGNED, value_columns, values_schema
+from alphatoken.data_schemas import PREPARED, SCORES, is_signed, value_columns, values_schema
+from alphatoken.pipeline.mask.layout import mask_data, mask_place
 from alphatoken.pipeline.mask.stage import make_mask
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.progress import Progress
@@ -18,6 +19,7 @@ from alphatoken.pipeline.settings import MaskSettings, RunSettings, Settings, Va
 ROOT = Path(__file__).parents[2]
 EOS = 2
 COLUMNS = value_columns(tuple(SCORES), exact=True, reference_loss=True)
+WITH_UNROLLED = value_columns(tuple(SCORES), exact=True, reference_loss=True, unrolled=True)  # what auto then takes
 
 
 def part_names(count: int) -> list[str]:
@@ -41,10 +43,10 @@ def examples(
         labels = [t if r else -100 for t, r in zip(ids, inside, strict=True)]
         prepared.append({"id": f"row-{row}", "input_ids": ids, "labels": labels, "source": f"f:{row}"})
         drawn = {}
-        for name in COLUMNS:
+        for name in dict.fromkeys((*COLUMNS, *columns)):
             spread = stability if name.startswith("stability") else 1.0
             some = (np.round(rng.standard_normal(len(ids)), 1) * spread).astype(np.float32)  # rounded: with ties
-            drawn[name] = ((some if name in SIGNED else np.abs(some)) * np.array(inside)).tolist()
+            drawn[name] = ((some if is_signed(name) else np.abs(some)) * np.array(inside)).tolist()
         values.append({"id": f"row-{row}", **{name: drawn[name] for name in columns}})
     return prepared, values
 
@@ -92,9 +94,9 @@ def mask(storage: Storage, **settings):
 
 
 def masks(storage: Storage, name: str = "default") -> list[dict]:
-    files = [file for file in storage.names(f"masks/{name}") if file.endswith(".parquet")]
-    return [row for file in files for row in pq.read_table(storage.path(file)).to_pylist()]
+    return [row for file in storage.names(mask_data(name)) for row in pq.read_table(storage.path(file)).to_pylist()]
 
 
 def contents(storage: Storage, name: str = "default") -> dict[str, bytes]:
-    return {file: storage.read_bytes(file) for file in storage.names(f"masks/{name}")}
+    files = [*storage.names(mask_place(name)), *storage.names(mask_data(name))]
+    return {file: storage.read_bytes(file) for file in files}

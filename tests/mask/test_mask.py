@@ -30,7 +30,17 @@ from alphatoken.pipeline.run.storage import ROWS_PER_GROUP, Storage
 from alphatoken.pipeline.settings import MaskSettings
 from alphatoken.pipeline.settings.mask import MASK_SCORES
 from tests.conftest import save_tokenizer
-from tests.mask.synthetic_run import COLUMNS, EOS, ROOT, contents, mask, masks, run_of, write_run
+from tests.mask.synthetic_run import (
+    COLUMNS,
+    EOS,
+    ROOT,
+    WITH_UNROLLED,
+    contents,
+    mask,
+    masks,
+    run_of,
+    write_run,
+)
 
 
 def first_of(row: dict, score: str, t: int, drawn: list) -> float:
@@ -38,6 +48,7 @@ def first_of(row: dict, score: str, t: int, drawn: list) -> float:
     return {
         "paper": lambda: row["adaptation_direct"][t] + row["adaptation_causal"][t],
         "exact": lambda: row["adaptation_exact"][t],
+        "unrolled": lambda: row["adaptation_unrolled"][t],
         "information": lambda: row["information"][t],
         "entropy": lambda: row["entropy"][t],
         "loss": lambda: -row["loss"][t],
@@ -52,7 +63,7 @@ def terms_of(row: dict, settings: MaskSettings, length: int, seed: int = 0) -> d
     drawn = uniform(seed, row["id"], length).astype(float).tolist()
     found: dict[str, list[float]] = {"score": [], "stability": [], "loss": []}
     for t in range(length):
-        parts = ("exact",) if settings.score == "exact" else ("direct", "causal")
+        parts = (settings.score,) if settings.score in ("exact", "unrolled") else ("direct", "causal")
         stable = sum(row[f"stability_{part}"][t] for part in parts)
         first, norm = first_of(row, settings.score, t, drawn), row["gradient_norm"][t]
         if settings.divide_by_gradient_norm:
@@ -185,13 +196,17 @@ EVERYTHING = {
         *({"score": score, "least_stable": 0.2, "rho": 0.6, "normalize": "rms"} for score in WITH_VALUES),
         *({"score": score, **EVERYTHING} for score in WITH_VALUES),
         *({"score": score, "scope": "batch", "batch_size": 9, "skip_first": 3} for score in ("random", "full")),
-        *({"score": score, "rule": "positive", "min_kept": 0} for score in ("paper", "exact", "excess_loss", "full")),
+        *(
+            {"score": score, "rule": "positive", "min_kept": 0}
+            for score in ("paper", "exact", "unrolled", "excess_loss", "full")
+        ),
     ],
     ids=str,
 )
 def test_masks_are_those_of_the_definition(tmp_path, settings):
     sizes, seed = (40, 0, ROWS_AT_ONCE + 45, 3), len(str(settings))
-    storage, prepared, values = write_run(tmp_path, sizes, seed=seed)
+    columns = WITH_UNROLLED if settings.get("score") == "unrolled" else COLUMNS
+    storage, prepared, values = write_run(tmp_path, sizes, seed=seed, columns=columns)
     expected, always_only, minimum_only = naive(prepared, values, sizes, MaskSettings(**settings), seed)
     summary = mask(storage, **settings, seed=seed)
     found = masks(storage)
@@ -247,7 +262,7 @@ def test_everything_but_the_first_token(tmp_path):
 
 def test_what_is_left_open_follows_the_score(tmp_path):
     """lambda is 1.5 where signed values of a direction are weighed; information leaves out the first token."""
-    left_open = {score: {"stability_weight": 0.0, "skip_first": 0} for score in MASK_SCORES}
+    left_open = {score: {"stability_weight": 0.0, "skip_first": 0} for score in MASK_SCORES if score != "unrolled"}
     left_open["paper"] = left_open["exact"] = {"stability_weight": 1.5, "skip_first": 0}
     left_open["information"] = {"stability_weight": 0.0, "skip_first": 1}
     storage, *_ = write_run(tmp_path)
@@ -268,7 +283,12 @@ def test_what_is_left_open_follows_the_score(tmp_path):
 
 def test_left_open_the_score_is_information_where_it_is_there_and_the_papers_where_it_is_not(tmp_path):
     for index, (columns, score) in enumerate(
-        [(COLUMNS, "information"), ((*COMPONENTS, "loss"), "paper"), (("information",), "information")]
+        [
+            (COLUMNS, "information"),
+            (WITH_UNROLLED, "unrolled"),
+            ((*COMPONENTS, "loss"), "paper"),
+            (("information",), "information"),
+        ]
     ):
         storage, *_ = write_run(tmp_path / str(index), columns=columns)
         summary = mask(storage)
@@ -291,10 +311,11 @@ def masks_differ(found) -> bool:
 
 
 def test_the_card_says_which_score_decided(tmp_path):
-    storage, *_ = write_run(tmp_path)
+    storage, *_ = write_run(tmp_path, columns=WITH_UNROLLED)
     said = {
         "paper": "AlphaToken values", "information": "by `information`", "exact": "exact derivative",
         "entropy": "how undecided", "loss": "how likely", "excess_loss": "than the policy", "random": "no values",
+        "unrolled": "at the end of a simulated training run",
         "full": "no values",
     }  # fmt: skip
     for score in MASK_SCORES:
@@ -445,7 +466,7 @@ def test_soft_weights_stand_beside_labels_that_keep_everything(tmp_path, scope, 
             assert one[0] != other[0] or one[1] == other[1]
     assert summary["kept_fraction"] == 1.0 and summary["decisions_changed_by_stability"] is None
     assert summary["loss_weight"]["mean"] == pytest.approx(rho, abs=1e-6)
-    schema = pq.read_schema(tmp_path / "masks/default/train-00000-of-00003.parquet")
+    schema = pq.read_schema(tmp_path / "masks/default/data/train-00000-of-00003.parquet")
     assert schema.metadata[SCHEMA_KEY] == b"masks-sft-weighted/1"
     card = (tmp_path / "masks/default/README.md").read_text()
     assert "keep every response token" in card and "| `loss_weight` | `list<float>` |" in card
@@ -483,7 +504,7 @@ def test_bytes_do_not_depend_on_how_rows_are_read(tmp_path, monkeypatch, setting
         monkeypatch.setattr("alphatoken.pipeline.mask.stage.ROWS_AT_ONCE", rows)
         storage, *_ = write_run(tmp_path / str(rows), (300, 0, 20))
         mask(storage, score="paper", normalize="rms", loss_weight=0.5, rare_tokens=20, **settings)
-        found.append([pq.read_table(storage.path(f)) for f in storage.names("masks/default") if "train" in f])
+        found.append([pq.read_table(storage.path(f)) for f in storage.names("masks/default/data")])
     assert found[0] == found[1]
 
 
@@ -660,8 +681,10 @@ def test_load_dataset_does_not_take_another_mask_from_its_cache(tmp_path):
         shutil.rmtree(tmp_path / run, ignore_errors=True)
         storage, *_ = write_run(tmp_path / run, (7,) if run == "one" else (11,))
         mask(storage, rho=rho)
-        loaded = datasets.load_dataset(str(tmp_path / run / "masks/default"), cache_dir=str(tmp_path / "cache"))
-        assert loaded["train"].to_list() == masks(storage)
+        for configuration in (None, "default"):
+            place = str(tmp_path / run / "masks/default")
+            loaded = datasets.load_dataset(place, configuration, cache_dir=str(tmp_path / "cache"))
+            assert loaded["train"].to_list() == masks(storage)
 
 
 def test_card_survives_whatever_users_type(tmp_path):
@@ -671,8 +694,9 @@ def test_card_survives_whatever_users_type(tmp_path):
     text = (tmp_path / "run/masks/x,y=1/README.md").read_text()
     _, front, body = text.split("---\n", 2)
     (configuration,) = yaml.safe_load(front)["configs"]
-    assert configuration["data_files"] == [{"split": "train", "path": "train-*.parquet"}]
-    assert re.fullmatch("mask-[0-9a-f]{12}", configuration["config_name"])
+    assert configuration["data_files"] == [{"split": "train", "path": "data/train-*.parquet"}]
+    assert configuration["config_name"] == "default"
+    assert re.fullmatch("mask [0-9a-f]{12}", configuration["description"])
     block = body.split("```json\n")[1].split("\n```")[0]
     assert json.loads(block)["always_keep"] == ["eos", "|", "`", "#"]
 
@@ -707,7 +731,7 @@ def test_two_runs_write_the_same_bytes(tmp_path):
         found.append(contents(storage))
     assert found[0] == found[1]
     assert len(found[0]) == 5
-    groups = pq.ParquetFile(tmp_path / "one/masks/default/train-00000-of-00003.parquet").metadata
+    groups = pq.ParquetFile(tmp_path / "one/masks/default/data/train-00000-of-00003.parquet").metadata
     assert groups.num_rows == 300 <= ROWS_PER_GROUP and groups.num_row_groups == 1
 
 
@@ -736,13 +760,13 @@ def test_goes_on_after_a_stop_with_the_same_bytes(tmp_path):
     place = tmp_path / "masks/default"
     (place / "summary.json").unlink()
     (place / "README.md").unlink()
-    (place / "train-00002-of-00004.parquet").unlink()
-    last = place / "train-00003-of-00004.parquet"
+    (place / "data" / "train-00002-of-00004.parquet").unlink()
+    last = place / "data" / "train-00003-of-00004.parquet"
     last.write_bytes(last.read_bytes()[:80])
-    untouched = (place / "train-00000-of-00004.parquet").stat().st_mtime_ns
+    untouched = (place / "data" / "train-00000-of-00004.parquet").stat().st_mtime_ns
     assert mask(storage) == summary
     assert contents(storage) == before
-    assert (place / "train-00000-of-00004.parquet").stat().st_mtime_ns == untouched
+    assert (place / "data" / "train-00000-of-00004.parquet").stat().st_mtime_ns == untouched
 
 
 def test_a_failure_while_writing_leaves_no_part_behind(tmp_path, monkeypatch):
@@ -761,7 +785,7 @@ def test_a_failure_while_writing_leaves_no_part_behind(tmp_path, monkeypatch):
     monkeypatch.setattr(supervised, "mask_columns", broken)
     with pytest.raises(KeyboardInterrupt):
         mask(storage)
-    assert os.listdir(tmp_path / "masks/default") == []
+    assert os.listdir(tmp_path / "masks/default") == ["data"] and not os.listdir(tmp_path / "masks/default/data")
     monkeypatch.undo()
     mask(storage)
     assert len(masks(storage)) == 600

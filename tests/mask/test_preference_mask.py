@@ -74,7 +74,7 @@ def test_every_score_chooses_within_each_branch(alphatoken, preference_run, poli
     assert status == 0, err
     everything = [list(range(sum(len(part) for part in parts(preference_run, "prepared"))))]
     eos = AutoTokenizer.from_pretrained(policy).eos_token_id
-    masks = rows(preference_run, f"masks/{name}")
+    masks = rows(preference_run, f"masks/{name}/data")
     for branch in BRANCHES:
         expected = naive(preference_run, branch, everything, 0.3, 0.0, eos, score)
         assert [row[f"{branch}_labels"] for row in masks] == expected
@@ -105,7 +105,7 @@ def test_each_branch_has_its_own_threshold(alphatoken, preference_run, policy, s
             for i in range(0, size, step)
         ]
     eos = AutoTokenizer.from_pretrained(policy).eos_token_id
-    masks = rows(preference_run, f"masks/{name}")
+    masks = rows(preference_run, f"masks/{name}/data")
     summary = json.loads((preference_run / f"masks/{name}/summary.json").read_text())
     kept = 0
     for branch in BRANCHES:
@@ -121,7 +121,7 @@ def test_each_branch_has_its_own_threshold(alphatoken, preference_run, policy, s
 def test_masks_carry_the_columns_of_the_contract_and_load(preference_run, tmp_path):
     data = datasets.load_dataset(str(preference_run / "masks/default"), split="train", cache_dir=str(tmp_path))
     assert data.column_names == COLUMNS
-    (first, *_) = sorted((preference_run / "masks/default").glob("*.parquet"))
+    (first, *_) = sorted((preference_run / "masks/default/data").glob("*.parquet"))
     assert pq.read_schema(first).equals(preference_masks_schema())
     prepared = rows(preference_run, "prepared")
     assert len(prepared) == len(data)
@@ -136,7 +136,7 @@ def test_masks_carry_the_columns_of_the_contract_and_load(preference_run, tmp_pa
 
 
 def test_reference_sums_are_over_kept_tokens_and_over_all(preference_run):
-    masks, stored = rows(preference_run, "masks/default"), rows(preference_run, "reference")
+    masks, stored = rows(preference_run, "masks/default/data"), rows(preference_run, "reference")
     assert any(mask["ref_chosen_logps"] > mask["ref_chosen_logps_all"] for mask in masks)
     for mask, reference in zip(masks, stored, strict=True):
         for branch in BRANCHES:
@@ -150,13 +150,13 @@ def test_extra_columns_and_soft_weights_come_once_per_branch(alphatoken, prefere
     more = ["mask.extra_columns=[loss_mask]", "mask.rule=weight", "mask.name=soft"]
     status, _, err = alphatoken("mask", f"run.dir={preference_run}", *more)
     assert status == 0, err
-    for mask, pair in zip(rows(preference_run, "masks/soft"), rows(preference_run, "prepared"), strict=True):
+    for mask, pair in zip(rows(preference_run, "masks/soft/data"), rows(preference_run, "prepared"), strict=True):
         assert mask["ref_chosen_logps"] == mask["ref_chosen_logps_all"]
         for branch in BRANCHES:
             response = [label != -100 for label in pair[f"{branch}_labels"]]
             assert mask[f"{branch}_loss_mask"] == [int(r) for r in response]
             assert all(w == 0 for w, r in zip(mask[f"{branch}_loss_weight"], response, strict=True) if not r)
-    weights = [w for mask in rows(preference_run, "masks/soft") for w in mask["rejected_loss_weight"]]
+    weights = [w for mask in rows(preference_run, "masks/soft/data") for w in mask["rejected_loss_weight"]]
     assert len({round(w, 3) for w in weights}) > 3 and max(weights) == 1
     card = (preference_run / "masks/soft/README.md").read_text()
     assert "rejected_loss_weight" in card and "DPOTrainer" not in card
@@ -165,10 +165,12 @@ def test_extra_columns_and_soft_weights_come_once_per_branch(alphatoken, prefere
 def test_the_card_and_the_same_command_again(alphatoken, preference_run):
     card = (preference_run / "masks/default/README.md").read_text()
     assert "MaskedPreferenceCollator" in card and "chosen_loss_mask" not in card and "{{" not in card
-    before = {file: file.read_bytes() for file in (preference_run / "masks/default").iterdir()}
+    before = {file: file.read_bytes() for file in (preference_run / "masks/default").rglob("*") if file.is_file()}
     status, _, err = alphatoken("mask", f"run.dir={preference_run}")
     assert status == 0 and "done already" in err
-    assert {file: file.read_bytes() for file in (preference_run / "masks/default").iterdir()} == before
+    assert {
+        file: file.read_bytes() for file in (preference_run / "masks/default").rglob("*") if file.is_file()
+    } == before
 
 
 def test_a_damaged_reference_part_is_named(alphatoken, preference_run):
@@ -183,7 +185,7 @@ def test_a_damaged_reference_part_is_named(alphatoken, preference_run):
 def test_the_masked_loss_of_a_real_model_has_no_gradient_at_masked_tokens(preference_run, policy):
     """Eq. 14 from a mask's Parquet, and its gradient with respect to every logit."""
     model = AutoModelForCausalLM.from_pretrained(policy, dtype=torch.float64)
-    masks, values, prepared = (rows(preference_run, name) for name in ("masks/default", "values", "prepared"))
+    masks, values, prepared = (rows(preference_run, name) for name in ("masks/default/data", "values", "prepared"))
     masked_tokens = 0
     for mask, value, pair in list(zip(masks, values, prepared, strict=True))[:4]:
         logps, kept, whole, logits = {}, {}, {}, {}

@@ -10,7 +10,8 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
-from alphatoken.pipeline.maths.models import ModelSource, UnreadableModel, adapter_base, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, adapter_base
+from alphatoken.pipeline.maths.models import load_model
 from tests.conftest import save_model
 from tests.maths.tiny_models import model_of
 

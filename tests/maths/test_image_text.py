@@ -12,7 +12,8 @@ import transformers as hf
 
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.guard import Guard
-from alphatoken.pipeline.maths.models import ModelSource, load_model
+from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from benchmarks.models.weights import randomised
 from tests.maths.comparison import sequences, the_same_twice, validation_gradient

@@ -124,11 +124,15 @@ def test_value_is_scaled_adaptation_plus_weighted_stability_rounded_once():
 
 def test_every_score_is_its_definition_and_looks_at_its_columns_alone():
     rng = np.random.default_rng(4)
-    names = ("adaptation_direct", "adaptation_causal", "adaptation_exact", "information", "entropy", "loss", "random")
+    names = (
+        "adaptation_direct", "adaptation_causal", "adaptation_exact", "adaptation_unrolled", "information", "entropy", "loss",
+        "random",
+    )  # fmt: skip
     c = {name: rng.standard_normal(50).astype(np.float32) for name in (*names, "reference_loss")}
     wide = {name: column.astype(np.float64) for name, column in c.items()}
     expected = {
         "paper": wide["adaptation_direct"] + wide["adaptation_causal"], "exact": wide["adaptation_exact"],
+        "unrolled": wide["adaptation_unrolled"],
         "information": wide["information"], "entropy": wide["entropy"], "loss": -wide["loss"],
         "excess_loss": wide["loss"] - wide["reference_loss"], "random": wide["random"], "full": np.zeros(50),
     }  # fmt: skip
@@ -139,9 +143,10 @@ def test_every_score_is_its_definition_and_looks_at_its_columns_alone():
         assert found.dtype == np.float64 and found.tolist() == wanted.tolist(), score
     stability = {name: rng.standard_normal(50).astype(np.float32) for name in ("stability_direct", "stability_causal")}
     both = [column.astype(np.float64) for column in stability.values()]
-    for score in expected.keys() - {"exact"}:
+    for score in expected.keys() - {"exact", "unrolled"}:
         assert stability_of(stability, score).tolist() == (both[0] + both[1]).tolist()
-    assert stability_of({"stability_exact": c["loss"]}, "exact").tolist() == wide["loss"].tolist()
+    for score in ("exact", "unrolled"):
+        assert stability_of({f"stability_{score}": c["loss"]}, score).tolist() == wide["loss"].tolist()
 
 
 def naive_keep(values, response, threshold, always, min_kept):

@@ -11,8 +11,9 @@ from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.maths.decoder import no_scored_layers, scored_layers
 from alphatoken.pipeline.maths.divergence import ReferencePredictions
 from alphatoken.pipeline.maths.epochs import row_order
+from alphatoken.pipeline.maths.learners import ScoredWeights
 from alphatoken.pipeline.maths.nonfinite import NonFinite
-from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, fine_tune, held_out_losses
+from alphatoken.pipeline.maths.trial import Entering, Fit, LabelledTokens, entering_hidden, fine_tune, held_out_losses
 from alphatoken.pipeline.maths.warmup import schedule
 from tests.maths import comparison
 from tests.maths.tiny_models import model_of, nearby
@@ -84,8 +85,8 @@ def test_losses_after_a_trial_are_those_of_a_plain_fine_tune(family: str, tolera
     train, held_out = masked(sequences(LENGTHS, seed=1)), sequences([8, 13, 10], seed=2)
     fit = Fit(row_order(len(train), 2, 6, seed=3), 5e-3, KERNEL, BUDGET)
     steps: list[int] = []
-    weights, trained = fine_tune(scored, entering(scored, train), fit, steps.append)
-    sums, counts = held_out_losses(scored, weights, entering(scored, held_out), fit)
+    weights, trained = fine_tune(ScoredWeights(scored), LabelledTokens(entering(scored, train)), fit, steps.append)
+    sums, counts = held_out_losses(ScoredWeights(scored), weights, entering(scored, held_out), fit)
     twin = plain_fine_tune(model, weights, train, fit)
     with torch.no_grad():
         expected = [plain_losses(twin, held_out, row) for row in range(len(held_out))]
@@ -113,16 +114,15 @@ def test_divergence_is_that_of_whole_distributions_over_completions(same: bool) 
             theirs, own = (m(torch.tensor([ids])).logits[0, :-1].log_softmax(-1) for m in (reference, twin))
             divergences = kl_div(own, theirs, log_target=True, reduction="none").sum(-1)
             expected.append(divergences[torch.tensor(labels)[1:] != IGNORED].sum().item())
-    held = ReferencePredictions(
-        scored if same else no_scored_layers(copy.deepcopy(reference)), completions, KERNEL, BUDGET
-    )
+    entered = entering(scored, completions)
+    theirs_of = scored if same else no_scored_layers(copy.deepcopy(reference))
+    held = ReferencePredictions(theirs_of, entered if same else Entering(completions), KERNEL, BUDGET)
     if not same:
         held.without_layers()
-    entered = entering(scored, completions)
-    sums, counts = held.divergences(scored, weights, entered)
+    sums, counts = held.divergences(ScoredWeights(scored), weights, entered)
     assert sums.tolist() == pytest.approx(expected, abs=1e-9) and min(expected) > 1e-3
     assert counts.tolist() == [sum(label != IGNORED for label in labels[1:]) for labels in completions.labels]
-    untouched = held.divergences(scored, scored.weights(), entered)[0]
+    untouched = held.divergences(ScoredWeights(scored), scored.weights(), entered)[0]
     assert untouched.abs().max() < 1e-9 if same else untouched.min() > 1e-3
 
 
@@ -141,5 +141,5 @@ def test_a_fine_tune_that_bursts_names_the_step_and_the_row() -> None:
     rows = sequences(LENGTHS, seed=1)
     fit = Fit([[1, 3], [0, 4]], math.inf, KERNEL, BUDGET)
     with pytest.raises(NonFinite, match="step 2") as error:
-        fine_tune(scored, entering(scored, rows), fit, lambda steps: None)
+        fine_tune(ScoredWeights(scored), LabelledTokens(entering(scored, rows)), fit, lambda steps: None)
     assert error.value.row in (0, 4)

@@ -161,7 +161,12 @@ def test_sizes_of_a_run_over_pairs(alphatoken, preference_run):
     assert plan["data"]["format"] == "preference"
     assert plan["data"]["train_examples"] == stages["prepare"]["counts"]["train_rows"]
     assert plan["data"]["tokens"] == stages["value"]["counts"]["tokens"]
-    for name, directory in (("prepared",) * 2, ("values",) * 2, ("reference",) * 2, ("masks, each", "masks/default")):
+    for name, directory in (
+        ("prepared",) * 2,
+        ("values",) * 2,
+        ("reference",) * 2,
+        ("masks, each", "masks/default/data"),
+    ):
         written = sum(p.stat().st_size for p in preference_run.glob(f"{directory}/*.parquet"))
         assert plan["storage"][name] == pytest.approx(written, rel=0.1), name
 
@@ -185,7 +190,7 @@ def test_sizes_are_those_of_a_real_run_of_the_embedded_example(alphatoken, tmp_p
     assert storage["anchors"] == pytest.approx(size("anchors/*.safetensors", "anchors/*/*"), rel=0.1)
     assert storage["direction"] == pytest.approx(size("anchors/snapshot-00/adaptation.safetensors"), rel=0.1)
     assert storage["values"] == pytest.approx(size("values/*"), rel=0.1)
-    assert storage["masks, each"] == pytest.approx(size("masks/default/*.parquet"), rel=0.1)
+    assert storage["masks, each"] == pytest.approx(size("masks/default/data/*.parquet"), rel=0.1)
     counts = json.loads((tmp_path / "r/run.json").read_text())["stages"]
     assert plan["data"]["train_examples"] == counts["value"]["counts"]["rows"] == 18
     assert plan["data"]["tokens"] == counts["value"]["counts"]["tokens"]

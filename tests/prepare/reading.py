@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED, QUARANTINE
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.inputs import open_data
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker

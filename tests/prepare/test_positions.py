@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 import transformers as hf
 
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.run.failure import SettingsWrong
 from tests.conftest import CHATML, chat_row, save_tokenizer, sentence, write_rows

@@ -7,7 +7,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from alphatoken.data_schemas import PREPARED
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.sources import open_sources
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker
@@ -41,7 +41,7 @@ def prepared(tmp_path, policy):
         pieces = sources.pieces(range(len(rows)))
         short = [("rows.jsonl", numbers, table) for _, numbers, table in pieces]
         counts, _ = worker(PrepareTask(short, "prepared/x", "quarantine/x", "f"), lambda units: None)
-        _, sent = worker(PrepareTask(short, None, None, "f", "held-out"), lambda units: None)
+        _, sent = worker(PrepareTask(short, None, None, "f"), lambda units: None)
         return counts, storage.read_table("prepared/x", PREPARED).to_pylist(), sent
 
     return run

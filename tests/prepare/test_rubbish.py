@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from alphatoken.data_schemas import PREPARED, QUARANTINE
-from alphatoken.pipeline.maths.models import ModelSource
+from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare import sources as reading
 from alphatoken.pipeline.prepare.sources import open_sources
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker

@@ -85,7 +85,7 @@ def test_a_part_that_is_gone_or_cut_off_is_done_again_though_its_stage_was_done(
     (directory / "prepared/part-00000-of-00003.parquet").unlink()
     (directory / "anchors/snapshot-00/stability.safetensors").unlink()
     for name in ("prepared/fisher.parquet", "values/part-00001-of-00003.parquet", "anchors/fisher.safetensors",
-                 "masks/default/train-00002-of-00003.parquet"):  # fmt: skip
+                 "masks/default/data/train-00002-of-00003.parquet"):  # fmt: skip
         (directory / name).write_bytes((directory / name).read_bytes()[:-20])
     garbage = directory / "values/part-00000-of-00003.parquet"  # in the footer, between its end and the magic bytes
     garbage.write_bytes(garbage.read_bytes()[:-40] + b"\xff" * 32 + garbage.read_bytes()[-8:])

@@ -1,8 +1,6 @@
-"""The labels of what stands beside the masks, and the file of hidden states."""
+"""The labels of what stands beside the masks."""
 
 import numpy as np
-import pytest
-import torch
 
 from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.trial.candidates import (
@@ -13,7 +11,6 @@ from alphatoken.pipeline.trial.candidates import (
     random_name,
     without_first,
 )
-from alphatoken.pipeline.trial.hidden import HiddenFile
 
 ROWS = Sequences(
     [f"row-{i}" for i in range(20)],
@@ -47,19 +44,3 @@ def test_random_labels_of_rows_without_a_response_are_none():
 def test_the_first_token_of_each_turn_is_left_out():
     whole = np.array(ROWS.labels[0], np.int32)
     assert np.flatnonzero(without_first(whole) != whole).tolist() == [5, 12]
-
-
-@pytest.mark.parametrize("bound", [1 << 20, 100, 0])
-def test_hidden_states_are_made_once_within_the_bound_and_are_the_same_beyond(bound):
-    file, made = HiddenFile(bound), []
-    states = {f"s{i}": torch.randn(3 + i, 8) for i in range(4)}
-
-    def make(key):
-        made.append(key)
-        return states[key]
-
-    for _ in range(2):
-        for key, state in states.items():
-            assert torch.equal(file.get(key, lambda key=key: make(key)), state.to(torch.bfloat16))
-    again = len(made) - len(states)
-    assert again == {1 << 20: 0, 100: 3, 0: 4}[bound] and file.size <= bound

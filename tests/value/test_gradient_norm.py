@@ -57,7 +57,7 @@ def test_the_mask_keeps_the_highest_values_per_unit_of_gradient_norm_and_says_so
     flat = {n: np.concatenate([np.array(v[n]) for v in values])[inside] for n in (*COMPONENTS, "gradient_norm")}
     value = flat["adaptation_direct"] + flat["adaptation_causal"]
     value = (value + 1.5 * (flat["stability_direct"] + flat["stability_causal"])) / flat["gradient_norm"]
-    kept = np.concatenate([np.array(row["labels"]) for row in table(place, "masks/default")])[inside] != -100
+    kept = np.concatenate([np.array(row["labels"]) for row in table(place, "masks/default/data")])[inside] != -100
     wanted = value >= np.sort(value)[-rank_of(0.5, len(value))]
     assert (kept == wanted).mean() > 0.995  # float32 against float64 at the threshold
     summary = json.loads((place / "masks/default/summary.json").read_text())

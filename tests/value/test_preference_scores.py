@@ -105,7 +105,11 @@ def test_every_score_masks_both_branches_by_its_definition_from_the_one_run(alph
     same = [f"run.dir={full}", f"mask.score={score}", f"mask.name={score}", "mask.rho=0.4", "mask.skip_first=0", *WHOLE]
     status, _, err = alphatoken("mask", *same)
     assert status == 0, err
-    values, prepared, masks = rows_of(full / "values"), rows_of(full / "prepared"), rows_of(full / f"masks/{score}")
+    values, prepared, masks = (
+        rows_of(full / "values"),
+        rows_of(full / "prepared"),
+        rows_of(full / f"masks/{score}/data"),
+    )
     summary = json.loads((full / f"masks/{score}/summary.json").read_text())
     assert summary["score"] == score
     drawn = {
@@ -134,7 +138,7 @@ def test_every_score_masks_both_branches_by_its_definition_from_the_one_run(alph
 def test_auto_is_the_papers_signed_value(alphatoken, full):
     for score in ("auto", "paper"):
         assert alphatoken("mask", f"run.dir={full}", f"mask.score={score}", f"mask.name=is-{score}")[0] == 0
-    found = [rows_of(full / f"masks/is-{score}") for score in ("auto", "paper")]
+    found = [rows_of(full / f"masks/is-{score}/data") for score in ("auto", "paper")]
     assert found[0] == found[1]
 
 

@@ -103,7 +103,7 @@ def test_a_rehearsal_equals_a_plain_loop_in_one_process(
     status, _, err = alphatoken("run", *arguments(run, policy, few_rows, *more))
     assert status == 0, err
     wanted = plain_loop(run, policy, reference if two_models else policy, rho, weight, refresh, 0.002)
-    stored, prepared, masks = rows_of(run, "values"), rows_of(run, "prepared"), rows_of(run, "masks/default")
+    stored, prepared, masks = rows_of(run, "values"), rows_of(run, "prepared"), rows_of(run, "masks/default/data")
     assert len(stored) == len(wanted) == 14
     for name in (*COMPONENTS, "loss"):
         ours = np.concatenate([np.array(row[name]) for row in stored])
@@ -232,7 +232,7 @@ def test_the_same_command_again_skips_it_and_another_setting_is_refused(alphatok
     )
     assert status == 0 and "mask.rho=" not in out, err
     kept = [row["kept"] for row in rows_of(tmp_path / "r", "values")]
-    assert [[label != -100 for label in row["labels"]] for row in rows_of(tmp_path / "r", "masks/m")] == kept
+    assert [[label != -100 for label in row["labels"]] for row in rows_of(tmp_path / "r", "masks/m/data")] == kept
 
 
 def test_what_does_not_go_together_is_said_before_anything_starts(alphatoken, tmp_path, policy, few_rows, pairs_file):

@@ -109,7 +109,7 @@ def test_every_score_masks_by_its_definition_from_the_one_run(alphatoken, full, 
     same = [f"run.dir={full}", f"mask.score={score}", f"mask.name={score}", *WHOLE]
     status, out, err = alphatoken("mask", *same, "mask.rho=0.4")
     assert status == 0, err
-    kept = flat(full, rows_of(full / f"masks/{score}"), "labels") != -100
+    kept = flat(full, rows_of(full / f"masks/{score}/data"), "labels") != -100
     value = wanted_values(full, score)
     rank = int(np.ceil(0.4 * len(value)))
     wanted = value >= np.sort(value)[-rank]
@@ -128,7 +128,7 @@ def test_every_score_masks_by_its_definition_from_the_one_run(alphatoken, full, 
 def test_auto_is_information(alphatoken, full):
     for score in ("auto", "information"):
         assert alphatoken("mask", f"run.dir={full}", f"mask.score={score}", f"mask.name=is-{score}")[0] == 0
-    found = [rows_of(full / f"masks/is-{score}") for score in ("auto", "information")]
+    found = [rows_of(full / f"masks/is-{score}/data") for score in ("auto", "information")]
     assert found[0] == found[1]
 
 
@@ -159,10 +159,10 @@ def test_random_does_not_depend_on_shards(alphatoken, tmp_path, full, policy, re
         assert alphatoken("prepare", *same)[0] == 0
         status, _, err = alphatoken("mask", f"run.dir={run}", "mask.score=random", f"run.seed={seed}", *WHOLE)
         assert status == 0, err
-        rows = zip(rows_of(run / "prepared"), rows_of(run / "masks/default"), strict=True)
+        rows = zip(rows_of(run / "prepared"), rows_of(run / "masks/default/data"), strict=True)
         kept[seed] = {whole["id"]: row["labels"] for whole, row in rows}
     assert alphatoken("mask", f"run.dir={full}", "mask.score=random", "mask.name=again", *WHOLE)[0] == 0
-    rows = zip(rows_of(full / "prepared"), rows_of(full / "masks/again"), strict=True)
+    rows = zip(rows_of(full / "prepared"), rows_of(full / "masks/again/data"), strict=True)
     assert {whole["id"]: row["labels"] for whole, row in rows} == kept[0] != kept[1]
 
 
@@ -230,7 +230,7 @@ def test_without_scores_no_model_is_loaded(alphatoken, tmp_path, policy, train_f
     assert "value: skipped" in err and "anchor: skipped" in err
     assert not any((run / name).exists() for name in ("values", "anchors", "reference"))
     assert not pq.read_table(run / "prepared/fisher.parquet").num_rows
-    kept = np.concatenate([np.array(row["labels"]) for row in rows_of(run / "masks/default")]) != -100
+    kept = np.concatenate([np.array(row["labels"]) for row in rows_of(run / "masks/default/data")]) != -100
     inside = np.concatenate([np.array(row["labels"]) for row in rows_of(run / "prepared")]) != -100
     assert not kept[~inside].any() and kept[inside].mean() == pytest.approx(1 if score == "full" else 0.5, abs=0.01)
     plan = json.loads(alphatoken("plan", "--json", *same)[1])

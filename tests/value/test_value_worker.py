@@ -20,7 +20,8 @@ from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import scored_layers
-from alphatoken.pipeline.maths.models import ModelSource, load_model, load_tokenizer
+from alphatoken.pipeline.maths.model_source import ModelSource, load_tokenizer
+from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.prepare.example import example_data, example_model
 from alphatoken.pipeline.prepare.tokenize import ExampleMaker
 from alphatoken.pipeline.run.progress import Progress

@@ -21,7 +21,7 @@ from alphatoken.pipeline.maths.positions import Positions
 class GradientNorm:
     """See LayerScore."""
 
-    columns: ClassVar[tuple[str, ...]] = ("gradient_norm",)
+    columns: tuple[str, ...] = ("gradient_norm",)
     directed: ClassVar[bool] = False
 
     def __init__(

@@ -37,7 +37,7 @@ class LayerScore(Protocol):
     ``directed``: whether they look at the directions.
     """
 
-    columns: ClassVar[tuple[str, ...]]
+    columns: tuple[str, ...]
     directed: ClassVar[bool]
 
     def __init__(

@@ -1,4 +1,7 @@
-"""The paper's four columns: the Ghost Dot-Product along the directions, by a direct and a causal path (Eqs. 8, 9, 11)."""
+"""The paper's columns: the Ghost Dot-Product along the directions, by a direct and a causal path (Eqs. 8, 9, 11).
+
+Adaptation and stability first, then those of further objectives, which cost a contraction each.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,6 @@ from alphatoken.pipeline.maths.value_projection import value_projections
 class Paper:
     """See LayerScore. ``window`` W = 0 leaves the causal path out: its columns are 0."""
 
-    columns: ClassVar[tuple[str, ...]] = tuple(f"{name}_{path}" for name in NAMES for path in ("direct", "causal"))
     directed: ClassVar[bool] = True
 
     def __init__(
@@ -24,7 +26,9 @@ class Paper:
     ) -> None:
         assert directions is not None
         self.values = value_projections(scored, attention) if window > 0 else {}
-        named = {name: directions.named[name] for name in NAMES}
+        others = {name: one for name, one in directions.named.items() if name not in NAMES}
+        named = {**{name: directions.named[name] for name in NAMES}, **others}
+        self.columns = tuple(f"{name}_{path}" for name in named for path in ("direct", "causal"))
         self.directions = StackedDirections(scored, named, set(self.values), given)
 
     def visitor(self, positions: torch.Tensor, shape: tuple[int, int]) -> Contraction:

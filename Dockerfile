@@ -1,0 +1,22 @@
+# docker build --tag alphatoken .   CPUs; for GPUs: --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu128
+FROM python:3.12-slim
+ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
+ENV PIP_NO_CACHE_DIR=1 PYTHONUNBUFFERED=1 RAY_USAGE_STATS_ENABLED=0 ALPHATOKEN_CACHE=/cache HF_HOME=/cache/huggingface
+
+# torch first: the largest layer, which does not change with the code
+RUN pip install --index-url "$TORCH_INDEX" "torch>=2.7,<2.14"
+
+WORKDIR /source
+COPY pyproject.toml README.md LICENSE ./
+COPY alphatoken alphatoken
+COPY conf conf
+COPY data_schemas data_schemas
+COPY jobs jobs
+COPY pipeline pipeline
+RUN pip install ".[peft]"
+
+RUN useradd --uid 1000 --create-home user && mkdir -p /work/runs /cache && chown -R user /work /cache
+USER user
+WORKDIR /work
+ENTRYPOINT ["alphatoken"]
+CMD ["--help"]

@@ -1,0 +1,34 @@
+"""alphatoken export: a mask in the shape that another trainer reads. Loads no model, starts no worker."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from alphatoken.jobs.tool_arguments import ToolArguments
+from alphatoken.pipeline.run.redaction import redacted
+
+MASK = "default"
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Write the files, and say where they are and how they are read."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    # On demand: the command line itself needs neither tables nor arrays.
+    from alphatoken.pipeline.trainers.formats import FORMATS, export
+    from alphatoken.pipeline.trainers.source import open_mask
+
+    parser = ToolArguments("export")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("--mask", default=MASK)
+    parser.add_argument("--to", required=True, choices=list(FORMATS))
+    parser.add_argument("--out", required=True)
+    given = parser.parse_args(list(arguments))
+    out = Path(given.out).expanduser()
+    made = export(open_mask(given.run, given.mask), given.to, out)
+    share = made.kept / made.tokens if made.tokens else 0.0
+    print(f"files: {redacted(str(out))}")
+    print(f"rows:  {made.rows:,} with {made.tokens:,} tokens, of which {made.kept:,} ({share:.1%}) are in the loss")
+    print(f"next:  {FORMATS[given.to].reading.format(out=out)}")
+    return 0

@@ -1,0 +1,19 @@
+"""Arguments of commands that take paths and options with values, and no keys."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from alphatoken.pipeline.run.failure import SettingsWrong
+
+
+class ToolArguments(argparse.ArgumentParser):
+    """An argument parser whose errors are settings that are wrong, one line, and whose help is the command line's own."""
+
+    def __init__(self, command: str) -> None:
+        super().__init__(prog=f"alphatoken {command}", add_help=False, allow_abbrev=False)
+
+    def error(self, message: str) -> NoReturn:
+        """Raise SettingsWrong instead of leaving the process."""
+        raise SettingsWrong([f"{self.prog}: {message} (--help shows how)"])

@@ -1,0 +1,107 @@
+"""docs/masks.md: every block is run on a run directory, and the answers to its questions are counted anew."""
+
+import re
+import subprocess
+import sys
+from collections import defaultdict
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from alphatoken.jobs.cli import main
+from tests.mask.synthetic_run import ROOT, mask, masks, write_run
+
+PAGE = (ROOT / "docs/masks.md").read_text(encoding="utf-8")
+PYTHON = re.findall(r"^```python\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+(SWEEP,) = re.findall(r"^```bash\n(.*?)^```$", PAGE, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A directory to stand in, with RUN and sweep.csv in it, and the rows."""
+    place = tmp_path_factory.mktemp("page")
+    storage, prepared, values = write_run(place / "RUN", (150, 0, 90))
+    mask(storage)
+    words = SWEEP.replace("RUN", str(place / "RUN")).replace("sweep.csv", str(place / "sweep.csv")).split()
+    assert words[0] == "alphatoken" and main(words[1:]) == 0
+    return place, prepared, values, masks(storage)
+
+
+def test_every_block_runs_as_it_stands(run):
+    place, *_ = run
+    assert len(PYTHON) == 4
+    for block in PYTHON:
+        done = subprocess.run([sys.executable, "-c", block], cwd=place, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+
+
+def test_all_readers_give_the_same_rows(run):
+    import polars as pl
+
+    place, _, _, rows = run
+    folder = place / "RUN/masks/default/data"
+    for found in (pd.read_parquet(folder), pl.read_parquet(folder / "*.parquet")):
+        assert [list(one) for one in found["labels"]] == [row["labels"] for row in rows]
+
+
+def test_duckdbs_answer_is_the_plain_mean(run):
+    import duckdb
+
+    place, prepared, values, _ = run
+    (block,) = (one for one in PYTHON if "duckdb" in one)
+    query = block.split('"""')[1].replace("RUN", str(place / "RUN"))
+    answer = {token: (times, mean) for token, times, mean in duckdb.sql(query).fetchall()}
+    by_token = defaultdict(list)
+    for row, own in zip(prepared, values, strict=True):
+        for label, value in zip(row["labels"], own["information"], strict=True):
+            if label != -100:
+                by_token[label].append(value)
+    means = {token: (len(v), np.mean(v)) for token, v in by_token.items() if len(v) >= 5}
+    assert (
+        len(answer) == 20
+        and min(mean for _, mean in answer.values()) >= sorted(m for _, m in means.values())[-20] - 1e-9
+    )
+    for token, (times, mean) in answer.items():
+        assert times == means[token][0] and mean == pytest.approx(means[token][1], rel=1e-6)
+
+
+def test_polars_answer_is_the_plain_share(run):
+    place, prepared, _, rows = run
+    (block,) = (one for one in PYTHON if "pl.concat" in one)
+    made = block.replace("print(", "answer = (", 1) + "print(answer.to_dicts())"
+    done = subprocess.run([sys.executable, "-c", made], cwd=place, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = {row["position"]: (row["kept"], row["tokens"]) for row in eval(done.stdout)}  # what this test has printed
+    wanted = defaultdict(list)
+    for row, kept in zip(prepared, rows, strict=True):
+        inside = [k != -100 for label, k in zip(row["labels"], kept["labels"], strict=True) if label != -100]
+        for position, one in enumerate(inside):
+            wanted[position].append(one)
+    assert found == {p: (pytest.approx(np.mean(v)), len(v)) for p, v in wanted.items()}
+
+
+def test_the_table_of_the_sweep_is_complete(run):
+    place, *_ = run
+    table = pd.read_csv(place / "sweep.csv")
+    assert len(table) == 10 and table["baseline"].sum() == 1  # nine masks, and the default one they are compared with
+    made = table[~table["baseline"]]
+    assert sorted(set(made["mask.rho"])) == [0.3, 0.5, 0.7]
+    assert set(made["mask.score"]) == {"information", "entropy", "loss"}
+    assert (table["kept_tokens"] / table["response_tokens"]).tolist() == pytest.approx(table["kept_fraction"].tolist())
+    assert (
+        table["agreement"].between(0, 1).all() and table["loss_of_kept"].notna().all() and table["failed"].isna().all()
+    )
+
+
+def test_failed_points_stand_in_the_table_and_a_wrong_place_is_said_first(tmp_path, capsys):
+    write_run(tmp_path / "run", columns=("loss",))
+    mask_command = ["mask", "-m", f"run.dir={tmp_path}/run", "mask.score=loss,information"]
+    assert main([*mask_command, "--csv", str(tmp_path / "t.csv")]) == 1
+    table = pd.read_csv(tmp_path / "t.csv")
+    assert table["mask"].tolist() == ["score-loss", "score-information"]
+    assert "needs the column information" in table["failed"].iloc[1] and pd.isna(table["failed"].iloc[0])
+    assert main([*mask_command, f"--csv={tmp_path}/none/t.csv"]) == 2
+    assert "lies in none that is there" in capsys.readouterr().err
+    assert main(["mask", f"run.dir={tmp_path}/run", "mask.score=loss", "--csv", "t.csv"]) == 2
+    assert "give -m" in capsys.readouterr().err
