@@ -7,8 +7,10 @@ from alphatoken.jobs.session import Session
 
 def execute(session: Session) -> None:
     """Run the stage."""
+    from alphatoken.jobs.given import refuse_other_settings
     from alphatoken.pipeline.anchor.stage import make_anchors
 
+    refuse_other_settings(session.run, session.overrides, "anchor")
     make_anchors(session.run)
 
 

@@ -10,6 +10,16 @@ from alphatoken.jobs.tool_arguments import ToolArguments
 MASK = "default"
 
 
+def parser() -> ToolArguments:
+    """What the command takes."""
+    parser = ToolArguments("check-batch")
+    parser.add_argument("run", metavar="RUN")
+    parser.add_argument("batch", metavar="FILE", nargs="+")
+    parser.add_argument("--mask", default=MASK)
+    parser.add_argument("--shifted", action="store_true")
+    return parser
+
+
 def execute(arguments: Sequence[str]) -> int:
     """Compare and print; 1 where anything differs."""
     from alphatoken.pipeline.trainers.batch_check import check
@@ -17,12 +27,7 @@ def execute(arguments: Sequence[str]) -> int:
     from alphatoken.pipeline.trainers.batch_report import report
     from alphatoken.pipeline.trainers.source import open_mask
 
-    parser = ToolArguments("check-batch")
-    parser.add_argument("run", metavar="RUN")
-    parser.add_argument("batch", metavar="FILE", nargs="+")
-    parser.add_argument("--mask", default=MASK)
-    parser.add_argument("--shifted", action="store_true")
-    given = parser.parse_args(list(arguments))
+    given = parser().parse_args(list(arguments))
     source, status = open_mask(given.run, given.mask), 0
     if source.weighted:
         print(

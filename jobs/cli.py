@@ -6,6 +6,7 @@ Exit status 0 done, 1 the run failed, 2 the settings are wrong.
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -14,20 +15,23 @@ from typing import Any
 
 from alphatoken.jobs.config import load
 from alphatoken.jobs.key_help import command_help, usage
+from alphatoken.jobs.suggestion import near_word
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.manifest import versions_line
 from alphatoken.pipeline.run.redaction import redacted
 from alphatoken.pipeline.settings import Settings
 
 SWEEP = {
     "-m": "sweep: run every combination of `key=a,b` overrides",
-    "--from FILE": "start from the settings in a run.json",
+    "--from FILE": "start from the settings in a run.json, or in a mask's summary.json",
 }
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """``kind``: stage (runs in a session, can be swept) | tool (its module takes the arguments). ``module``: of jobs, where
-    it is not called as the command; ``reads_settings``: whether keys mean anything to it.
+    """``kind``: stage (runs in a session, can be swept) | tool (its module takes the arguments). ``module``: of jobs, where it
+    is not called as the command; ``needs_run``: whether it works on a run directory that is there; ``reads_settings``: whether
+    keys mean anything to it.
     """
 
     text: str
@@ -35,24 +39,25 @@ class Command:
     synopsis: str = "[options] [key=value ...]"
     options: Mapping[str, str] = field(default_factory=lambda: SWEEP)
     module: str = ""
+    needs_run: bool = False
     reads_settings: bool = True
 
 
 COMMANDS = {
     "run": Command("every stage below, in order; skips what is already done"),
     "prepare": Command("read, template, tokenize, validate, shard"),
-    "anchor": Command("warm-up if asked, Fisher, validation gradient, directions"),
-    "value": Command("score every response token"),
+    "anchor": Command("warm-up if asked, Fisher, validation gradient, directions", needs_run=True),
+    "value": Command("score every response token", needs_run=True),
     "mask": Command(
         "threshold and write the trainer-ready data set; made for sweeps (-m)",
-        options={**SWEEP, "--csv FILE": "write the table of the sweep, one mask a line, with its settings"},
+        options={**SWEEP, "--csv FILE": "write the table of the sweep, one mask a line, with its settings"}, needs_run=True,
     ),
     "trial": Command(
         "does a mask help on this model and data: short fine-tunes, a table, one sentence", "stage",
         "[options] [trial.masks=NAME,...] [trial.rho=0.5,0.7] [mask.KEY=a,b ...] [key=value ...]",
-        {"--from FILE": "start from the settings in a run.json; default: those of run.dir"},
+        {"--from FILE": "start from the settings in a run.json; default: those of run.dir"}, needs_run=True,
     ),
-    "report": Command("one self-contained HTML page about a run"),
+    "report": Command("one self-contained HTML page about a run", needs_run=True),
     "plan": Command(
         "what a run would cost and what it would skip; loads no weights, starts no worker", "tool",
         options={"--json": "print the plan as JSON", "--from FILE": SWEEP["--from FILE"]},
@@ -80,6 +85,13 @@ COMMANDS = {
     ),
     "status": Command("how a submitted job is", "tool", "<job id> [cluster.dashboard=http://host:8265]", {}),
     "stop": Command("stop a submitted job", "tool", "<job id> [cluster.dashboard=http://host:8265]", {}),
+    "config": Command(
+        "the settings that a command line comes to, as YAML", "tool", options={"--from FILE": SWEEP["--from FILE"]},
+        module="show_config",
+    ),
+    "completion": Command(
+        "a script for the shell: source <(alphatoken completion bash)", "tool", "bash | zsh | fish", {}, reads_settings=False
+    ),
 }  # fmt: skip
 
 
@@ -101,14 +113,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(usage(texts))
         return 0 if arguments else 2
     name, rest = arguments[0], arguments[1:]
+    if name == "--version":
+        print(versions_line())
+        return 0
     command = COMMANDS.get(name)
     if command is None:
-        return _wrong(SettingsWrong([f"alphatoken {name}: no such command; commands: {', '.join(COMMANDS)}"]))
-    if "-h" in rest or "--help" in rest:
-        print(command_help(name, command.text, command.synopsis, command.options, command.reads_settings))
-        return 0
+        meant = near_word(name, COMMANDS)
+        return _wrong(SettingsWrong([f"alphatoken {name}: no such command{meant}; commands: {', '.join(COMMANDS)}"]))
     debug = "debug=true" in [argument.lower() for argument in rest]
     try:
+        if "-h" in rest or "--help" in rest:
+            print(command_help(name, command.text, command.synopsis, command.options, rest, command.reads_settings))
+            return 0
         if command.kind == "tool":
             return importlib.import_module(f"{__package__}.{command.module or name}").execute(rest)
         parsed = parse(name, rest, command.options)
@@ -153,9 +169,12 @@ def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Ar
         if option == "--from" and "--from FILE" in options:
             if not equals and not waiting:
                 raise SettingsWrong([f"alphatoken {name} --from: give the run.json to start from"])
-            from alphatoken.jobs.replay import recorded_configuration
+            from alphatoken.jobs.replay import other_masks, recorded_configuration
 
-            recorded = recorded_configuration(value if equals else waiting.pop(0))
+            place = value if equals else waiting.pop(0)
+            recorded = recorded_configuration(place)
+            if said := other_masks(place, recorded):
+                print(said, file=sys.stderr)
         elif option == "--csv" and "--csv FILE" in options:
             if not value and not waiting:
                 raise SettingsWrong([f"alphatoken {name} --csv: give the file to write"])
@@ -166,7 +185,11 @@ def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Ar
             flags.append(argument)
         elif argument.startswith("-"):
             known = ", ".join(options) or "none"
-            raise SettingsWrong([f"alphatoken {name} {argument}: no such option; options: {known}"])
+            meant = near_word(option, [flag.partition(" ")[0] for flag in options])
+            bare = argument.lstrip("-")
+            if not meant and "." in bare:
+                meant = f"; settings are given without dashes: {bare if equals else f'{bare}=...'}"
+            raise SettingsWrong([f"alphatoken {name} {argument}: no such option{meant}; options: {known}, --help"])
         else:
             overrides.append(argument)
     if table is not None and "--multirun" not in flags:
@@ -176,18 +199,23 @@ def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Ar
     return Arguments(tuple(overrides), tuple(flags), recorded, table)
 
 
-def _quiet() -> None:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+def _quiet(level: str) -> None:
+    """What libraries say: warnings and more with log_level=debug, else next to nothing."""
+    if level == "debug":
+        logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if level == "debug" else "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _run(name: str, settings: Settings, overrides: Sequence[str]) -> None:
-    _quiet()
+    _quiet(settings.log_level)
     from alphatoken.jobs.session import Session
     from alphatoken.pipeline.run.progress import Progress
 
-    with Progress() as progress, Session(settings, progress, overrides) as session:
+    with Progress(level=settings.log_level) as progress, Session(settings, progress, overrides) as session:
+        if COMMANDS[name].needs_run:
+            session.require_run()
         session.claim()
         if settings.run.overwrite:
             session.manifest.discard(settings.run.overwrite)
@@ -213,10 +241,11 @@ def _sweep(name: str, parsed: Arguments) -> int:
     points, failures = sweep_points(parsed.overrides, parsed.recorded)
     if parsed.csv:
         require_place(parsed.csv)
-    _quiet()
+    level = points[0].settings.log_level
+    _quiet(level)
     from alphatoken.pipeline.run.progress import Progress
 
-    with Progress() as progress:
+    with Progress(level=level) as progress:
         failures += run_sweep(name, points, progress)
     if name in ("run", "mask"):
         found = compared_masks(points, failures)

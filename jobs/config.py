@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, is_dataclass
 from importlib.resources import files
@@ -15,6 +14,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alphatoken.jobs.suggestion import OWN_VALUE, near, siblings
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.settings import Settings
 
@@ -102,17 +102,21 @@ def _writable(node: Any) -> None:
 def _reason(error: BaseException, overrides: Sequence[str]) -> str:
     lines = [line.strip() for e in (error.__cause__, error) if e for line in str(e).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    key = overrides[0].lstrip("+~").partition("=")[0] if len(overrides) == 1 else ""
+    key, equals, value = overrides[0].lstrip("+~").partition("=") if len(overrides) == 1 else ("", "", "")
+    if key and not equals:
+        meant = f", such as data.train={key}" if "/" in key or "." in key else near(key, keys(Settings))
+        return f"not a setting: give key=value{meant}"
     if key in groups() and "Could not find" in text:
-        return f"no such choice; choices: {', '.join(groups()[key])}"
+        own = f"; a value of your own is {OWN_VALUE[key]}={value}" if key in OWN_VALUE else ""
+        return f"no such choice; choices: {', '.join(groups()[key])}{own}"
     if key and "=" in overrides[0] and key not in keys(Settings) and ("." in key or "not in 'Settings'" in text):
         return _no_such_key(key)
     return text
 
 
 def _no_such_key(key: str) -> str:
-    near = difflib.get_close_matches(key, keys(Settings), n=1)
-    return "no such key" + (f"; did you mean {near[0]}?" if near else "")
+    known = keys(Settings)
+    return f"no such key{near(key, known)}{siblings(key, known)}"
 
 
 def _leaves(node: Any, prefix: str = "") -> list[str]:

@@ -12,19 +12,26 @@ from alphatoken.pipeline.run.redaction import redacted
 MASK = "default"
 
 
-def execute(arguments: Sequence[str]) -> int:
-    """Write the files, and say where they are and how they are read."""
-    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+def parser() -> ToolArguments:
+    """What the command takes."""
     # On demand: the command line itself needs neither tables nor arrays.
-    from alphatoken.pipeline.trainers.formats import FORMATS, export
-    from alphatoken.pipeline.trainers.source import open_mask
+    from alphatoken.pipeline.trainers.formats import FORMATS
 
     parser = ToolArguments("export")
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--mask", default=MASK)
     parser.add_argument("--to", required=True, choices=list(FORMATS))
     parser.add_argument("--out", required=True)
-    given = parser.parse_args(list(arguments))
+    return parser
+
+
+def execute(arguments: Sequence[str]) -> int:
+    """Write the files, and say where they are and how they are read."""
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    from alphatoken.pipeline.trainers.formats import FORMATS, export
+    from alphatoken.pipeline.trainers.source import open_mask
+
+    given = parser().parse_args(list(arguments))
     out = Path(given.out).expanduser()
     made = export(open_mask(given.run, given.mask), given.to, out)
     share = made.kept / made.tokens if made.tokens else 0.0

@@ -52,7 +52,12 @@ def _overrides(settings: MaskSettings) -> list[str]:
     usual, own = asdict(MaskSettings()), asdict(settings)
     changed = {key: value for key, value in own.items() if value != usual[key] and key not in ("rho", "name")}
     lists = {key: f"[{','.join(map(str, value))}]" for key, value in changed.items() if isinstance(value, list)}
-    return [f"mask.{key}={value}" for key, value in {**changed, **lists}.items()]
+    dicts = {
+        key: f"{{{', '.join(f'{name}: {one}' for name, one in value.items())}}}"
+        for key, value in changed.items()
+        if isinstance(value, dict)
+    }
+    return [f"mask.{key}={value}" for key, value in {**changed, **lists, **dicts}.items()]
 
 
 if __name__ == "__main__":

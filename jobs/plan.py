@@ -13,8 +13,10 @@ from rich.table import Table
 
 from alphatoken.jobs.cli import COMMANDS, parse
 from alphatoken.jobs.config import load
+from alphatoken.pipeline.run.progress_line import clock
 from alphatoken.pipeline.settings.objectives import TASK
 
+LEAST_HOURS = 0.0005  # that are shown as a number
 STATES = {
     "skipped": "not needed",
     "new": "to do",
@@ -51,7 +53,7 @@ def execute(arguments: Sequence[str]) -> int:
 
 def tables(plan: dict[str, Any]) -> list[Table]:
     """The plan for people."""
-    return [_what(plan), _stages(plan), _where(plan)]
+    return [_what(plan), _stages(plan), _where(plan), _hours(plan)]
 
 
 def _what(plan: dict[str, Any]) -> Table:
@@ -112,7 +114,7 @@ def _stages(plan: dict[str, Any]) -> Table:
 
 def _where(plan: dict[str, Any]) -> Table:
     table = _table("resources")
-    memory, storage, hours = plan["memory_per_worker"], plan["storage"], plan["device_hours"]
+    memory, storage = plan["memory_per_worker"], plan["storage"]
     table.add_row(
         "memory per worker",
         f"about {_bytes(sum(memory.values()))}: " + ", ".join(f"{name} {_bytes(n)}" for name, n in memory.items()),
@@ -122,8 +124,6 @@ def _where(plan: dict[str, Any]) -> Table:
     table.add_row(
         "storage", f"{_bytes(storage['total'])}: " + ", ".join(f"{name} {_bytes(n)}" for name, n in files.items())
     )
-    named = [f"{name} {_hours(n)}" for name, n in hours.items() if name != "utilisation"]
-    table.add_row(f"device-hours at {hours['utilisation']:.0%}", ", ".join(named))
     return table
 
 
@@ -151,8 +151,23 @@ def _bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
-def _hours(hours: float) -> str:
-    return f"{hours:,.2f}" if hours >= 0.01 else f"{hours * 3600:.2g} s"
+def _hours(plan: dict[str, Any]) -> Table:
+    hours = dict(plan["device_hours"])
+    utilisation = hours.pop("utilisation")
+    table = Table(title="device-hours", title_justify="left")
+    table.caption = (
+        f"one device, at {utilisation:.0%} of what its maker states for bfloat16; the CPU measured, in float32"
+    )
+    table.caption_justify = "left"
+    table.add_column("device")
+    table.add_column("hours", justify="right")
+    table.add_column("which is", justify="right")
+    for name, count in hours.items():
+        hours_shown = (
+            f"{count:,.2f}" if count >= 1 else f"{count:.4f}" if count >= LEAST_HOURS else f"under {LEAST_HOURS}"
+        )
+        table.add_row(name, hours_shown, clock(3600 * count) if 3600 * count >= 1 else "under 1 s")
+    return table
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ def execute(session: Session) -> None:
     if session.settings.trial.auto:
         trial.execute_auto(session)
         session.end_workers()
-    report.execute(session)
+    report.make(session)
     mask.tell(session, summary)
 
 

@@ -8,18 +8,21 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.cluster.choice import is_inline, make_cluster
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.lock import RunLock
 from alphatoken.pipeline.run.manifest import NAME, Manifest
 from alphatoken.pipeline.run.progress import Progress
-from alphatoken.pipeline.run.run import Models, Run
+from alphatoken.pipeline.run.run import Models, Run, Workers
 from alphatoken.pipeline.run.run_log import RunLog
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.run.tracker import open_tracker
 from alphatoken.pipeline.settings import Settings
 
 if TYPE_CHECKING:
-    from alphatoken.pipeline.cluster.cluster import Cluster
+    from alphatoken.pipeline.plan.shards import Extent  # with torch
+
+MOST_NAMED = 4  # runs in a line
 
 
 class Session:
@@ -33,12 +36,27 @@ class Session:
         self.tracker = open_tracker(settings.run.tracker, settings.run.dir, leaves(asdict(settings)))
         self.log = RunLog(self.storage, self.tracker)
         progress.log = self.log
-        self._cluster: Cluster | None = None
+        self._cluster: Workers | None = None
         self._models: Models | None = None
+        self._extent: Extent | None = None  # of the data, where it is asked for
         self._lock: RunLock | None = None
 
     def __enter__(self) -> Session:
         return self
+
+    def require_run(self) -> None:
+        """Raise RunFailed where run.dir holds no run, with those that lie beside it."""
+        if self.storage.exists(NAME):
+            return
+        asked = self.settings.run.dir
+        what = "holds no run" if self.storage.exists("") else "there is no such directory"
+        near = (
+            []
+            if "://" in asked
+            else sorted(str(one.parent) for one in Path(asked).parent.glob(f"*/{NAME}"))[:MOST_NAMED]
+        )
+        there = f"; runs beside it: {', '.join(near)}" if near else ""
+        raise RunFailed(f"run.dir={asked}: {what}{there}: give the run.dir of a run, or run `alphatoken run` first")
 
     def claim(self) -> None:
         """Become the only one that writes to the run directory; for every command that does, before it starts.
@@ -111,22 +129,48 @@ class Session:
         return Run(self.storage, self.manifest, self.settings, self.progress, self._find_models, self._join_cluster)
 
     def run_with_data(self) -> Run:
-        """The same with the place of the embedded data filled in, for what reads raw data; fetches it on first use."""
-        from alphatoken.pipeline.prepare.example import example_data, example_pairs
+        """The same with what is left open of the data filled in, for what reads raw data: the place of the embedded data,
+        which is fetched on first use, and data.shard_examples.
+        """
+        from alphatoken.pipeline.plan.shards import begun_with
+        from alphatoken.pipeline.prepare.example import HELD_OUT, example_data, example_pairs
 
         data = self.settings.data
         embedded = {"embedded": example_data, "embedded-preference": example_pairs}
         if isinstance(data.train, str) and data.train in embedded:
-            data = replace(data, train=str(embedded[data.train](self.progress.say)))
-        return replace(self.run, settings=replace(self.settings, data=data))
+            place = str(embedded[data.train](self.progress.say))
+            data = replace(data, train=place, validation=HELD_OUT if data.validation == "auto" else data.validation)
+        run = replace(self.run, settings=replace(self.settings, data=data))
+        if data.shard_examples != "auto":
+            return run
+        found = begun_with(run) or self._sampled(run).shard_examples
+        return replace(run, settings=replace(run.settings, data=replace(data, shard_examples=found)))
 
-    def _join_cluster(self) -> Cluster:
-        """The cluster of cluster.address; Ray is imported on first use, so that masks do without."""
+    def _sampled(self, run: Run) -> Extent:
+        """The extent of the data, by a sample that is taken once."""
+        if self._extent is None:
+            from alphatoken.pipeline.plan.shards import extent
+
+            self._extent = extent(run)
+        return self._extent
+
+    def _join_cluster(self) -> Workers:
+        """The cluster of cluster.address; Ray is imported on first use, so that masks and small data do without."""
         if self._cluster is None:
-            from alphatoken.pipeline.cluster.cluster import Cluster
-
-            self._cluster = Cluster(self.settings.cluster, self.settings.debug)
+            own = self.settings.cluster
+            inline = is_inline(own, self._tokens)
+            if inline and own.address is None:
+                self.progress.say(
+                    f"one worker in this process, without Ray: fewer than cluster.inline_below={own.inline_below:,} tokens"
+                )
+            self._cluster = make_cluster(own, inline, self.settings.debug, self.progress)
         return self._cluster
+
+    def _tokens(self) -> int | None:
+        """Of the prepared data, else about as many as a sample says."""
+        if self.manifest.done("prepare"):
+            return self.manifest.stage("prepare")["counts"].get("tokens")
+        return self._sampled(self.run_with_data()).tokens
 
     def end_workers(self) -> None:
         """End worker processes that wait for another stage of this session, so that others get their CPUs."""

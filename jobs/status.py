@@ -9,7 +9,7 @@ from typing import Any
 
 from alphatoken.jobs.cli import COMMANDS, parse
 from alphatoken.jobs.config import load
-from alphatoken.jobs.submit import connect
+from alphatoken.jobs.job_api import connect
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong, first_line
 
 

@@ -1,13 +1,12 @@
 """alphatoken submit: run a stage as a job on a Ray cluster, through Ray's job API.
 
-The working directory is packed without what its .gitignore files name, and AlphaToken's own package goes along, so that
+The working directory is packed without runs, caches and what its .gitignore files name, and AlphaToken's own package goes along, so that
 the cluster needs the dependencies alone. To resume a job, submit it again.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
 import os
 import shlex
 import shutil
@@ -22,12 +21,14 @@ from typing import Any
 
 from alphatoken.jobs.cli import COMMANDS, Arguments, parse, settings_of
 from alphatoken.jobs.config import load
+from alphatoken.jobs.job_api import connect
+from alphatoken.jobs.packing import what_is_packed
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong, first_line
 from alphatoken.pipeline.settings import Settings
 
 PARTS = ("jobs", "pipeline", "conf", "data_schemas")
-NOT_PACKED = [".git", ".venv", "__pycache__"]  # never in a .gitignore, or not needed where it runs
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "ALPHATOKEN_CACHE", "MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_PROJECT")
+TOO_LARGE = ("413", "exceeds the maximum size")  # of the job API, and of Ray's own packing
 NOT_READY, READY_SECONDS = "No available agent", 90.0  # what a cluster answers that has just been started
 SETTLE_SECONDS = 30.0  # a job's log may end a little before its state is final
 
@@ -57,25 +58,6 @@ def execute(arguments: Sequence[str]) -> int:
             file=sys.stderr,
         )
         return 130
-
-
-def connect(dashboard: str | None) -> Any:
-    """A client of the job API at cluster.dashboard, else at $RAY_API_SERVER_ADDRESS or the cluster running here.
-
-    Raises RunFailed where there is none.
-    """
-    from ray.job_submission import JobSubmissionClient
-
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    logging.getLogger("ray").setLevel(logging.WARNING)
-    try:
-        return JobSubmissionClient(dashboard)
-    except Exception as error:  # requests, Ray and aiohttp raise types of their own
-        where = dashboard or "the Ray cluster of this machine"
-        raise RunFailed(
-            f"cluster.dashboard: no job API at {where}: {first_line(error)}; give its address, such as "
-            "cluster.dashboard=http://head:8265"
-        ) from error
 
 
 def _checked(stage: str, parsed: Arguments) -> Settings:
@@ -114,10 +96,13 @@ def _quoted(text: str) -> str:
 
 def _submit(client: Any, entrypoint: str) -> str:
     environment = {name: os.environ[name] for name in PASSED_ON if name in os.environ}
+    packed = what_is_packed(Path.cwd())
+    for line in packed.told():
+        print(line, file=sys.stderr)
     with tempfile.TemporaryDirectory() as scratch:
         runtime = {
             "working_dir": os.getcwd(),
-            "excludes": NOT_PACKED,
+            "excludes": list(packed.excludes),
             "py_modules": [_own_package(Path(scratch))],
             "env_vars": {"RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1", **environment},
         }
@@ -128,7 +113,9 @@ def _submit(client: Any, entrypoint: str) -> str:
             except Exception as error:
                 starting = NOT_READY in str(error) and time.monotonic() - asked < READY_SECONDS
                 if not starting:
-                    raise RunFailed(f"the job could not be submitted: {first_line(error)}") from error
+                    too_large = any(sign in str(error) for sign in TOO_LARGE)
+                    hint = f"; {packed.size_told()}: name what is not needed in .gitignore" if too_large else ""
+                    raise RunFailed(f"the job could not be submitted: {first_line(error)}{hint}") from error
                 time.sleep(1.0)
 
 

@@ -7,8 +7,10 @@ from alphatoken.jobs.session import Session
 
 def execute(session: Session) -> None:
     """Run the stage."""
+    from alphatoken.jobs.given import refuse_other_settings
     from alphatoken.pipeline.value.stage import make_values
 
+    refuse_other_settings(session.run, session.overrides, "value")
     make_values(session.run)
 
 

@@ -153,6 +153,7 @@ SMALL = [
     "anchor.fisher.prompts=3", "anchor.fisher.max_new_tokens=6", "anchor.warmup.steps=2", "anchor.warmup.examples=4",
     "anchor.warmup.batch_size=2", "valuation.layers=2", "valuation.window=4", "data.shard_examples=10",
     "valuation.tokens_per_batch=128", "cluster.cpus_per_worker=1",
+    "cluster.inline_below=0",  # on Ray, as large data are; one is there for the session
 ]  # fmt: skip
 
 PREFERENCE = ["data.validation=5", "valuation.beta=0.3"]

@@ -10,8 +10,7 @@ from alphatoken.pipeline.anchor.places import PARTIAL, POLICY
 from alphatoken.pipeline.anchor.tensors import counts_of
 from alphatoken.pipeline.anchor.unrolled import Held
 from alphatoken.pipeline.anchor.worker import AnchorTask
-from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.work import Pool, Shard
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.run import Run
@@ -50,7 +49,7 @@ def check_examples(rows: int, batch_size: int) -> None:
 
 
 def unroll_orders(
-    run: Run, pool: WorkerPool, fingerprint: str, drift: str, examples: Sequences, rows: Mapping[str, Sequences]
+    run: Run, pool: Pool, fingerprint: str, drift: str, examples: Sequences, rows: Mapping[str, Sequences]
 ) -> dict[str, dict[str, Any]]:
     """Make every order that is not complete yet, each by one worker; returns the counts of each by name.
 

@@ -30,8 +30,7 @@ from alphatoken.pipeline.anchor.tensors import (
     write_tensors,
 )
 from alphatoken.pipeline.anchor.worker import AnchorTask, AnchorWorker
-from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.work import Pool, Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import Coverage
@@ -58,7 +57,7 @@ def make_anchors(run: Run) -> None:
     drift = drift_of(settings, models)
     inputs = anchor_inputs(settings, models, prepared["inputs"], drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}
-    fingerprint = manifest.begin("anchor", inputs, configuration)
+    fingerprint = manifest.begin("anchor", inputs, configuration, run.models.about())
     own_weights = settings.anchor.moves(drift)
     orders = settings.anchor.unroll.orders if settings.valuation.own_step else 0
     kinds = ("adaptation", "stability", *settings.objectives, *["policy"] * own_weights)
@@ -127,7 +126,7 @@ class _Anchor:
             self.progress.say(f"anchor: {left_out}")
         return counts
 
-    def _pool(self, model: str) -> WorkerPool:
+    def _pool(self, model: str) -> Pool:
         own = self.settings.model
         source = ModelSource(model, own.revision, own.dtype, own.trust_remote_code)
         eos = self.run.manifest.stage("prepare")["counts"]["eos_token_ids"]
@@ -165,7 +164,7 @@ class _Anchor:
             return False
         return fingerprint_of(self.storage, FISHER) == fingerprint
 
-    def _snapshots(self, pool: WorkerPool) -> list[str]:
+    def _snapshots(self, pool: Pool) -> list[str]:
         """Files with the scored weights of every snapshot, in the order of the trajectory."""
         first = f"{PARTIAL}/policy.safetensors"
         self._one(pool, AnchorTask("weights", first, NO_ROWS), "policy weights")
@@ -182,14 +181,14 @@ class _Anchor:
             pool.run([shard], lambda s: work, lambda s, r: None, task)
         return names
 
-    def _unrolled(self, pool: WorkerPool, counts: dict[str, Any]) -> list[str]:
+    def _unrolled(self, pool: Pool, counts: dict[str, Any]) -> list[str]:
         """As ``_snapshots`` for unrolled runs; adds what came of each order to ``counts``."""
         self._one(pool, AnchorTask("weights", f"{PARTIAL}/policy.safetensors", NO_ROWS), "policy weights")
         examples, rows = self._draw(self.settings.anchor.unroll.examples), rows_of_objectives(self.run)
         counts |= unroll_orders(self.run, pool, self.fingerprint, self.drift, examples, rows)
         return [POLICY.format(index=index) for index in range(self.settings.snapshots(self.drift))]
 
-    def _snapshot(self, pool: WorkerPool, index: int, weights: str) -> dict[str, Any]:
+    def _snapshot(self, pool: Pool, index: int, weights: str) -> dict[str, Any]:
         """Write both directions of one snapshot."""
         drift, anchor = self.drift, self.settings.anchor
         counts = {} if anchor.unrolled else self._gradient(pool, index, weights)
@@ -221,7 +220,7 @@ class _Anchor:
         apart = {"losses": counts["losses"]} if "losses" in counts else {}
         return {"validation_positions": counts["positions"], "validation_loss": loss, **apart, **found}
 
-    def _gradient(self, pool: WorkerPool, index: int, weights: str) -> dict[str, Any]:
+    def _gradient(self, pool: Pool, index: int, weights: str) -> dict[str, Any]:
         """Write the validation gradient of one snapshot for its directions; returns positions and summed loss."""
         own = weights if self.drift == "warmup" else None
         gradients: dict[str, dict[str, torch.Tensor]] = {}
@@ -242,7 +241,7 @@ class _Anchor:
         return {**together, **({"losses": apart} if apart else {})}
 
     def _sum(
-        self, pool: WorkerPool, what: str, sequences: Sequences, weights: str | None, title: str, unit: str
+        self, pool: Pool, what: str, sequences: Sequences, weights: str | None, title: str, unit: str
     ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
         """Sum counts and tensors over the fixed partition of ``sequences``, tensors in float32 and in order."""
         parts = min(SUMS, max(1, -(-len(sequences.ids) // 8)))
@@ -273,7 +272,7 @@ class _Anchor:
                 totals[key] = totals[key].add_(tensor) if key in totals else tensor
         return counts, totals
 
-    def _one(self, pool: WorkerPool, work: AnchorTask, title: str) -> dict[str, Any]:
+    def _one(self, pool: Pool, work: AnchorTask, title: str) -> dict[str, Any]:
         """Run a single task, unless its output is there already; returns its counts."""
         results = [counts_of(self.storage, work.output, self.fingerprint)]
         if results[0] is None:

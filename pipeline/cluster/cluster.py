@@ -11,9 +11,13 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from alphatoken.pipeline.cluster.host import Resources, Worker, kill
+from alphatoken.pipeline.cluster.auth import about_token, token_hint
+from alphatoken.pipeline.cluster.host import kill
+from alphatoken.pipeline.cluster.inline import cpus_here
 from alphatoken.pipeline.cluster.pool import WorkerPool
+from alphatoken.pipeline.cluster.work import Resources, Worker
 from alphatoken.pipeline.run.failure import RunFailed, first_line
+from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.settings import ClusterSettings
 
 
@@ -24,8 +28,8 @@ class Cluster:
     cluster that was running before is left running.
     """
 
-    def __init__(self, settings: ClusterSettings, debug: bool) -> None:
-        self.settings, self.debug = settings, debug
+    def __init__(self, settings: ClusterSettings, debug: bool, progress: Progress | None = None) -> None:
+        self.settings, self.debug, self.progress = settings, debug, progress
         self.started = False
         self.idle: list[Any] = []  # hosts without a worker
         self.idle_cpus = 0  # of each of them
@@ -64,18 +68,34 @@ class Cluster:
         address = self.settings.address
         try:
             if address is None:
+                self._start_here()
+            else:
+                self._say(f"joining the Ray cluster at {address}")
+                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+            raise RunFailed(_no_ray(address, error)) from error
+        self.started = True
+
+    def _start_here(self) -> None:
+        """Start a local Ray; once more where it took longer than Ray itself waits for it."""
+        for last in (False, True):
+            self._say("starting a local Ray, which takes some seconds (without it: cluster.address=inline)")
+            try:
                 with _loopback_only():
                     ray.init(
                         address="local", num_cpus=_local_cpus(self.settings), include_dashboard=False,
                         log_to_driver=False, logging_level=logging.ERROR, _node_ip_address="127.0.0.1",
                     )  # fmt: skip
-            else:
-                ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RayError, ValueError, RuntimeError) as error:
-            raise RunFailed(
-                f"cluster.address={address}: Ray cannot be reached or started: {first_line(error)}"
-            ) from error
-        self.started = True
+                return
+            except Exception as error:  # of a start that takes too long Ray raises a plain Exception
+                ray.shutdown()
+                if last or not _takes_too_long(error):
+                    raise RunFailed(_no_ray(None, error)) from error
+                self._say(f"Ray did not start in time ({first_line(error)}): once more")
+
+    def _say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.say(text)
 
     def model_resources(self) -> Resources:
         """Workers that hold a model: one per GPU where there are any, else one with all CPUs of a node, at most 8."""
@@ -105,6 +125,24 @@ class Cluster:
         return Resources(min(workers, most), 1, 0.0)
 
 
+def _takes_too_long(error: Exception) -> bool:
+    return isinstance(error, TimeoutError) or "timed out" in str(error).lower()
+
+
+def _no_ray(address: str | None, error: Exception) -> str:
+    """Why there is no Ray, and what to do."""
+    if address is not None:
+        if missing := about_token(str(error)):
+            return f"cluster.address={address}: the cluster {missing}"
+        return (
+            f"cluster.address={address}: Ray cannot be reached: {first_line(error)}; is it running there{token_hint()}?"
+        )
+    return (
+        f"a local Ray cannot be started: {first_line(error)}; is the machine busy, or full (memory, /dev/shm, /tmp)? "
+        "cluster.address=inline runs without Ray, with one worker"
+    )
+
+
 @contextmanager
 def _loopback_only() -> Iterator[None]:
     """Let a local Ray listen on the loopback interface alone.
@@ -126,4 +164,4 @@ def _local_cpus(settings: ClusterSettings) -> int:
     asked = 0
     if isinstance(settings.workers, int) and isinstance(settings.cpus_per_worker, int):
         asked = settings.workers * settings.cpus_per_worker
-    return max(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1, asked)
+    return max(cpus_here(), asked)

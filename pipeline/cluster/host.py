@@ -8,31 +8,17 @@ from __future__ import annotations
 
 import gc
 import threading
-import traceback
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import ray
 from ray.exceptions import RayError
 
-from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.cluster.work import Resources, Worker, caught
 
 RELEASE_SECONDS = 30.0  # for a process to let go of its worker
 SHARDS_IN_FLIGHT = 2  # per worker: one computes while the other is read or written
-
-# A worker is called with (payload, advance); it calls advance(units) as it goes and returns a picklable result.
-Worker = Callable[[Any, Callable[[int], None]], Any]
-
-
-@dataclass(frozen=True, slots=True)
-class Resources:
-    """What one worker takes, and how many workers there are."""
-
-    workers: int
-    cpus: int
-    gpus: float
 
 
 @ray.remote
@@ -51,7 +37,7 @@ class Host:
             self.worker = make(**arguments)
             return ray.get_runtime_context().get_node_id()
 
-        return _caught(start)
+        return caught(start)
 
     def run(self, name: str, payload: Any) -> tuple[str, Any]:
         """Run one shard."""
@@ -65,7 +51,7 @@ class Host:
         try:
             assert self.worker is not None
             worker = self.worker
-            return _caught(lambda: worker(payload, advance))
+            return caught(lambda: worker(payload, advance))
         finally:
             with self.lock:
                 del self.units[name]
@@ -79,18 +65,6 @@ class Host:
         """Units done of the shards in work."""
         with self.lock:
             return dict(self.units)
-
-
-def _caught(work: Callable[[], Any]) -> tuple[str, Any]:
-    """("ok", result), ("error", ...) for what will be the same next time, or ("retry", ...) for what may pass."""
-    try:
-        return "ok", work()
-    except Exception as error:
-        kind = "retry" if isinstance(error, OSError | MemoryError) or _NO_MEMORY in str(error) else "error"
-        return kind, (f"{type(error).__name__}: {error}", traceback.format_exc(), isinstance(error, RunFailed))
-
-
-_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class Hosts:

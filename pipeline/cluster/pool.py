@@ -7,8 +7,9 @@ from typing import Any
 
 import ray
 
-from alphatoken.pipeline.cluster.host import Hosts, Resources, Worker
-from alphatoken.pipeline.cluster.shard_loop import Shard, ShardLoop, Work
+from alphatoken.pipeline.cluster.host import Hosts
+from alphatoken.pipeline.cluster.shard_loop import ShardLoop
+from alphatoken.pipeline.cluster.work import Resources, Shard, Work, Worker
 from alphatoken.pipeline.run.progress import Task
 
 
@@ -48,9 +49,13 @@ class WorkerPool:
         """
         ShardLoop(self.hosts, Work(shards, payload, done, task), self.timeout, self.debug).run()
 
+    def share(self, value: Any) -> InStore:
+        """A value in the object store of the cluster."""
+        return InStore(value)
 
-class Shared:
-    """A value that goes to the cluster's object store once and is read there by the workers whose shards name it."""
+
+class InStore:
+    """As ``work.Shared``: a value that goes to the cluster's object store once and is read there by the workers whose shards name it."""
 
     def __init__(self, value: Any) -> None:
         self.reference = ray.put(value)

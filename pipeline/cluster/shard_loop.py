@@ -8,10 +8,9 @@ node that goes away is not held against the shards on it.
 
 from __future__ import annotations
 
-import errno
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,33 +18,20 @@ import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, RayActorError, RayError
 
 from alphatoken.pipeline.cluster.host import SHARDS_IN_FLIGHT, Hosts
+from alphatoken.pipeline.cluster.work import (
+    ATTEMPTS,
+    RETRY_SECONDS,
+    SET_ASIDE_IN_A_ROW,
+    Shard,
+    Work,
+    explained,
+    told_set_aside,
+)
 from alphatoken.pipeline.run.failure import RunFailed, first_line
-from alphatoken.pipeline.run.progress import Task
 
-ATTEMPTS = 3
 LOST_NODES = 20  # a shard may lose as many nodes under it, as on machines that are taken away
-SET_ASIDE_IN_A_ROW = 3  # with no success between them it is not the shards: a disk is full, a store is gone
-RETRY_SECONDS = 2.0  # before a shard is tried again; doubled each time
 POLL_SECONDS = 1.0
 DOUBT_SECONDS = 60.0  # for Ray to find out that a node has died
-
-
-@dataclass(frozen=True, slots=True)
-class Shard:
-    """One unit of work: its name in messages, and its size in units of progress."""
-
-    name: str
-    units: int
-
-
-@dataclass(frozen=True, slots=True)
-class Work:
-    """Shards, what each is handed out with, who is told of its result, and where progress is shown."""
-
-    shards: Sequence[Shard]
-    payload: Callable[[Shard], Any]
-    done: Callable[[Shard, Any], None]
-    task: Task
 
 
 @dataclass(slots=True)
@@ -106,11 +92,7 @@ class ShardLoop:
             raise RunFailed(self._told("all others are finished"))
 
     def _told(self, others: str) -> str:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in self.set_aside.items())
-        return (
-            f"{len(self.set_aside)} shard(s) failed {ATTEMPTS} times and were set aside, {others}: {reasons}; remove the "
-            "cause, then run the same command again"
-        )
+        return told_set_aside(self.set_aside, others)
 
     def _assign(self) -> None:
         """Feed every worker that is ready, and start as many as there is work for."""
@@ -189,7 +171,7 @@ class ShardLoop:
             raise RunFailed(self._explain(shard.name, result))
         self.alive_at[host] = time.monotonic()
         if status == "retry":
-            self._failed(shard, self._explain("", result).removeprefix(": "))
+            self._failed(shard, self._explain("", result))
             return
         self.set_aside_in_a_row = 0
         self.finished_units += shard.units
@@ -221,7 +203,7 @@ class ShardLoop:
             if with_node and lost <= LOST_NODES:
                 self.lost_nodes[shard.name] = lost
                 self.queue.append(shard)
-                self.task.progress.say(f"{shard.name}: its node went away, it is done again elsewhere")
+                self.task.progress.warn(f"{shard.name}: its node went away, it is done again elsewhere")
             else:
                 self._failed(shard, reason)
         self._retire(host)
@@ -229,7 +211,7 @@ class ShardLoop:
     def _failed(self, shard: Shard, reason: str) -> None:
         """An attempt at a shard failed: later again, or set aside."""
         attempt = self.attempts[shard.name] = self.attempts.get(shard.name, 0) + 1
-        self.task.progress.say(f"{shard.name}: {reason} (attempt {attempt} of {ATTEMPTS})")
+        self.task.progress.warn(f"{shard.name}: {reason} (attempt {attempt} of {ATTEMPTS})")
         if attempt < ATTEMPTS:
             self.not_before[shard.name] = time.monotonic() + RETRY_SECONDS * 2 ** (attempt - 1)
             self.queue.appendleft(shard)  # soon, so that what every shard will meet is known before all have been tried
@@ -276,7 +258,7 @@ class ShardLoop:
         for future, other in list(self.starting.items()):
             if other is host:
                 del self.starting[future]
-                self.task.progress.say(f"a worker did not start within {limit}")
+                self.task.progress.warn(f"a worker did not start within {limit}")
                 self._no_start(
                     host,
                     f"no worker could be started within {limit}: the cluster must have "
@@ -286,12 +268,7 @@ class ShardLoop:
         self._lost(host, [], f"its worker made no progress for {limit}", False)
 
     def _explain(self, where: str, error: tuple[str, str, bool]) -> str:
-        message, trace, expected = error
-        if expected:
-            message = message.partition(": ")[2]
-        if any(f"[Errno {code}]" in message or f"[errno {code}]" in message for code in (errno.ENOSPC, errno.EDQUOT)):
-            message += " (the disk is full)"
-        return f"{where}: {message}" + (f"\n{trace}" if self.debug else "")
+        return explained(where, error, self.debug)
 
 
 def _took_node(error: RayError) -> bool:

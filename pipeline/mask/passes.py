@@ -50,9 +50,9 @@ class Passes:
     title: str
 
     @contextmanager
-    def task(self, name: str, passes: int = 1) -> Iterator[Task]:
-        """Show ``passes`` passes over all rows."""
-        with self.progress.task(f"{self.title}: {name}", passes * sum(self.parts.rows.values()), "rows") as task:
+    def task(self, name: str) -> Iterator[Task]:
+        """Show how far all rows are."""
+        with self.progress.task(f"{self.title}: {name}", sum(self.parts.rows.values()), "rows") as task:
             yield task
 
     def rows(self, name: str) -> Iterator[PairedRows]:
@@ -67,12 +67,14 @@ class Passes:
         passes = readers[0][1].passes
         if not passes:
             return
-        with self.task(name, passes) as task:
+        with self.task(name) as task:
+            seen = 0  # each row as often as there are passes
             for _ in range(passes):
                 for rows in self.parts.all(self.columns):
                     for values_of, reader in readers:
                         reader.see(rows, values_of(rows))
-                    task.advance(len(rows))
+                    seen += len(rows)
+                    task.at(seen // passes)
                 for _, reader in readers:
                     reader.next()
 

@@ -66,7 +66,7 @@ def make_mask(run: Run) -> dict[str, Any]:
     summaries = {branch: _summary(inputs, deciders[branch]) for branch in deciders}
     for branch, one in summaries.items():
         for note in one["notes"]:
-            run.progress.say(f"{passes[branch].title}: {note}")
+            run.progress.once(f"{passes[branch].title}: {note}")
     summary = _of_pairs(summaries) if run.manifest.pairs else summaries[""]
     storage.write_bytes(mask_card(name), card(summary, inputs.schema, fingerprint).encode())
     storage.write_json(mask_summary(name), summary)
@@ -125,8 +125,13 @@ def _summary(inputs: MaskInputs, decider: Decider) -> dict[str, Any]:
         **decider.lengths.as_json(),
         **({} if decider.hard else {"decisions_changed_by_stability": None}),
         "left_out": decider.left_out.as_json(border),
-        "notes": [*inputs.notes, *_what_happened(inputs, decider, counts)],
+        "notes": _in_order([*inputs.notes, *_what_happened(inputs, decider, counts)]),
     }
+
+
+def _in_order(notes: list[str]) -> list[str]:
+    """Warnings first."""
+    return sorted(notes, key=lambda note: not note.startswith("WARNING"))
 
 
 def _what_happened(inputs: MaskInputs, decider: Decider, counts: dict[str, Any]) -> list[str]:
@@ -154,8 +159,8 @@ def _what_happened(inputs: MaskInputs, decider: Decider, counts: dict[str, Any])
     only = counts["rows_with_only_always_kept"]
     if only > ONLY_ALWAYS_WORTH_SAYING * counts["rows"]:
         notes.append(
-            f"{only:,} of {counts['rows']:,} examples keep nothing but the tokens of mask.always_keep: where short answers "
-            "are the task, mask.scope=example or a higher mask.min_kept keeps some of each"
+            f"WARNING: {only:,} of {counts['rows']:,} examples keep nothing but the tokens of mask.always_keep, and teach "
+            "nothing but to end: mask.min_kept=0.2 keeps a fifth of each answer at least, mask.scope=example mask.rho of each",
         )
     return notes
 

@@ -15,7 +15,7 @@ from alphatoken.pipeline.mask.passes import Found
 from alphatoken.pipeline.mask.soft_weights import WeightCounts
 from alphatoken.pipeline.mask.summary import LeftOutCounts, MaskCounts, RowLengths
 from alphatoken.pipeline.mask.thresholds import KEEP_ALL
-from alphatoken.pipeline.maths.masking import RANDOM, keep_flat
+from alphatoken.pipeline.maths.masking import RANDOM, Bools, Ints, keep_flat, sums_by_row
 
 LOWEST = np.finfo(np.float32).min  # of finite values: the threshold where only tokens that are left out lie below
 
@@ -48,7 +48,7 @@ class Decider:
         always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
         self.lengths.add(np.diff(rows.token_offsets()))
         self.left_out.add(rows.offsets, first, unstable, harmful, always)
-        inside = keep_flat(ranked, rows.offsets, threshold, always, settings.min_kept)
+        inside = keep_flat(ranked, rows.offsets, threshold, always, _fewest(settings.min_kept, rows.offsets, always))
         stored = {name: column for name, column in rows.components.items() if name not in (KEPT, RANDOM)}
         columns = {**stored, "value": values}
         without_stability = alone >= np.maximum(found.alone.of(rows, alone)[0], floor)
@@ -59,6 +59,14 @@ class Decider:
             soft = found.soft.of(rows, ranked) if found.soft else np.ones(len(values), np.float32)
             weights[rows.response] = self.soft.add(np.where(left_out, np.float32(0), soft), always)
         return kept, weights
+
+
+def _fewest(min_kept: int | float, offsets: Ints, always: Bools) -> int | Ints:
+    """Tokens that examples keep at least; of a fraction one number for each, ``(examples,)``."""
+    if min_kept >= 1 or not min_kept:
+        return int(min_kept)
+    kept_anyway = sums_by_row(always, offsets)
+    return kept_anyway + np.ceil(min_kept * (np.diff(offsets) - kept_anyway)).astype(np.int64)
 
 
 def mask_columns(rows: PairedRows, kept: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> list[pa.ListArray]:

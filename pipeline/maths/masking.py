@@ -208,8 +208,12 @@ def sums_by_row(numbers: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> npt.NDA
     return np.diff(np.concatenate([[0], np.cumsum(numbers)])[offsets])
 
 
-def keep_flat(values: Floats, offsets: Ints, threshold: np.float32 | Floats, always: Bools, min_kept: int) -> Bools:
-    """``keep`` for the response tokens of many examples; ``threshold`` is one number or one per token."""
+def keep_flat(
+    values: Floats, offsets: Ints, threshold: np.float32 | Floats, always: Bools, min_kept: int | Ints
+) -> Bools:
+    """``keep`` for the response tokens of many examples; ``threshold`` is one number or one per token, ``min_kept`` one number
+    or one per example.
+    """
     kept = (values >= threshold) | always
     missing = np.minimum(min_kept, np.diff(offsets)) - sums_by_row(kept, offsets)
     for example in np.flatnonzero(missing > 0):

@@ -42,6 +42,7 @@ from alphatoken.pipeline.maths.costs import (
 )
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.model_source import ModelSource, load_config
+from alphatoken.pipeline.plan.cpu import CPU_HERE, cpu_rate
 from alphatoken.pipeline.plan.sample import Sample, sample_data
 from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
 from alphatoken.pipeline.prepare.pairs import Pair
@@ -77,6 +78,8 @@ def make_plan(run: Run) -> dict[str, Any]:
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     sample = sample_data(settings, policy)
+    for remark in sample.remarks:
+        run.progress.say(f"plan: {remark}")
     # Only now is it known whether the data is of pairs, as in make_anchors.
     if settings.valuation.needs_directions and (wrong := settings.anchor_problems(bool(sample.pairs))):
         raise SettingsWrong(wrong)
@@ -130,7 +133,7 @@ def make_plan(run: Run) -> dict[str, Any]:
             "fisher_prompts": len(sample.fisher), "tokens": round(tokens * scale),
             "response_tokens": round(response * scale), "padded_tokens": shapes.tokens, "longest": longest,
             "truncated_fraction": sum(row.truncated for row in rows) / len(rows),
-            "shards": max(1, -(-sample.train_rows // settings.data.shard_examples)),
+            "shards": max(1, -(-sample.train_rows // int(settings.data.shard_examples))),
         },
         "model": {
             "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
@@ -150,6 +153,7 @@ def make_plan(run: Run) -> dict[str, Any]:
         "device_hours": {
             "utilisation": UTILISATION,
             **{name: total / (peak * UTILISATION) / 3600 for name, peak in ACCELERATORS.items()},
+            CPU_HERE: total / cpu_rate() / 3600,
         },
     }  # fmt: skip
 

@@ -32,7 +32,8 @@ class Sample:
     pairs both branches one after the other; ``pairs``: the same as pairs, empty for supervised data;
     ``validation``, ``fisher``: the held-out examples themselves (of a validation file: a sample, and how many it has).
     ``tasks``: objective -> rows of its files, where data.validation has tasks; ``retention``: a sample of data.retention.
-    ``unusable``: the share of rows that goes to the quarantine. ``complete``: every row was read.
+    ``unusable``: the share of rows that goes to the quarantine. ``complete``: every row was read. ``remarks``: what is to be
+    said of how the files were read, a line each.
     """
 
     rows: int
@@ -47,6 +48,7 @@ class Sample:
     tasks: Mapping[str, int] = field(default_factory=dict)
     retention: tuple[Example, ...] = ()
     retention_rows: int = 0
+    remarks: tuple[str, ...] = ()
 
     @property
     def scale(self) -> float:
@@ -81,8 +83,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     total = train.starts[-1]
     if not total:
         raise SettingsWrong([f"data.train={data.train}: there is no row in it"])
-    held_out = isinstance(data.validation, int)
-    wanted = fisher_prompts(settings, total) + (int(data.validation) if held_out else 0)
+    wanted = fisher_prompts(settings, total) + data.held_out(total)
     if wanted >= total:
         raise SettingsWrong([f"data.train has {total} rows, of which {wanted} are to be held out: none would be left"])
     drawn = [row for row, _ in zip(draw_order(total, settings.run.seed), range(wanted + SAMPLE), strict=False)]
@@ -93,7 +94,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
             f"data.train: of {len(drawn)} sampled rows only {len(usable)} can be used, {wanted} are held out"
         )
     unusable = 1 - len(usable) / len(examples)
-    split = int(data.validation) if held_out else 0
+    split = data.held_out(total)
     held = [made.chosen if isinstance(made, Pair) else made for made in usable[:wanted]]
     is_half = settings.validation_trial == HALF
     directions = halves(split, settings.run.seed)[0] if is_half else range(split)
@@ -118,7 +119,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     return Sample(
         total, max(1, of_all // parts), tuple(sequences), tuple(trained) if preference else (),
         tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1,
-        {objective_of(task): _rows_in(other, names) for task, names in tasks.items()}, retention, retention_rows,
+        {objective_of(task): _rows_in(other, names) for task, names in tasks.items()}, retention, retention_rows, train.remarks,
     )  # fmt: skip
 
 

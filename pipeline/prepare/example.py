@@ -26,7 +26,11 @@ from filelock import FileLock
 from alphatoken.pipeline.run.cache import cache_directory
 from alphatoken.pipeline.run.failure import RunFailed
 
-ROWS = 102
+ROWS, HELD_OUT = 102, 32  # all rows, and those for validation where nothing else is asked for
+EMBEDDED = {
+    "embedded": "code-problems.jsonl",
+    "embedded-preference": "preference-pairs.jsonl",
+}  # data.train -> its file in the cache
 LONGEST_PROMPT, LONGEST_CODE = 1000, 900  # characters; short rows keep the example within minutes on two cores
 
 
@@ -67,12 +71,17 @@ def example_model(say: Callable[[str], None] = lambda text: None) -> Path:
 
 def example_data(say: Callable[[str], None] = lambda text: None) -> Path:
     """A JSON-lines file of ROWS code problems as messages, made on the first call."""
-    return _once("code-problems.jsonl", lambda target: _convert_data(target, say))
+    return _once(EMBEDDED["embedded"], lambda target: _convert_data(target, say))
 
 
 def example_pairs(say: Callable[[str], None] = lambda text: None) -> Path:
     """A JSON-lines file of PAIRS_ROWS preference pairs as ShareGPT conversations, made on the first call."""
-    return _once("preference-pairs.jsonl", lambda target: _convert_pairs(target, say))
+    return _once(EMBEDDED["embedded-preference"], lambda target: _convert_pairs(target, say))
+
+
+def is_example(place: object) -> bool:
+    """Whether data.train, as it was resolved, is one of the examples."""
+    return place in {str(cache_directory() / name) for name in EMBEDDED.values()}
 
 
 def _once(name: str, make: Callable[[Path], None]) -> Path:

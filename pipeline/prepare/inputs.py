@@ -14,7 +14,8 @@ from alphatoken.pipeline.prepare.draw import part_of
 from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.sources import Source, Sources, open_sources
 from alphatoken.pipeline.run.failure import SettingsWrong
-from alphatoken.pipeline.run.fingerprint import digest, of_model
+from alphatoken.pipeline.run.fingerprint import digest, of_model, seen_of_model
+from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import Settings
@@ -67,7 +68,7 @@ def open_validation(data: DataSettings) -> tuple[Sources | None, dict[str, tuple
 
     Raises SettingsWrong for a file that is not there, and for one that two tasks have.
     """
-    if isinstance(data.validation, int):
+    if data.holds_out:
         return None, {}
     if not data.tasks:
         return open_sources("data.validation", data.validation), {}
@@ -86,8 +87,12 @@ def open_validation(data: DataSettings) -> tuple[Sources | None, dict[str, tuple
     return Sources(files, remarks), {task: tuple(f.name for f in sources.files) for task, sources in opened.items()}
 
 
-def renamed_tasks(raw: RawData, recorded: Mapping[str, Sequence[str]]) -> RawData:
-    """The same rows under the names of files that the stage was begun with, wherever the files are now."""
+def renamed_tasks(raw: RawData, manifest: Manifest) -> RawData:
+    """The same rows with the files of tasks under the names that the stage was begun with, wherever they are now; notes them."""
+    if not raw.tasks:
+        return raw
+    recorded = manifest.stage("prepare")["counts"].get("validation_tasks") or raw.tasks
+    manifest.note("prepare", validation_tasks={task: list(files) for task, files in recorded.items()})
     assert raw.validation is not None
     names = [name for files in recorded.values() for name in files]
     return replace(raw, validation=raw.validation.named(names), tasks={t: tuple(f) for t, f in recorded.items()})
@@ -131,7 +136,9 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
     schema = PREFERENCE_PREPARED if raw.preference else PREPARED
     return {
         "data.train": [file.fingerprint for file in raw.train.files],
-        "data.validation": data.validation if validation is None else _validation_inputs(validation, raw.tasks),
+        "data.validation": data.held_out(raw.train.starts[-1])
+        if validation is None
+        else _validation_inputs(validation, raw.tasks),
         **_trial_inputs(settings, raw),
         **({"data.retention": [file.fingerprint for file in raw.retention.files]} if raw.retention else {}),
         "data.max_length": data.max_length,
@@ -147,6 +154,15 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         "tokenizer": of_model(run.models.policy, tokenizer_only=True),
         "vocabulary": vocabulary,
         "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
+    }
+
+
+def about(run: Run, raw: RawData) -> dict[str, str]:
+    """The files among ``prepare_inputs`` with what is seen of them, for messages."""
+    files = {"data.train": raw.train, "data.validation": raw.validation, "data.validation_trial": raw.trial}
+    return {
+        **{key: sources.about() for key, sources in files.items() if sources is not None},
+        "tokenizer": seen_of_model(run.models.policy),
     }
 
 

@@ -12,6 +12,7 @@ import glob
 import io
 import itertools
 import json
+import os
 from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -25,11 +26,13 @@ from datasets.exceptions import DatasetGenerationError
 
 from alphatoken.pipeline.prepare.compressed import BROKEN, COMPRESSIONS, opened, suffixes
 from alphatoken.pipeline.prepare.decoding import LONGEST_LINE, TEXT, TOO_LONG, TOO_MANY_FIELDS
+from alphatoken.pipeline.prepare.scan import MARKS, SHOWN, scan
 from alphatoken.pipeline.prepare.typed import structs_of_tools
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_file
 from alphatoken.pipeline.run.redaction import redacted
 from alphatoken.pipeline.run.remote import RemoteFile, Unreachable, is_remote, list_files
+from alphatoken.pipeline.run.seen import seen_of_file
 
 FORMATS = {
     ".jsonl": "jsonl",
@@ -41,17 +44,20 @@ FORMATS = {
     ".arrow": "arrow",
 }
 KNOWN = f"{', '.join(sorted(FORMATS))}, those of text also with {', '.join(COMPRESSIONS)}"
-SHOWN = 4  # names of skipped files in a line
 READER = 3  # counts up when the rows of a file are read differently, since they are cached
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file (or one hub data set): its name in reports, its rows, and a fingerprint of its content."""
+    """One file (or one hub data set): its name in reports, its rows, and a fingerprint of its content.
+
+    ``about``: size and time of its last change, for people; empty where they are not known.
+    """
 
     name: str
     rows: datasets.Dataset
     fingerprint: str
+    about: str = ""
 
     def table(self, rows: Sequence[int]) -> pa.Table:
         """Some rows as an Arrow table."""
@@ -75,6 +81,11 @@ class Sources:
         for file in self.files:
             starts.append(starts[-1] + len(file.rows))
         return starts
+
+    def about(self) -> str:
+        """The files with what is seen of them from outside, in one line."""
+        shown = [f"{file.name} ({file.about})" if file.about else file.name for file in self.files[:SHOWN]]
+        return ", ".join(shown) + (f" and {len(self.files) - SHOWN:,} more" if len(self.files) > SHOWN else "")
 
     def named(self, names: Sequence[str]) -> Sources:
         """The same files under other names in reports and identifiers."""
@@ -116,33 +127,42 @@ def _expand(key: str, name: str, remarks: list[str]) -> list[Source]:
     path = Path(name.removeprefix("file://")).expanduser()
     if path.is_file():
         return [_file(key, path)]
+    if path.anchor and path == Path(path.anchor):
+        raise SettingsWrong(
+            [f"{key}={name}: is the whole disk (an unset variable of the shell?): name a directory below it"]
+        )
     if path.is_dir():
-        there = [p for p in sorted(path.rglob("*")) if p.is_file()]
-        found = [p for p in there if _wanted(p)]
-        if not found:
-            raise SettingsWrong([f"{key}={name}: the directory holds no file of {KNOWN}"])
-        remarks += _skipped(key, name, [p.relative_to(path) for p in there])
-        return [_file(key, p) for p in _inside(key, path, found)]
+        there = [PurePosixPath(p.relative_to(path).as_posix()) for p in sorted(path.rglob("*")) if p.is_file()]
+        found = _scanned(key, name, there, remarks)
+        return [_file(key, p) for p in _inside(key, path, [path / p for p in found])]
     if any(c in name for c in "*?["):
         matches = sorted(Path(p) for p in glob.glob(str(path), recursive=True) if Path(p).is_file())
         if not matches:
             raise SettingsWrong([f"{key}={name}: the pattern matches no file"])
         fixed = [part for part in itertools.takewhile(lambda part: not any(c in part for c in "*?["), path.parts)]
-        return [_file(key, p) for p in _inside(key, Path(*fixed), matches)]
+        top = Path(*fixed)
+        if "**" in path.parts:  # as far as a directory, and as blindly
+            there, beside = (
+                [PurePosixPath(p.relative_to(top).as_posix()) for p in paths]
+                for paths in (matches, [p for mark in MARKS for p in top.rglob(mark)])
+            )
+            matches = [top / p for p in _scanned(key, name, there, remarks, beside)]
+        return [_file(key, p) for p in _inside(key, top, matches)]
     if _format(path) or name.startswith(("/", "./", "../", "~")) or name.count("/") > 1:
         raise SettingsWrong([f"{key}={name}: no such file; give a file, a glob, a directory, a URI or a hub id"])
     return [_hub(key, name)]
 
 
-def _skipped(key: str, place: str, files: Sequence[PurePath]) -> list[str]:
-    """One line about the files of a directory that are not read; those that hide themselves are no data."""
-    names = [str(p) for p in files if not _wanted(p) and not any(part.startswith(".") for part in p.parts)]
-    names += [str(p) for p in files if p.name.startswith(".") and _format(p)]
-    if not names:
-        return []
-    listed = ", ".join(sorted(names)[:SHOWN]) + (", ..." if len(names) > SHOWN else "")
-    many = "1 file" if len(names) == 1 else f"{len(names):,} files"
-    return [f"{key}={place}: {many} skipped: {listed} (read are {KNOWN})"]
+def _scanned(
+    key: str, place: str, files: Sequence[PurePosixPath], remarks: list[str], beside: Sequence[PurePosixPath] = ()
+) -> tuple[PurePosixPath, ...]:
+    """The data among the files below ``place``; raises SettingsWrong where there is none, with what there is instead."""
+    found = scan(files, lambda file: bool(_format(file)), KNOWN, beside)
+    if not found.wanted:
+        there = f" ({'; '.join(found.skipped)})" if found.skipped else ""
+        raise SettingsWrong([f"{key}={place}: the directory holds no file of {KNOWN}{there}"])
+    remarks += [f"{key}={place}: {line}" for line in found.skipped]
+    return found.wanted
 
 
 def _inside(key: str, directory: Path, files: Sequence[Path]) -> Sequence[Path]:
@@ -164,17 +184,14 @@ def _remote(key: str, uri: str, remarks: list[str]) -> list[Source]:
     try:
         files = list_files(place)
         files = [f for f in files if fnmatch.fnmatchcase(f.path.rpartition("/")[2], pattern)]
-        wanted = [f for f in files if _wanted(PurePosixPath(f.path))]
-        if not wanted:
-            raise SettingsWrong([f"{key}={redacted(uri)}: there is no such file, and none of {KNOWN} below it"])
-        remarks += _skipped(key, redacted(uri), [PurePosixPath(f.uri.rpartition("/")[2]) for f in files])
-        return [_file(key, file.fetched(), file) for file in wanted]
+        if not files:
+            raise SettingsWrong([f"{key}={redacted(uri)}: there is no such file"])
+        top = os.path.commonpath([os.path.dirname(file.path) for file in files])
+        by_place = {PurePosixPath(os.path.relpath(file.path, top)): file for file in files}
+        wanted = _scanned(key, redacted(uri), list(by_place), remarks)
+        return [_file(key, by_place[place].fetched(), by_place[place]) for place in wanted]
     except Unreachable as error:
         raise SettingsWrong([f"{key}: {error}"]) from error
-
-
-def _wanted(path: PurePath) -> bool:
-    return bool(_format(path)) and not path.name.startswith(".")
 
 
 def _format(path: PurePath) -> str | None:
@@ -208,7 +225,8 @@ def _file(key: str, path: Path, remote: RemoteFile | None = None) -> Source:
         raise SettingsWrong([f"{key}={name}: cannot be read as {kind}: {reason}"]) from error
     if remote is None and of_file(path) != fingerprint:
         raise SettingsWrong([f"{key}={name}: was changed while it was read: start again"])
-    return Source(name, rows, fingerprint)
+    status = path.stat()
+    return Source(name, rows, fingerprint, remote.about if remote else seen_of_file(status.st_size, status.st_mtime))
 
 
 def _has_no_row(kind: str, given: dict[str, Any]) -> bool:

@@ -13,17 +13,17 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from alphatoken.pipeline.cluster.host import Resources
-from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.work import Pool, Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_tokenizer, portable
 from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import LEAST_TO_CUT, draw_order, halves
+from alphatoken.pipeline.prepare.example import is_example
 from alphatoken.pipeline.prepare.held_out import PAIRS, RETENTION, TRIAL
 from alphatoken.pipeline.prepare.inputs import (
     RawData,
+    about,
     fisher_prompts,
     open_data,
     prepare_inputs,
@@ -33,6 +33,7 @@ from alphatoken.pipeline.prepare.inputs import (
 )
 from alphatoken.pipeline.prepare.outcome import NOTES
 from alphatoken.pipeline.prepare.pairs import Pair
+from alphatoken.pipeline.prepare.parts import planned_parts, worker_resources
 from alphatoken.pipeline.prepare.reader import validation_rows
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeating
 from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, shape_of
@@ -41,7 +42,7 @@ from alphatoken.pipeline.prepare.tokenize import Example
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker, chosen_of, to_pair_table, to_table
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.remote import here
-from alphatoken.pipeline.run.run import Run, Workers
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.data import HALF
@@ -57,14 +58,14 @@ def make_prepared(run: Run) -> None:
     raw = open_data(settings)
     inputs = prepare_inputs(run, raw)
     fingerprint = manifest.begin(
-        "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}
+        "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}, about(run, raw)
     )
     if manifest.done("prepare") and not _missing(storage, manifest.stage("prepare")):
         run.progress.say(f"prepare: done already, {manifest.stage('prepare')['counts']['rows_used']:,} examples")
         return
     train = raw.train
     for remark in raw.remarks:
-        run.progress.say(f"prepare: {remark}")
+        run.progress.warn(f"prepare: {remark}")
     if positions := inputs.get("positions"):
         run.progress.say(
             f"prepare: {source.path} has {positions:,} positions, fewer than data.max_length={settings.data.max_length:,}: "
@@ -75,24 +76,20 @@ def make_prepared(run: Run) -> None:
     # Names of files are part of the rows' identifiers: those that the stage was begun with, wherever the files are now.
     manifest.note("prepare", files=manifest.stage("prepare")["counts"].get("files") or [f.name for f in train.files])
     train = train.named(manifest.stage("prepare")["counts"]["files"])
-    if raw.tasks:
-        manifest.note(
-            "prepare", validation_tasks=manifest.stage("prepare")["counts"].get("validation_tasks") or raw.tasks
-        )
-        raw = renamed_tasks(raw, manifest.stage("prepare")["counts"]["validation_tasks"])
+    raw = renamed_tasks(raw, manifest)
     columns = settings.data.columns.given()
     arguments = {
         "storage": storage, "tokenizer": portable(tokenizer, source), "vocabulary": facts["vocabulary"],
         "settings": settings, "preference": raw.preference, "positions": positions,
     }  # fmt: skip
     total = train.starts[-1]
-    with run.cluster.pool(logged("prepare", PrepareWorker), arguments, _resources(run.cluster, total)) as pool:
+    with run.cluster.pool(logged("prepare", PrepareWorker), arguments, worker_resources(run.cluster, total)) as pool:
         pool.start()  # all at once: what is held out is one worker's work, during which the others get ready
         repeated = settings.data.strips_prompts and all_repeat_prompt(train, columns)
         stage = _Prepare(run, fingerprint, pool, repeated, raw)
         drawn, counts = stage.hold_out(train, raw)
         rows = training_rows(total, drawn, settings)
-        parts = _plan(len(rows), settings.data.shard_examples)
+        parts = planned_parts(len(rows), int(settings.data.shard_examples))
         facts["format"] = "preference" if raw.preference else "sft"
         manifest.note("prepare", parts=parts, held_out=len(drawn), shard_examples=settings.data.shard_examples, **facts)
         counts += stage.shards(train, rows, parts)
@@ -154,17 +151,6 @@ def complete(storage: Storage, name: str, fingerprint: str) -> dict[str, Any] | 
     return all_complete(storage, [name], fingerprint).get(name)
 
 
-def _plan(rows: int, per_shard: int) -> list[str]:
-    count = -(-rows // per_shard)
-    return [f"part-{index:05d}-of-{count:05d}.parquet" for index in range(count)]
-
-
-def _resources(cluster: Workers, rows: int) -> Resources:
-    resources = cluster.tokenizer_resources()
-    few = max(1, -(-rows // 256))  # starting a worker takes longer than tokenizing some hundred rows
-    return Resources(min(resources.workers, few), resources.cpus, resources.gpus)
-
-
 def _check(source: ModelSource, settings: Settings, train: Sources) -> PreTrainedTokenizerBase:
     """The tokenizer. Raises SettingsWrong for what can be said before any worker starts: its template, the data's shape."""
     if not train.starts[-1]:
@@ -196,7 +182,7 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
 class _Prepare:
     """One run of the stage."""
 
-    def __init__(self, run: Run, fingerprint: str, pool: WorkerPool, repeated: bool, raw: RawData) -> None:
+    def __init__(self, run: Run, fingerprint: str, pool: Pool, repeated: bool, raw: RawData) -> None:
         self.storage, self.settings, self.progress = run.storage, run.settings, run.progress
         self.fingerprint, self.pool, self.repeated = fingerprint, pool, repeated
         self.pairs, self.tasks = raw.preference, raw.tasks
@@ -211,14 +197,20 @@ class _Prepare:
         in its shard, where it goes to the quarantine like any other.
         """
         total, validation = train.starts[-1], raw.validation
-        wanted_validation = int(self.settings.data.validation) if validation is None else 0
+        wanted_validation = self.settings.data.held_out(total)
         asked, wanted = self.settings.anchor.fisher.prompts, wanted_validation + fisher_prompts(self.settings, total)
         if wanted >= total:
             raise SettingsWrong(
                 [
-                    f"data.train has {total} rows, of which data.validation={self.settings.data.validation} and "
+                    f"data.train has {total} rows, of which data.validation={wanted_validation} and "
                     f"anchor.fisher.prompts={asked} would leave none to train on: give a validation file or smaller numbers"
                 ]
+            )
+        if 3 * wanted > total and not is_example(self.settings.data.train):
+            self.progress.warn(
+                f"prepare: WARNING: {wanted:,} of {total:,} rows are held out, more than a third ({wanted_validation:,} for "
+                f"validation, {wanted - wanted_validation:,} Fisher prompts): set a smaller data.validation or "
+                "anchor.fisher.prompts, or give rows of their own with data.validation=FILE"
             )
         other = Counter[str]()
         if raw.trial is not None:
@@ -243,6 +235,7 @@ class _Prepare:
                     raise RunFailed(f"data.train: only {len(found)} usable rows, but {wanted} are to be held out")
                 results = self._examples(train, candidates, task)
                 found += [(row, example) for row, example in results if example is not None]
+                task.at(min(wanted, len(found)))
         found = found[:wanted]
         taken = {row for row, _ in found}
         counts = Counter[str]()
@@ -327,7 +320,7 @@ class _Prepare:
 
     def shards(self, train: Sources, rows: Sequence[int], parts: Sequence[str]) -> Counter[str]:
         """Write every part of the plan for ``rows`` that is not there yet; returns the counts."""
-        size, counts = self.settings.data.shard_examples, Counter[str]()
+        size, counts = int(self.settings.data.shard_examples), Counter[str]()
         plan = {part: rows[i * size : (i + 1) * size] for i, part in enumerate(parts)}
 
         def add(found: dict[str, Any]) -> None:

@@ -8,7 +8,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from alphatoken.pipeline.run.redaction import redacted
 from alphatoken.pipeline.run.remote import MODEL_FILES, is_remote, model_files
+from alphatoken.pipeline.run.seen import seen_of_file
 
 ADAPTER = "adapter_config.json"
 
@@ -52,6 +54,15 @@ def of_model(path: str, tokenizer_only: bool = False) -> str:
         base = str(json.loads(adapter.read_text()).get("base_model_name_or_path"))
         found["base model"] = of_model(base, tokenizer_only)
     return digest(found)
+
+
+def seen_of_model(path: str) -> str:
+    """The model's place, and of a local directory size and time of its newest file, for people."""
+    directory = Path(path)
+    files = [p.stat() for p in directory.iterdir() if p.suffix in MODEL_FILES] if directory.is_dir() else []
+    if not files:
+        return redacted(path)
+    return f"{path} ({seen_of_file(sum(f.st_size for f in files), max(f.st_mtime for f in files))})"
 
 
 def of_policy(checkpoints: Sequence[str]) -> str | list[str]:

@@ -8,20 +8,20 @@ to start anew.
 import json
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
-from alphatoken.pipeline.run.fingerprint import differences, digest
+from alphatoken.pipeline.run.fingerprint import digest
+from alphatoken.pipeline.run.mismatch import mismatch
 from alphatoken.pipeline.run.redaction import without_secrets
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import STAGES
 
 NAME = "run.json"
 SCHEMA = 2  # 1: values/ of one method, before columns had one meaning each
-LONGEST = 60  # characters of a value in a message
 PACKAGES = ("alphatoken", "torch", "transformers", "tokenizers", "ray", "pyarrow", "datasets", "safetensors")
 OUTPUTS = {
     "prepare": ("prepared", "quarantine"),
@@ -85,11 +85,14 @@ class Manifest:
         del self.content["removing"]
         self._write()
 
-    def begin(self, stage: str, inputs: dict[str, Any], configuration: dict[str, Any]) -> str:
+    def begin(
+        self, stage: str, inputs: dict[str, Any], configuration: dict[str, Any], about: Mapping[str, Any] | None = None
+    ) -> str:
         """Start or continue a stage; returns the fingerprint of its inputs.
 
         ``inputs``: everything that the stage's output depends on, and nothing else. ``configuration``: the groups to
-        record. Raises SettingsWrong with every differing key when the stage was begun with other inputs.
+        record. ``about``: input -> what its files are, for a message in place of their fingerprints. Raises SettingsWrong
+        with every differing key when the stage was begun with other inputs.
         """
         inputs = without_secrets(inputs)
         fingerprint = digest(inputs)
@@ -99,11 +102,12 @@ class Manifest:
             remedy = f"choose another run.dir, or start anew from here with run.overwrite={base}"
             if base == "mask":
                 remedy = "choose another mask.name, or start the masks anew with run.overwrite=mask"
-            changed = differences(record["inputs"], inputs)
-            lines = [f"{stage}: {key} was {_apart(old, new)}, now {_apart(new, old)}" for key, old, new in changed]
-            raise SettingsWrong([*lines, f"{self.storage.root} holds {stage} of other settings: {remedy}"])
+            lines = mismatch(stage, record, inputs, without_secrets(dict(about or {})))
+            own = f"; --from {self.storage.path(NAME)} starts from its own settings"
+            raise SettingsWrong([*lines, f"{self.storage.root} holds {stage} of other settings: {remedy}{own}"])
         if not record:
             record = {"fingerprint": fingerprint, "inputs": inputs, "state": "running", "seconds": 0.0, "counts": {}}
+            record |= {"about": without_secrets(dict(about))} if about else {}
         self.content["stages"][stage] = record
         recorded = {**_plain(self.resolved), **self.content["configuration"], **_plain(configuration)}
         self.content["configuration"] = without_secrets(recorded)
@@ -153,6 +157,12 @@ def _read(storage: Storage) -> dict[str, Any]:
     raise RunFailed(f"{storage.path(NAME)} cannot be gone on with ({reason}): choose another run.dir")
 
 
+def versions_line() -> str:
+    """This version, and those of the packages that decide what it computes."""
+    own, *others = _versions().items()
+    return f"alphatoken {own[1]} ({', '.join(f'{name} {found}' for name, found in others)})"
+
+
 def _versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
@@ -171,16 +181,3 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
     return value
-
-
-def _apart(value: Any, other: Any) -> str:
-    """``value`` in a line; of two lists that are too long for it what they do not share."""
-    if isinstance(value, list) and isinstance(other, list) and max(len(str(value)), len(str(other))) > LONGEST:
-        own = [repr(item) for item in value if item not in other]
-        return _short(f"[{', '.join(['...', *own])}]")
-    return _short(value)
-
-
-def _short(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= LONGEST else text[: LONGEST - 3] + "..."

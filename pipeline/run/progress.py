@@ -8,22 +8,32 @@ from types import TracebackType
 from typing import TYPE_CHECKING
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.progress import Progress as RichProgress
+from rich.progress import ProgressColumn, SpinnerColumn
+from rich.progress import Task as RichTask
+from rich.text import Text
 
+from alphatoken.pipeline.run.progress_line import Facts, line
 from alphatoken.pipeline.run.redaction import redacted
 
 if TYPE_CHECKING:
     from alphatoken.pipeline.run.run_log import RunLog
 
 PLAIN_SECONDS = 30.0
+SPINNER = 2  # columns, with the blank after it
+
+
+class _Line(ProgressColumn):
+    """The whole of a task in one column, so that a narrow terminal does not cut what matters."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__()
+        self.console = console
+
+    def render(self, task: RichTask) -> Text:
+        """As ``line``, as wide as the terminal is now."""
+        shown: Task = task.fields["shown"]
+        return Text(line(shown.facts, self.console.width - SPINNER), no_wrap=True, overflow="ellipsis")
 
 
 class Progress:
@@ -32,17 +42,15 @@ class Progress:
     Where ``log`` is set, every task's numbers go there too: every 30 s and at its end.
     """
 
-    def __init__(self, console: Console | None = None) -> None:
+    def __init__(self, console: Console | None = None, level: str = "info") -> None:
+        """``level``: log_level; at ``warning`` nothing but ``warn`` and ``once`` is shown."""
         self.console = console or Console(file=sys.stderr)
+        self.quiet = level == "warning"
         self.log: RunLog | None = None
+        self.said: set[str] = set()
         self.bars: RichProgress | None = None
-        if self.console.is_terminal:
-            self.bars = RichProgress(
-                SpinnerColumn(), TextColumn("{task.description:<24}"), BarColumn(bar_width=28), MofNCompleteColumn(),
-                TextColumn("{task.fields[unit]}"), TextColumn("{task.fields[rate]}"),
-                TextColumn("{task.fields[note]}"), TimeElapsedColumn(), TextColumn("ETA"),
-                TimeRemainingColumn(compact=True), console=self.console,
-            )  # fmt: skip
+        if self.console.is_terminal and not self.quiet:
+            self.bars = RichProgress(SpinnerColumn(), _Line(self.console), console=self.console)
 
     def __enter__(self) -> Progress:
         if self.bars:
@@ -56,8 +64,19 @@ class Progress:
             self.bars.stop()
 
     def say(self, text: str) -> None:
-        """One line that stays."""
+        """One line that stays: how far it is, what was found."""
+        if not self.quiet:
+            self.warn(text)
+
+    def warn(self, text: str) -> None:
+        """One line that stays at every level: what somebody should know who reads nothing else."""
         self.console.print(redacted(text), highlight=False, markup=False, soft_wrap=True)
+
+    def once(self, text: str) -> None:
+        """As ``warn``, and nothing where it has been said before: a sweep has one remark for all of its points."""
+        if text not in self.said:
+            self.said.add(text)
+            self.warn(text)
 
     def task(self, name: str, total: int | None, unit: str) -> Task:
         """Begin to show a task of ``total`` units (None: unknown)."""
@@ -71,7 +90,7 @@ class Task:
         self.progress, self.name, self.total, self.unit = progress, name, total, unit
         self.done, self.noted, self.started, self.said = 0, "", time.monotonic(), time.monotonic()
         if progress.bars:
-            self.bar = progress.bars.add_task(name, total=total, unit=unit, rate="", note="")
+            self.bar = progress.bars.add_task(name, total=total, shown=self)
         else:
             progress.say(f"{name}: started" + (f", {total:,} {unit}" if total else ""))
 
@@ -88,6 +107,11 @@ class Task:
         self._log("task", failed=kind is not None)
 
     @property
+    def facts(self) -> Facts:
+        """How far it is now."""
+        return Facts(self.name, self.done, self.total, self.unit, self.seconds, self.noted)
+
+    @property
     def seconds(self) -> float:
         """Seconds since the task began."""
         return time.monotonic() - self.started
@@ -95,8 +119,6 @@ class Task:
     def note(self, text: str) -> None:
         """What else to show beside the rate, such as shards and rows."""
         self.noted = text
-        if self.progress.bars:
-            self.progress.bars.update(self.bar, note=text)
 
     def advance(self, units: int) -> None:
         """Add finished units."""
@@ -105,20 +127,19 @@ class Task:
     def at(self, done: int) -> None:
         """Set the finished units; call it often, also without a change, so that the display stays alive."""
         self.done = done
-        seconds = self.seconds
-        rate = f"{done / seconds:,.{0 if done > 10 * seconds else 2}f} {self.unit}/s" if done and seconds > 0 else ""
         if self.progress.bars:
-            self.progress.bars.update(self.bar, completed=done, rate=rate)
+            self.progress.bars.update(self.bar, completed=done)
         if time.monotonic() - self.said < PLAIN_SECONDS:
             return
         self.said = time.monotonic()
         self._log("progress")
         if not self.progress.bars:
             of = f" of {self.total:,}" if self.total else ""
-            facts = [rate or "starting", *([self.noted] if self.noted else []), f"{seconds:.0f} s"]
-            if self.total and done:
-                facts.append(f"about {seconds * (self.total - done) / done:.0f} s left")
-            self.progress.say(f"{self.name}: {done:,}{of} {self.unit}, {', '.join(facts)}")
+            now = self.facts
+            told = [now.shown_rate or "starting", *([self.noted] if self.noted else []), f"{now.seconds:.0f} s"]
+            if now.left is not None:
+                told.append(f"about {now.left:.0f} s left")
+            self.progress.say(f"{self.name}: {done:,}{of} {self.unit}, {', '.join(told)}")
 
     def _suffix(self) -> str:
         return f" ({self.noted})" if self.noted else ""

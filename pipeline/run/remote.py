@@ -20,6 +20,7 @@ import pyarrow.fs as pafs
 from alphatoken.pipeline.run.attempts import insist
 from alphatoken.pipeline.run.cache import cache_directory
 from alphatoken.pipeline.run.redaction import redacted
+from alphatoken.pipeline.run.seen import seen_of_file
 
 if TYPE_CHECKING:
     from alphatoken.pipeline.maths.model_source import ModelSource
@@ -35,13 +36,16 @@ class Unreachable(OSError):
 
 @dataclass(frozen=True, slots=True)
 class RemoteFile:
-    """One file of a store. ``uri``: without secrets, for reports; ``version``: changes whenever the file does."""
+    """One file of a store. ``uri``: without secrets, for reports; ``version``: changes whenever the file does; ``about``: size
+    and time of the last change, for people.
+    """
 
     fs: pafs.FileSystem
     path: str
     uri: str
     size: int
     version: str
+    about: str = ""
 
     def fetched(self) -> Path:
         """The file in the cache. Raises Unreachable."""
@@ -67,10 +71,13 @@ def list_files(uri: str) -> list[RemoteFile]:
         raise Unreachable(f"{redacted(uri)} cannot be read: {redacted(_line(error))}") from error
     scheme = uri.partition("://")[0]
     return [
-        RemoteFile(fs, each.path, f"{scheme}://{each.path}", each.size, f"{each.size}-{each.mtime_ns}")
+        RemoteFile(
+            fs, each.path, f"{scheme}://{each.path}", each.size, f"{each.size}-{each.mtime_ns}",
+            seen_of_file(each.size, (each.mtime_ns or 0) / 1e9),
+        )
         for each in sorted(found, key=lambda info: info.path)
         if each.type == pafs.FileType.File
-    ]
+    ]  # fmt: skip
 
 
 def model_files(uri: str) -> dict[str, RemoteFile]:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from alphatoken.pipeline.run.fingerprint import seen_of_model
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
@@ -30,11 +31,17 @@ class Models:
         """The only checkpoint, or the first of several."""
         return self.checkpoints[0]
 
+    def about(self) -> dict[str, str]:
+        """The models among the inputs of a stage with what is seen of them, for messages."""
+        return {
+            "policy": ", ".join(seen_of_model(one) for one in self.checkpoints), "reference": seen_of_model(self.reference)
+        }  # fmt: skip
+
 
 class Workers(Protocol):
     """What stages use of a cluster, which is a floor above: alphatoken.pipeline.cluster.cluster.Cluster says it in full.
 
-    ``Any`` stands for its Resources and its WorkerPool.
+    ``Any`` stands for its Resources and its Pool.
     """
 
     def pool(self, make: Callable[..., Any], arguments: dict[str, Any], resources: Any) -> Any:
@@ -48,6 +55,9 @@ class Workers(Protocol):
 
     def end_idle(self) -> None:
         """End worker processes that no pool uses."""
+
+    def __exit__(self, *_: object) -> None:
+        """End what was started."""
 
 
 def _no_models() -> Models:

@@ -2,14 +2,23 @@
 
 from dataclasses import dataclass
 
-from alphatoken.pipeline.settings.option import auto_or_at_least, option
+from alphatoken.pipeline.settings.option import at_least, auto_or_at_least, option
+
+INLINE = "inline"  # of cluster.address
 
 
 @dataclass(frozen=True, slots=True)
 class ClusterSettings:
     """Configuration group ``cluster``."""
 
-    address: str | None = option(None, "null: start a local Ray; auto, ray:// or host:port: join that one")
+    address: str | None = option(
+        None,
+        "inline: in this process, without Ray, one worker | null: as inline where the data is below cluster.inline_below, else a "
+        "local Ray | auto, ray:// or host:port: join that one",
+    )
+    inline_below: int = option(
+        50_000, "tokens of the data below which cluster.address=null needs no Ray; 0: always Ray"
+    )
     dashboard: str | None = option(None, "the job API's address, for `submit`")
     workers: int | str = option("auto", "model workers; auto: one per device")
     gpus_per_worker: float | str = option("auto", "GPUs per worker; auto: 1 where the cluster has any, else 0")
@@ -19,6 +28,11 @@ class ClusterSettings:
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = auto_or_at_least("cluster.workers", self.workers, 1)
+        found += at_least("cluster.inline_below", self.inline_below, 0)
+        if self.address == INLINE and self.workers not in ("auto", 1):
+            found.append(
+                f"cluster.workers={self.workers}: cluster.address=inline has one worker: leave one of them out"
+            )
         found += auto_or_at_least("cluster.cpus_per_worker", self.cpus_per_worker, 1)
         if isinstance(self.gpus_per_worker, str):
             found += auto_or_at_least("cluster.gpus_per_worker", self.gpus_per_worker, 0)

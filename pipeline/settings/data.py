@@ -5,8 +5,9 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 from alphatoken.pipeline.settings.objectives import task_problems
-from alphatoken.pipeline.settings.option import at_least, one_of, option
+from alphatoken.pipeline.settings.option import at_least, auto_or_at_least, one_of, option
 
+MOST_HELD_OUT = 32  # rows, of data.validation=auto
 HALF = "half"  # of data.validation, for data.validation_trial
 
 
@@ -50,9 +51,9 @@ class DataSettings:
         "embedded", "file, glob, directory, list of them, hub id, `embedded` (code problems) or `embedded-preference`"
     )
     validation: Any = option(
-        32,
-        "the same, or an integer: hold that many examples out of data.train; or {task: rows, ...}: values for each task beside "
-        "those of all together",
+        "auto",
+        "the same, or an integer: hold that many examples out of data.train; auto: 32, of fewer than 160 rows a fifth; or "
+        "{task: rows, ...}: values for each task beside those of all together",
     )
     validation_trial: Any = option(
         None,
@@ -71,7 +72,10 @@ class DataSettings:
         "held-out rows for every part",
     )
     max_length: int = option(2048, "tokens; longer examples are truncated from the right and counted")
-    shard_examples: int = option(1024, "examples per shard: the unit of work, of retry and of resume")
+    shard_examples: int | str = option(
+        "auto",
+        "examples per shard: the unit of work, of retry and of resume; auto: what a worker values in about a minute, at most 1024",
+    )
     chat_template: str = option("auto", "auto | always | never: whether rows go through the tokenizer's chat template")
     keep_reasoning: bool = option(
         False,
@@ -89,6 +93,17 @@ class DataSettings:
     def tasks(self) -> tuple[str, ...]:
         """The tasks of data.validation; none where its rows are one task."""
         return tuple(self.validation) if isinstance(self.validation, dict) else ()
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether the validation rows are held out of data.train."""
+        return isinstance(self.validation, int) or self.validation == "auto"
+
+    def held_out(self, rows: int) -> int:
+        """How many of ``rows`` rows of data.train are held out for validation."""
+        if not self.holds_out:
+            return 0
+        return min(MOST_HELD_OUT, max(1, rows // 5)) if self.validation == "auto" else int(self.validation)
 
     @property
     def strips_prompts(self) -> bool:
@@ -111,13 +126,15 @@ class DataSettings:
         if self.part is not None and self.cut is None:
             found.append(f"data.part={self.part}: must be k/n with 1 <= k <= n, such as 1/4")
         found += at_least("data.max_length", self.max_length, 2)
-        found += at_least("data.shard_examples", self.shard_examples, 1)
+        found += auto_or_at_least("data.shard_examples", self.shard_examples, 1)
         if self.train is None or self.train == []:
             found.append("data.train is missing: give a file, a glob, a directory, a hub id or `embedded`")
         elif isinstance(self.train, int | float):
             found.append(f"data.train={self.train}: must be a file, a glob, a directory or a hub id")
         if isinstance(self.validation, bool | float) or self.validation is None:
-            found.append(f"data.validation={self.validation}: must be a file or a whole number of examples to hold out")
+            found.append(
+                f"data.validation={self.validation}: must be a file, a whole number of examples to hold out, or auto"
+            )
         elif isinstance(self.validation, int):
             found += at_least("data.validation", self.validation, 1)
         elif isinstance(self.validation, dict):

@@ -74,7 +74,11 @@ class MaskSettings:
         False, "divide score and stability of each token by its gradient_norm first (0 where that is 0)"
     )
     always_keep: list[Any] = option(["eos"], "tokens that are always kept: eos, token strings or token ids")
-    min_kept: int = option(1, "kept tokens per example at least")
+    min_kept: Any = option(
+        None,
+        "kept tokens per example at least; below 1, such as 0.2: that fraction of its response tokens, beside those of "
+        "mask.always_keep, so that short answers keep more than their end; null: 0.2 for mask.score=information, else 1",
+    )
     name: str = option("default", "the mask is written to masks/<name>")
     extra_columns: list[str] = option([], "any of loss_mask, assistant_masks")
 
@@ -105,7 +109,12 @@ class MaskSettings:
         found += one_of("mask.rule", self.rule, ("top", "positive", "weight"))
         found += at_least("mask.batch_size", self.batch_size, 1)
         found += one_of("mask.normalize", self.normalize, ("none", "rms"))
-        found += at_least("mask.min_kept", self.min_kept, 0)
+        if self.min_kept is None:
+            pass
+        elif isinstance(self.min_kept, bool) or not isinstance(self.min_kept, int | float):
+            found.append(f"mask.min_kept={self.min_kept}: must be a whole number of tokens, or a fraction below 1")
+        elif not (0 <= self.min_kept < 1 or self.min_kept == int(self.min_kept) >= 1):
+            found.append(f"mask.min_kept={self.min_kept}: must be at least 0, and above 1 a whole number of tokens")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", self.name):
             found.append(f"mask.name={self.name}: letters, digits and . _ = , + - only, since it names a directory")
         for column in self.extra_columns:
@@ -124,8 +133,9 @@ class MaskSettings:
         the directions; without one there is no stability to weigh. ``there``: the columns of values/.
 
         A mask that is made once has to hold for a whole training run: `information` says where there is most to learn,
-        without stability, whose scale is another one, and without the first token, where learning is forgetting. A
-        rehearsal is the paper's own loop, and of a pair only signed values say which branch a token speaks for.
+        without stability, whose scale is another one, and without the first token, where learning is forgetting; the rest
+        of a short answer must not go with it. A rehearsal is the paper's own loop, and of a pair only signed values say
+        which branch a token speaks for.
         """
         lacking = "information" not in there and set(MASK_SCORES["paper"]) <= set(there)
         usual = "paper" if paired_or_rehearsed or lacking or self.weights else "information"
@@ -133,12 +143,13 @@ class MaskSettings:
             usual = "unrolled"
         score = usual if self.score == "auto" else self.score
         weight = 1.5 if score in ("paper", "exact") and drift != "none" and not self.weights else 0.0
-        first = 1 if score == "information" else 0
+        first, fewest = (1, 0.2) if score == "information" else (0, 1)
         return replace(
             self,
             score=score,
             stability_weight=weight if self.stability_weight is None else self.stability_weight,
             skip_first=first if self.skip_first is None else self.skip_first,
+            min_kept=fewest if self.min_kept is None else self.min_kept,
             require=names_in(there, score) or "all" if self.require == "all" else self.require,
         )
 

@@ -31,7 +31,7 @@ class ModelSettings:
             found.append("model.reference: there is one reference, give one model")
         named = [("model.policy", one) for one in self.checkpoints]
         for key, value in (*named, ("model.reference", self.reference)):
-            if value is not None and not isinstance(value, list | tuple) and (not isinstance(value, str) or not value):
+            if value is not None and not isinstance(value, list | tuple | str):
                 found.append(f"{key}={value}: must be a directory, a hub id or `embedded`")
         if self.policy is None or not self.checkpoints:
             found.append("model.policy is missing: give a local directory, a hub id or `embedded`")

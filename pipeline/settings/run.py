@@ -7,6 +7,7 @@ from alphatoken.data_schemas import value_columns
 from alphatoken.pipeline.settings.anchor import AnchorSettings
 from alphatoken.pipeline.settings.cluster import ClusterSettings
 from alphatoken.pipeline.settings.data import HALF, DataSettings
+from alphatoken.pipeline.settings.empty import empty_texts
 from alphatoken.pipeline.settings.mask import MaskSettings
 from alphatoken.pipeline.settings.model import ModelSettings
 from alphatoken.pipeline.settings.objectives import RETENTION, objective_of
@@ -16,6 +17,7 @@ from alphatoken.pipeline.settings.trial import TrialSettings
 from alphatoken.pipeline.settings.valuation import DIRECTED, ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
+LEVELS = ("warning", "info", "debug")
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
 
 
@@ -34,12 +36,12 @@ class RunSettings:
 
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
-        found = [] if self.dir else ["run.dir is missing: give a directory or a URI"]
+        found = (
+            [] if self.dir.strip("/") or not self.dir else [f"run.dir={self.dir}: is the whole disk, give a directory"]
+        )
         found += one_of("run.tracker", self.tracker, ("none", "mlflow", "wandb"))
         if self.overwrite is not None:
             found += one_of("run.overwrite", self.overwrite, STAGES)
-        if self.share is not None and not self.share:
-            found.append("run.share is empty: give a run directory, or null")
         return found
 
 
@@ -56,6 +58,9 @@ class Settings:
     trial: TrialSettings = field(default_factory=TrialSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
     debug: bool = option(False, "show tracebacks")
+    log_level: str = option(
+        "info", "warning: what went wrong and results alone | info: progress too | debug: also what the libraries say"
+    )
 
     @property
     def validation_trial(self) -> Any:
@@ -99,7 +104,13 @@ class Settings:
 
     def problems(self) -> list[str]:
         """Every reason why the run cannot start, over all groups, one sentence each."""
-        found = self.run.problems() + self.model.problems() + self.data.problems()
+        found = (
+            one_of("log_level", self.log_level, LEVELS)
+            + empty_texts(self)
+            + self.run.problems()
+            + self.model.problems()
+            + self.data.problems()
+        )
         mask, valuation = self.mask.problems(), self.valuation.problems()
         if self.valuation.needs_directions:
             found += self.anchor_problems(pairs=self.data.format == "preference")

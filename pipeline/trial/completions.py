@@ -10,7 +10,7 @@ import pyarrow as pa
 import torch
 
 from alphatoken.data_schemas import PREPARED
-from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences, response_start
 from alphatoken.pipeline.maths.model_source import ModelSource

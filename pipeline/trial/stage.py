@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 
 from alphatoken.data_schemas import TRIAL_RESULTS
-from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.run.failure import RunFailed

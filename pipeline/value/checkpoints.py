@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import torch
 
 from alphatoken.data_schemas import SCHEMA_KEY
-from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.costs import meta_model
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers

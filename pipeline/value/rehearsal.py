@@ -20,9 +20,8 @@ import torch
 from alphatoken.data_schemas import COMPONENTS
 from alphatoken.pipeline.anchor.places import FISHER
 from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
-from alphatoken.pipeline.cluster.pool import Shared, WorkerPool
-from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
+from alphatoken.pipeline.cluster.work import Pool, Shard, Shared
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.adamw import ScoredAdamW
 from alphatoken.pipeline.maths.directions import fisher_drift
@@ -60,7 +59,7 @@ def rehearse(run: Run) -> None:
     prepared = run.manifest.stage("prepare")["fingerprint"]
     inputs = value_inputs(run.settings, models, prepared, anchor["fingerprint"], pairs=False)
     configuration = {"model": own, "valuation": valuation, "cluster": run.settings.cluster}
-    fingerprint = run.manifest.begin("value", inputs, configuration)
+    fingerprint = run.manifest.begin("value", inputs, configuration, run.models.about())
     rows = prepared_rows(run)
     whole = all(storage.rows_of(f"values/{part}", fingerprint) == count for part, count in rows.items())
     if run.manifest.done("value") and whole:
@@ -99,7 +98,7 @@ class _Rehearsal:
     """One course over the data, from its beginning or from the last save."""
 
     def __init__(
-        self, storage: Storage, settings: Settings, fingerprint: str, data: RehearsedRows, pool: WorkerPool, task: Task
+        self, storage: Storage, settings: Settings, fingerprint: str, data: RehearsedRows, pool: Pool, task: Task
     ) -> None:
         self.storage, self.own, self.fingerprint = storage, settings.valuation.rehearsal, fingerprint
         self.data, self.pool, self.task = data, pool, task
@@ -168,7 +167,7 @@ class _Rehearsal:
     def _step(self, step: int) -> None:
         """Value, threshold within the batch, masked step."""
         data, own = self.data, self.own
-        weights = Shared({name: master.numpy() for name, master in self.adamw.masters().items()})
+        weights = self.pool.share({name: master.numpy() for name, master in self.adamw.masters().items()})
         if step % own.refresh == 0:
             self._refresh(step, weights)
         rows_of = self._lanes(step)
@@ -182,7 +181,7 @@ class _Rehearsal:
                 for place, row in enumerate(rows):
                     data.put(row, columns[:, place])
                 hidden = result.hidden[index]
-                lane[index] = replace(lane[index], hidden=None if hidden is None else Shared(hidden))
+                lane[index] = replace(lane[index], hidden=None if hidden is None else self.pool.share(hidden))
 
         units = [sum(len(ids) for group in lane for ids in group.input_ids) for lane in lanes]
         self._each(_tasks(base, lanes), units, put)
@@ -223,7 +222,7 @@ class _Rehearsal:
             raise RunFailed("the validation set has no response token: give other rows with data.validation")
         found = iter(hidden)
         self.validation = [
-            [group if (new := next(found)) is None else replace(group, hidden=Shared(new)) for group in lane]
+            [group if (new := next(found)) is None else replace(group, hidden=self.pool.share(new)) for group in lane]
             for lane in self.validation
         ]
         now = self.adamw.masters()
@@ -237,7 +236,7 @@ class _Rehearsal:
 
     def _share_directions(self, step: int) -> None:
         named = {kind: {name: t.numpy() for name, t in some.items()} for kind, some in self.directions.items()}
-        self.directed, self.shared_directions = step, Shared(named)
+        self.directed, self.shared_directions = step, self.pool.share(named)
 
     def _lanes(self, step: int) -> list[list[list[int]]]:
         """Row numbers of the step's groups, by lane."""

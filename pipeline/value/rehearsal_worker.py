@@ -13,7 +13,7 @@ import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.engine import Engine
-from alphatoken.pipeline.cluster.pool import Shared
+from alphatoken.pipeline.cluster.work import Shared
 from alphatoken.pipeline.maths.batch import Batch, collate
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.model_source import ModelSource

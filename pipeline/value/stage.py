@@ -12,7 +12,7 @@ import time
 from typing import Any
 
 from alphatoken.pipeline.anchor.engine import together
-from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import prepared_parts
@@ -46,7 +46,7 @@ def make_values(run: Run) -> None:
     )
     own = run.settings.model
     recorded = {"model": own, "valuation": valuation, "cluster": run.settings.cluster}
-    fingerprint = run.manifest.begin("value", inputs, recorded)
+    fingerprint = run.manifest.begin("value", inputs, recorded, run.models.about())
     prepared_as = prepared_parts(run)
     rows = {part: footer.rows for part, footer in prepared_as.items()}
     before = run.storage.footers("values", rows, fingerprint)

@@ -11,9 +11,8 @@ import pytest
 from rich.console import Console
 
 from alphatoken.pipeline.cluster.cluster import Cluster
-from alphatoken.pipeline.cluster.host import Resources
 from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.shard_loop import ATTEMPTS, Shard
+from alphatoken.pipeline.cluster.work import ATTEMPTS, Resources, Shard
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.settings import ClusterSettings

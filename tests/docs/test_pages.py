@@ -1,5 +1,6 @@
 """The pages for users say what is there: commands, keys, modules, tests and links exist, and nothing is said twice."""
 
+import importlib
 import re
 import subprocess
 from collections import defaultdict
@@ -26,6 +27,9 @@ def checked(words: list[str]) -> None:
     if name == "submit":
         name, *rest = rest
     command = COMMANDS[name]
+    if not command.reads_settings:
+        importlib.import_module(f"alphatoken.jobs.{command.module or name}").parser().parse_args(rest)
+        return
     parsed = parse(name, [word for word in rest if word != "..."], command.options)
     overrides = parsed.overrides
     if name == "trial":

@@ -8,9 +8,8 @@ import ray
 from ray.cluster_utils import Cluster
 from rich.console import Console
 
-from alphatoken.pipeline.cluster.host import Resources
 from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.work import Resources, Shard
 from alphatoken.pipeline.run.progress import Progress
 
 

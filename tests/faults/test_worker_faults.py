@@ -12,9 +12,8 @@ import pytest
 from rich.console import Console
 
 from alphatoken.pipeline.cluster import shard_loop
-from alphatoken.pipeline.cluster.host import Resources
 from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.cluster.work import Resources, Shard
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage

@@ -19,61 +19,9 @@ import select
 import signal
 import sys
 import time
-from typing import Any
-
-from alphatoken.pipeline.cluster.host import Resources
 
 LONGEST_DELAY = 0.12  # seconds from the claim to a kill from outside
 LATEST_STEP = 30  # of writing, where a driver kills itself
-
-
-class Alone:
-    """Stands in for the cluster."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def model_resources(self) -> Resources:
-        return Resources(1, 1, 0.0)
-
-    tokenizer_resources = model_resources
-
-    def end_idle(self) -> None:
-        pass
-
-    def pool(self, make: Any, arguments: Any, resources: Resources) -> InProcess:
-        return InProcess(make, arguments)
-
-
-class InProcess:
-    """Stands in for the worker pool."""
-
-    def __init__(self, make: Any, arguments: Any) -> None:
-        self.make, self.arguments, self.worker = make, arguments, None
-
-    def __enter__(self) -> InProcess:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def run(self, shards, payload, done, task) -> None:
-        for shard in shards:
-            self.worker = self.worker or self.make(**self.arguments)
-            done(shard, self.worker(payload(shard), task.advance))
-
-
-class InMemory:
-    """Stands in for a value in the object store."""
-
-    def __init__(self, value: Any) -> None:
-        self.value = value
-
-    def get(self) -> Any:
-        return self.value
 
 
 def driver(arguments: list[str], claimed: int, die_at_step: int | None) -> int:
@@ -82,13 +30,9 @@ def driver(arguments: list[str], claimed: int, die_at_step: int | None) -> int:
 
     from alphatoken.jobs import session
     from alphatoken.jobs.cli import main
-    from alphatoken.pipeline.cluster import cluster
     from alphatoken.pipeline.run import storage
-    from alphatoken.pipeline.value import rehearsal
 
     torch.set_num_threads(1)
-    rehearsal.Shared = InMemory  # type: ignore[misc, assignment]
-    cluster.Cluster = Alone  # type: ignore[misc, assignment]
     steps = 0
 
     def step() -> None:
@@ -123,7 +67,7 @@ def driver(arguments: list[str], claimed: int, die_at_step: int | None) -> int:
     storage._Rename.__enter__ = entering
     storage._to_disk = writing
     session.Session.claim = claiming
-    return main(arguments)
+    return main([*arguments, "cluster.address=inline"])
 
 
 def fork(arguments: list[str], die_at_step: int | None = None) -> tuple[int, int]:

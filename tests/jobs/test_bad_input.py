@@ -183,6 +183,19 @@ def test_too_few_rows_to_hold_out(alphatoken, tmp_path, policy, train_file):
     assert status == 2 and "data.validation=40" in err
 
 
+def test_of_few_rows_fewer_are_held_out_and_more_than_a_third_is_warned_of(alphatoken, tmp_path, policy, train_file):
+    """40 rows once left 4 to train on, without a word."""
+    same = [f"model.policy={policy}", f"data.train={train_file}", "cluster.cpus_per_worker=1"]
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/few", *same)
+    assert status == 0 and "28 training examples" in err and "8 for validation" in err and "WARNING" not in err, err
+    assert "hold out: done, 12 rows" in err
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/many", *same, "data.validation=32")
+    assert status == 0 and "4 training examples" in err
+    assert "WARNING: 36 of 40 rows are held out, more than a third (32 for validation, 4 Fisher prompts)" in err
+    status, out, _ = alphatoken("plan", f"run.dir={tmp_path}/plan", *same)
+    assert status == 0 and "28 of 40 rows" in out
+
+
 def test_no_usable_rows(alphatoken, tmp_path, policy, validation_file):
     train = write_rows(tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "x"}]}] * 5)
     status, _, err = alphatoken(
@@ -216,9 +229,12 @@ def test_damaged_parquet_is_named(alphatoken, tmp_path, policy):
 
 def test_a_stage_before_its_time_names_the_one_to_run(alphatoken, tmp_path, policy, train_file):
     same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
-    for stage, missing in (("anchor", "prepare"), ("value", "prepare"), ("mask", "prepare"), ("report", "mask")):
+    (tmp_path / "beside").mkdir()
+    (tmp_path / "beside/run.json").write_text("{}")
+    for stage in ("anchor", "value", "mask", "report", "trial"):
         status, _, err = alphatoken(stage, *same)
-        assert status == 1 and f"run `alphatoken {missing}` first" in err
+        assert status == 1 and f"run.dir={tmp_path}/r: there is no such directory" in err
+        assert f"runs beside it: {tmp_path}/beside" in err and "alphatoken run" in err and not (tmp_path / "r").exists()
     assert alphatoken("prepare", *same)[0] == 0
     for stage, missing in (("value", "anchor"), ("mask", "value"), ("report", "mask")):
         status, _, err = alphatoken(stage, *same)

@@ -25,9 +25,12 @@ GIVEN = {
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_help_shows_every_key_with_default_unit_and_meaning(alphatoken, command):
-    status, out, _ = alphatoken(command, "--help")
+def test_all_help_shows_every_key_with_default_unit_and_meaning(alphatoken, command):
+    status, out, _ = alphatoken(command, "--help", "--all")
     assert status == 0
+    if not COMMANDS[command].reads_settings:
+        assert "keys" not in out
+        return
     for name, (_, meaning) in keys(Settings).items():
         assert f"  {name}=" in out and meaning and meaning in out
     assert "data.max_length=2048   [tokens]" in out
@@ -99,6 +102,25 @@ def test_presets_of_masks_say_what_their_comment_says(preset):
     )
 
 
+TEXT_KEYS = [name for name, (default, _) in keys(Settings).items() if default is None or isinstance(default, str)]
+
+
+@pytest.mark.parametrize("key", [*TEXT_KEYS, "model.policy", "data.validation"])
+def test_no_key_takes_an_empty_text_as_an_unset_variable_of_a_shell_leaves_it(key):
+    for nothing in ("", "' '"):
+        with pytest.raises(SettingsWrong) as error:
+            load([f"{key}={nothing}"])
+        assert error.value.problems, key
+        assert any(key in problem for problem in error.value.problems), error.value.problems
+
+
+def test_an_empty_entry_of_a_list_is_refused_and_a_run_on_the_whole_disk_too():
+    with pytest.raises(SettingsWrong, match="data.train has an empty entry .an unset variable of the shell"):
+        load(["data.train=[a.jsonl,'']"])
+    with pytest.raises(SettingsWrong, match="run.dir=/: is the whole disk"):
+        load(["run.dir=/"])
+
+
 def test_the_papers_setting_is_the_papers():
     settings = load(["experiment=paper_sft", *GIVEN["paper_sft"]])
     assert (settings.valuation.layers, settings.valuation.window) == (3, 32)
@@ -138,9 +160,10 @@ def test_the_slurm_script_starts_ray_on_every_node_and_returns_the_stages_status
         "scontrol": "printf 'n1\\nn2\\n'",
         "srun": 'while [ "${1#--}" != "$1" ]; do shift; done; "$@"',  # what remains is the command
         "hostname": "echo 10.0.0.1",
-        "ray": f'echo "ray $*" >> {log}',
+        "ray": f'echo "ray $*" >> {log}; echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> {log}.tokens',
         # A stage outlives the start of the other nodes, which the script does not wait for.
-        "alphatoken": f'until grep -q "start --address" {log}; do sleep 0.1; done; echo "alphatoken $*" >> {log}; exit 7',
+        "alphatoken": f'until grep -q "start --address" {log}; do sleep 0.1; done; echo "alphatoken $*" >> {log}; '
+        f'echo "$RAY_AUTH_MODE $RAY_AUTH_TOKEN" >> {log}.tokens; exit 7',
     }
     for name, body in stubs.items():
         (tmp_path / name).write_text(f"#!/bin/bash\n{body}\n")
@@ -153,3 +176,7 @@ def test_the_slurm_script_starts_ray_on_every_node_and_returns_the_stages_status
     assert "ray start --address=10.0.0.1:6379" in calls
     assert "alphatoken run run.dir=/shared/a b cluster.address=10.0.0.1:6379" in calls
     assert subprocess.run(["bash", script], env=environment, capture_output=True).returncode == 2
+    tokens = set(Path(f"{log}.tokens").read_text().splitlines())
+    assert len(tokens) == 1, "the nodes have different tokens"
+    mode, token = tokens.pop().split()
+    assert mode == "token" and len(token) == 64

@@ -117,6 +117,8 @@ def test_a_job_runs_streams_its_log_and_returns_its_status(dashboard, elsewhere,
 
     again = command_line(elsewhere, "submit", "run", "data.train=train.jsonl", *common)
     assert again.returncode == 0 and again.stdout.count("done already") == 4
+    assert "not sent: runs, caches and environments: out" in again.stderr  # which holds the run by now
+    assert "sent: the working directory, 0." in again.stderr
 
     missing = ["prepare", "data.train=secret/train.jsonl", "run.dir=other", f"model.policy={policy}", address]
     ignored = command_line(elsewhere, "submit", *missing)

@@ -144,7 +144,10 @@ def naive(prepared, values, sizes, settings: MaskSettings, seed: int = 0):
             always = {t for t in tokens if "eos" in settings.always_keep and prepared[r]["input_ids"][t] == EOS}
             always_only += len(always - chosen)
             chosen |= always
-            missing = min(settings.min_kept, len(tokens)) - len(chosen)
+            fewest = settings.min_kept
+            if 0 < fewest < 1:
+                fewest = len(always) + math.ceil(Fraction(str(fewest)) * (len(tokens) - len(always)))
+            missing = min(fewest, len(tokens)) - len(chosen)
             others = sorted((t for t in tokens if t not in chosen), key=lambda t: (-scored[r][t], t))
             minimum_only += max(0, missing)
             kept.append(chosen | set(others[: max(0, missing)]))
@@ -164,6 +167,8 @@ EVERYTHING = {
         {},
         {"rho": 0.1, "always_keep": [], "min_kept": 0},
         {"score": "paper", "rho": 0.3, "min_kept": 4},
+        {"score": "paper", "rho": 0.1, "min_kept": 0.3},
+        {"rho": 0.1, "min_kept": 0.75, "scope": "batch", "batch_size": 7},
         {"score": "paper", "rho": 1.0},
         {"score": "paper", "normalize": "rms", "stability_weight": 3.0},
         {"score": "paper", "stability_weight": 0.0},
@@ -745,7 +750,7 @@ def test_done_is_not_done_again_and_other_settings_are_refused_by_key(tmp_path, 
     with pytest.raises(SettingsWrong) as error:
         mask(storage, rho=0.3, min_kept=2)
     text = str(error.value)
-    assert "mask.rho was 0.5, now 0.3" in text and "mask.min_kept was 1, now 2" in text and "mask.name" in text
+    assert "mask.rho was 0.5, now 0.3" in text and "mask.min_kept was 0.2, now 2" in text and "mask.name" in text
     mask(storage, rho=0.3, name="other")
     assert contents(storage) == before and storage.exists("masks/other/summary.json")
 

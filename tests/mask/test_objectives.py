@@ -6,8 +6,11 @@ import numpy as np
 import pytest
 
 from alphatoken.data_schemas import value_columns
+from alphatoken.jobs.config import load
+from alphatoken.jobs.mask import _overrides
 from alphatoken.pipeline.mask.comparison import MaskPlace, contributions
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.settings import MaskSettings
 from tests.mask.synthetic_run import EOS, mask, masks, write_run
 
 TASKS = ("adaptation_code", "adaptation_maths", "retention")
@@ -113,3 +116,9 @@ def test_what_is_not_there_is_refused_with_a_suggestion(tmp_path):
     with pytest.raises(RunFailed, match="mask.weights="):
         mask(storage, weights={"code": 1e300})
     assert "mask.weights" not in json.dumps(mask(storage, name="fine", score="paper")["notes"])
+
+
+def test_what_to_type_next_is_read_back_as_it_was_asked_for():
+    asked = MaskSettings(weights={"code": 1, "maths": 0.5}, require=["code"])
+    read = load(_overrides(asked)).mask
+    assert read.weights == asked.weights and read.require == asked.require

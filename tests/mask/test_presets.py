@@ -23,7 +23,7 @@ PRESETS = {
     "information": {"score": "information", "stability_weight": 0.0, "skip_first": 1},
     "noise": {
         "score": "information", "stability_weight": 0.0, "skip_first": 1, "loss_weight": 1.0, "normalize": "rms",
-        "rho": 0.7,
+        "rho": 0.7, "min_kept": 1,
     },
     "random": {"score": "random"},
     "full": {"score": "full"},

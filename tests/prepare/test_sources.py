@@ -81,6 +81,36 @@ def test_files_of_a_directory_that_are_not_read_are_named_in_one_line(tmp_path):
     assert not open_sources("data.train", f"{tmp_path}/train.jsonl").remarks
 
 
+def test_of_a_directory_runs_hidden_places_cards_and_locks_are_left_out_and_named(tmp_path):
+    """As the working directory of a user is, where an unset variable of a shell once read all of it."""
+    save(tmp_path / "train.jsonl", ROWS)
+    save(tmp_path / "summary.json", ROWS)  # without a card beside it, it is somebody's data
+    for name in ("runs/a/run.json", "runs/a/prepared/part.jsonl", "runs/a/.lock/b.json", "runs/b/run.json", ".cache/x.jsonl",
+                 ".cache/deep/y.json", "mask/README.md", "mask/summary.json", "saved/state.json", "saved/dataset_info.json",
+                 "train.jsonl.lock"):  # fmt: skip
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text('{"prompt": "a", "completion": "b"}\n')
+    for given in (tmp_path, f"{tmp_path}/**/*.json*"):
+        sources = open_sources("data.train", str(given))
+        assert [os.path.relpath(file.name, tmp_path) for file in sources.files] == ["summary.json", "train.jsonl"]
+        assert f"data.train={given}: 2 run directories skipped: runs/a, runs/b" in sources.remarks
+    said = open_sources("data.train", str(tmp_path)).remarks
+    assert f"data.train={tmp_path}: 1 hidden directory skipped: .cache" in said
+    (others,) = [line for line in said if "files skipped" in line]
+    assert (
+        "5 files skipped: mask/README.md, mask/summary.json, saved/dataset_info.json, saved/state.json, ..." in others
+    )
+    with pytest.raises(SettingsWrong, match=r"holds no file of .*\(1 run directory skipped: \.\)"):
+        open_sources("data.train", str(tmp_path / "runs/a"))
+    assert len(open_sources("data.train", str(tmp_path / "runs/a/prepared")).files) == 1  # named, so that it is meant
+
+
+@pytest.mark.parametrize("name", ["/", "//"])
+def test_the_whole_disk_is_no_data(name):
+    with pytest.raises(SettingsWrong, match="is the whole disk"):
+        open_sources("data.train", name)
+
+
 def test_a_damaged_compressed_file_is_named(tmp_path):
     for name in ("x.jsonl.zst", "x.jsonl.bz2", "x.jsonl.xz", "x.jsonl.gz"):
         whole = save(tmp_path / name, ROWS).read_bytes()

@@ -1,6 +1,7 @@
 """What a stage depends on, and nothing else: changes are refused with the keys, old and new, or cost nothing."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,33 @@ def test_changed_data_are_refused_and_moved_data_are_not(alphatoken, run, tmp_pa
     moved.write_bytes(train.read_bytes() + (json.dumps(chat_row(99)) + "\n").encode())
     status, _, err = alphatoken("run", *same, f"data.train={moved}")
     assert status == 2 and "data.train was" in err
+    (line,) = [line for line in err.splitlines() if "data.train was" in line]
+    size, more = train.stat().st_size, moved.stat().st_size
+    assert f"data.train was {train} ({size:,} bytes, 20" in line and f"now {moved} ({more:,} bytes, 20" in line
+    assert f"--from {directory}/run.json starts from its own settings" in err.strip().splitlines()[-1]
+
+
+def test_files_that_look_alike_from_outside_are_told_apart_by_their_content(alphatoken, run, tmp_path):
+    directory, same, train = run
+    status, before = train.stat(), train.read_bytes()
+    try:
+        train.write_bytes(before.replace(b"fox", b"oak"))
+        os.utime(train, (status.st_atime, status.st_mtime))
+        code, _, err = alphatoken("run", *same)
+    finally:
+        train.write_bytes(before)
+        os.utime(train, (status.st_atime, status.st_mtime))
+    (line,) = [line for line in err.splitlines() if "data.train was" in line]
+    was, now = line.split(" was ")[1].split(", now ")
+    assert code == 2 and was.partition(", content ")[0] == now.partition(", content ")[0]
+    assert was.partition(", content ")[2] != now.partition(", content ")[2] and "content" in was
+
+
+def test_another_model_is_named_with_its_place(alphatoken, run, policy, reference):
+    directory, same, _ = run
+    others = [f"model.policy={reference}" if one.startswith("model.policy") else one for one in same]
+    status, _, err = alphatoken("run", *others)
+    assert status == 2 and f"anchor: policy was {policy} (" in err and f"now {reference} (" in err, err
 
 
 def test_a_part_that_is_gone_or_cut_off_is_done_again_though_its_stage_was_done(alphatoken, run):

@@ -14,15 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from alphatoken.data_schemas import PREPARED, SCORES
 from alphatoken.pipeline.anchor.tensors import write_tensors
-from alphatoken.pipeline.cluster.host import Resources
 from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
+from alphatoken.pipeline.cluster.work import Resources, Shard
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.model_source import ModelSource, load_tokenizer
 from alphatoken.pipeline.maths.models import load_model
-from alphatoken.pipeline.prepare.example import example_data, example_model
+from alphatoken.pipeline.prepare.example import HELD_OUT, example_data, example_model
 from alphatoken.pipeline.prepare.tokenize import ExampleMaker
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
@@ -62,8 +61,7 @@ def test_padding_of_the_embedded_data_is_under_5_percent():
     make = ExampleMaker(model, DataSettings().max_length, "auto", {}, len(model))
     lines = Path(example_data()).read_text(encoding="utf-8").splitlines()
     lengths = [len(make(json.loads(line), str(row)).input_ids) for row, line in enumerate(lines)]
-    assert len(lengths) <= DataSettings().shard_examples
-    for part in (lengths, lengths[DataSettings().validation :]):  # all, and what is left when some are held out
+    for part in (lengths, lengths[HELD_OUT:]):  # all, and what is left when some are held out
         groups = by_token_budget(part, CPU_TOKENS)
         assert len(groups) > 5
         padded = sum(len(group) * max(part[i] for i in group) for group in groups)

@@ -1,0 +1,113 @@
+"""What is handed to workers and comes back, whoever they are: processes of Ray, or this one. No Ray here."""
+
+from __future__ import annotations
+
+import errno
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+from alphatoken.pipeline.run.failure import RunFailed
+
+if TYPE_CHECKING:
+    from alphatoken.pipeline.run.progress import Task  # with rich, which workers do not need
+
+ATTEMPTS = 3
+RETRY_SECONDS = 2.0  # before a shard is tried again; doubled each time
+SET_ASIDE_IN_A_ROW = 3  # with no success between them it is not the shards: a disk is full, a store is gone
+
+# A worker is called with (payload, advance); it calls advance(units) as it goes and returns a picklable result.
+Worker = Callable[[Any, Callable[[int], None]], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Resources:
+    """What one worker takes, and how many workers there are."""
+
+    workers: int
+    cpus: int
+    gpus: float
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One unit of work: its name in messages, and its size in units of progress."""
+
+    name: str
+    units: int
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """Shards, what each is handed out with, who is told of its result, and where progress is shown."""
+
+    shards: Sequence[Shard]
+    payload: Callable[[Shard], Any]
+    done: Callable[[Shard, Any], None]
+    task: Task
+
+
+class Shared(Protocol):
+    """A value that goes to all workers once and is read there by those whose shards name it."""
+
+    def get(self) -> Any:
+        """The value; numpy arrays in it are not to be written to."""
+
+
+class Pool(Protocol):
+    """Workers made by the same factory with ``arguments``, until the end of the ``with`` block."""
+
+    arguments: dict[str, Any]
+
+    def __enter__(self) -> Pool:
+        """Begin; workers are made when there is work."""
+
+    def __exit__(self, kind: object = None, *_: object) -> None:
+        """Let go of all workers."""
+
+    def start(self) -> None:
+        """Start all workers now and wait for none."""
+
+    def run(
+        self, shards: Sequence[Shard], payload: Callable[[Shard], Any], done: Callable[[Shard, Any], None], task: Task
+    ) -> None:
+        """Run every shard once, in any order; ``done(shard, result)`` is called in the driver for each.
+
+        ``payload(shard)`` is made when the shard is handed out. Raises RunFailed at once when a worker reports an error that
+        would come again, and at the end when shards had to be set aside, with the reasons.
+        """
+
+    def share(self, value: Any) -> Shared:
+        """A value for all workers of this pool."""
+
+
+def caught(work: Callable[[], Any]) -> tuple[str, Any]:
+    """("ok", result), ("error", ...) for what will be the same next time, or ("retry", ...) for what may pass."""
+    try:
+        return "ok", work()
+    except Exception as error:
+        kind = "retry" if isinstance(error, OSError | MemoryError) or _NO_MEMORY in str(error) else "error"
+        return kind, (f"{type(error).__name__}: {error}", traceback.format_exc(), isinstance(error, RunFailed))
+
+
+_NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+
+
+def explained(where: str, error: tuple[str, str, bool], debug: bool) -> str:
+    """An error of ``caught`` for people; ``debug``: with its traceback."""
+    message, trace, expected = error
+    if expected:
+        message = message.partition(": ")[2]
+    if any(f"[Errno {code}]" in message or f"[errno {code}]" in message for code in (errno.ENOSPC, errno.EDQUOT)):
+        message += " (the disk is full)"
+    return (f"{where}: " if where else "") + message + (f"\n{trace}" if debug else "")
+
+
+def told_set_aside(set_aside: Mapping[str, str], others: str) -> str:
+    """``set_aside``: shard -> reason; ``others``: what became of the rest."""
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in set_aside.items())
+    return (
+        f"{len(set_aside)} shard(s) failed {ATTEMPTS} times and were set aside, {others}: {reasons}; remove the "
+        "cause, then run the same command again"
+    )

@@ -1,0 +1,47 @@
+"""data.shard_examples=auto: about a minute of one worker, by model and rows alone, the same when a run goes on."""
+
+import json
+
+import pytest
+
+from alphatoken.pipeline.plan.shards import CPU_RATE, FEWEST, MOST, SECONDS
+from tests.conftest import SMALL
+
+
+def planned(alphatoken, *arguments: str) -> dict:
+    status, out, err = alphatoken("plan", "--json", *arguments)
+    assert status == 0, err
+    return json.loads(out)
+
+
+def test_a_shard_of_the_embedded_example_takes_about_a_minute(alphatoken, tmp_path):
+    """The forward pass of 60 rows over 30 layers: the plan counts it with the head, the shards do not need it as exactly."""
+    plan = planned(alphatoken, f"run.dir={tmp_path}/r")
+    each = plan["flops"]["value"]["forward"] / plan["data"]["train_examples"]
+    examples = -(-plan["data"]["train_examples"] // plan["data"]["shards"])
+    assert FEWEST <= examples < MOST and plan["data"]["shards"] > 1
+    assert SECONDS / 3 < examples * each / CPU_RATE < 1.5 * SECONDS
+    other = planned(alphatoken, f"run.dir={tmp_path}/r", "valuation.layers=2", "valuation.scores=[information]")
+    assert other["data"]["shards"] == plan["data"]["shards"], (
+        "runs that differ in what is scored share what is prepared"
+    )
+    hours = plan["device_hours"]
+    assert hours["the CPU of this machine"] > hours["NVIDIA H100 SXM"] > 0
+
+
+def test_small_models_have_large_shards_and_a_run_keeps_what_it_was_begun_with(
+    alphatoken, tmp_path, policy, train_file
+):
+    own = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", "data.validation=4"]
+    assert planned(alphatoken, *own)["data"]["shards"] == 1
+    same = [*own, *(one for one in SMALL if not one.startswith("data.shard"))]
+    assert alphatoken("prepare", *same, "data.shard_examples=10")[0] == 0
+    assert planned(alphatoken, *same)["data"]["shards"] == 4
+    status, _, err = alphatoken("prepare", *same)
+    assert status == 0 and "prepare: done already" in err, err
+
+
+@pytest.mark.parametrize("wrong", ["0", "some"])
+def test_it_is_auto_or_a_number(alphatoken, tmp_path, wrong):
+    status, _, err = alphatoken("plan", f"run.dir={tmp_path}/r", f"data.shard_examples={wrong}")
+    assert status == 2 and f"data.shard_examples={wrong}: must be" in err
