@@ -1,0 +1,95 @@
+"""What a shard costs the driver, and what a resume over finished ones costs: `python -m benchmarks.shards --shards 2000 10000`.
+
+The shard loop of every stage, over workers that write a tiny part of values/ and return what a value worker returns; then
+the look at all of them that a stage begins with when it goes on. No model is loaded, so that what is left is the driver.
+Each number of shards is a row, so that growth is seen. Memory is the driver's resident set at the end less that at the
+start of the row; the first row has what grows once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import psutil
+import pyarrow as pa
+from rich.console import Console
+
+from alphatoken.pipeline.cluster.cluster import Cluster
+from alphatoken.pipeline.cluster.host import Resources
+from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.settings import ClusterSettings
+
+SCHEMA = pa.schema([("id", pa.string()), ("loss", pa.list_(pa.float32()))])
+TINY = pa.table({"id": ["row"], "loss": [[1.0, 2.0]]}, schema=SCHEMA)
+COUNTS = {"tokens": 2, "padded_tokens": 2, "engine": {"rows": 3, "hidden": 1e-7, "logits": 1e-7, "causal_layers": 3}}
+TOKENS = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Payload:
+    """What a worker is handed: the part to write."""
+
+    part: str
+    fingerprint: str
+
+
+class TinyWorker:
+    """Writes a part of one row."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def __call__(self, payload: Payload, advance: Callable[[int], None]) -> dict[str, Any]:
+        self.storage.write_table(f"values/{payload.part}", TINY, payload.fingerprint, COUNTS)
+        advance(TOKENS)
+        return COUNTS
+
+
+def measure(shards: int, cluster: Cluster, workers: int, place: str) -> None:
+    """Print the row of one number of shards."""
+    storage, driver = Storage(place), psutil.Process()
+    names = [f"part-{index:06d}-of-{shards:06d}.parquet" for index in range(shards)]
+    results: list[dict[str, Any]] = []
+    progress = Progress(Console(quiet=True))
+    before, cpu, wall = driver.memory_info().rss, time.process_time(), time.perf_counter()
+    with (
+        cluster.pool(TinyWorker, {"storage": storage}, Resources(workers, 1, 0.0)) as pool,
+        progress.task("shards", shards * TOKENS, "tokens") as task,
+    ):
+        pool.run(
+            [Shard(name, TOKENS) for name in names], lambda shard: Payload(shard.name, "own"),
+            lambda shard, result: results.append(result), task,
+        )  # fmt: skip
+    cpu, wall, grown = time.process_time() - cpu, time.perf_counter() - wall, driver.memory_info().rss - before
+    assert len(results) == shards
+    looked_cpu, looked = time.process_time(), time.perf_counter()
+    assert len(storage.footers("values", names, "own")) == shards
+    looked_cpu, looked = time.process_time() - looked_cpu, time.perf_counter() - looked
+    print(f"| {shards:,} | {1e3 * cpu / shards:.2f} | {grown / shards / 1024:.2f} | {1e3 * wall / shards:.2f} | "
+          f"{looked:.1f} | {looked_cpu:.1f} |", flush=True)  # fmt: skip
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shards", type=int, nargs="+", default=[1000, 10_000])
+    parser.add_argument("--workers", type=int, default=2)
+    options = parser.parse_args()
+    print("| shards | driver CPU, ms a shard | driver memory, KB a shard | ms a shard by the clock | resume: seconds | of CPU |\n"
+          "|---|---|---|---|---|---|", flush=True)  # fmt: skip
+    with Cluster(ClusterSettings(address=None, inline_below=0), debug=False) as cluster:
+        cluster.start()
+        for shards in options.shards:
+            with tempfile.TemporaryDirectory() as place:
+                measure(shards, cluster, options.workers, place)
+
+
+if __name__ == "__main__":
+    main()
