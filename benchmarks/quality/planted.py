@@ -90,19 +90,24 @@ def kept(place: Path, run: Path) -> str:
     """A table with what each mask of a run keeps of all tokens, and of the planted ones."""
     planted = json.loads((place / "planted.json").read_text())
     lines = ["| mask | kept | of the planted tokens |", "|---|---|---|"]
+    prepared = _rows(run / "prepared", "part-*", ["id", "input_ids", "labels"])
     for mask in sorted((run / "masks").iterdir()):
+        masked = {tuple(r["input_ids"]): r["labels"] for r in _rows(mask / "data", "*", ["input_ids", "labels"])}
         labelled: list[npt.NDArray[np.bool_]] = []
         wrong: list[npt.NDArray[np.bool_]] = []
-        for file in sorted((run / "prepared").glob("part-*.parquet")):
-            masked = {row["id"]: row["labels"] for row in pq.read_table(mask / "data" / file.name).to_pylist()}
-            for row in pq.read_table(file, columns=["id", "labels"]).to_pylist():
-                inside = np.array(row["labels"]) != IGNORED
-                labels = np.array(masked.get(row["id"], [IGNORED] * len(inside)))
-                labelled.append(labels[inside] != IGNORED)
-                wrong.append(np.array(planted[row["id"]])[inside])
+        for row in prepared:
+            inside = np.array(row["labels"]) != IGNORED
+            labelled.append(np.array(masked[tuple(row["input_ids"])])[inside] != IGNORED)
+            wrong.append(np.array(planted[row["id"]])[inside])
         keeps, bad = np.concatenate(labelled), np.concatenate(wrong)
         lines.append(f"| {mask.name} | {keeps.mean():.1%} | {keeps[bad].mean() if bad.any() else float('nan'):.1%} |")
     return "\n".join(lines)
+
+
+def _rows(folder: Path, name: str, columns: list[str]) -> list[dict[str, Any]]:
+    return [
+        r for file in sorted(folder.glob(f"{name}.parquet")) for r in pq.read_table(file, columns=columns).to_pylist()
+    ]
 
 
 def main() -> None:

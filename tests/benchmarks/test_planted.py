@@ -12,6 +12,7 @@ from benchmarks.quality.planted import areas, kept, response_columns, scores_of
 
 # Two rows, prompts of one token; the third response token of each is planted.
 LABELS = [[IGNORED, 11, 12, 13], [IGNORED, 14, 15, 16]]
+IDS = [[1, 11, 12, 13], [2, 14, 15, 16]]
 PLANTED = {"a": [False, False, False, True], "b": [False, False, False, True]}
 LOSS = [[0.0, 1.0, 2.0, 9.0], [0.0, 3.0, 4.0, 8.0]]
 MASKED = [[IGNORED, 11, 12, IGNORED], [IGNORED, IGNORED, 15, 16]]
@@ -23,13 +24,14 @@ def place(tmp_path):
     (tmp_path / "planted.json").write_text(json.dumps(PLANTED))
     run = tmp_path / "R"
     tables = {
-        "prepared": {"id": ["a", "b"], "labels": LABELS},
+        "prepared": {"id": ["a", "b"], "input_ids": IDS, "labels": LABELS},
         "values": {"id": ["a", "b"], "loss": LOSS, "adaptation_unrolled": [[0, 1, 1, 0], [0, 1, 1, 2]]},
-        "masks/half/data": {"id": ["a", "b"], "labels": MASKED},
+        "masks/half/data": {"input_ids": IDS, "labels": MASKED},
     }
     for folder, columns in tables.items():
         (run / folder).mkdir(parents=True)
-        pq.write_table(pa.table(columns), run / folder / "part-00000-of-00001.parquet")
+        name = "train-00000-of-00001" if "masks" in folder else "part-00000-of-00001"
+        pq.write_table(pa.table(columns), run / folder / f"{name}.parquet")
     return tmp_path
 
 
