@@ -60,7 +60,7 @@ def finetune(
     ``relabel(step, batch)`` may take labels away when it is the batch's turn (a closed loop). ``weights``: one per
     token, for soft masks.
     """
-    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=recipe.learning_rate, weight_decay=0.0, fused=True)
     trained = 0
     for step, rows in enumerate(batches(len(train), recipe)):
         batch = collate([train[i][0] for i in rows], [train[i][1] for i in rows])

