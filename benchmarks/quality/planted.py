@@ -52,7 +52,8 @@ def _pretokenized(name: str, rows: Any) -> list[dict[str, Any]]:
 
 def response_columns(place: Path, run: Path) -> dict[str, Floats]:
     """Every column of values/, and ``planted`` (0 or 1), at the response tokens."""
-    planted, columns = json.loads((place / "planted.json").read_text()), {}
+    planted = json.loads((place / "planted.json").read_text())
+    columns: dict[str, list[Floats]] = {}
     for file in sorted((run / "prepared").glob("part-*.parquet")):
         values = pq.read_table(run / "values" / file.name).to_pylist()
         for row, own in zip(pq.read_table(file).to_pylist(), values, strict=True):
@@ -66,7 +67,7 @@ def response_columns(place: Path, run: Path) -> dict[str, Floats]:
 def scores_of(found: dict[str, Floats]) -> dict[str, Floats]:
     """Each score that a run has, by itself and ranked together with minus the loss; higher is rather clean."""
     scores = {
-        name: sum(sign * found[column] for column, sign in columns.items())
+        name: np.sum([sign * found[column] for column, sign in columns.items()], axis=0)
         for name, columns in SCORES.items()
         if set(columns) <= set(found)
     }
