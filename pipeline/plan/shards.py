@@ -1,4 +1,4 @@
-"""data.shard_examples=auto: as many examples as one worker values in about a minute.
+"""data.shard_examples=auto: as many examples as one worker values in about a minute, of large data a 512th of all.
 
 A shard is what a stopped run loses, and what is handed to a worker. By the rows' lengths, the model's sizes and the kind of
 device alone, so that runs that differ in nothing but what is scored share what is prepared.
@@ -25,6 +25,7 @@ SECONDS = 60
 CPU_RATE, DEVICE_RATE = 3e10, 3e13
 UNREADABLE = (SettingsWrong, RunFailed, UnsupportedModel, UnreadableModel, Unreachable)
 FEWEST, MOST = 8, 1024  # examples
+SHARDS = 512  # of large data: a file for every few rows costs `prepare` more than a kill can
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +64,8 @@ def extent(run: Run) -> Extent:
         return Extent(MOST, tokens)
     rate = DEVICE_RATE if _has_gpus(run.settings) else CPU_RATE
     fits = 2 ** math.floor(math.log2(max(1.0, SECONDS * rate / cost)))
-    return Extent(min(MOST, max(FEWEST, fits)), tokens)
+    few_files = 2 ** math.ceil(math.log2(max(1.0, sample.train_rows / SHARDS)))
+    return Extent(min(MOST, max(FEWEST, fits, few_files)), tokens)
 
 
 def _example_flops(run: Run, sample: Sample) -> float:

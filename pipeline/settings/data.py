@@ -74,7 +74,8 @@ class DataSettings:
     max_length: int = option(2048, "tokens; longer examples are truncated from the right and counted")
     shard_examples: int | str = option(
         "auto",
-        "examples per shard: the unit of work, of retry and of resume; auto: what a worker values in about a minute, at most 1024",
+        "examples per shard: the unit of work, of retry and of resume; auto: what a worker values in about a minute, of large data "
+        "a 512th, at most 1024",
     )
     chat_template: str = option("auto", "auto | always | never: whether rows go through the tokenizer's chat template")
     keep_reasoning: bool = option(

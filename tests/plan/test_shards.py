@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from alphatoken.pipeline.plan.shards import CPU_RATE, FEWEST, MOST, SECONDS
-from tests.conftest import SMALL
+from alphatoken.pipeline.plan.shards import CPU_RATE, FEWEST, MOST, SECONDS, SHARDS
+from tests.conftest import SMALL, chat_row
 
 
 def planned(alphatoken, *arguments: str) -> dict:
@@ -39,6 +39,13 @@ def test_small_models_have_large_shards_and_a_run_keeps_what_it_was_begun_with(
     assert planned(alphatoken, *same)["data"]["shards"] == 4
     status, _, err = alphatoken("prepare", *same)
     assert status == 0 and "prepare: done already" in err, err
+
+
+def test_large_data_has_few_files_whatever_a_row_costs(alphatoken, tmp_path):
+    rows = [json.dumps({"messages": chat_row(n)["messages"]}) for n in range(20_000)]
+    (tmp_path / "rows.jsonl").write_text("\n".join(rows))
+    plan = planned(alphatoken, f"run.dir={tmp_path}/r", f"data.train={tmp_path}/rows.jsonl")
+    assert plan["data"]["train_examples"] > 18_000 and plan["data"]["shards"] <= SHARDS
 
 
 @pytest.mark.parametrize("wrong", ["0", "some"])
