@@ -22,7 +22,7 @@ from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers
 from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.ghost import ghost_pass
-from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.learners import ScoredWeights
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.simulated import Descent, SimulatedRun, Taped
 from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, held_out_losses
@@ -60,11 +60,11 @@ class Runs:
         """The weights at the end of the run over the rows of ``order``, without the loss of one token; fills ``tape``."""
         run = SimulatedRun(self.start, self.descent)
         for rows in order:
-            batch, hidden = self.train.batch(rows, self.scored.maps[0].parameter)
+            batch, from_below = self.train.batch(rows, self.scored)
             if without is not None and without[0] in rows:
                 batch.labels[list(rows).index(without[0]), without[1]] = IGNORED
             total = OuterSum(self.scored)
-            with swapped(self.scored, run.masters()), lower_layers_once(self.scored, [hidden]):
+            with swapped(self.scored, run.masters()), from_below:
                 losses = ghost_pass(self.scored, batch, total)
             taped = run.step(total.total, len(losses))
             if tape is not None:
@@ -73,7 +73,9 @@ class Runs:
 
     def loss(self, weights: dict[str, torch.Tensor]) -> float:
         """Mean cross-entropy of the validation rows' response tokens, nats."""
-        sums, counts = held_out_losses(self.scored, weights, self.validation, Fit([], 0.0, "sdpa", BUDGET))
+        sums, counts = held_out_losses(
+            ScoredWeights(self.scored), weights, self.validation, Fit([], 0.0, "sdpa", BUDGET)
+        )
         return float(sums.sum() / counts.sum())
 
     def unrolled(self, order: Sequence[Sequence[int]]) -> dict[Token, float]:
@@ -83,7 +85,7 @@ class Runs:
         held = self.validation.sequences
         with swapped(self.scored, end):
             gradient, _, _ = loss_gradient(self.scored, [held.take([i]).batch() for i in range(len(held))], "sdpa")
-        batches = [[self.train.batch(rows, self.scored.maps[0].parameter)[0]] for rows in order]
+        batches = [[self.train.batch(rows, self.scored)[0]] for rows in order]
         values: dict[Token, float] = {}
 
         def found(step: int, swept: Swept) -> None:

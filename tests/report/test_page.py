@@ -114,6 +114,6 @@ def test_the_page_of_pairs_shows_both_branches(preference_run, alphatoken):
         assert kept == summary["kept_tokens"] == sum(data["charts"][place]["positions"]["kept"][0])
 
 
-def test_a_report_before_its_time_names_the_command(alphatoken, tmp_path):
+def test_a_report_of_a_run_that_is_not_there_says_so(alphatoken, tmp_path):
     status, _, err = alphatoken("report", f"run.dir={tmp_path}/none")
-    assert status == 1 and "alphatoken mask" in err
+    assert status == 1 and "there is no such directory" in err
