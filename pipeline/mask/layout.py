@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.storage import Storage
 
 DATA = "data"
@@ -60,6 +61,12 @@ def summary_of(storage: Storage, name: str) -> dict[str, Any]:
 def is_finished(storage: Storage, name: str) -> bool:
     """Whether the mask is complete, its shards where an earlier version left them or not."""
     return storage.exists(mask_summary(name))
+
+
+def finished_masks(storage: Storage, manifest: Manifest) -> list[str]:
+    """The names of the run's masks that are complete, in the order in which they were made; some may have been removed since."""
+    stages = [stage for stage in manifest.content["stages"] if stage.startswith("mask/") and manifest.done(stage)]
+    return [name for stage in stages if is_finished(storage, name := stage.partition("/")[2])]
 
 
 def earlier_shards(storage: Storage, name: str) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from alphatoken.pipeline.mask.comparison import MaskPlace, branches_of
-from alphatoken.pipeline.mask.layout import is_finished
+from alphatoken.pipeline.mask.layout import finished_masks
 from alphatoken.pipeline.mask.rehearsed import is_rehearsed
 from alphatoken.pipeline.mask.valuing import Valuing
 from alphatoken.pipeline.run.failure import RunFailed
@@ -52,11 +52,9 @@ class ShownMask:
 
 def finished(run: Run) -> list[str]:
     """The names of the masks that are whole; some may have been removed since. Raises RunFailed where there is none."""
-    storage, manifest = run.storage, run.manifest
-    done = [s.partition("/")[2] for s in manifest.content["stages"] if s.startswith("mask/") and manifest.done(s)]
-    names = [name for name in done if is_finished(storage, name)]
+    names = finished_masks(run.storage, run.manifest)
     if not names:
-        raise RunFailed(f"there is no mask in {storage.root}: run `alphatoken mask` first")
+        raise RunFailed(f"there is no mask in {run.storage.root}: run `alphatoken mask` first")
     return names
 
 
@@ -79,13 +77,13 @@ def _score(run: Run, name: str, summaries: dict[str, dict[str, Any]]) -> tuple[s
     settings = MaskSettings(**first["settings"])
     if settings.score in WITHOUT_VALUES or not run.manifest.done("value"):
         return None, {}
-    weighed = settings.stability_weight or settings.loss_weight or settings.divide_by_gradient_norm
+    weighed = settings.stability_weight or settings.loss_weight or settings.divide_by_gradient_norm or settings.weights
     rms = settings.normalize == "rms"
     if settings.score in PLAIN_COLUMNS and not weighed and not rms and not is_rehearsed(values_of(run)):
         return settings.score, {}
     plain = MaskSettings(
         score=settings.score, stability_weight=settings.stability_weight, loss_weight=settings.loss_weight,
-        normalize=settings.normalize, divide_by_gradient_norm=settings.divide_by_gradient_norm,
+        normalize=settings.normalize, divide_by_gradient_norm=settings.divide_by_gradient_norm, weights=settings.weights,
     )  # fmt: skip
     return f"value of {name}", {branch: Valuing(plain, one["scales"]) for branch, one in summaries.items()}
 

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES, LOSS_WEIGHT, SchemaMismatch, check, masks_schema, preference_masks_schema
-from alphatoken.pipeline.mask.layout import is_finished, mask_part, open_part, require_shards, summary_of
+from alphatoken.pipeline.mask.layout import finished_masks, mask_part, open_part, require_shards, summary_of
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.manifest import NAME, Manifest
 from alphatoken.pipeline.run.storage import Storage
@@ -71,9 +71,8 @@ def open_mask(run: str, name: str) -> MaskSource:
     if not storage.exists(NAME):
         raise SettingsWrong([f"{run}: there is no run here (no {NAME}): give the directory that holds masks/"])
     manifest = Manifest(storage)
-    if not is_finished(storage, name) or not manifest.done(f"mask/{name}"):
-        stages = [stage.partition("/")[2] for stage in manifest.content["stages"] if stage.startswith("mask/")]
-        done = [one for one in stages if is_finished(storage, one)]
+    done = finished_masks(storage, manifest)
+    if name not in done:
         there = f"there are {', '.join(done)}" if done else "there is none: run `alphatoken mask` first"
         raise SettingsWrong([f"--mask {name}: {storage.root} has no such mask; {there}"])
     require_shards(storage, name)

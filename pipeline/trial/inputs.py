@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from alphatoken.pipeline.mask.layout import is_finished, summary_of
+from alphatoken.pipeline.mask.layout import finished_masks, summary_of
 from alphatoken.pipeline.maths.adapters import adapted, all_layers
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.costs import ModelCosts, budget_shapes, meta_model, model_costs, value_flops
@@ -145,9 +145,7 @@ def chosen_masks(run: Run) -> tuple[list[str], list[str]]:
 
 def masks_of(run: Run) -> list[str]:
     """Finished masks of the run, in the order in which they were made; the copy of an earlier trial is none."""
-    stages = run.manifest.content["stages"]
-    names = [stage.partition("/")[2] for stage in stages if stage.startswith("mask/") and run.manifest.done(stage)]
-    return [name for name in names if name != CHOSEN and is_finished(run.storage, name)]
+    return [name for name in finished_masks(run.storage, run.manifest) if name != CHOSEN]
 
 
 def retention_of(run: Run) -> Sequences | None:
