@@ -15,7 +15,7 @@ from alphatoken.pipeline.cluster.auth import about_token, token_hint
 from alphatoken.pipeline.cluster.host import kill
 from alphatoken.pipeline.cluster.inline import cpus_here
 from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.work import Resources, Worker
+from alphatoken.pipeline.cluster.work import MOST_THREADS, Resources, Worker
 from alphatoken.pipeline.run.failure import RunFailed, first_line
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.settings import ClusterSettings
@@ -110,7 +110,7 @@ class Cluster:
         cpus = settings.cpus_per_worker
         if isinstance(cpus, str):
             per_node = settings.workers if isinstance(settings.workers, int) else 1
-            cpus = 1 if gpus else max(1, min(8, node // per_node))
+            cpus = 1 if gpus else max(1, min(MOST_THREADS, node // per_node))
         if cpus > node:
             raise RunFailed(f"cluster.cpus_per_worker={cpus}: no node of the cluster has more than {node} CPUs")
         most = max(1, int(total.get("GPU", 0) // gpus) if gpus else int(total.get("CPU", 1) // cpus))

@@ -17,8 +17,11 @@ import torch
 
 from alphatoken.pipeline.cluster.work import (
     ATTEMPTS,
+    MOST_THREADS,
     RETRY_SECONDS,
     SET_ASIDE_IN_A_ROW,
+    THE_REST_IS_DONE,
+    THE_REST_WAS_LEFT,
     Resources,
     Shard,
     Worker,
@@ -29,8 +32,6 @@ from alphatoken.pipeline.cluster.work import (
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.progress import Task
 from alphatoken.pipeline.settings import ClusterSettings
-
-MOST_THREADS = 8  # as a worker of a local Ray
 
 
 class InlineCluster:
@@ -119,10 +120,9 @@ class InlinePool:
             set_aside[shard.name] = reason
             in_a_row += 1
             if in_a_row >= SET_ASIDE_IN_A_ROW and waiting:
-                others = "and no other was finished meanwhile, so that the rest was not tried"
-                raise RunFailed(told_set_aside(set_aside, others))
+                raise RunFailed(told_set_aside(set_aside, THE_REST_WAS_LEFT))
         if set_aside:
-            raise RunFailed(told_set_aside(set_aside, "all others are finished"))
+            raise RunFailed(told_set_aside(set_aside, THE_REST_IS_DONE))
 
     def share(self, value: Any) -> Here:
         """The value itself."""

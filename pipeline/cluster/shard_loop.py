@@ -22,6 +22,8 @@ from alphatoken.pipeline.cluster.work import (
     ATTEMPTS,
     RETRY_SECONDS,
     SET_ASIDE_IN_A_ROW,
+    THE_REST_IS_DONE,
+    THE_REST_WAS_LEFT,
     Shard,
     Work,
     explained,
@@ -89,10 +91,7 @@ class ShardLoop:
         self.hosts.nodes = self.node_of
         self.task.at(self.finished_units)
         if self.set_aside:
-            raise RunFailed(self._told("all others are finished"))
-
-    def _told(self, others: str) -> str:
-        return told_set_aside(self.set_aside, others)
+            raise RunFailed(told_set_aside(self.set_aside, THE_REST_IS_DONE))
 
     def _assign(self) -> None:
         """Feed every worker that is ready, and start as many as there is work for."""
@@ -219,7 +218,7 @@ class ShardLoop:
         self.set_aside[shard.name] = reason
         self.set_aside_in_a_row += 1
         if self.set_aside_in_a_row >= SET_ASIDE_IN_A_ROW and len(self.queue) + len(self.flights) > 0:
-            raise RunFailed(self._told("and no other was finished meanwhile, so that the rest was not tried"))
+            raise RunFailed(told_set_aside(self.set_aside, THE_REST_WAS_LEFT))
 
     def _retire(self, host: Any) -> None:
         for known in (self.seen, self.alive_at, self.node_of, self.asked):

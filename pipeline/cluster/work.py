@@ -14,7 +14,10 @@ if TYPE_CHECKING:
     from alphatoken.pipeline.run.progress import Task  # with rich, which workers do not need
 
 ATTEMPTS = 3
+MOST_THREADS = 8  # of a worker without a GPU, unless the settings say otherwise
 RETRY_SECONDS = 2.0  # before a shard is tried again; doubled each time
+THE_REST_IS_DONE = "all others are finished"
+THE_REST_WAS_LEFT = "and no other was finished meanwhile, so that the rest was not tried"
 SET_ASIDE_IN_A_ROW = 3  # with no success between them it is not the shards: a disk is full, a store is gone
 
 # A worker is called with (payload, advance); it calls advance(units) as it goes and returns a picklable result.
