@@ -7,28 +7,28 @@ none: the value workers have the log-probabilities at hand.
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 
 from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource
-from alphatoken.pipeline.prepare.reader import prepared_parts
 from alphatoken.pipeline.run.run import Run
+from alphatoken.pipeline.run.storage import Footer
 from alphatoken.pipeline.value.kinds import Kind
 from alphatoken.pipeline.value.worker import Reference, ReferenceWorker, ValueTask
 
 
-def make_reference(run: Run, kind: Kind, place: Reference) -> None:
+def make_reference(run: Run, kind: Kind, place: Reference, prepared: Mapping[str, Footer]) -> None:
     """Write every part of reference/ that is not complete yet, unless the value workers are going to."""
     if not place.is_policy:
         started = time.monotonic()
-        counts = _missing_parts(run, kind, place.fingerprint)
+        counts = _missing_parts(run, kind, place.fingerprint, prepared)
         run.manifest.note("value", reference={"seconds": round(time.monotonic() - started, 3), **counts})
     run.manifest.note("value", reference_fingerprint=place.fingerprint)
 
 
-def _missing_parts(run: Run, kind: Kind, fingerprint: str) -> dict[str, int]:
+def _missing_parts(run: Run, kind: Kind, fingerprint: str, prepared: Mapping[str, Footer]) -> dict[str, int]:
     """What this call has computed."""
-    prepared = prepared_parts(run)
     there = run.storage.footers("reference", prepared, fingerprint)
     missing = [part for part, own in prepared.items() if part not in there or there[part].rows != own.rows]
     counts = {"rows": 0, "tokens": 0}

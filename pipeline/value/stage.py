@@ -60,7 +60,7 @@ def make_values(run: Run) -> None:
     reference = None
     if pairs or valuation.reference_loss:
         reference = reference_inputs(run)
-        make_reference(run, kind, reference)
+        make_reference(run, kind, reference, prepared_as)
         there = run.storage.footers("reference", rows, reference.fingerprint)
         missing = [part for part in rows if part in missing or part not in there or there[part].rows != rows[part]]
     arguments = {
