@@ -7,6 +7,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -73,9 +74,9 @@ def agreement(short: Mapping[str, float], whole: Mapping[str, Whole]) -> Agreeme
     return Agreement(len(names), float(np.corrcoef(ranks(ours), ranks(theirs))[0, 1]), place, pairs, rightly)
 
 
-def mean_by_name(found: Sequence[Mapping[str, object]], column: str) -> dict[str, float]:
+def mean_by_name(found: Sequence[Mapping[str, Any]], column: str) -> dict[str, float]:
     """Name -> mean of ``column`` over the lines of that name."""
     columns: dict[str, list[float]] = {}
     for line in found:
-        columns.setdefault(str(line["name"]), []).append(float(line[column]))  # type: ignore[arg-type]
+        columns.setdefault(str(line["name"]), []).append(float(line[column]))
     return {name: sum(values) / len(values) for name, values in columns.items()}
