@@ -15,8 +15,8 @@ COPY jobs jobs
 COPY pipeline pipeline
 RUN pip install ".[peft]"
 
-RUN useradd --uid 1000 --create-home user && mkdir -p /work/runs /cache && chown -R user /work /cache
+RUN useradd --uid 1000 --create-home user && mkdir -p /home/user/runs /cache && chown -R user /home/user /cache
 USER user
-WORKDIR /work
+WORKDIR /home/user
 ENTRYPOINT ["alphatoken"]
 CMD ["--help"]

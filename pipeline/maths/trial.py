@@ -116,8 +116,8 @@ class LabelledTokens:
 def entering_hidden(scored: ScoredLayers, input_ids: Sequence[int], kernel: str) -> torch.Tensor:
     """The hidden state (length, d) of one sequence that enters the first scored layer, on the model's device.
 
-    By itself, so that it does not depend on what else is in a batch. ``scored.shared`` must hold. Of a model whose lower
-    layers hand on more than one such state: a placeholder (length, 1), over which every pass runs whole.
+    By itself, so that it does not depend on what else is in a batch. Of a model whose lower layers hand on more than one
+    such state: a placeholder (length, 1), over which every pass runs whole.
     """
     batch = collate([input_ids], [input_ids]).to(next(scored.model.parameters()).device)
     kept: list[torch.Tensor] = []

@@ -16,7 +16,7 @@ from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.simulated import Descent, SimulatedRun, Taped, simulate
 from alphatoken.pipeline.maths.unroll import Adjoint, loss_gradient, sweep
-from tests.conftest import SMALL, chat_row, write_rows
+from tests.conftest import SMALL
 from tests.maths.test_unroll import losses_of
 
 STEPS, SIZE, RATE, LAYERS, ORDERS = 5, 8, 0.003, 3, 2
@@ -29,13 +29,8 @@ OWN = [
 
 
 @pytest.fixture(scope="module")
-def validation(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "validation.jsonl", [chat_row(i) for i in range(500, 520)])
-
-
-@pytest.fixture(scope="module")
-def common(policy, train_file, validation) -> list[str]:
-    return [f"model.policy={policy}", f"data.train={train_file}", f"data.validation={validation}", *SMALL, *OWN]
+def common(policy, train_file, twenty_rows) -> list[str]:
+    return [f"model.policy={policy}", f"data.train={train_file}", f"data.validation={twenty_rows}", *SMALL, *OWN]
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import sequences_of
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
-from tests.conftest import SMALL, chat_row, write_rows
+from tests.conftest import SMALL
 
 UNROLLED = [
     "anchor=unrolled", "anchor.unroll.steps=6", "anchor.unroll.examples=16", "anchor.unroll.batch_size=4",
@@ -30,13 +30,8 @@ UNROLLED = [
 
 
 @pytest.fixture(scope="module")
-def rows_file(tmp_path_factory) -> Path:
-    return write_rows(tmp_path_factory.mktemp("data") / "validation.jsonl", [chat_row(i) for i in range(500, 520)])
-
-
-@pytest.fixture(scope="module")
-def common(policy, train_file, rows_file) -> list[str]:
-    return [f"model.policy={policy}", f"data.train={train_file}", f"data.validation={rows_file}", *SMALL, *UNROLLED]
+def common(policy, train_file, twenty_rows) -> list[str]:
+    return [f"model.policy={policy}", f"data.train={train_file}", f"data.validation={twenty_rows}", *SMALL, *UNROLLED]
 
 
 @pytest.fixture(scope="module")

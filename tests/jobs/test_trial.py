@@ -7,8 +7,8 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from alphatoken.data_schemas import TRIAL_RESULTS
 from tests.conftest import SMALL, write_rows
+from tests.jobs.trial_files import results, summary
 
 QUICK = ["trial.seeds=2", "trial.steps=3", "trial.batch_size=2", "trial.examples=12", "trial.learning_rate=0.01"]
 
@@ -28,16 +28,6 @@ def made(tmp_path_factory, ray_cluster, policy, train_file) -> Path:
 def run(made, tmp_path) -> Path:
     """A copy of it in which no trial was made."""
     return Path(shutil.copytree(made, tmp_path / "run"))
-
-
-def results(run: Path) -> list[dict]:
-    table = pq.read_table(run / "trial/results.parquet")
-    assert table.schema.equals(TRIAL_RESULTS)
-    return table.to_pylist()
-
-
-def summary(run: Path) -> dict:
-    return json.loads((run / "trial/summary.json").read_text())
 
 
 def fine_tunes(run: Path) -> dict[str, bytes]:

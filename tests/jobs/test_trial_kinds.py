@@ -8,21 +8,11 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from alphatoken.data_schemas import TRIAL_RESULTS
 from alphatoken.pipeline.trial.hidden import PREFIX
 from tests.conftest import SMALL, chat_row, pair_row, save_tokenizer, write_rows
+from tests.jobs.trial_files import results, summary
 
 QUICK = ["trial.seeds=2", "trial.steps=3", "trial.batch_size=2", "trial.examples=8", "trial.learning_rate=0.01"]
-
-
-def results(run: Path) -> list[dict]:
-    table = pq.read_table(run / "trial/results.parquet")
-    assert table.schema.equals(TRIAL_RESULTS)
-    return table.to_pylist()
-
-
-def summary(run: Path) -> dict:
-    return json.loads((run / "trial/summary.json").read_text())
 
 
 def row_of(run: Path, candidate: str, seed: int = 0) -> dict:
