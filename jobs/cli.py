@@ -221,6 +221,8 @@ def _quiet(level: str) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "info" if level == "debug" else "error")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if "datasets" in sys.modules:  # it reads the variable when it is imported
+        sys.modules["datasets"].disable_progress_bars()
 
 
 def _run(name: str, settings: Settings, overrides: Sequence[str]) -> None:

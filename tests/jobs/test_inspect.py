@@ -160,7 +160,7 @@ def test_pairs_show_both_branches(tmp_path, inspect):
         (["--mask", "default,other"], 2, "no mask other; it has default, paper, third"),
         (["--changed", "default"], 2, "give two different masks"),
         (["--top", "0"], 2, "give a whole number above 0"),
-        (["--tpo", "3"], 2, "--top N"),
+        (["--tpo", "3"], 2, "unrecognized arguments: --tpo 3; did you mean --top?; options: --row, --top, "),
         (["mask.rho=0.3"], 2, "mask.rho=0.3"),
     ],
 )
