@@ -75,7 +75,10 @@ COMMANDS = {
     ),
     "plan": Command(
         "what a run would cost and what it would skip; loads no weights, starts no worker", "tool",
-        options={"--json": "print the plan as JSON", "--from FILE": SWEEP["--from FILE"]},
+        options={
+            "--measure": "load the model and time a few batches here, in about a minute; kept for later plans",
+            "--json": "print the plan as JSON", "--from FILE": SWEEP["--from FILE"],
+        },
     ),
     "submit": Command(
         "run a stage as a job on a Ray cluster", "tool", "<stage> [options] [key=value ...]",

@@ -1,4 +1,7 @@
-"""alphatoken plan: what a run would do, cost and skip. Loads no weights, starts no worker, writes nothing."""
+"""alphatoken plan: what a run would do, cost and skip. Loads no weights, starts no worker, writes nothing.
+
+With --measure it does load the model, and times a few batches on this machine; later plans know by that how long a run takes.
+"""
 
 from __future__ import annotations
 
@@ -37,6 +40,12 @@ def execute(arguments: Sequence[str]) -> int:
 
     with Progress() as progress, Session(settings, progress) as session:
         run = session.run_with_data()
+        if "--measure" in parsed.flags:
+            from alphatoken.pipeline.plan.calibration import keep
+            from alphatoken.pipeline.plan.measure import measure
+
+            found = measure(run)
+            progress.say(f"plan: measured in {found.seconds:.0f} s, kept for later plans in {keep(run, found)}")
         plan = {"run": session.storage.root, **make_plan(run), "resume": resume_state(run)}
     if "--json" in parsed.flags:
         print(json.dumps(plan, indent=2))
@@ -53,7 +62,8 @@ def execute(arguments: Sequence[str]) -> int:
 
 def tables(plan: dict[str, Any]) -> list[Table]:
     """The plan for people."""
-    return [_what(plan), _stages(plan), _where(plan), _hours(plan)]
+    here = [_seconds(plan)] if "seconds_here" in plan else []
+    return [_what(plan), _stages(plan), *here, _where(plan), _hours(plan)]
 
 
 def _what(plan: dict[str, Any]) -> Table:
@@ -61,7 +71,11 @@ def _what(plan: dict[str, Any]) -> Table:
     table = _table("what")
     about = "" if data["complete_sample"] else "about "
     kind = "pairs" if data["format"] == "preference" else "rows"
-    rows = f"{about}{data['train_examples']:,} of {data['rows']:,} {kind}, in {data['shards']:,} shard(s)"
+    made = f"{data['train_examples']:,} of {data['rows']:,} {kind}"
+    if "windows" in data:
+        made = f"{data['train_examples']:,} of {data['rows']:,} rows, of which {data['split_rows']:,} are split into "
+        made += f"{data['windows']:,} windows"
+    rows = f"{about}{made}, in {data['shards']:,} shard(s)"
     tasks = ", ".join(f"{name.removeprefix(TASK)} {rows:,}" for name, rows in data.get("tasks", {}).items())
     held = f"{data['validation_examples']:,} for validation{f' ({tasks})' if tasks else ''}, "
     held += f"{data['retention_examples']:,} for retention, " if "retention_examples" in data else ""
@@ -151,23 +165,43 @@ def _bytes(count: float) -> str:
     return f"{count:.2f} TB"
 
 
+def _seconds(plan: dict[str, Any]) -> Table:
+    """How long each stage takes here, where that was measured."""
+    table, found = _table("time on this machine"), plan["calibration"]
+    for stage, seconds in plan["seconds_here"].items():
+        table.add_row(stage, clock(seconds) if seconds >= 1 else "under 1 s")
+    table.caption = f"by what `plan --measure` measured on {found['measured'][:10]}: {found['machine']}"
+    table.caption_justify = "left"
+    return table
+
+
 def _hours(plan: dict[str, Any]) -> Table:
-    hours = dict(plan["device_hours"])
+    hours, prices = dict(plan["device_hours"]), plan.get("price", {})
     utilisation = hours.pop("utilisation")
+    measured = "this machine as measured" if "seconds_here" in plan else "the CPU by a product of matrices, in float32"
     table = Table(title="device-hours", title_justify="left")
     table.caption = (
-        f"one device, at {utilisation:.0%} of what its maker states for bfloat16; the CPU measured, in float32"
+        f"one device, at {utilisation:.0%} of what its maker states for bfloat16; {measured}. Per 10^9 tokens: the value stage, "
+        "the part that grows with the data."
     )
+    if "seconds_here" not in plan:
+        table.caption += " `plan --measure` measures this machine, in about a minute."
     table.caption_justify = "left"
     table.add_column("device")
-    table.add_column("hours", justify="right")
-    table.add_column("which is", justify="right")
+    for name in ("hours", "which is", "hours per 10^9 tokens", *(("cost", "cost per 10^9") if prices else ())):
+        table.add_column(name, justify="right")
     for name, count in hours.items():
-        hours_shown = (
-            f"{count:,.2f}" if count >= 1 else f"{count:.4f}" if count >= LEAST_HOURS else f"under {LEAST_HOURS}"
-        )
-        table.add_row(name, hours_shown, clock(3600 * count) if 3600 * count >= 1 else "under 1 s")
+        row = [name, _count(count), clock(3600 * count) if 3600 * count >= 1 else "under 1 s"]
+        row.append(_count(plan["per_billion_tokens"][name]))
+        if prices:
+            own = prices.get(name)
+            row += ["", ""] if own is None else [f"{own['run']:,.2f}", f"{own['per_billion_tokens']:,.2f}"]
+        table.add_row(*row)
     return table
+
+
+def _count(hours: float) -> str:
+    return f"{hours:,.2f}" if hours >= 1 else f"{hours:.4f}" if hours >= LEAST_HOURS else f"under {LEAST_HOURS}"
 
 
 if __name__ == "__main__":

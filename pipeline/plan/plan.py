@@ -7,6 +7,7 @@ lengths off a tokenized sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from alphatoken.pipeline.anchor.places import TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.stage import SUMS
 from alphatoken.pipeline.anchor.tape import kept_every, too_long
 from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH
+from alphatoken.pipeline.cluster.choice import is_inline
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
-from alphatoken.pipeline.maths.batch import response_start
+from alphatoken.pipeline.maths.batch import Sequences, response_start
 from alphatoken.pipeline.maths.costs import (
     DIRECTIONS,
     ModelCosts,
@@ -42,23 +44,21 @@ from alphatoken.pipeline.maths.costs import (
 )
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.model_source import ModelSource, load_config
+from alphatoken.pipeline.plan.calibration import kept
 from alphatoken.pipeline.plan.cpu import CPU_HERE, cpu_rate
+from alphatoken.pipeline.plan.devices import device_here, device_hours
 from alphatoken.pipeline.plan.sample import Sample, sample_data
+from alphatoken.pipeline.plan.seconds import stage_seconds
 from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
 from alphatoken.pipeline.prepare.pairs import Pair
 from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
+from alphatoken.pipeline.prepare.windows import with_what_follows
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.objectives import RETENTION
 from alphatoken.pipeline.trial.budget import Lengths, lengths_of, planned_extent
 
-UTILISATION = 0.35
-# Dense bfloat16 with float32 accumulation, in operations per second, as their makers state it.
-ACCELERATORS = {
-    "NVIDIA H100 SXM": 989e12, "NVIDIA A100": 312e12, "NVIDIA L40S": 362e12, "NVIDIA RTX 4090": 165e12,
-    "AMD MI300X": 1307e12,
-}  # fmt: skip
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -122,18 +122,24 @@ def make_plan(run: Run) -> dict[str, Any]:
     total = sum(stage["flops"] for name, stage in stages.items() if name != "trial" or settings.trial.auto)
     rows_file = file_sizes(sample, settings, trained, drift, several)
     coverage = as_json(scored.coverage)
+    measured = kept(run)
+    seconds, rates = None, {CPU_HERE: cpu_rate()}
+    if measured:
+        inline = is_inline(settings.cluster, lambda: round(tokens * scale))
+        seconds = stage_seconds(stages, sample.rows, settings, measured, several, inline)
+        rates = {device_here(): total / seconds["total"] if total else cpu_rate()}
     return {
         "data": {
             "format": "preference" if sample.pairs else "sft", "rows": sample.rows,
-            "sampled": len(rows) + len(sample.fisher) + len(sample.validation),
+            "sampled": len({row.source for row in sample.train}) + len(sample.fisher) + len(sample.validation),
             "complete_sample": sample.complete, "unusable_fraction": sample.unusable,
-            "train_examples": sample.train_rows, "validation_examples": sample.validation_rows,
+            "train_examples": sample.train_rows, **_split(sample), "validation_examples": sample.validation_rows,
             **({"tasks": dict(sample.tasks)} if sample.tasks else {}),
             **({"retention_examples": sample.retention_rows} if sample.retention else {}),
             "fisher_prompts": len(sample.fisher), "tokens": round(tokens * scale),
             "response_tokens": round(response * scale), "padded_tokens": shapes.tokens, "longest": longest,
             "truncated_fraction": sum(row.truncated for row in rows) / len(rows),
-            "shards": max(1, -(-sample.train_rows // int(settings.data.shard_examples))),
+            "shards": max(1, -(-sample.train_inputs // int(settings.data.shard_examples))),
         },
         "model": {
             "policy": policy, "dtype": str(dtype).removeprefix("torch."), "parameters": costs.parameters,
@@ -150,11 +156,8 @@ def make_plan(run: Run) -> dict[str, Any]:
             DIRECTIONS + len(settings.objectives),
         ),
         "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
-        "device_hours": {
-            "utilisation": UTILISATION,
-            **{name: total / (peak * UTILISATION) / 3600 for name, peak in ACCELERATORS.items()},
-            CPU_HERE: total / cpu_rate() / 3600,
-        },
+        **device_hours(total, value, round(tokens * scale), rates, settings.plan.price),
+        **({"seconds_here": seconds, "calibration": asdict(measured)} if measured else {}),
     }  # fmt: skip
 
 
@@ -221,8 +224,10 @@ def _held_shapes(examples: Sequence[Example], rows: int) -> Shapes:
 
 def train_shapes(sample: Sample, budget: int) -> Shapes:
     """The value stage's batches over all training examples."""
-    shapes = budget_shapes([len(e.input_ids) for e in sample.train], _response(sample.train), budget)
-    return shapes.times(sample.scale)
+    rows = Sequences(*([getattr(e, name) for e in sample.train] for name in ("id", "input_ids", "labels")))
+    labels = (with_what_follows(rows, sample.overlap)[0] if sample.overlap else rows).labels
+    predicting = sum(label != IGNORED for row in labels for label in row)
+    return budget_shapes([len(row) for row in rows.input_ids], predicting, budget).times(sample.scale)
 
 
 def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, checkpoints: int = 1) -> dict[str, int]:
@@ -301,6 +306,15 @@ def unrolled_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str
         sweep += sweep_flops(m, shapes, objectives)
     losses = 3 * loss_flops(m, validation_shapes(sample))
     return unroll.orders * ((2 if every == 1 else 3) * forward + sweep + losses)
+
+
+def _split(sample: Sample) -> dict[str, int]:
+    """Where long rows are split: about how many are, and the windows that they make."""
+    windows = [example for example in sample.train if example.window]
+    if not windows:
+        return {}
+    rows = len({example.source for example in windows})
+    return {"split_rows": round(rows * sample.scale), "windows": round(len(windows) * sample.scale)}
 
 
 def _tokens(examples: Sequence[Example]) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_config, load_tokenizer
 from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import draw_order, halves
-from alphatoken.pipeline.prepare.inputs import fisher_prompts, is_preference, open_validation
+from alphatoken.pipeline.prepare.inputs import checked_overlap, fisher_prompts, is_preference, open_validation
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeats_prompt, without_prompt
@@ -28,15 +28,18 @@ SAMPLE = 512
 class Sample:
     """Tokenized rows in the order in which `prepare` draws them.
 
-    ``rows``: of data.train; ``train_rows``: about how many of them are trained on; ``train``: a sample of those, of
-    pairs both branches one after the other; ``pairs``: the same as pairs, empty for supervised data;
+    ``rows``: of data.train; ``train_inputs``: about how many of them are trained on; ``train_rows``: about how many examples
+    those make, more where long rows are split; ``train``: a sample of these, of pairs both branches one after the other;
+    ``pairs``: the same as pairs, empty for supervised data;
     ``validation``, ``fisher``: the held-out examples themselves (of a validation file: a sample, and how many it has).
     ``tasks``: objective -> rows of its files, where data.validation has tasks; ``retention``: a sample of data.retention.
     ``unusable``: the share of rows that goes to the quarantine. ``complete``: every row was read. ``remarks``: what is to be
-    said of how the files were read, a line each.
+    said of how the files were read, a line each. ``overlap``: tokens that windows of a row share, None where none is split.
+    ``rows_read``: of data.train, for the sample.
     """
 
     rows: int
+    train_inputs: int
     train_rows: int
     train: tuple[Example, ...]
     pairs: tuple[Pair, ...]
@@ -49,6 +52,8 @@ class Sample:
     retention: tuple[Example, ...] = ()
     retention_rows: int = 0
     remarks: tuple[str, ...] = ()
+    overlap: int | None = None
+    rows_read: int = 0
 
     @property
     def scale(self) -> float:
@@ -69,14 +74,8 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     data = settings.data
     vocabulary = config.get_text_config().vocab_size
     columns = data.columns.given()
-    arguments = (
-        tokenizer,
-        data.max_length,
-        data.chat_template,
-        columns,
-        vocabulary,
-        own_positions(source, data.max_length),
-    )
+    positions = own_positions(source, data.max_length)
+    arguments = tokenizer, data.max_length, data.chat_template, columns, vocabulary, positions
     train = open_sources("data.train", data.train)
     preference = is_preference(settings, train)
     make, pair = ExampleMaker(*arguments), PairMaker(*arguments)
@@ -87,15 +86,21 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     if wanted >= total:
         raise SettingsWrong([f"data.train has {total} rows, of which {wanted} are to be held out: none would be left"])
     drawn = [row for row, _ in zip(draw_order(total, settings.run.seed), range(wanted + SAMPLE), strict=False)]
+    overlap = checked_overlap(data, positions, preference)
     examples = _examples(pair if preference else make, train, drawn, data)
-    usable = [example for example in examples if example is not None]
-    if len(usable) <= wanted:
+    usable = [row for row, example in enumerate(examples) if example is not None]
+    several: list[Any] = [None if example is None else [example] for example in examples]
+    if overlap is not None:  # rows that are trained on; those that are held out are cut
+        several = _examples(lambda row, source: make.split(row, source, overlap), train, drawn, data)
+    drawn_out = set(usable[:wanted])
+    trained = [made for row, made in enumerate(several) if made is not None and row not in drawn_out]
+    if len(usable) < wanted or not trained:
         raise RunFailed(
             f"data.train: of {len(drawn)} sampled rows only {len(usable)} can be used, {wanted} are held out"
         )
-    unusable = 1 - len(usable) / len(examples)
+    unusable = sum(made is None for made in several) / len(several)
     split = data.held_out(total)
-    held = [made.chosen if isinstance(made, Pair) else made for made in usable[:wanted]]
+    held = [made.chosen if isinstance(made, Pair) else made for made in (examples[row] for row in usable[:wanted])]
     is_half = settings.validation_trial == HALF
     directions = halves(split, settings.run.seed)[0] if is_half else range(split)
     validation, validation_rows = [held[i] for i in directions], len(directions)
@@ -113,13 +118,15 @@ def sample_data(settings: Settings, policy: str) -> Sample:
             raise RunFailed(f"data.validation={data.validation}: none of its first {len(some)} rows can be used")
         validation_rows = round(validation_rows * len(validation) / len(some))
     retention, retention_rows = _retention(either, data)
-    trained = usable[wanted:]
-    sequences = [s for made in trained for s in ((made.chosen, made.rejected) if isinstance(made, Pair) else (made,))]
+    flat = [one for made in trained for one in made]
+    sequences = [s for made in flat for s in ((made.chosen, made.rejected) if isinstance(made, Pair) else (made,))]
     of_all, parts = round(total * (1 - unusable)) - wanted, data.cut[1] if data.cut else 1
+    inputs = max(1, of_all // parts)
     return Sample(
-        total, max(1, of_all // parts), tuple(sequences), tuple(trained) if preference else (),
+        total, inputs, round(inputs * len(flat) / len(trained)), tuple(sequences), tuple(flat) if preference else (),
         tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1,
         {objective_of(task): _rows_in(other, names) for task, names in tasks.items()}, retention, retention_rows, train.remarks,
+        overlap, len(drawn),
     )  # fmt: skip
 
 

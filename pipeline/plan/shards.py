@@ -64,17 +64,17 @@ def extent(run: Run) -> Extent:
         return Extent(MOST, tokens)
     rate = DEVICE_RATE if _has_gpus(run.settings) else CPU_RATE
     fits = 2 ** math.floor(math.log2(max(1.0, SECONDS * rate / cost)))
-    few_files = 2 ** math.ceil(math.log2(max(1.0, sample.train_rows / SHARDS)))
+    few_files = 2 ** math.ceil(math.log2(max(1.0, sample.train_inputs / SHARDS)))
     return Extent(min(MOST, max(FEWEST, fits, few_files)), tokens)
 
 
 def _example_flops(run: Run, sample: Sample) -> float:
-    """Operations of the forward pass over a training example, of a pair over both branches, as a mean over a sample."""
+    """Operations of the forward pass over a row that is trained on, all of its windows or branches, as a mean over a sample."""
     own = run.settings.model
     source = here(ModelSource(run.models.policy, own.revision, trust_remote_code=own.trust_remote_code), weights=False)
     costs, _ = model_costs(meta_model(load_config(source), torch.bfloat16), 1)
     shapes = shapes_of([(1, len(example.input_ids)) for example in sample.train], 0)
-    return forward_flops(costs, shapes) * sample.scale / sample.train_rows
+    return forward_flops(costs, shapes) * sample.scale / sample.train_inputs
 
 
 def _has_gpus(settings: Settings) -> bool:

@@ -41,7 +41,7 @@ def file_sizes(
     sample: Sample, settings: Settings, scored: ScoredLayers, drift: str, checkpoints: int = 1
 ) -> dict[str, int]:
     """Bytes by directory of the run, for one mask; several checkpoints leave values of each beside their mean."""
-    parts = max(1, -(-sample.train_rows // int(settings.data.shard_examples)))
+    parts = max(1, -(-sample.train_inputs // int(settings.data.shard_examples)))
     anchor = settings.anchor
     snapshots = settings.snapshots(drift, checkpoints)
     fisher = 0 if drift == anchor.precondition == "none" else 1

@@ -19,7 +19,7 @@ from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import Settings
-from alphatoken.pipeline.settings.data import HALF, DataSettings
+from alphatoken.pipeline.settings.data import HALF, NO_PAIRS_SPLIT, DataSettings, overlap_problems
 from alphatoken.pipeline.settings.run import NO_PAIRS
 
 MOST_FISHER_PROMPTS = 1000
@@ -128,11 +128,13 @@ def _kind_of_file(file: Source, columns: Mapping[str, str]) -> str:
 def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
     """Everything that prepared/ depends on. Raises SettingsWrong for a model without a readable configuration.
 
-    ``positions`` is there where the model has fewer of its own than data.max_length.
+    ``positions`` is there where the model has fewer of its own than data.max_length, ``data.overlap`` in tokens where longer
+    rows are split.
     """
     settings, data, validation = run.settings, run.settings.data, raw.validation
     vocabulary = _vocabulary(tokenizer_source(run))
     positions = own_positions(tokenizer_source(run), data.max_length)
+    overlap = checked_overlap(data, positions, raw.preference)
     schema = PREFERENCE_PREPARED if raw.preference else PREPARED
     return {
         "data.train": [file.fingerprint for file in raw.train.files],
@@ -143,6 +145,7 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         **({"data.retention": [file.fingerprint for file in raw.retention.files]} if raw.retention else {}),
         "data.max_length": data.max_length,
         **({"positions": positions} if positions is not None else {}),
+        **({"data.overlap": overlap} if overlap is not None else {}),
         "data.shard_examples": data.shard_examples,
         **({"data.part": data.part} if data.part else {}),
         "data.chat_template": data.chat_template,
@@ -155,6 +158,19 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         "vocabulary": vocabulary,
         "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }
+
+
+def checked_overlap(data: DataSettings, positions: int | None, preference: bool) -> int | None:
+    """Tokens that windows share, None where long rows are cut.
+
+    Raises SettingsWrong for pairs, and for more than half of the windows that a model of few ``positions`` allows.
+    """
+    overlap = data.overlap_within(data.max_length if positions is None else min(data.max_length, positions))
+    if overlap is not None and preference:
+        raise SettingsWrong([NO_PAIRS_SPLIT])
+    if positions is not None and (wrong := overlap_problems(data, positions, f"the model has {positions} positions")):
+        raise SettingsWrong(wrong)
+    return overlap
 
 
 def about(run: Run, raw: RawData) -> dict[str, str]:

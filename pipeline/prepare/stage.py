@@ -39,6 +39,7 @@ from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeating
 from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, shape_of
 from alphatoken.pipeline.prepare.sources import Sources
 from alphatoken.pipeline.prepare.tokenize import Example
+from alphatoken.pipeline.prepare.windows import of_long_rows
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker, chosen_of, to_pair_table, to_table
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.remote import here
@@ -69,7 +70,7 @@ def make_prepared(run: Run) -> None:
     if positions := inputs.get("positions"):
         run.progress.say(
             f"prepare: {source.path} has {positions:,} positions, fewer than data.max_length={settings.data.max_length:,}: "
-            f"longer rows are cut to {positions:,} tokens"
+            f"longer rows are {'split into windows of' if 'data.overlap' in inputs else 'cut to'} {positions:,} tokens"
         )
     tokenizer = _check(source, settings, train)
     facts = {"vocabulary": inputs["vocabulary"], "eos_token_ids": _ends(tokenizer), "tokenizer": source.path}
@@ -116,7 +117,7 @@ def make_prepared(run: Run) -> None:
         run.progress.say(f"prepare: {line}")
     run.progress.say(
         f"prepare: {plain['train_rows']:,} training examples in {len(parts)} shard(s), {plain['validation_rows']:,} for "
-        f"validation, {_of_their_own(plain)}{plain.get('fisher_rows', 0):,} Fisher prompts; {plain.get('truncated', 0):,} truncated, "
+        f"validation, {_of_their_own(plain)}{plain.get('fisher_rows', 0):,} Fisher prompts; {of_long_rows(plain)}, "
         f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({_listed(reasons)})" if reasons else "")
     )
     if left_out:
@@ -337,7 +338,7 @@ class _Prepare:
         def payload(shard: Shard) -> PrepareTask:
             return PrepareTask(
                 train.pieces(plan[shard.name]), f"prepared/{shard.name}", f"quarantine/{shard.name}", self.fingerprint,
-                repeated=self.repeated,
+                repeated=self.repeated, trained=True,
             )  # fmt: skip
 
         todo = sum(len(plan[part]) for part in missing)

@@ -9,7 +9,7 @@ A response includes its end-of-turn token; template whitespace after that is not
 
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from tokenizers import Encoding
@@ -17,6 +17,7 @@ from tokenizers import Encoding
 from alphatoken.pipeline.prepare.chat import ChatTemplate, Span, valid
 from alphatoken.pipeline.prepare.responses import Renderer
 from alphatoken.pipeline.prepare.rows import CHAT_CHOICES, Conversation, Plain, Pretokenized, Unusable, parse_row
+from alphatoken.pipeline.prepare.windows import Window, window_id, windows
 
 IGNORED = -100
 _AS_IT_IS = {
@@ -32,7 +33,8 @@ class Example:
     ``labels[i]`` is ``input_ids[i]`` where token ``i`` belongs to a response, else -100; both have one
     length, at most max_length. ``labels[0]`` is always -100, because nothing predicts the first token.
     ``truncated``: tokens were cut from the right. ``notes``: what happened to the row, to be counted (keys of `NOTES`).
-    ``lost``: responses whose reasoning the chat template leaves out.
+    ``lost``: responses whose reasoning the chat template leaves out. ``window``: which one of a longer row's it is, from 1;
+    0: the row as a whole. ``left_out``: windows of the row without a response token, told by its first example.
     """
 
     id: str
@@ -42,6 +44,8 @@ class Example:
     truncated: bool
     notes: tuple[str, ...] = ()
     lost: int = 0
+    window: int = 0
+    left_out: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,15 @@ class ExampleMaker:
         """
         return usable(self.finished([self._draft(*self._parsed(row, source), source)]))[0]
 
+    @property
+    def longest(self) -> int:
+        """Tokens that an example has at most."""
+        return self._longest
+
+    def split(self, row: Mapping[str, Any], source: str, overlap: int) -> list[Example]:
+        """As a call, with one example for each window of a row that is longer than `longest`."""
+        return usable(self.finished([self._draft(*self._parsed(row, source), source)], overlap))
+
     def drafts(self, row: Mapping[str, Any], source: str, turn_by_turn: bool = False) -> list[Draft]:
         """The row as text, for `finished`: one draft. Raises as a call does.
 
@@ -119,18 +132,21 @@ class ExampleMaker:
             found.append(self._draft(cut, f"{name}#{i}", source))
         return found
 
-    def finished(self, drafts: Sequence[Draft]) -> list[Example | Unusable]:
-        """The Example of each draft, or why there is none; tokenized together, which costs less."""
+    def finished(self, drafts: Sequence[Draft], overlap: int | None = None) -> list[list[Example] | Unusable]:
+        """The Examples of each draft, or why there are none; tokenized together, which costs less.
+
+        One of each; with an ``overlap`` the windows of those that are too long, which are cut else.
+        """
         texts = [draft.text for draft in drafts if draft.tokens is None]
         encoded = iter(_all_encoded(self._tokenizer, texts))
-        found: list[Example | Unusable] = []
+        found: list[list[Example] | Unusable] = []
         for draft in drafts:
             try:
                 tokens = draft.tokens
                 if tokens is None:
                     ids, tokenized = _or_raised(next(encoded))
                     tokens = ids, self._labels(ids, tokenized, draft)
-                found.append(self._example(draft, *tokens))
+                found.append(self._examples(draft, *tokens, overlap))
             except Unusable as problem:
                 found.append(problem)
         return found
@@ -150,7 +166,7 @@ class ExampleMaker:
         tokens = self._plain(parsed) if isinstance(parsed, Plain) else self._pretokenized(parsed)
         return Draft(name, source, parsed.notes, tokens=tokens)
 
-    def _example(self, draft: Draft, ids: list[int], labels: list[int]) -> Example:
+    def _examples(self, draft: Draft, ids: list[int], labels: list[int], overlap: int | None) -> list[Example]:
         labels[:1] = [IGNORED] * len(ids[:1])
         for token in (min(ids, default=0), max(ids, default=0)):
             if not 0 <= token < self._vocab_size:
@@ -160,10 +176,12 @@ class ExampleMaker:
         if first is None:
             raise Unusable("no_response: no token after the first belongs to a response")
         limit = self._longest
+        if overlap is not None and len(ids) > limit:
+            return _windows(draft, windows(ids, labels, limit, overlap))
         if first >= limit:
             raise Unusable(f"no_response: truncated away, it begins at token {first} and {self._why_longest}")
         cut = len(ids) > limit
-        return Example(draft.id, ids[:limit], labels[:limit], draft.source, cut, draft.notes, draft.lost)
+        return [Example(draft.id, ids[:limit], labels[:limit], draft.source, cut, draft.notes, draft.lost)]
 
     def _renderer(self, tools: bool) -> Renderer:
         """That of the template which is used with or without tools (some tokenizers have two)."""
@@ -231,12 +249,23 @@ class ExampleMaker:
         return ids, labels
 
 
-def usable(found: Sequence[Example | Unusable]) -> list[Example]:
+def _windows(draft: Draft, found: Sequence[Window]) -> list[Example]:
+    """The windows that have a response token, as examples; what is said of the row is told by the first."""
+    kept = [one for one in found if any(label != IGNORED for label in one.labels)]
+    made = [
+        Example(window_id(draft.id, one.number), one.input_ids, one.labels, draft.source, False, window=one.number)
+        for one in kept
+    ]
+    made[0] = replace(made[0], notes=draft.notes, lost=draft.lost, left_out=len(found) - len(kept))
+    return made
+
+
+def usable(found: Sequence[list[Example] | Unusable]) -> list[Example]:
     """The Examples of one row. Raises `Unusable` where it cannot be used.
 
     Of several turns those that begin after data.max_length are left out, as truncation leaves them out of a whole.
     """
-    kept = [example for example in found if isinstance(example, Example)]
+    kept = [example for examples in found if isinstance(examples, list) for example in examples]
     for problem in found:
         if isinstance(problem, Unusable) and (not kept or problem.code != "no_response"):
             raise problem

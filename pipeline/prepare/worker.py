@@ -36,7 +36,8 @@ class PrepareTask:
 
     ``role`` matters to preference data alone: "pair" rows become pairs; "validation" rows, which may also be supervised ones,
     become the chosen branch of a pair. ``repeated``: every row of the data
-    repeats its prompt, which is taken off; or the names of the files of which it does.
+    repeats its prompt, which is taken off; or the names of the files of which it does. ``trained``: the rows are trained on,
+    so that data.long holds for them.
     """
 
     pieces: Pieces
@@ -45,6 +46,7 @@ class PrepareTask:
     fingerprint: str
     role: str = "pair"
     repeated: bool | frozenset[str] = False
+    trained: bool = False
 
 
 class PrepareWorker:
@@ -65,6 +67,7 @@ class PrepareWorker:
         self.make = ExampleMaker(*arguments)
         self.pair = PairMaker(*arguments) if preference else None
         self.keep_reasoning = data.keep_reasoning
+        self.overlap = data.overlap_within(self.make.longest)
 
     def __call__(
         self, task: PrepareTask, advance: Callable[[int], None]
@@ -99,10 +102,11 @@ class PrepareWorker:
     def _made(self, rows: Sequence[tuple[str, int, Any, str | None]], task: PrepareTask) -> list[list[Any] | str]:
         """The examples or the pair of each of ``rows`` (file, number, row, why it cannot be read), or a reason.
 
-        A row gives one, or with data.keep_reasoning several.
+        A row gives one, or with data.keep_reasoning or data.long=split several.
         """
         begun = [self._drafted(*row, task) for row in rows]
-        finished = iter(self.make.finished([d for drafts, _ in begun if isinstance(drafts, list) for d in drafts]))
+        drafts_of_all = [d for drafts, _ in begun if isinstance(drafts, list) for d in drafts]
+        finished = iter(self.make.finished(drafts_of_all, self.overlap if task.trained else None))
         found: list[list[Any] | str] = []
         for drafts, notes in begun:
             if isinstance(drafts, str):
@@ -168,6 +172,10 @@ def _counts(usable: Sequence[Example | Pair], rejected: Sequence[dict[str, Any]]
     counts.update(f"note/{note}" for example in usable for note in example.notes)
     counts["truncated"] = sum(example.truncated for example in usable)
     sequences = [s for e in usable for s in ((e.chosen, e.rejected) if isinstance(e, Pair) else (e,))]
+    if parts := [sequence for sequence in sequences if sequence.window]:
+        counts["split_rows"] = len({sequence.source for sequence in parts})
+        counts["windows"] = len(parts)
+        counts["windows_left_out"] = sum(sequence.left_out for sequence in parts)
     lost = dict.fromkeys(sequence.source for sequence in sequences if sequence.lost)  # each row once
     counts.update(remarks.of_rejected(rejected) | remarks.of_lost(lost))
     counts["tokens"] = sum(len(sequence.input_ids) for sequence in sequences)

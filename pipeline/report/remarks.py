@@ -49,6 +49,13 @@ def _of_the_data(manifest: Manifest) -> list[str]:
     if prepared.get("quarantined"):
         reasons = ", ".join(f"{reason}: {count:,}" for reason, count in prepared.get("reasons", {}).items())
         found.append(f"{prepared['quarantined']:,} rows could not be used and are in quarantine/ ({reasons}).")
+    if prepared.get("windows"):
+        left_out = prepared.get("windows_left_out", 0)
+        more = f", {left_out:,} more have no response token and were left out" if left_out else ""
+        found.append(
+            f"{prepared['split_rows']:,} rows are longer than data.max_length, or than the model's positions, and were split into "
+            f"{prepared['windows']:,} windows{more}."
+        )
     if prepared.get("truncated"):
         found.append(
             f"{prepared['truncated']:,} examples are longer than data.max_length, or than the model's positions, and were "

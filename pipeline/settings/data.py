@@ -8,6 +8,10 @@ from alphatoken.pipeline.settings.objectives import task_problems
 from alphatoken.pipeline.settings.option import at_least, auto_or_at_least, one_of, option
 
 MOST_HELD_OUT = 32  # rows, of data.validation=auto
+MOST_OVERLAP = 256  # tokens, of data.overlap=auto: eight times the reach of the causal path
+NO_PAIRS_SPLIT = (
+    "data.long=split is not available for preference pairs, whose branches are compared whole: set data.long=cut"
+)
 HALF = "half"  # of data.validation, for data.validation_trial
 
 
@@ -71,7 +75,17 @@ class DataSettings:
         "k/n: take the k-th of n parts of the training rows, for rounds of valuing and training; a seeded cut, the same "
         "held-out rows for every part",
     )
-    max_length: int = option(2048, "tokens; longer examples are truncated from the right and counted")
+    max_length: int = option(2048, "tokens; longer examples are cut from the right and counted, or split (data.long)")
+    long: str = option(
+        "cut",
+        "cut | split: rows to train on that are longer than data.max_length are cut from the right, or split into windows, each "
+        "an example of its own (ROW#1, ROW#2, ...); pairs and rows that are held out are cut",
+    )
+    overlap: int | str = option(
+        "auto",
+        "with data.long=split: tokens that a window shares with the next, in which they are learned; auto: a quarter of "
+        "data.max_length, at most 256",
+    )
     shard_examples: int | str = option(
         "auto",
         "examples per shard: the unit of work, of retry and of resume; auto: what a worker values in about a minute, of large data "
@@ -106,6 +120,12 @@ class DataSettings:
             return 0
         return min(MOST_HELD_OUT, max(1, rows // 5)) if self.validation == "auto" else int(self.validation)
 
+    def overlap_within(self, length: int) -> int | None:
+        """Tokens that windows of ``length`` tokens share; None where long rows are cut."""
+        if self.long != "split":
+            return None
+        return max(1, min(length // 4, MOST_OVERLAP)) if self.overlap == "auto" else int(self.overlap)
+
     @property
     def strips_prompts(self) -> bool:
         """Whether a prompt that the responses of all rows repeat is taken off them."""
@@ -127,6 +147,7 @@ class DataSettings:
         if self.part is not None and self.cut is None:
             found.append(f"data.part={self.part}: must be k/n with 1 <= k <= n, such as 1/4")
         found += at_least("data.max_length", self.max_length, 2)
+        found += self._window_problems()
         found += auto_or_at_least("data.shard_examples", self.shard_examples, 1)
         if self.train is None or self.train == []:
             found.append("data.train is missing: give a file, a glob, a directory, a hub id or `embedded`")
@@ -145,3 +166,23 @@ class DataSettings:
         if isinstance(self.retention, bool | int | float) or self.retention in ("", []):
             found.append(f"data.retention={self.retention}: must be a file, a glob, a directory, a hub id, or null")
         return found
+
+    def _window_problems(self) -> list[str]:
+        """What is wrong with data.long and data.overlap."""
+        found = one_of("data.long", self.long, ("cut", "split"))
+        found += auto_or_at_least("data.overlap", self.overlap, 1)
+        if found:
+            return found
+        if self.overlap != "auto" and self.long != "split":
+            return [f"data.overlap={self.overlap}: is of windows, set data.long=split as well"]
+        if self.long == "split" and self.format == "preference":
+            return [NO_PAIRS_SPLIT]
+        return overlap_problems(self, self.max_length, f"data.max_length={self.max_length}")
+
+
+def overlap_problems(data: DataSettings, length: int, why: str) -> list[str]:
+    """The problem with data.overlap for windows of ``length`` tokens, which ``why`` explains, as no or one sentence."""
+    overlap = data.overlap_within(length)
+    if overlap is None or 1 <= overlap <= length // 2:
+        return []
+    return [f"data.overlap={data.overlap}: must be at most half of a window ({why}), {length // 2} tokens"]

@@ -12,6 +12,7 @@ from alphatoken.pipeline.settings.mask import MaskSettings
 from alphatoken.pipeline.settings.model import ModelSettings
 from alphatoken.pipeline.settings.objectives import RETENTION, objective_of
 from alphatoken.pipeline.settings.option import one_of, option
+from alphatoken.pipeline.settings.plan import PlanSettings
 from alphatoken.pipeline.settings.rehearsal import contradictions
 from alphatoken.pipeline.settings.trial import TrialSettings
 from alphatoken.pipeline.settings.valuation import DIRECTED, ValuationSettings
@@ -57,6 +58,7 @@ class Settings:
     mask: MaskSettings = field(default_factory=MaskSettings)
     trial: TrialSettings = field(default_factory=TrialSettings)
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
+    plan: PlanSettings = field(default_factory=PlanSettings)
     debug: bool = option(False, "show tracebacks")
     log_level: str = option(
         "info", "warning: what went wrong and results alone | info: progress too | debug: also what the libraries say"
@@ -125,7 +127,7 @@ class Settings:
             )
         if self.valuation.rehearsed:
             found += self._rehearsal_problems()
-        return found + valuation + mask + self.trial.problems() + self.cluster.problems()
+        return found + valuation + mask + self.trial.problems() + self.cluster.problems() + self.plan.problems()
 
     def mask_problems(self, pairs: bool) -> list[str]:
         """Why the mask cannot be made from the values that these settings make; for commands that make both."""

@@ -3,6 +3,7 @@
 UNITS = {
     "run.seed": "integer",
     "data.max_length": "tokens",
+    "data.overlap": "tokens",
     "data.shard_examples": "examples",
     "data.validation": "examples, where it is a number",
     "anchor.fisher.prompts": "prompts",
@@ -41,6 +42,7 @@ UNITS = {
     "mask.rare_tokens": "occurrences",
     "mask.batch_size": "examples",
     "mask.min_kept": "tokens per example, below 1 a fraction of them",
+    "plan.price": "per device-hour",
     "trial.seeds": "fine-tunes of each mask",
     "trial.steps": "optimizer steps",
     "trial.examples": "examples",

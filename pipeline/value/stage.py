@@ -70,6 +70,7 @@ def make_values(run: Run) -> None:
         "snapshots": range(anchor["counts"]["snapshots"]) if anchor and valuation.looks_at_anchors else [],
         "kind": kind,
         "reference": reference,
+        "overlap": prepared["inputs"].get("data.overlap"),
     }
     tokens = {part: prepared_as[part].counts["tokens"] for part in missing}
     valued = value_checkpoints if len(run.models.checkpoints) > 1 else _value_parts

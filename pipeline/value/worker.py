@@ -17,6 +17,7 @@ from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, no
 from alphatoken.pipeline.maths.forward import token_losses_of
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.models import load_model
+from alphatoken.pipeline.prepare.windows import with_what_follows
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
@@ -50,7 +51,8 @@ class ValueWorker:
     """Holds the policy and the directions, and values one shard after the other.
 
     ``reference``: where the reference's log-probabilities are, which values of pairs and the column reference_loss need;
-    None: not needed. Where the policy is the reference its own are stored as the reference's.
+    None: not needed. Where the policy is the reference its own are stored as the reference's. ``overlap``: tokens that windows
+    of a row share, None where no rows are split; the response tokens there count among what follows a window's own.
     """
 
     def __init__(
@@ -61,7 +63,9 @@ class ValueWorker:
         snapshots: Sequence[int],
         kind: Kind,
         reference: Reference | None,
+        overlap: int | None = None,
     ) -> None:
+        self.overlap = overlap
         self.storage, self.kind, self.reference = storage, kind, reference
         self.names = settings.columns
         self.batches = TokenBatches(settings.valuation.tokens_per_batch)
@@ -78,7 +82,11 @@ class ValueWorker:
         sequences = self.kind.sequences(table)
         with self.batches.device_lock:
             engine = self.scoring.checked(sequences.input_ids)
-        columns, padded = self.batches.score(sequences, self.scoring.columns, self.scoring, advance)
+        seen, borrowed = with_what_follows(sequences, self.overlap) if self.overlap else (sequences, [])
+        columns, padded = self.batches.score(seen, self.scoring.columns, self.scoring, advance)
+        for row, tokens in enumerate(borrowed):
+            for values in columns.values() if tokens else ():
+                values[row][-tokens:] = 0.0  # theirs are those of the later window
         if self.own_step is not None:
             columns |= self.own_step.columns(sequences, task.first)
         own = _negated(columns[OWN_LOSS]) if self.kind.weighed else None

@@ -1,0 +1,109 @@
+"""Long rows: `python -m benchmarks.long` prints time and memory of one row of 2,048, 8,192 and 32,768 tokens.
+
+Each length in a process of its own: peaks are the process's. The row is the code problems one after another, real tokens
+without padding, with the labels of their responses. The plain forward pass has logits at every position, 512 positions at
+a time, since those of 32,768 tokens at once are 6.4 GB. `--lengths 2048 8192` picks lengths, `--repeats 3` takes medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+
+from alphatoken import TokenValuer
+from alphatoken.pipeline.maths.batch import Batch
+from alphatoken.pipeline.maths.costs import forward_flops, model_costs, shapes_of, value_flops
+from alphatoken.pipeline.maths.valuer import ALL
+from benchmarks.example_batches import load_example
+from benchmarks.speed import LAYERS, WINDOW, directions_of, forget_peak, machine, resident
+
+LENGTHS = (2048, 8192, 32768)
+POSITIONS_AT_ONCE = 512  # of logits
+
+
+def long_row(length: int) -> tuple[torch.nn.Module, Batch]:
+    """The embedded model, and one row of ``length`` tokens: (1, length)."""
+    model, examples = load_example()
+    ids = [token for example in examples for token in example.input_ids]
+    labels = [label for example in examples for label in example.labels]
+    repeats = -(-length // len(ids))
+    ids, labels = (ids * repeats)[:length], (labels * repeats)[:length]
+    return model, Batch(torch.tensor([ids]), torch.tensor([labels]), torch.tensor([length]))
+
+
+def plain_forward(model: torch.nn.Module, batch: Batch) -> None:
+    """Logits at every position, as training or generation would have them, a slice at a time."""
+    with torch.no_grad():
+        hidden = model.model(input_ids=batch.input_ids, use_cache=False).last_hidden_state[0]  # type: ignore[operator, union-attr]  # an nn.Module to mypy
+        for start in range(0, len(hidden), POSITIONS_AT_ONCE):
+            model.lm_head(hidden[start : start + POSITIONS_AT_ONCE])  # type: ignore[operator]  # as above
+
+
+def seconds_and_peak(work: Callable[[], object], repeats: int) -> tuple[float, float]:
+    """Median seconds, and the peak in MB beyond what was resident before."""
+    forget_peak()
+    before, seconds = resident("VmRSS"), []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - started)
+    return statistics.median(seconds), resident("VmHWM") - before
+
+
+def measured(length: int, repeats: int) -> dict[str, float]:
+    """What one row costs; ``value_peak``, ``forward_peak`` in MB beyond model and directions."""
+    model, batch = long_row(length)
+    valuer = TokenValuer(model, directions_of(model), LAYERS, WINDOW)
+    small = batch.rows(slice(0, 1))
+    small = Batch(small.input_ids[:, :512], small.labels[:, :512], torch.tensor([512]))
+    plain_forward(model, small)
+    valuer.value(small)  # threads, kernels and pools are made on first use
+    value, value_peak = seconds_and_peak(lambda: valuer.value(batch), repeats)
+    forward, forward_peak = seconds_and_peak(lambda: plain_forward(model, batch), repeats)
+    costs, _ = model_costs(model, LAYERS)
+    shapes = shapes_of([batch.shape], len(batch.predicting()))
+    plain = forward_flops(costs, shapes) + 2 * costs.head * length
+    return {
+        "response": len(batch.predicting()), "forward": forward, "value": value, "forward_peak": forward_peak,
+        "value_peak": value_peak, "planned": value_flops(costs, shapes, WINDOW, scores=ALL) / plain,
+    }  # fmt: skip
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--one", type=int, help="a length: what each row of the table runs")
+    options = parser.parse_args()
+    if options.one:
+        print(json.dumps(measured(options.one, options.repeats)))
+        return
+    print(f"Machine: {machine()}\n")
+    print(
+        "| tokens in one row | response | forward, s | value, every column, s | value / forward (planned) | peak of value, MB | "
+        "KB per token | peak of forward, MB |\n|---|---|---|---|---|---|---|---|",
+        flush=True,
+    )
+    for length in options.lengths:
+        command = [sys.executable, "-m", "benchmarks.long", "--one", str(length), "--repeats", str(options.repeats)]
+        found = json.loads(
+            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+        )
+        ratio = f"{found['value'] / found['forward']:.2f} ({found['planned']:.2f})"
+        print(
+            f"| {length:,} | {found['response']:,} | {found['forward']:.1f} | {found['value']:.1f} | {ratio} | "
+            f"{found['value_peak']:,.0f} | {found['value_peak'] * 1024 / length:.0f} | {found['forward_peak']:,.0f} |",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
