@@ -39,6 +39,7 @@ def execute(arguments: Sequence[str]) -> int:
     from alphatoken.pipeline.run.progress import Progress
 
     with Progress() as progress, Session(settings, progress) as session:
+        progress.log = None  # nothing is written into a run directory
         run = session.run_with_data()
         if "--measure" in parsed.flags:
             from alphatoken.pipeline.plan.calibration import keep
