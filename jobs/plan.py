@@ -171,8 +171,7 @@ def _seconds(plan: dict[str, Any]) -> Table:
     table, found = _table("time on this machine"), plan["calibration"]
     for stage, seconds in plan["seconds_here"].items():
         table.add_row(stage, clock(seconds) if seconds >= 1 else "under 1 s")
-    table.caption = f"by what `plan --measure` measured on {found['measured'][:10]}: {found['machine']}"
-    table.caption_justify = "left"
+    table.add_row("measured", f"{found['measured'][:10]} in {found['seconds']:.0f} s: {found['machine']}")
     return table
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,20 +20,30 @@ ACCELERATORS = {
 BILLION = 1e9
 
 
+@dataclass(frozen=True, slots=True)
+class Here:
+    """A device of this machine: ``seconds`` that the run takes on it, ``value_rate``: operations per second of its value pass."""
+
+    device: str
+    seconds: float
+    value_rate: float
+
+
 def device_here() -> str:
     """The device of this machine that a run would use."""
     return "the GPU of this machine" if torch.cuda.is_available() else CPU_HERE
 
 
-def device_hours(total: float, value: float, tokens: int, here: Mapping[str, float], price: Any) -> dict[str, Any]:
+def device_hours(total: float, value: float, tokens: int, here: Here, price: Any) -> dict[str, Any]:
     """The plan's ``device_hours`` and ``per_billion_tokens``.
 
     ``total``, ``value``: operations of the run and of its value stage, ``tokens``: of the data, of which the value stage is the
-    part that grows. ``here``: a device of this machine -> its operations per second. ``price``: plan.price. Raises SettingsWrong
+    part that grows. ``price``: plan.price. Raises SettingsWrong
     for a price of a device that is none of them.
     """
-    rates = {**{name: peak * UTILISATION for name, peak in ACCELERATORS.items()}, **here}
-    hours = {name: total / rate / 3600 for name, rate in rates.items()}
+    rates = {name: peak * UTILISATION for name, peak in ACCELERATORS.items()}
+    hours = {name: total / rate / 3600 for name, rate in rates.items()} | {here.device: here.seconds / 3600}
+    rates[here.device] = here.value_rate
     each = {name: value / max(1, tokens) * BILLION / rate / 3600 for name, rate in rates.items()}
     found: dict[str, Any] = {"device_hours": {"utilisation": UTILISATION, **hours}, "per_billion_tokens": each}
     if prices := _prices(price, list(rates)):

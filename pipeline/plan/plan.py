@@ -46,7 +46,7 @@ from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.plan.calibration import kept
 from alphatoken.pipeline.plan.cpu import CPU_HERE, cpu_rate
-from alphatoken.pipeline.plan.devices import device_here, device_hours
+from alphatoken.pipeline.plan.devices import Here, device_here, device_hours
 from alphatoken.pipeline.plan.sample import Sample, sample_data
 from alphatoken.pipeline.plan.seconds import stage_seconds
 from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
@@ -123,11 +123,13 @@ def make_plan(run: Run) -> dict[str, Any]:
     rows_file = file_sizes(sample, settings, trained, drift, several)
     coverage = as_json(scored.coverage)
     measured = kept(run)
-    seconds, rates = None, {CPU_HERE: cpu_rate()}
     if measured:
         inline = is_inline(settings.cluster, lambda: round(tokens * scale))
         seconds = stage_seconds(stages, sample.rows, settings, measured, several, inline)
-        rates = {device_here(): total / seconds["total"] if total else cpu_rate()}
+        here = Here(device_here(), seconds["total"], measured.rates["value"])
+    else:
+        rate = cpu_rate()
+        seconds, here = None, Here(CPU_HERE, total / rate, rate)
     return {
         "data": {
             "format": "preference" if sample.pairs else "sft", "rows": sample.rows,
@@ -156,7 +158,7 @@ def make_plan(run: Run) -> dict[str, Any]:
             DIRECTIONS + len(settings.objectives),
         ),
         "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
-        **device_hours(total, value, round(tokens * scale), rates, settings.plan.price),
+        **device_hours(total, value, round(tokens * scale), here, settings.plan.price),
         **({"seconds_here": seconds, "calibration": asdict(measured)} if measured else {}),
     }  # fmt: skip
 

@@ -183,7 +183,7 @@ def test_it_is_said_in_the_lines_the_report_and_the_plan(run, policy, capfd):
     said = f"of which {counts['split_rows']} are split into {counts['windows']} windows"
     assert said in " ".join(capfd.readouterr().out.replace("│", " ").split())
     assert main(["prepare", f"run.dir={run}/again", *own]) == 0
-    said = f"{counts['split_rows']} rows split into {counts['windows']} windows, 0 truncated"
+    said = f"{counts['split_rows']} rows split into {counts['windows']} windows"
     assert said in " ".join(capfd.readouterr().err.split())
     assert main(["report", f"run.dir={run}/r"]) == 0
     assert f"split into {counts['windows']} windows" in (run / "r/report/index.html").read_text()
