@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 
@@ -53,15 +54,25 @@ def plain_forward(model: torch.nn.Module, batch: Batch) -> None:
             model.lm_head(hidden[start : start + POSITIONS_AT_ONCE])  # type: ignore[operator]  # as above
 
 
-def seconds_and_peak(work: Callable[[], object], repeats: int) -> tuple[float, float]:
-    """Median seconds, and the peak in MB beyond what was resident before."""
+@dataclass(frozen=True, slots=True)
+class Spent:
+    """Median seconds of a work, by the clock and of the CPU; its peak in MB beyond what was resident before."""
+
+    wall: float
+    cpu: float
+    peak: float
+
+
+def spent(work: Callable[[], object], repeats: int) -> Spent:
+    """Do it ``repeats`` times."""
     forget_peak()
-    before, seconds = resident("VmRSS"), []
+    before, wall, cpu = resident("VmRSS"), [], []
     for _ in range(repeats):
-        started = time.perf_counter()
+        started = time.perf_counter(), time.process_time()
         work()
-        seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds), resident("VmHWM") - before
+        wall.append(time.perf_counter() - started[0])
+        cpu.append(time.process_time() - started[1])
+    return Spent(statistics.median(wall), statistics.median(cpu), resident("VmHWM") - before)
 
 
 def measured(length: int, repeats: int, layers: int | None) -> dict[str, float]:
@@ -72,14 +83,15 @@ def measured(length: int, repeats: int, layers: int | None) -> dict[str, float]:
     small = Batch(small.input_ids[:, :512], small.labels[:, :512], torch.tensor([512]))
     plain_forward(model, small)
     valuer.value(small)  # threads, kernels and pools are made on first use
-    value, value_peak = seconds_and_peak(lambda: valuer.value(batch), repeats)
-    forward, forward_peak = seconds_and_peak(lambda: plain_forward(model, batch), repeats)
+    value = spent(lambda: valuer.value(batch), repeats)
+    forward = spent(lambda: plain_forward(model, batch), repeats)
     costs, _ = model_costs(model, LAYERS)
     shapes = shapes_of([batch.shape], len(batch.predicting()))
     plain = forward_flops(costs, shapes) + 2 * costs.head * length
     return {
-        "response": len(batch.predicting()), "forward": forward, "value": value, "forward_peak": forward_peak,
-        "value_peak": value_peak, "planned": value_flops(costs, shapes, WINDOW, scores=ALL) / plain,
+        "response": len(batch.predicting()), "forward": forward.wall, "value": value.wall, "forward_peak": forward.peak,
+        "value_peak": value.peak, "planned": value_flops(costs, shapes, WINDOW, scores=ALL) / plain,
+        "cpu": value.cpu / forward.cpu,
     }  # fmt: skip
 
 
@@ -96,8 +108,8 @@ def main() -> None:
         return
     print(f"Machine: {machine()}\n")
     print(
-        "| tokens in one row | response | forward, s | value, every column, s | value / forward (planned) | peak of value, MB | "
-        "KB per token | peak of forward, MB |\n|---|---|---|---|---|---|---|---|",
+        "| tokens in one row | response | forward, s | value, every column, s | value / forward (in CPU time, planned) | "
+        "peak of value, MB | KB per token | peak of forward, MB |\n|---|---|---|---|---|---|---|---|",
         flush=True,
     )
     for length in options.lengths:
@@ -105,9 +117,11 @@ def main() -> None:
         if options.model_layers:
             command += ["--model-layers", str(options.model_layers)]
         found = json.loads(
-            subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.splitlines()[-1]
+            subprocess.run(
+                command, check=True, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            ).stdout.splitlines()[-1]
         )
-        ratio = f"{found['value'] / found['forward']:.2f} ({found['planned']:.2f})"
+        ratio = f"{found['value'] / found['forward']:.2f} ({found['cpu']:.2f}, {found['planned']:.2f})"
         print(
             f"| {length:,} | {found['response']:,} | {found['forward']:.1f} | {found['value']:.1f} | {ratio} | "
             f"{found['value_peak']:,.0f} | {found['value_peak'] * 1024 / length:.0f} | {found['forward_peak']:,.0f} |",

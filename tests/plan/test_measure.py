@@ -46,18 +46,14 @@ def test_a_measurement_is_kept_for_the_plans_that_it_holds_for(plan, tmp_path):
     assert not (tmp_path / "r").exists(), "the run directory is not touched"
     for other in ("valuation.scores=[loss]", "valuation.layers=1", "cluster.cpus_per_worker=2"):
         assert "seconds_here" not in plan(other), f"measured for something else than {other}"
+    (file,) = (tmp_path / "cache/calibrations").iterdir()
+    file.write_text(file.read_text()[:40])
+    assert "seconds_here" not in plan(), "a damaged one is none"
 
 
 def test_a_run_without_directions_is_measured_by_its_value_pass_alone(plan):
     made = plan("--measure", "valuation.scores=[loss,entropy]", "mask.score=loss")
     assert set(made["calibration"]["rates"]) == {"value"} and set(made["seconds_here"]) == {"prepare", "value", "total"}
-
-
-def test_a_damaged_measurement_is_none(plan, tmp_path):
-    plan("--measure")
-    (file,) = (tmp_path / "cache/calibrations").iterdir()
-    file.write_text(file.read_text()[:40])
-    assert "seconds_here" not in plan()
 
 
 def test_hours_of_a_billion_tokens_are_those_of_the_value_stage(plan):
