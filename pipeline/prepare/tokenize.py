@@ -86,6 +86,7 @@ class ExampleMaker:
         self._chat = chat
         self._columns = dict(columns)
         self._vocab_size = vocab_size
+        self._all_known = max(tokenizer.get_vocab().values(), default=0) < vocab_size
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         added = tokenizer.added_tokens_decoder
         self._specials = sorted({t.content for t in added.values() if t.special} | set(tokenizer.all_special_tokens))
@@ -152,10 +153,11 @@ class ExampleMaker:
 
     def _example(self, draft: Draft, ids: list[int], labels: list[int]) -> Example:
         labels[:1] = [IGNORED] * len(ids[:1])
-        for token in (min(ids, default=0), max(ids, default=0)):
-            if not 0 <= token < self._vocab_size:
-                where = f"input_ids[{ids.index(token)}]={token}"
-                raise Unusable(f"outside_vocabulary: {where}, the model has {self._vocab_size} tokens")
+        if draft.tokens is not None or not self._all_known:
+            for token in (min(ids, default=0), max(ids, default=0)):
+                if not 0 <= token < self._vocab_size:
+                    where = f"input_ids[{ids.index(token)}]={token}"
+                    raise Unusable(f"outside_vocabulary: {where}, the model has {self._vocab_size} tokens")
         first = next((index for index, label in enumerate(labels) if label != IGNORED), None)
         if first is None:
             raise Unusable("no_response: no token after the first belongs to a response")
