@@ -122,14 +122,14 @@ def make_plan(run: Run) -> dict[str, Any]:
     total = sum(stage["flops"] for name, stage in stages.items() if name != "trial" or settings.trial.auto)
     rows_file = file_sizes(sample, settings, trained, drift, several)
     coverage = as_json(scored.coverage)
-    measured = kept(run)
+    measured, seconds = kept(run), dict[str, float]()
     if measured:
         inline = is_inline(settings.cluster, lambda: round(tokens * scale))
         seconds = stage_seconds(stages, sample.rows, settings, measured, several, inline)
         here = Here(device_here(), seconds["total"], measured.rates["value"])
     else:
         rate = cpu_rate()
-        seconds, here = None, Here(CPU_HERE, total / rate, rate)
+        here = Here(CPU_HERE, total / rate, rate)
     return {
         "data": {
             "format": "preference" if sample.pairs else "sft", "rows": sample.rows,
