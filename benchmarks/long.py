@@ -17,15 +17,17 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 
 from alphatoken import TokenValuer
 from alphatoken.pipeline.maths.batch import Batch
-from alphatoken.pipeline.maths.costs import forward_flops, model_costs, shapes_of, value_flops
+from alphatoken.pipeline.maths.costs import forward_flops, meta_model, model_costs, shapes_of, value_flops, value_memory
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.maths.valuer import ALL
+from alphatoken.pipeline.prepare.example import example_model
 from benchmarks.example_batches import load_example
 from benchmarks.speed import LAYERS, WINDOW, directions_of, forget_peak, machine, resident
 
@@ -99,17 +101,35 @@ def measured(length: int, repeats: int, layers: int | None) -> dict[str, float]:
     }  # fmt: skip
 
 
+def planned_rows(lengths: Sequence[int]) -> None:
+    """What the plan says of each length, from the shapes alone; half of the row is response."""
+    costs, _ = model_costs(meta_model(load_config(ModelSource(str(example_model(print)))), torch.float32), LAYERS)
+    print(
+        "| tokens in one row | forward, FLOPs | value / forward | memory beyond the weights and directions, MB |\n|---|---|---|---|"
+    )
+    for length in lengths:
+        shapes = shapes_of([(1, length)], length // 2)
+        plain = forward_flops(costs, shapes) + 2 * costs.head * length
+        memory = value_memory(costs, length, length, 4, 1, False)
+        beyond = memory["activations"] + memory["logits"]
+        ratio = value_flops(costs, shapes, WINDOW, scores=ALL) / plain
+        print(f"| {length:,} | {plain:.2e} | {ratio:.2f} | {beyond / 1e6:,.0f} |")
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--lengths", nargs="+", type=int, default=LENGTHS)
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--model-layers", type=int, help="keep so many of the model's layers, the last ones")
+    parser.add_argument("--planned", action="store_true", help="what the plan says of the lengths, without running any")
     parser.add_argument("--one", type=int, help="a length: what each row of the table runs")
     options = parser.parse_args()
     if options.one:
         print(json.dumps(measured(options.one, options.repeats, options.model_layers)))
         return
+    if options.planned:
+        return planned_rows(options.lengths)
     print(f"Machine: {machine()}\n")
     print(
         "| tokens in one row | response | forward, s | value, every column, s | value / forward (in CPU time, planned) | "
