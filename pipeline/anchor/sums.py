@@ -48,12 +48,15 @@ class Term:
 
 @dataclass(frozen=True, slots=True)
 class SumFile:
-    """A file to be made from sums. ``terms``: added up in order. ``shapes``: of the tensors that it is to hold."""
+    """A file to be made from sums. ``terms``: added up in order. ``shapes``: of the tensors that it is to hold.
+    ``piece_bytes``: at most of a piece, but for a single row that has more.
+    """
 
     output: str
     terms: tuple[Term, ...]
     shapes: Shapes
     metadata: dict[str, str]
+    piece_bytes: int = field(default_factory=lambda: PIECE_BYTES)
 
     def pieces(self) -> list[Piece]:
         """What the file consists of, in the order in which it is written; from the shapes alone."""
@@ -63,13 +66,13 @@ class SumFile:
         for name in sorted(self.shapes):
             shape = self.shapes[name]
             rows, row = rows_of(shape), row_bytes(shape)
-            if held + rows * row > PIECE_BYTES and small:
+            if held + rows * row > self.piece_bytes and small:
                 found, small, held = [*found, tuple(small)], [], 0
-            if rows * row <= PIECE_BYTES:
+            if rows * row <= self.piece_bytes:
                 small.append(Slice(name, 0, rows))
                 held += rows * row
                 continue
-            step = max(1, PIECE_BYTES // row)
+            step = max(1, self.piece_bytes // row)
             found += [(Slice(name, start, min(rows, start + step)),) for start in range(0, rows, step)]
         return [*found, tuple(small)] if small else found
 

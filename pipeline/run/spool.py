@@ -28,7 +28,7 @@ class Spool:
 
     def __enter__(self) -> Spool:
         self._directory.mkdir(parents=True, exist_ok=True)
-        self._file = tempfile.TemporaryFile(dir=self._directory)  # noqa: SIM115  # it is closed in __exit__
+        self._file = tempfile.TemporaryFile(dir=self._directory)  # it is closed in __exit__
         return self
 
     def write(self, content: bytes | memoryview) -> None:
