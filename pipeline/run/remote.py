@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 MODEL_FILES = (".safetensors", ".json", ".bin", ".gguf", ".model", ".jinja", ".txt")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 BLOCK = 8 << 20
-FULL = (errno.ENOSPC, errno.EDQUOT)
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Unreachable(OSError):
