@@ -1,7 +1,7 @@
 """What the driver of the anchor stage holds while sums are made: `python -m benchmarks.sums --gigabytes 0.1 0.5`.
 
 Models with random weights whose three scored layers take so many gigabytes in float32, and a few short rows: Fisher and
-validation gradient are summed over four parts each and divided by the root of the Fisher (anchor.precondition=adam), so that
+validation gradient are summed over a part for each eight of them and divided by the root of the Fisher (anchor.precondition=adam), so that
 every sum is made, added up, written and used. `--before DIR` runs the same command with the code of another checkout, in turn.
 Memory is what no file stands behind (RssAnon), read every 50 ms: of the driver, above what it had when Ray was up; of the
 largest worker, all of it. Where the machine has less than 2 GB left the run is ended and the row says so.
@@ -26,7 +26,7 @@ from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 HERE = Path(__file__).parents[1]
-ROWS = 32  # prompts, and validation rows: four parts
+ROWS = 32
 SCORED, HEAD = 3, 64  # layers; the size of an attention head
 POLL = 0.05  # seconds
 LEAST_LEFT = 2e9  # bytes
@@ -111,14 +111,14 @@ def watched(command: Sequence[str], code: Path, stage_begun: Path) -> Peak:
     return peak
 
 
-def measure(model: Path, rows: Path, place: Path, code: Path, workers: int) -> Peak:
+def measure(model: Path, rows: Path, place: Path, code: Path, workers: int, count: int) -> Peak:
     """Prepare, then the anchor stage watched."""
     common = [
-        f"run.dir={place}", f"model.policy={model}", f"data.train={rows}", f"data.validation={ROWS}",
+        f"run.dir={place}", f"model.policy={model}", f"data.train={rows}", f"data.validation={count}",
         "mask.stability_weight=0", "cluster.inline_below=0", f"cluster.workers={workers}", "cluster.cpus_per_worker=1",
     ]  # fmt: skip
     anchor = [
-        "anchor.drift=none", "anchor.precondition=adam", f"anchor.fisher.prompts={ROWS}", "anchor.fisher.max_new_tokens=4",
+        "anchor.drift=none", "anchor.precondition=adam", f"anchor.fisher.prompts={count}", "anchor.fisher.max_new_tokens=4",
         f"valuation.layers={SCORED}",
     ]  # fmt: skip
     watched(["alphatoken.jobs", "prepare", *common, *anchor], code, place / "none")
@@ -130,6 +130,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.1, 0.5])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--rows", type=int, default=ROWS, help="prompts, and as many validation rows: a part for each eight"
+    )
     parser.add_argument("--before", type=Path, help="a checkout of an earlier commit, to compare with")
     parser.add_argument(
         "--place", type=Path, help="a directory with room for 20 times as much (default: a temporary one)"
@@ -142,9 +145,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.place) as folder:
             place = Path(folder)
             weights = make_model(place / "model", gigabytes)
-            make_rows(place / "rows.jsonl", 3 * ROWS)
+            make_rows(place / "rows.jsonl", 3 * options.rows)
             for name, code in {**codes, "this": HERE}.items():
-                found = measure(place / "model", place / "rows.jsonl", place / "run", code, options.workers)
+                found = measure(
+                    place / "model", place / "rows.jsonl", place / "run", code, options.workers, options.rows
+                )
                 subprocess.run(["rm", "-rf", str(place / "run")], check=True)
                 said = found.ended or f"{found.seconds:.0f}"
                 print(f"| {weights:.2f} GB | {name} | {found.driver / 1e6:,.0f} MB | "

@@ -28,15 +28,16 @@ Named = dict[str, torch.Tensor]  # direction -> one parameter of it
 
 
 class DirectionFiles:
-    """Of the snapshot ``index`` with its scored weights in the file ``weights``. ``drift``: as in anchor.drift, resolved."""
+    """Of the snapshot ``index`` with its scored weights in the file ``weights``. ``drift``: as in anchor.drift, resolved.
+    ``device``: where K-FAC is computed."""
 
     def __init__(
-        self, storage: Storage, settings: Settings, scored: ScoredLayers, index: int, weights: str, drift: str
-    ) -> None:
+        self, storage: Storage, settings: Settings, scored: ScoredLayers, device: torch.device, index: int, weights: str,
+        drift: str,
+    ) -> None:  # fmt: skip
         self.storage, self.settings, self.anchor, self.scored = storage, settings, settings.anchor, scored
-        self.index, self.weights, self.drift = index, weights, drift
+        self.device, self.index, self.weights, self.drift = device, index, weights, drift
         self.maps = {linear.name: linear for linear in scored.maps}
-        self.device = next(scored.model.parameters()).device
         self.proxy = drift != "none" and not self.anchor.unrolled  # whether stability is made here
         self.names = ("adaptation", *settings.objectives, "stability")
 

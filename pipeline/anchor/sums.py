@@ -67,7 +67,8 @@ class SumFile:
             shape = self.shapes[name]
             rows, row = rows_of(shape), row_bytes(shape)
             if held + rows * row > self.piece_bytes and small:
-                found, small, held = [*found, tuple(small)], [], 0
+                found.append(tuple(small))
+                small, held = [], 0
             if rows * row <= self.piece_bytes:
                 small.append(Slice(name, 0, rows))
                 held += rows * row

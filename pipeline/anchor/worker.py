@@ -175,7 +175,9 @@ class AnchorWorker:
     def _directions(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write all directions of one snapshot; returns norms and scales."""
         assert task.weights is not None
-        files = DirectionFiles(self.storage, self.settings, self.scored, task.index, task.weights, task.drift)
+        files = DirectionFiles(
+            self.storage, self.settings, self.scored, self.device, task.index, task.weights, task.drift
+        )
         return files.write(
             task.fingerprint, task.metadata, lambda found: self._root_mean_squares(found, task.sequences), advance
         )
