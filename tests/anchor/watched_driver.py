@@ -1,22 +1,22 @@
-"""Stages in one process whose sums have small pieces, and what its driver got from Ray and held meanwhile, as JSON:
+"""Stages in one process whose sums have small pieces, and what its driver got from Ray and made meanwhile, as JSON:
 
     python -m tests.anchor.watched_driver RUN STAGE... OVERRIDE...
 
-answers: how often it asked Ray for a value. arrays: types and sizes of tensors and arrays in the values that came. held:
-those of more than a few numbers that the garbage collector knew at any of the looks at it. adds: pieces told of by workers.
+answers: how often it asked Ray for a value. arrays: tensors and arrays in the values that came, at any depth. made: tensors
+of more than a few numbers that came out of any operation of torch in it. adds: pieces that the workers' logs tell of.
 """
 
-import gc
 import io
 import json
 import pickle
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import ray
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from alphatoken.jobs.cli import main
 from alphatoken.pipeline.anchor import sums
@@ -39,42 +39,48 @@ class Searching(pickle.Pickler):
         return NotImplemented
 
 
-class Watch:
-    def __init__(self) -> None:
-        self.answers, self.arrays, self.held = 0, list[str](), set[str]()
-        self.over, self.get = threading.Event(), ray.get
-        ray.get = self.ask
-        threading.Thread(target=self.look, daemon=True).start()
+class Answers:
+    """Stands in front of ray.get."""
 
-    def ask(self, *arguments, **options):
+    def __init__(self) -> None:
+        self.count, self.arrays, self.get = 0, list[str](), ray.get
+        ray.get = self
+
+    def __call__(self, *arguments, **options):
         answer = self.get(*arguments, **options)
         search = Searching()
         search.dump(answer)
-        self.answers += 1
+        self.count += 1
         self.arrays += search.found
         return answer
 
-    def look(self) -> None:
-        while not self.over.wait(0.02):
-            for value in gc.get_objects():
-                if isinstance(value, torch.Tensor) and value.numel() > FEW and value.device.type != "meta":
-                    self.held.add(f"{type(value).__name__} {tuple(value.shape)}")
+
+class Made(TorchDispatchMode):
+    """Notes what torch's operations give."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: set[str] = set()
+
+    def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+        result = operation(*arguments, **(options or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor) and value.device.type != "meta" and value.numel() > FEW:
+                self.found.add(f"{operation} {tuple(value.shape)}")
+        return result
 
 
 if __name__ == "__main__":
     sums.PIECE_BYTES = 2048
     run, *rest = sys.argv[1:]
     stages = [one for one in rest if "=" not in one]
-    watch = Watch()
-    for stage in stages:
-        if status := main([stage, f"run.dir={run}", *rest[len(stages) :]]):
-            sys.exit(status)
-    watch.over.set()
+    answers = Answers()
+    with Made() as made:
+        for stage in stages:
+            if status := main([stage, f"run.dir={run}", *rest[len(stages) :]]):
+                sys.exit(status)
     logs = "".join(log.read_text() for log in Path(run).glob("logs/anchor-*.log"))
     told = {
-        "answers": watch.answers,
-        "arrays": watch.arrays,
-        "held": sorted(watch.held),
-        "adds": logs.count("from row"),
-    }
+        "answers": answers.count, "arrays": answers.arrays, "made": sorted(made.found), "adds": logs.count("from row"),
+    }  # fmt: skip
     print(json.dumps(told))
