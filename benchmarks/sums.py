@@ -4,7 +4,8 @@ Models with random weights whose three scored layers take so many gigabytes in f
 validation gradient are summed over a part for each eight of them and divided by the root of the Fisher (anchor.precondition=adam), so that
 every sum is made, added up, written and used. `--before DIR` runs the same command with the code of another checkout, in turn.
 Memory is what no file stands behind (RssAnon), read every 50 ms: of the driver, above what it had when Ray was up; of the
-largest worker, all of it. Where the machine has less than 2 GB left the run is ended and the row says so.
+largest worker, all of it. Where the machine has less than 2 GB left the run is ended and the row says so. `--alone` adds up
+eight parts and writes their sum in this process, without Ray or a model: seconds and this process's own memory.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,12 +27,18 @@ import torch
 from tokenizers import ByteLevelBPETokenizer
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from alphatoken.pipeline.anchor.summing import SUMS
+from alphatoken.pipeline.anchor.sums import SumFile, Term, WriteTask
+from alphatoken.pipeline.anchor.tensors import write_tensors
+from alphatoken.pipeline.run.storage import Storage
+
 HERE = Path(__file__).parents[1]
 ROWS = 32
 SCORED, HEAD = 3, 64  # layers; the size of an attention head
 POLL = 0.05  # seconds
 LEAST_LEFT = 2e9  # bytes
 GB = 1e9
+WIDTH = 4096  # of the weight that --alone sums
 
 
 def make_model(place: Path, gigabytes: float) -> float:
@@ -125,6 +133,28 @@ def measure(model: Path, rows: Path, place: Path, code: Path, workers: int, coun
     return watched(["alphatoken.jobs", "anchor", *common, *anchor], code, place / "anchors/partial")
 
 
+def alone(place: Path, gigabytes: float) -> None:
+    """Print what adding up and writing cost one process."""
+    storage, rows = Storage(str(place)), int(gigabytes * GB / 4 / WIDTH)
+    for part in range(SUMS):
+        write_tensors(storage, f"part-{part}", {"w": torch.full((rows, WIDTH), float(part))}, {})
+    file = SumFile("sum", (Term(tuple(f"part-{part}" for part in range(SUMS)), 3),), {"w": (rows, WIDTH)}, {})
+    own, over = psutil.Process(), threading.Event()
+    before, started = anonymous(own), time.perf_counter()
+    peak = [before]
+    looking = threading.Thread(
+        target=lambda: [peak.append(anonymous(own)) for _ in iter(lambda: over.wait(0.005), True)]
+    )
+    looking.start()
+    WriteTask(file)(storage, lambda piece: None)
+    seconds = time.perf_counter() - started
+    over.set()
+    looking.join()
+    size = rows * WIDTH * 4
+    print(f"| {size / GB:.2f} GB, {SUMS} parts | {len(file.pieces())} pieces | {seconds:.1f} s | "
+          f"{(SUMS + 1) * size / seconds / 1e6:,.0f} MB/s read and written | {(max(peak) - before) / 1e6:.0f} MB |")  # fmt: skip
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -137,7 +167,13 @@ def main() -> None:
     parser.add_argument(
         "--place", type=Path, help="a directory with room for 20 times as much (default: a temporary one)"
     )
+    parser.add_argument("--alone", action="store_true", help="add up and write in this process, and nothing else")
     options = parser.parse_args()
+    if options.alone:
+        for gigabytes in options.gigabytes:
+            with tempfile.TemporaryDirectory(dir=options.place) as folder:
+                alone(Path(folder), gigabytes)
+        return
     codes = {"before": options.before.resolve()} if options.before else {}
     print("| scored weights | code | driver: peak | driver: above its start | largest worker: peak | seconds |\n"
           "|---|---|---|---|---|---|", flush=True)  # fmt: skip
