@@ -80,20 +80,28 @@ class Sums:
     def write(self, file: SumFile, title: str) -> None:
         """Add up and write one file."""
         pieces, kept = file.pieces(), dict[int, Shared]()
+        without_room = 0
+
+        def keep(shard: Shard, result: Shared | None) -> None:
+            nonlocal without_room
+            if result is None:
+                without_room += 1
+            else:
+                kept[numbers[shard.name]] = result
+
         store = self.pool.store if len(pieces) > 1 else None
         with self.progress.task(title, len(pieces) * (1 if store is None else 2), "pieces") as task:
             if store is not None:
                 adds = {f"{file.output} piece {n}": AddTask(file, piece, store) for n, piece in enumerate(pieces)}
                 numbers = {name: number for number, name in enumerate(adds)}
-                self.pool.run(
-                    [Shard(name, 1) for name in adds],
-                    lambda s: adds[s.name],
-                    lambda s, r: kept.__setitem__(numbers[s.name], r),
-                    task,
-                )
+                self.pool.run([Shard(name, 1) for name in adds], lambda s: adds[s.name], keep, task)
             again: list[int] = []
             shard = Shard(file.output, len(pieces))
             self.pool.run([shard], lambda s: WriteTask(file, kept), lambda s, r: again.append(r), task)
+        if without_room:
+            self.progress.say(
+                f"{title}: Ray's object store had no room for {without_room} of {len(pieces)} pieces, one worker added them up"
+            )
         if sum(again):
             self.progress.say(
                 f"{title}: {sum(again)} of {len(pieces)} pieces were lost with a worker and added up again"

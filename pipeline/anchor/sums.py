@@ -22,6 +22,7 @@ from alphatoken.pipeline.anchor.tensors import Shapes, tensor_stream
 from alphatoken.pipeline.cluster.work import Lost, Shared
 from alphatoken.pipeline.run.storage import Storage
 
+LOGGER = logging.getLogger("alphatoken")
 PIECE_BYTES = 32 << 20  # of a sum; what adds it up holds one of them for each level of the tree, and one more
 
 
@@ -121,9 +122,13 @@ class AddTask:
         """What it is for, as a worker's log names it."""
         return f"{self.file.output}, {self.piece[0].name} from row {self.piece[0].start}"
 
-    def __call__(self, storage: Storage, advance: Callable[[int], None]) -> Shared:
-        """The place of the piece."""
-        return self.store(self.file.summed(storage, self.piece))
+    def __call__(self, storage: Storage, advance: Callable[[int], None]) -> Shared | None:
+        """The place of the piece; None where there was no room to keep it."""
+        try:
+            return self.store(self.file.summed(storage, self.piece))
+        except Lost as error:
+            LOGGER.warning("%s: %s: it is added up by who writes the file", self.output, error)
+            return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,7 +153,7 @@ class WriteTask:
                     try:
                         arrays = self.kept[number].get()
                     except Lost as error:
-                        logging.getLogger("alphatoken").warning("%s: %s: added up again", self.output, error)
+                        LOGGER.warning("%s: %s: added up again", self.output, error)
                         again += 1
                 if arrays is None:
                     arrays = self.file.summed(storage, piece)

@@ -55,15 +55,17 @@ class TensorStream:
         while self._left and not self._left[-1][1]:
             self._left.pop()
         due, left = self._left.pop() if self._left else ("nothing", 0)
-        flat = torch.from_numpy(rows).reshape(-1) if isinstance(rows, np.ndarray) else rows.reshape(-1)
-        if not flat.numel():
+        flat = rows.reshape(-1)
+        count = len(flat)
+        if not count:
             self._left.append((due, left))
             return
-        assert due == key and flat.numel() <= left and flat.dtype == self._dtype, (self._name, key, due, left)
-        if not bool(torch.isfinite(flat).all()):
+        assert due == key and count <= left and flat.itemsize == self._dtype.itemsize, (self._name, key, due, left)
+        own = isinstance(flat, np.ndarray)  # which may be a view of Ray's store, that torch warns of
+        if not bool(np.isfinite(flat).all() if own else torch.isfinite(flat).all()):
             raise RunFailed(f"NaN or infinity in {key} while making {self._name}: check the model or its dtype")
-        self._left.append((due, left - flat.numel()))
-        self._stream.write(memoryview(flat.view(torch.uint8).numpy()))
+        self._left.append((due, left - count))
+        self._stream.write(memoryview(flat.view(np.uint8) if own else flat.view(torch.uint8).numpy()))
 
     def finish(self) -> None:
         """Everything must have come."""

@@ -60,11 +60,14 @@ class WorkerPool:
 class InStore:
     """As ``work.Shared``: a value in the cluster's object store, until the process that has put it there ends.
 
-    Whoever holds one without asking for the value, as the driver, holds a name.
+    Whoever holds one without asking for the value, as the driver, holds a name. Raises Lost where there is no room for it.
     """
 
     def __init__(self, value: Any) -> None:
-        self.reference = ray.put(value)
+        try:
+            self.reference = ray.put(value)
+        except RayError as error:  # the store and the disk that it spills to are full
+            raise Lost(first_line(error)) from error
 
     def get(self) -> Any:
         """The value; numpy arrays in it are read-only views of the store's memory."""

@@ -52,7 +52,7 @@ class Work:
 
 
 class Lost(RuntimeError):
-    """A shared value is gone with the process or the node that held it."""
+    """A shared value is gone with the process or the node that held it, or found no room."""
 
 
 class Shared(Protocol):
