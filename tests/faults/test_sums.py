@@ -7,6 +7,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from alphatoken.jobs.cli import main
 from alphatoken.pipeline.anchor import sums
 from alphatoken.pipeline.cluster.pool import WorkerPool
 from alphatoken.pipeline.cluster.work import Resources, Shard
@@ -14,22 +15,25 @@ from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
-from tests.faults.interrupted_run import calm_run, contents, inputs_in
+from tests.faults.interrupted_run import contents, inputs_in
 
-OWN = ["anchor.drift=none", "anchor.precondition=kfac", "mask.stability_weight=0"]
+OWN = ["anchor.drift=none", "anchor.precondition=kfac", "mask.stability_weight=0", "data.validation=20"]
+GIVEN = ("anchor.snapshots", "anchor.warmup", "data.validation")
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory) -> list[str]:
-    return [*inputs_in(tmp_path_factory.mktemp("inputs")), *OWN, "data.validation=20"]
+    own = [one for one in inputs_in(tmp_path_factory.mktemp("inputs")) if not one.startswith(GIVEN)]
+    return [*own, *OWN]
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory, inputs) -> dict:
     """Of a run without Ray, whose pieces are whole sums."""
-    place = tmp_path_factory.mktemp("calm")
-    calm_run(place, inputs)
-    return anchors_in(place / "run")
+    run = tmp_path_factory.mktemp("calm") / "run"
+    for stage in ("prepare", "anchor"):
+        assert main([stage, f"run.dir={run}", *inputs, "cluster.address=inline"]) == 0
+    return anchors_in(run)
 
 
 def anchors_in(run: Path) -> dict[str, str]:
