@@ -55,17 +55,19 @@ class TensorStream:
         while self._left and not self._left[-1][1]:
             self._left.pop()
         due, left = self._left.pop() if self._left else ("nothing", 0)
-        flat = rows.reshape(-1)
-        count = len(flat)
+        count = math.prod(rows.shape)
         if not count:
             self._left.append((due, left))
             return
-        assert due == key and count <= left and flat.itemsize == self._dtype.itemsize, (self._name, key, due, left)
-        own = isinstance(flat, np.ndarray)  # which may be a view of Ray's store, that torch warns of
-        if not bool(np.isfinite(flat).all() if own else torch.isfinite(flat).all()):
+        assert due == key and count <= left and rows.itemsize == self._dtype.itemsize, (self._name, key, due, left)
+        if isinstance(rows, np.ndarray):  # which may be a view of Ray's store, and torch warns of those
+            finite, content = bool(np.isfinite(rows).all()), rows.reshape(-1).view(np.uint8)
+        else:
+            finite, content = bool(torch.isfinite(rows).all()), rows.reshape(-1).view(torch.uint8).numpy()
+        if not finite:
             raise RunFailed(f"NaN or infinity in {key} while making {self._name}: check the model or its dtype")
         self._left.append((due, left - count))
-        self._stream.write(memoryview(flat.view(np.uint8) if own else flat.view(torch.uint8).numpy()))
+        self._stream.write(memoryview(content))
 
     def finish(self) -> None:
         """Everything must have come."""
