@@ -145,16 +145,18 @@ class WriteTask:
 
     def __call__(self, storage: Storage, advance: Callable[[int], None]) -> int:
         """How many pieces were lost with those who kept them, and had to be added up again."""
-        again = 0
+        again, lost = 0, set[str]()
         with tensor_stream(storage, self.file.output, self.file.shapes, self.file.metadata) as stream:
             for number, piece in enumerate(self.file.pieces()):
                 arrays: Sequence[np.ndarray] | None = None
-                if number in self.kept:
+                kept = self.kept.get(number)
+                if kept is not None and kept.keeper not in lost:
                     try:
-                        arrays = self.kept[number].get()
+                        arrays = kept.get()
                     except Lost as error:
-                        LOGGER.warning("%s: %s: added up again", self.output, error)
-                        again += 1
+                        LOGGER.warning("%s: %s: what %s held is added up again", self.output, error, kept.keeper)
+                        lost.add(kept.keeper)
+                again += kept is not None and arrays is None
                 if arrays is None:
                     arrays = self.file.summed(storage, piece)
                 for one, array in zip(piece, arrays, strict=True):

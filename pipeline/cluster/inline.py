@@ -152,7 +152,7 @@ class Here:
     """A value of this process, as ``work.Shared``."""
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        self.value, self.keeper = value, "this process"
 
     def get(self) -> Any:
         """The value."""

@@ -64,6 +64,7 @@ class InStore:
     """
 
     def __init__(self, value: Any) -> None:
+        self.keeper = ray.get_runtime_context().get_worker_id()
         try:
             self.reference = ray.put(value)
         except RayError as error:  # the store and the disk that it spills to are full
@@ -73,5 +74,5 @@ class InStore:
         """The value; numpy arrays in it are read-only views of the store's memory."""
         try:
             return ray.get(self.reference)
-        except RayError as error:
-            raise Lost(first_line(error)) from error
+        except RayError as error:  # Ray takes a second to be sure of it
+            raise Lost(f"Ray's object store has lost it ({type(error).__name__})") from error

@@ -56,7 +56,12 @@ class Lost(RuntimeError):
 
 
 class Shared(Protocol):
-    """A value that goes to all workers once and is read there by those whose shards name it."""
+    """A value that goes to all workers once and is read there by those whose shards name it.
+
+    ``keeper``: the process that holds it; what one of them holds is lost together.
+    """
+
+    keeper: str
 
     def get(self) -> Any:
         """The value; numpy arrays in it are not to be written to. Raises Lost."""
