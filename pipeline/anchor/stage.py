@@ -1,7 +1,7 @@
 """anchor: the reference's Fisher, the drift, the validation gradient, and from them the two directions per snapshot.
 
 Sums are taken over a fixed partition of the examples that does not depend on the number of workers, each part is
-written as one file, and the driver adds the files in order: the same bytes however many workers there were.
+written as one file, and workers add the files up: the same bytes however many workers there were. See summing.py.
 """
 
 from __future__ import annotations
@@ -12,23 +12,17 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
 from alphatoken.pipeline.anchor import coverage as coverage_report
 from alphatoken.pipeline.anchor.inputs import anchor_inputs, drift_of, fisher_inputs
-from alphatoken.pipeline.anchor.objectives import rows_of_objectives, shares_of_adaptation, with_adaptation
+from alphatoken.pipeline.anchor.objectives import rows_of_objectives, shares_of_adaptation
 from alphatoken.pipeline.anchor.orders import check_validation, unroll_orders
 from alphatoken.pipeline.anchor.own_step import PLACE, check_covered
 from alphatoken.pipeline.anchor.places import FACTORS, FISHER, PARTIAL, POLICY, REFERENCE, made
-from alphatoken.pipeline.anchor.tensors import (
-    carried,
-    counts_of,
-    fingerprint_of,
-    read_metadata,
-    read_tensors,
-    write_tensors,
-)
+from alphatoken.pipeline.anchor.summing import Sums
+from alphatoken.pipeline.anchor.sums import SumFile, Term
+from alphatoken.pipeline.anchor.tensor_file import TensorFile
+from alphatoken.pipeline.anchor.tensors import carried, counts_of, fingerprint_of, read_metadata
 from alphatoken.pipeline.anchor.worker import AnchorTask, AnchorWorker
 from alphatoken.pipeline.cluster.work import Pool, Shard
 from alphatoken.pipeline.cluster.worker_log import logged
@@ -43,7 +37,6 @@ from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings.objectives import TASK
 
 NO_ROWS = Sequences([], [], [])
-SUMS = 8  # the Fisher and the validation gradient are each summed in at most this many parts
 
 
 def make_anchors(run: Run) -> None:
@@ -144,18 +137,21 @@ class _Anchor:
                 self.progress.say("anchor: the Fisher is there already")
                 found = read_metadata(self.storage, FISHER)
                 return {"prompts": int(found["prompts"]), "tokens": int(found["completion_tokens"])}
-            counts, totals = self._sum(pool, "fisher", prompts, None, "anchor: Fisher", "prompts")
-        prompt_count = counts["prompts"]
-        factors = {key: totals.pop(key) for key in sorted(totals) if "/" in key}
-        if factors:
-            write_tensors(self.storage, FACTORS, factors, carried(fingerprint, counts))
-        fisher = {name: total / prompt_count for name, total in totals.items()}
-        metadata = {
-            **self._metadata(), "fingerprint": fingerprint, "prompts": str(prompt_count),
-            "completion_tokens": str(counts["tokens"]),
-        }  # fmt: skip
-        write_tensors(self.storage, FISHER, fisher, metadata)
-        self.progress.say(f"anchor: Fisher from {prompt_count:,} prompts, {counts['tokens']:,} sampled tokens")
+            sums = Sums(self.run, pool, self.fingerprint)
+            parts = sums.parts("fisher", prompts, None, "anchor: Fisher", "prompts")
+            counts = parts.counts
+            factors = {key: shape for key, shape in parts.shapes.items() if "/" in key}
+            if factors:
+                marks = carried(fingerprint, counts)
+                sums.write(SumFile(FACTORS, (Term(parts.files),), factors, marks), "anchor: Kronecker factors, sum")
+            metadata = {
+                **self._metadata(), "fingerprint": fingerprint, "prompts": str(counts["prompts"]),
+                "completion_tokens": str(counts["tokens"]),
+            }  # fmt: skip
+            own = {key: shape for key, shape in parts.shapes.items() if key not in factors}
+            sums.write(SumFile(FISHER, (Term(parts.files, counts["prompts"]),), own, metadata), "anchor: Fisher, sum")
+            sums.remove(parts.files)
+        self.progress.say(f"anchor: Fisher from {counts['prompts']:,} prompts, {counts['tokens']:,} sampled tokens")
         return counts
 
     def _has_fisher(self, fingerprint: str) -> bool:
@@ -223,54 +219,31 @@ class _Anchor:
     def _gradient(self, pool: Pool, index: int, weights: str) -> dict[str, Any]:
         """Write the validation gradient of one snapshot for its directions; returns positions and summed loss."""
         own = weights if self.drift == "warmup" else None
-        gradients: dict[str, dict[str, torch.Tensor]] = {}
+        sums = Sums(self.run, pool, self.fingerprint)
         found: dict[str, dict[str, Any]] = {}
         for objective, rows in rows_of_objectives(self.run).items():
-            what, of = f"gradient-{index:02d}", ""
+            what, of, output = f"gradient-{index:02d}", "", made(objective, index)
             if objective != "adaptation":
                 what, of = f"{what}-{objective}", f" of {objective.removeprefix(TASK)}"
-            counts, totals = self._sum(pool, what, rows, own, f"anchor: validation gradient{of}", "examples")
-            positions = max(1, counts["positions"])
-            gradients[objective] = {name: total / positions for name, total in totals.items()}
+            counts = counts_of(self.storage, output, self.fingerprint)
+            if counts is None:
+                parts = sums.parts(what, rows, own, f"anchor: validation gradient{of}", "examples")
+                counts = parts.counts
+                mean = Term(parts.files, max(1, counts["positions"]))
+                file = SumFile(output, (mean,), parts.shapes, carried(self.fingerprint, counts))
+                sums.write(file, f"anchor: validation gradient{of}, sum")
+                sums.remove(parts.files)
             found[objective] = counts
         shares = shares_of_adaptation({name: counts["positions"] for name, counts in found.items()})
-        for objective, gradient in with_adaptation(gradients, shares).items():
-            write_tensors(self.storage, made(objective, index), gradient, {})
+        adaptation = made("adaptation", index)
+        if "adaptation" not in found and counts_of(self.storage, adaptation, self.fingerprint) is None:
+            terms = tuple(Term((made(task, index),), weight=share) for task, share in shares.items())
+            with TensorFile(self.storage, terms[0].files[0]) as first:
+                file = SumFile(adaptation, terms, first.shapes, carried(self.fingerprint, {"tasks": len(terms)}))
+            sums.write(file, "anchor: validation gradient, sum of the tasks")
         together = {key: sum(found[name][key] for name in shares) for key in ("positions", "loss")}
         apart = {name: counts["loss"] / counts["positions"] for name, counts in found.items() if name != "adaptation"}
         return {**together, **({"losses": apart} if apart else {})}
-
-    def _sum(
-        self, pool: Pool, what: str, sequences: Sequences, weights: str | None, title: str, unit: str
-    ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
-        """Sum counts and tensors over the fixed partition of ``sequences``, tensors in float32 and in order."""
-        parts = min(SUMS, max(1, -(-len(sequences.ids) // 8)))
-        names = [f"{PARTIAL}/{what}-{index:05d}-of-{parts:05d}.safetensors" for index in range(parts)]
-        kind, seed = what.split("-")[0], self.settings.run.seed
-        tasks = {
-            f"{what} part {i}": AnchorTask(
-                kind, names[i], sequences.part(i, parts), seed * 1000 + i, weights, fingerprint=self.fingerprint
-            )
-            for i in range(parts)
-        }
-        results: dict[str, dict[str, Any]] = {}
-        shards = [Shard(name, len(task.sequences.ids)) for name, task in tasks.items()]
-        for shard, name in zip(shards, names, strict=True):
-            if (found := counts_of(self.storage, name, self.fingerprint)) is not None:
-                results[shard.name] = found
-        missing = [shard for shard in shards if shard.name not in results]
-        if len(missing) < len(shards):
-            self.progress.say(f"{title}: {len(shards) - len(missing)} of {len(shards)} parts are complete already")
-        with self.progress.task(title, sum(shard.units for shard in missing), unit) as task:
-            pool.run(missing, lambda s: tasks[s.name], lambda s, r: results.__setitem__(s.name, r), task)
-        counts: dict[str, Any] = {}
-        totals: dict[str, torch.Tensor] = {}
-        for shard, name in zip(shards, names, strict=True):
-            for key, value in results[shard.name].items():
-                counts[key] = counts.get(key, 0) + value
-            for key, tensor in read_tensors(self.storage, name).items():
-                totals[key] = totals[key].add_(tensor) if key in totals else tensor
-        return counts, totals
 
     def _one(self, pool: Pool, work: AnchorTask, title: str) -> dict[str, Any]:
         """Run a single task, unless its output is there already; returns its counts."""

@@ -18,7 +18,7 @@ from alphatoken.pipeline.anchor.own_step import PLACE, OwnSteps
 from alphatoken.pipeline.anchor.places import FISHER, PARTIAL, POLICY, REFERENCE, TOKENS_PER_PASS, made
 from alphatoken.pipeline.anchor.saving import Saving
 from alphatoken.pipeline.anchor.tape import Tape, kept_every, too_long
-from alphatoken.pipeline.anchor.tensors import carried, read_tensors, write_tensors
+from alphatoken.pipeline.anchor.tensors import carried, mapped_tensors, read_tensors, write_tensors
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, Sequences, by_token_budget
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers
@@ -182,7 +182,7 @@ class UnrolledRun:
             for objective, held in self.held.items():
                 found[objective], _, _ = loss_gradient(self.scored, self._passes(held.made), self.kernel)
         if drift != "none":
-            fisher, reference = (read_tensors(self.storage, name) for name in (FISHER, REFERENCE))
+            fisher, reference = (mapped_tensors(self.storage, name) for name in (FISHER, REFERENCE))
             found["stability"] = {
                 name: fisher_drift(fisher[name].to(weight), weight, reference[name].to(weight))
                 for name, weight in end.items()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,18 +10,20 @@ from typing import Any
 import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
+from alphatoken.pipeline.anchor.direction_files import DirectionFiles
 from alphatoken.pipeline.anchor.engine import Engine
-from alphatoken.pipeline.anchor.places import FACTORS, FISHER, PARTIAL, REFERENCE, TOKENS_PER_PASS, made
+from alphatoken.pipeline.anchor.places import PARTIAL, TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.saving import Saving
-from alphatoken.pipeline.anchor.tensors import carried, read_tensors, write_tensors
+from alphatoken.pipeline.anchor.sums import AddTask, WriteTask
+from alphatoken.pipeline.anchor.tensors import carried, mapped_tensors, write_tensors
 from alphatoken.pipeline.anchor.unrolled import Held, UnrolledRun
 from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget, response_start
 from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
-from alphatoken.pipeline.maths.directions import Directions, fisher_drift
+from alphatoken.pipeline.maths.directions import Directions
 from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.ghost import ghost_pass
-from alphatoken.pipeline.maths.kronecker import KroneckerFactors, adam, kfac
+from alphatoken.pipeline.maths.kronecker import KroneckerFactors
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
@@ -74,8 +75,10 @@ class AnchorWorker:
         self.engine = Engine(self.scored, settings, source.path)
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
 
-    def __call__(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
-        """Run one task; returns counts, which the output carries as well."""
+    def __call__(self, task: AnchorTask | AddTask | WriteTask, advance: Callable[[int], None]) -> Any:
+        """Run one task; returns counts, which the output carries as well, or what a task of a sum returns."""
+        if not isinstance(task, AnchorTask):
+            return task(self.storage, advance)  # without the model
         work = {
             "weights": self._weights, "fisher": self._fisher, "warmup": self._warmup, "gradient": self._gradient,
             "unroll": self._unroll, "directions": self._directions,
@@ -146,7 +149,7 @@ class AnchorWorker:
 
     def _gradient(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Sum of d h^T over the positions that predict a response token, float32; divided by their number later."""
-        weights = read_tensors(self.storage, task.weights) if task.weights else None
+        weights = mapped_tensors(self.storage, task.weights) if task.weights else None
         total, positions, loss = OuterSum(self.scored), 0, 0.0
         lengths = [len(ids) for ids in task.sequences.input_ids]
         with swapped(self.scored, weights):
@@ -170,44 +173,14 @@ class AnchorWorker:
         return counts
 
     def _directions(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
-        """Write all directions of one snapshot, preconditioned and scaled as asked; returns norms and scales."""
-        anchor = self.settings.anchor
+        """Write all directions of one snapshot; returns norms and scales."""
         assert task.weights is not None
-        there = read_tensors(self.storage, task.weights)
-        objectives = ("adaptation", *self.settings.objectives)
-        named = {name: read_tensors(self.storage, made(name, task.index)) for name in objectives}
-        needs_fisher = (task.drift != "none" and not anchor.unrolled) or anchor.precondition == "adam"
-        fisher = read_tensors(self.storage, FISHER) if needs_fisher else {}
-        if task.drift == "none":
-            named["stability"] = {name: torch.zeros_like(weight) for name, weight in there.items()}
-        elif anchor.unrolled:
-            named["stability"] = read_tensors(self.storage, made("stability", task.index))
-        else:
-            before = read_tensors(self.storage, REFERENCE)
-            _same_shapes(there, before)
-            named["stability"] = {name: fisher_drift(fisher[name], there[name], before[name]) for name in there}
-        norms = {f"{name}_norm": _norm(tensors) for name, tensors in named.items()}
-        if anchor.precondition == "adam":
-            for tensors in named.values():
-                tensors.update({name: adam(t, fisher[name], anchor.damping) for name, t in tensors.items()})
-        elif anchor.precondition == "kfac":
-            factors = read_tensors(self.storage, FACTORS)
-            for linear in self.scored.maps:
-                for tensors in named.values():
-                    moved = kfac(tensors[linear.name].to(self.device), factors, linear, anchor.damping)
-                    tensors[linear.name] = moved.cpu()
-        scales = dict.fromkeys(named, 1.0)
-        if anchor.scaled:
-            own = there if anchor.moves(task.drift) else None
-            scales = self._root_mean_squares(Directions(named, own), task.sequences)
-            for name, tensors in named.items():
-                tensors.update({key: tensor / scales[name] for key, tensor in tensors.items()})
-        counts = {**norms, **{f"{name}_scale": scale for name, scale in scales.items()}}
-        for name, tensors in named.items():
-            more = {"precondition": anchor.precondition, "scale": repr(scales[name]), **task.metadata}
-            place = f"anchors/snapshot-{task.index:02d}/{name}.safetensors"
-            write_tensors(self.storage, place, tensors, {**more, **carried(task.fingerprint, counts)})
-        return counts
+        files = DirectionFiles(
+            self.storage, self.settings, self.scored, self.device, task.index, task.weights, task.drift
+        )
+        return files.write(
+            task.fingerprint, task.metadata, lambda found: self._root_mean_squares(found, task.sequences), advance
+        )
 
     def _root_mean_squares(self, directions: Directions, sample: Sequences) -> dict[str, float]:
         """Per direction, the root mean square of direct + causal over the sample's response tokens; 1 where it is 0."""
@@ -231,19 +204,6 @@ class AnchorWorker:
         self, task: AnchorTask, name: str, tensors: dict[str, torch.Tensor], counts: dict[str, Any] | None = None
     ) -> None:
         write_tensors(self.storage, name, tensors, carried(task.fingerprint, counts or {}))
-
-
-def _norm(tensors: dict[str, torch.Tensor]) -> float:
-    return math.fsum(float(t.double().square().sum()) for t in tensors.values()) ** 0.5  # in whatever order they came
-
-
-def _same_shapes(policy: dict[str, torch.Tensor], reference: dict[str, torch.Tensor]) -> None:
-    names = sorted(policy.keys() | reference.keys())
-    wrong = [n for n in names if n not in policy or n not in reference or policy[n].shape != reference[n].shape]
-    if wrong:
-        raise RunFailed(
-            f"model.policy and model.reference differ in shape at {wrong[0]}: they must be the same architecture"
-        )
 
 
 def _prompt(input_ids: list[int], labels: list[int]) -> list[int]:

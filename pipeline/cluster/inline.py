@@ -24,6 +24,7 @@ from alphatoken.pipeline.cluster.work import (
     THE_REST_WAS_LEFT,
     Resources,
     Shard,
+    Shared,
     Worker,
     caught,
     explained,
@@ -74,6 +75,7 @@ class InlinePool:
     def __init__(self, make: Callable[..., Worker], arguments: dict[str, Any], cpus: int, debug: bool) -> None:
         self.make, self.arguments, self.cpus, self.debug = make, arguments, cpus, debug
         self.worker: Worker | None = None
+        self.store: Callable[[Any], Shared] | None = None
         self.threads = torch.get_num_threads()
 
     def __enter__(self) -> InlinePool:
@@ -150,7 +152,7 @@ class Here:
     """A value of this process, as ``work.Shared``."""
 
     def __init__(self, value: Any) -> None:
-        self.value = value
+        self.value, self.keeper = value, "this process"
 
     def get(self) -> Any:
         """The value."""

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 
 from alphatoken.pipeline.cluster.host import Hosts
 from alphatoken.pipeline.cluster.shard_loop import ShardLoop
-from alphatoken.pipeline.cluster.work import Resources, Shard, Work, Worker
+from alphatoken.pipeline.cluster.work import Lost, Resources, Shard, Shared, Work, Worker
+from alphatoken.pipeline.run.failure import first_line
 from alphatoken.pipeline.run.progress import Task
 
 
@@ -26,6 +28,7 @@ class WorkerPool:
     ) -> None:  # fmt: skip
         self.arguments, self.timeout, self.debug = arguments, timeout, debug
         self.hosts = Hosts(make, arguments, resources, idle)
+        self.store: Callable[[Any], Shared] | None = InStore if resources.workers > 1 else None
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -55,11 +58,21 @@ class WorkerPool:
 
 
 class InStore:
-    """As ``work.Shared``: a value that goes to the cluster's object store once and is read there by the workers whose shards name it."""
+    """As ``work.Shared``: a value in the cluster's object store, until the process that has put it there ends.
+
+    Whoever holds one without asking for the value, as the driver, holds a name. Raises Lost where there is no room for it.
+    """
 
     def __init__(self, value: Any) -> None:
-        self.reference = ray.put(value)
+        self.keeper = ray.get_runtime_context().get_worker_id()
+        try:
+            self.reference = ray.put(value)
+        except RayError as error:  # the store and the disk that it spills to are full
+            raise Lost(first_line(error)) from error
 
     def get(self) -> Any:
         """The value; numpy arrays in it are read-only views of the store's memory."""
-        return ray.get(self.reference)
+        try:
+            return ray.get(self.reference)
+        except RayError as error:  # Ray takes a second to be sure of it
+            raise Lost(f"Ray's object store has lost it ({type(error).__name__})") from error

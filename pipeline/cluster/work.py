@@ -51,17 +51,31 @@ class Work:
     task: Task
 
 
+class Lost(RuntimeError):
+    """A shared value is gone with the process or the node that held it, or found no room."""
+
+
 class Shared(Protocol):
-    """A value that goes to all workers once and is read there by those whose shards name it."""
+    """A value that goes to all workers once and is read there by those whose shards name it.
+
+    ``keeper``: the process that holds it; what one of them holds is lost together.
+    """
+
+    keeper: str
 
     def get(self) -> Any:
-        """The value; numpy arrays in it are not to be written to."""
+        """The value; numpy arrays in it are not to be written to. Raises Lost."""
 
 
 class Pool(Protocol):
-    """Workers made by the same factory with ``arguments``, until the end of the ``with`` block."""
+    """Workers made by the same factory with ``arguments``, until the end of the ``with`` block.
+
+    ``store``: called by a worker, keeps a value where the other workers can read it, so that a shard's result can name it
+    without its passing through the driver; None where one worker is all there are.
+    """
 
     arguments: dict[str, Any]
+    store: Callable[[Any], Shared] | None
 
     def __enter__(self) -> Pool:
         """Begin; workers are made when there is work."""

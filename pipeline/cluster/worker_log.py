@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.manifest import NAME as MANIFEST
 from alphatoken.pipeline.run.storage import Storage
 
 DIRECTORY = "logs"
@@ -33,6 +35,7 @@ class _Logged:
         self.stage, self.make = stage, make
 
     def __call__(self, *, storage: Storage, **arguments: Any) -> _LoggedWorker:
+        _check_shared(storage)
         name = f"{DIRECTORY}/{self.stage}-{platform.node() or 'node'}-{os.getpid()}.log"
         log = _WorkerLog(storage, name)
         started = time.monotonic()
@@ -46,6 +49,15 @@ class _Logged:
         log.logger.info("ready after %.1f s", time.monotonic() - started)
         log.upload()
         return _LoggedWorker(worker, log)
+
+
+def _check_shared(storage: Storage) -> None:
+    """Raises RunFailed where this node does not see the run directory: what is written here, the driver would never find."""
+    if not storage.exists(MANIFEST):
+        raise RunFailed(
+            f"run.dir={storage.root} is not on node {platform.node() or 'node'}: give a directory that all nodes share, or the "
+            "URI of an object store, and run the same command again"
+        )
 
 
 class _LoggedWorker:

@@ -16,7 +16,7 @@ from alphatoken.pipeline.anchor.coverage import as_json, layers_of, warning
 from alphatoken.pipeline.anchor.orders import check_examples, check_validation
 from alphatoken.pipeline.anchor.own_step import check_covered
 from alphatoken.pipeline.anchor.places import TOKENS_PER_PASS
-from alphatoken.pipeline.anchor.stage import SUMS
+from alphatoken.pipeline.anchor.summing import parts_of
 from alphatoken.pipeline.anchor.tape import kept_every, too_long
 from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH
 from alphatoken.pipeline.cluster.choice import is_inline
@@ -266,7 +266,7 @@ def rows_of_objectives(sample: Sample, settings: Settings) -> dict[str, int]:
 
 def fisher_flops(m: ModelCosts, prompts: Sequence[Example], new: int) -> int:
     """Sampling ``new`` tokens per prompt and one ghost pass over prompt and completion, batched as the worker does."""
-    total, parts = 0, min(SUMS, max(1, -(-len(prompts) // 8)))
+    total, parts = 0, parts_of(len(prompts))
     for part in range(parts):
         own = prompts[part * len(prompts) // parts : (part + 1) * len(prompts) // parts]
         lengths = sorted((response_start(example.labels) for example in own), reverse=True)

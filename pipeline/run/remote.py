@@ -6,6 +6,7 @@ from the URI and the version, appear there when they are complete, and are taken
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 MODEL_FILES = (".safetensors", ".json", ".bin", ".gguf", ".model", ".jinja", ".txt")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 BLOCK = 8 << 20
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Unreachable(OSError):
@@ -119,21 +121,29 @@ def _cached(*version: str) -> Path:
 
 
 def _copy(file: RemoteFile, final: Path) -> None:
+    copied(file.fs, file.path, file.size, final, file.uri)
+
+
+def copied(fs: pafs.FileSystem, path: str, size: int, final: Path, uri: str) -> None:
+    """Copy a file of ``size`` bytes to ``final``, where it appears when it is complete. Raises Unreachable naming ``uri``, and
+    the directory where its disk is full.
+    """
     final.parent.mkdir(parents=True, exist_ok=True)
     beside = final.with_name(f".{final.name}.{uuid.uuid4().hex}.tmp")
 
     def copy() -> None:
-        with file.fs.open_input_stream(file.path) as source, open(beside, "wb") as target:
+        with fs.open_input_stream(path) as source, open(beside, "wb") as target:
             while block := source.read(BLOCK):
                 target.write(block)
-        if beside.stat().st_size != file.size:
-            raise OSError(f"{beside.stat().st_size} of {file.size} bytes came")
+        if beside.stat().st_size != size:
+            raise OSError(f"{beside.stat().st_size} of {size} bytes came")
 
     try:
         insist(copy)
         os.replace(beside, final)
     except OSError as error:
-        raise Unreachable(f"{file.uri} cannot be fetched: {redacted(_line(error))}") from error
+        place = f" into {final.parent} ($ALPHATOKEN_CACHE)" if error.errno in FULL else ""
+        raise Unreachable(f"{uri} cannot be fetched{place}: {redacted(_line(error))}") from error
     finally:
         beside.unlink(missing_ok=True)
 

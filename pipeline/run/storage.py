@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from alphatoken.data_schemas import check
 from alphatoken.pipeline.run.attempts import insist
+from alphatoken.pipeline.run.spool import Spool
 
 FINGERPRINT_KEY = b"alphatoken.fingerprint"
 COUNTS_KEY = b"alphatoken.counts"
@@ -55,6 +56,13 @@ class Storage:
     def exists(self, name: str) -> bool:
         """Whether a file or directory of that name is there."""
         return self._insist(lambda: self.fs.get_file_info(self.path(name)).type) != pafs.FileType.NotFound
+
+    def info(self, name: str) -> pafs.FileInfo:
+        """Size and time of the last change of a file. Raises FileNotFoundError."""
+        found = self._insist(lambda: self.fs.get_file_info(self.path(name)))
+        if found.type != pafs.FileType.File:
+            raise FileNotFoundError(f"{self.path(name)} is not there")
+        return found
 
     def names(self, directory: str) -> list[str]:
         """Sorted relative names of the files directly below ``directory``."""
@@ -107,6 +115,12 @@ class Storage:
             return
         with _Rename(self, name) as stream:
             stream.write(content)
+
+    def open_writer(self, name: str) -> "_Rename | Spool":
+        """A context whose stream has ``write``, for large files: nothing of it is held in memory, and it appears under its
+        name when the block ends without an exception. For an object store it is put together on this node's disk.
+        """
+        return _Rename(self, name) if self.local else Spool(lambda content: self._upload(name, content))
 
     def read_json(self, name: str) -> Any:
         """The JSON value in a file."""

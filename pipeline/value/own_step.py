@@ -8,7 +8,7 @@ import numpy as np
 
 from alphatoken.data_schemas import UNROLLED
 from alphatoken.pipeline.anchor.own_step import PLACE, TOKENS
-from alphatoken.pipeline.anchor.tensors import read_tensors
+from alphatoken.pipeline.anchor.tensors import mapped_tensors
 from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
@@ -19,7 +19,7 @@ class OwnStepValues:
 
     def __init__(self, storage: Storage, orders: int, objectives: Sequence[str]) -> None:
         self.objectives = tuple(objectives)
-        runs = [read_tensors(storage, PLACE.format(order=order)) for order in range(orders)]
+        runs = [mapped_tensors(storage, PLACE.format(order=order)) for order in range(orders)]
         self.starts = np.concatenate([[0], np.cumsum(runs[0][TOKENS].numpy().astype(np.int64))])
         nothing = np.zeros(int(self.starts[-1]), np.float64)  # stability without a drift
         self.means = {}

@@ -11,7 +11,7 @@ import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.engine import Engine
-from alphatoken.pipeline.anchor.tensors import read_tensors
+from alphatoken.pipeline.anchor.tensors import mapped_tensors
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.directions import NAMES, Directions
@@ -90,8 +90,8 @@ class Scoring:
 
 def directions_of(storage: Storage, snapshot: int, others: Sequence[str] = ()) -> Directions:
     """The directions at a snapshot, and its own scored weights where they are not the model's. ``others``: directions beside
-    adaptation and stability."""
+    adaptation and stability. One copy on a node, mapped by all of its workers."""
     place = f"anchors/snapshot-{snapshot:02d}"
-    named = {name: read_tensors(storage, f"{place}/{name}.safetensors") for name in (*NAMES, *others)}
+    named = {name: mapped_tensors(storage, f"{place}/{name}.safetensors") for name in (*NAMES, *others)}
     own = f"{place}/policy.safetensors"
-    return Directions(named, read_tensors(storage, own) if storage.exists(own) else None)
+    return Directions(named, mapped_tensors(storage, own) if storage.exists(own) else None)
