@@ -1,9 +1,9 @@
-"""What a shard costs the driver, and what a resume over finished ones costs: `python -m benchmarks.shards --shards 2000 10000`.
+"""What a shard costs the driver, and what a resume over finished ones costs: `python -m benchmarks.shards --shards 1000 10000 100000`.
 
 The shard loop of every stage, over workers that write a tiny part of values/ and return what a value worker returns; then
 the look at all of them that a stage begins with when it goes on. No model is loaded, so that what is left is the driver.
-Each number of shards is a row, so that growth is seen. Memory is the driver's resident set at the end less that at the
-start of the row; the first row has what grows once.
+Each number of shards is a row, so that growth is seen. Memory is the driver's resident set at the end of the shards, and
+once more with what the look at all of them returns, less that at the start of the row; the first row has what grows once.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from alphatoken.pipeline.cluster.shard_loop import Shard
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import ClusterSettings
+from alphatoken.pipeline.value.stage import added_up
 
 SCHEMA = pa.schema([("id", pa.string()), ("loss", pa.list_(pa.float32()))])
 TINY = pa.table({"id": ["row"], "loss": [[1.0, 2.0]]}, schema=SCHEMA)
@@ -54,26 +55,36 @@ class TinyWorker:
 
 def measure(shards: int, cluster: Cluster, workers: int, place: str) -> None:
     """Print the row of one number of shards."""
-    storage, driver = Storage(place), psutil.Process()
-    names = [f"part-{index:06d}-of-{shards:06d}.parquet" for index in range(shards)]
+    storage = Storage(place)
     results: list[dict[str, Any]] = []
+    landed: list[float] = []  # when the first did
     progress = Progress(Console(quiet=True))
-    before, cpu, wall = driver.memory_info().rss, time.process_time(), time.perf_counter()
+    small = psutil.Process().memory_info
+
+    def done(shard: Shard, result: dict[str, Any]) -> None:
+        landed[:] = landed or [time.perf_counter()]
+        results[:] = [{**added_up([*results, result]), "shards": 1 + (results[0]["shards"] if results else 0)}]
+
+    before, cpu, wall = small().rss, time.process_time(), time.perf_counter()
+    names = [f"part-{index:06d}-of-{shards:06d}.parquet" for index in range(shards)]
     with (
         cluster.pool(TinyWorker, {"storage": storage}, Resources(workers, 1, 0.0)) as pool,
         progress.task("shards", shards * TOKENS, "tokens") as task,
     ):
         pool.run(
             [Shard(name, TOKENS) for name in names], lambda shard: Payload(shard.name, "own"),
-            lambda shard, result: results.append(result), task,
+            done, task,
         )  # fmt: skip
-    cpu, wall, grown = time.process_time() - cpu, time.perf_counter() - wall, driver.memory_info().rss - before
-    assert len(results) == shards
+    wall_began = wall
+    cpu, wall, grown = time.process_time() - cpu, time.perf_counter() - wall, small().rss - before
+    assert results[0]["shards"] == shards
     looked_cpu, looked = time.process_time(), time.perf_counter()
-    assert len(storage.footers("values", names, "own")) == shards
+    there = storage.footers("values", names, "own")
+    assert len(there) == shards
     looked_cpu, looked = time.process_time() - looked_cpu, time.perf_counter() - looked
-    print(f"| {shards:,} | {1e3 * cpu / shards:.2f} | {grown / shards / 1024:.2f} | {1e3 * wall / shards:.2f} | "
-          f"{looked:.1f} | {looked_cpu:.1f} |", flush=True)  # fmt: skip
+    known = small().rss - before
+    print(f"| {shards:,} | {landed[0] - wall_began:.1f} | {1e3 * cpu / shards:.2f} | {grown / shards / 1024:.2f} | {1e3 * wall / shards:.2f} | "
+          f"{looked:.1f} | {looked_cpu:.1f} | {known / shards / 1024:.2f} |", flush=True)  # fmt: skip
 
 
 def main() -> None:
@@ -82,8 +93,8 @@ def main() -> None:
     parser.add_argument("--shards", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--workers", type=int, default=2)
     options = parser.parse_args()
-    print("| shards | driver CPU, ms a shard | driver memory, KB a shard | ms a shard by the clock | resume: seconds | of CPU |\n"
-          "|---|---|---|---|---|---|", flush=True)  # fmt: skip
+    print("| shards | seconds to the first | driver CPU, ms a shard | driver memory, KB a shard | ms a shard by the clock "
+          "| resume: seconds | of CPU | memory with all footers, KB a shard |\n|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
     with Cluster(ClusterSettings(address=None, inline_below=0), debug=False) as cluster:
         cluster.start()
         for shards in options.shards:

@@ -95,9 +95,12 @@ class ShardLoop:
 
     def _assign(self) -> None:
         """Feed every worker that is ready, and start as many as there is work for."""
+        flying: dict[Any, list[Shard]] = {host: [] for host in self.node_of}
+        for host, shard in self.flights.values():
+            flying.setdefault(host, []).append(shard)
         for host in self.node_of:
-            if host not in self.doubtful:
-                self._feed(host)
+            if len(flying[host]) < SHARDS_IN_FLIGHT and host not in self.doubtful:
+                self._feed(host, flying[host])
         while self.queue and len(self.hosts.all) < self.hosts.resources.workers:
             if len(self.starting) >= len(self.queue):
                 return
@@ -131,9 +134,8 @@ class ShardLoop:
         if self.failed_starts >= ATTEMPTS:
             raise RunFailed(reason)
 
-    def _feed(self, host: Any) -> None:
-        """Hand out shards; one that has failed before runs alone, so that no other is blamed for it."""
-        flying = [shard for other, shard in self.flights.values() if other is host]
+    def _feed(self, host: Any, flying: list[Shard]) -> None:
+        """Hand out shards; one that has failed before runs alone, so that no other is blamed for it. ``flying``: the host's."""
         while len(flying) < SHARDS_IN_FLIGHT and not any(shard.name in self.attempts for shard in flying):
             shard = self._next(alone=not flying)
             if shard is None:
@@ -150,7 +152,7 @@ class ShardLoop:
                 continue
             if shard.name in self.attempts and not alone:
                 return None
-            self.queue.remove(shard)
+            self.queue.remove(shard)  # the first, or behind a few that wait
             return shard
         return None
 

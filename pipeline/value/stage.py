@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from alphatoken.pipeline.anchor.engine import together
@@ -23,6 +24,8 @@ from alphatoken.pipeline.value.kinds import Kind, Pairs, Supervised
 from alphatoken.pipeline.value.reference import make_reference
 from alphatoken.pipeline.value.rehearsal import rehearse
 from alphatoken.pipeline.value.worker import ValueTask, ValueWorker
+
+COUNTED = ("tokens", "padded_tokens")
 
 
 def make_values(run: Run) -> None:
@@ -76,21 +79,24 @@ def make_values(run: Run) -> None:
     found = valued(run, arguments, fingerprint, tokens, rows)
     for part in rows.keys() - set(missing):
         found.append(before[part].counts)
-    counts = {key: sum(one.get(key, 0) for one in found) for key in ("tokens", "padded_tokens")}
-    engine = together([one["engine"] for one in found if "engine" in one])
+    whole = added_up(found)
+    counts, engine = {key: whole[key] for key in COUNTED}, whole["engine"]
     _finish(run, time.monotonic() - started, sum(rows.values()), counts, engine)
 
 
 def _value_parts(
     run: Run, arguments: dict[str, Any], fingerprint: str, tokens: dict[str, int], rows: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Write the parts ``tokens`` (name -> its tokens) of values/; returns the counts of each."""
+    """Write the parts ``tokens`` (name -> its tokens) of values/; returns the counts of all, added up."""
     counts: list[dict[str, Any]] = []
+    landed = 0
     finished = len(rows) - len(tokens)
 
     def done(shard: Shard, result: dict[str, Any]) -> None:
-        counts.append(result)
-        task.note(f"{finished + len(counts)}/{len(rows)} shards")
+        nonlocal landed
+        landed += 1
+        counts[:] = [added_up([*counts, result])]  # one record, however many shards
+        task.note(f"{finished + landed}/{len(rows)} shards")
 
     with (
         run.cluster.pool(logged("value", ValueWorker), arguments, run.cluster.model_resources()) as pool,
@@ -101,6 +107,12 @@ def _value_parts(
         shards = [Shard(p, n) for p, n in tokens.items()]
         pool.run(shards, lambda s: ValueTask(s.name, fingerprint, first=starts[s.name]), done, task)
     return counts
+
+
+def added_up(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The counts of several parts as if they were one."""
+    added: dict[str, Any] = {key: sum(one.get(key, 0) for one in counts) for key in COUNTED}
+    return {**added, "engine": together([one["engine"] for one in counts if "engine" in one])}
 
 
 def _finish(run: Run, seconds: float, rows: int, counts: dict[str, int], engine: dict[str, Any]) -> None:
