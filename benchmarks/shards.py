@@ -22,10 +22,11 @@ from rich.console import Console
 from alphatoken.pipeline.cluster.cluster import Cluster
 from alphatoken.pipeline.cluster.host import Resources
 from alphatoken.pipeline.cluster.shard_loop import Shard
+from alphatoken.pipeline.run.noted import Notes
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import ClusterSettings
-from alphatoken.pipeline.value.stage import added_up
+from alphatoken.pipeline.value.stage import COUNTED, added_up
 
 SCHEMA = pa.schema([("id", pa.string()), ("loss", pa.list_(pa.float32()))])
 TINY = pa.table({"id": ["row"], "loss": [[1.0, 2.0]]}, schema=SCHEMA)
@@ -59,13 +60,16 @@ def measure(shards: int, cluster: Cluster, workers: int, place: str) -> None:
     results: list[dict[str, Any]] = []
     landed: list[float] = []  # when the first did
     progress = Progress(Console(quiet=True))
-    small = psutil.Process().memory_info
+    driver = psutil.Process()
+
+    notes = Notes(storage, "values", "own", shards)
 
     def done(shard: Shard, result: dict[str, Any]) -> None:
+        notes.add(shard.name, 1, {key: result[key] for key in COUNTED})
         landed[:] = landed or [time.perf_counter()]
         results[:] = [{**added_up([*results, result]), "shards": 1 + (results[0]["shards"] if results else 0)}]
 
-    before, cpu, wall = small().rss, time.process_time(), time.perf_counter()
+    before, cpu, wall = driver.memory_info().rss, time.process_time(), time.perf_counter()
     names = [f"part-{index:06d}-of-{shards:06d}.parquet" for index in range(shards)]
     with (
         cluster.pool(TinyWorker, {"storage": storage}, Resources(workers, 1, 0.0)) as pool,
@@ -75,16 +79,18 @@ def measure(shards: int, cluster: Cluster, workers: int, place: str) -> None:
             [Shard(name, TOKENS) for name in names], lambda shard: Payload(shard.name, "own"),
             done, task,
         )  # fmt: skip
-    wall_began = wall
-    cpu, wall, grown = time.process_time() - cpu, time.perf_counter() - wall, small().rss - before
+    notes.write()
+    began = wall
+    cpu, wall, grown = time.process_time() - cpu, time.perf_counter() - wall, driver.memory_info().rss - before
     assert results[0]["shards"] == shards
     looked_cpu, looked = time.process_time(), time.perf_counter()
     there = storage.footers("values", names, "own")
     assert len(there) == shards
     looked_cpu, looked = time.process_time() - looked_cpu, time.perf_counter() - looked
-    known = small().rss - before
-    print(f"| {shards:,} | {landed[0] - wall_began:.1f} | {1e3 * cpu / shards:.2f} | {grown / shards / 1024:.2f} | {1e3 * wall / shards:.2f} | "
-          f"{looked:.1f} | {looked_cpu:.1f} | {known / shards / 1024:.2f} |", flush=True)  # fmt: skip
+    known = driver.memory_info().rss - before
+    each = f"{1e3 * cpu / shards:.2f} | {grown / shards / 1024:.2f} | {1e3 * wall / shards:.2f}"
+    resumed = f"{looked:.1f} | {looked_cpu:.1f} | {known / shards / 1024:.2f}"
+    print(f"| {shards:,} | {landed[0] - began:.1f} | {each} | {resumed} |", flush=True)
 
 
 def main() -> None:

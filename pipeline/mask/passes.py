@@ -93,9 +93,7 @@ def _feed(
             reader.next()
 
 
-def find_scales(
-    asking: Asking, valuing: Valuing
-) -> Generator[list[Look], None, tuple[Valuing, tuple[str, ...]]]:
+def find_scales(asking: Asking, valuing: Valuing) -> Generator[list[Look], None, tuple[Valuing, tuple[str, ...]]]:
     """mask.normalize=rms: the root mean square of every term that is weighed; else 1. And the terms that are zero."""
     settings = valuing.settings
     weighed = {

@@ -108,9 +108,7 @@ def _askings(one: BegunMask) -> dict[str, Asking]:
     return {branch: Asking(branch, one.inputs.settings, one.inputs.rehearsed) for branch in branches}
 
 
-def _finish(
-    one: BegunMask, deciders: dict[str, Decider], tallies: dict[str, Tally], seconds: float
-) -> dict[str, Any]:
+def _finish(one: BegunMask, deciders: dict[str, Decider], tallies: dict[str, Tally], seconds: float) -> dict[str, Any]:
     """The card, the summary, and the end of the stage."""
     run, inputs, name = one.run, one.inputs, one.inputs.settings.name
     _forget_earlier_shards(run, name)

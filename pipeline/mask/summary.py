@@ -63,7 +63,11 @@ class _Moments:
     def merge(self, other: _Moments) -> None:
         self.count, self.negative = self.count + other.count, self.negative + other.negative
         self.kept += other.kept
-        for own, theirs in ((self.total, other.total), (self.squares, other.squares), (self.kept_total, other.kept_total)):
+        for own, theirs in (
+            (self.total, other.total),
+            (self.squares, other.squares),
+            (self.kept_total, other.kept_total),
+        ):
             own.merge(theirs)
         self.least, self.most = min(self.least, other.least), max(self.most, other.most)
 
@@ -149,7 +153,14 @@ class MaskCounts:
         for name, moments in other.columns.items():
             self.columns.setdefault(name, _Moments()).merge(moments)
         self.thresholds.merge(other.thresholds)
-        for name in ("rows", "rows_with_nothing_kept", "rows_with_only_always", "only_always", "only_minimum", "changed"):
+        for name in (
+            "rows",
+            "rows_with_nothing_kept",
+            "rows_with_only_always",
+            "only_always",
+            "only_minimum",
+            "changed",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property

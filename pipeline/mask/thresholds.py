@@ -10,7 +10,14 @@ import numpy as np
 
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.maths.group_select import GroupSelect, TokenGroups
-from alphatoken.pipeline.maths.masking import Floats, RankSelect, SparseCounts, order_keys, rank_of, thresholds_in_groups
+from alphatoken.pipeline.maths.masking import (
+    Floats,
+    RankSelect,
+    SparseCounts,
+    order_keys,
+    rank_of,
+    thresholds_in_groups,
+)
 from alphatoken.pipeline.run.failure import RunFailed
 
 KEEP_POSITIVE = np.nextafter(np.float32(0), np.float32(1))  # at least this is above 0

@@ -7,6 +7,7 @@ cluster, some parts to each; a small mask is done before a cluster has started.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -39,9 +40,7 @@ class Planned:
         return tuple(dict.fromkeys((*self.inputs.columns, *self.askings[branch].columns)))
 
 
-def decide_together(
-    planned: Sequence[Planned], rows_at_once: int
-) -> list[tuple[dict[str, Decider], dict[str, Tally]]]:
+def decide_together(planned: Sequence[Planned], rows_at_once: int) -> list[tuple[dict[str, Decider], dict[str, Tally]]]:
     """Write the parts of all masks; returns for each, by branch, how rows were decided and what was.
 
     ``planned``: all of one run. Goes on where it stopped. Raises RunFailed.
@@ -77,7 +76,7 @@ def _found(planned: Sequence[Planned], over: OverParts) -> list[dict[str, Found]
     going: list[tuple[int, str, Steps]] = [
         (index, branch, look(asking)) for index, one in enumerate(planned) for branch, asking in one.askings.items()
     ]
-    number = 0
+    passes: Counter[str] = Counter()
     while going:
         looks, still = [], []
         for index, branch, steps in going:
@@ -88,9 +87,10 @@ def _found(planned: Sequence[Planned], over: OverParts) -> list[dict[str, Found]
                 found[index][branch] = end.value
         going = still
         if looks:
-            number += 1
-            titles = ", ".join(dict.fromkeys(one.title for one in looks))
-            over.go(_title(planned, f"pass {number}, {titles}"), Counting(looks), len({one.branch for one in looks}))
+            title = ", ".join(dict.fromkeys(one.title for one in looks))
+            passes[title] += 1
+            again = f", pass {passes[title]}" if passes[title] > 1 else ""
+            over.go(_title(planned, f"{title}{again}"), Counting(looks), len({one.branch for one in looks}))
     return found
 
 

@@ -15,7 +15,6 @@ from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.settings import MaskSettings
 from alphatoken.pipeline.settings.objectives import objective_of
 
-
 # Settings that have no say in a token's value.
 _NO_SAY: dict[str, Any] = {
     "rho": 0.5, "name": "", "scope": "dataset", "rule": "top", "batch_size": 64, "normalize": "none", "always_keep": [],

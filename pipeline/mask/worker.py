@@ -74,7 +74,10 @@ class Decider:
         tally.lengths.add(np.diff(rows.token_offsets()))
         tally.left_out.add(rows.offsets, first, unstable, harmful, always)
         inside = keep_flat(ranked, rows.offsets, threshold, always, _fewest(settings.min_kept, rows.offsets, always))
-        columns = {name: rows.made(("moments", name), partial(ColumnMoments.of, rows.components[name])) for name in self.columns}
+        columns = {
+            name: rows.made(("moments", name), partial(ColumnMoments.of, rows.components[name]))
+            for name in self.columns
+        }
         columns["value"] = rows.made(("moments of values", key), lambda: ColumnMoments.of(values))
         passed = ranked >= threshold
         without_stability = passed

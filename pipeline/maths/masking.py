@@ -261,7 +261,9 @@ def keep(values: Floats, response: Bools, threshold: float, always: Bools, min_k
 
 def sums_by_row(numbers: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The sum over ``numbers[offsets[i]:offsets[i + 1]]`` of every row i; of flags how many are set."""
-    return np.diff(np.concatenate([[0], np.cumsum(numbers)])[offsets])
+    reached = np.zeros(len(numbers) + 1, np.cumsum(numbers[:0]).dtype)
+    np.cumsum(numbers, out=reached[1:])
+    return np.diff(reached[offsets])
 
 
 def keep_flat(

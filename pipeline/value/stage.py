@@ -17,6 +17,7 @@ from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import prepared_parts
+from alphatoken.pipeline.run.noted import Notes
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.value.checkpoints import value_checkpoints
 from alphatoken.pipeline.value.inputs import check_reference, checked_anchor, reference_inputs, value_inputs
@@ -91,10 +92,12 @@ def _value_parts(
     counts: list[dict[str, Any]] = []
     landed = 0
     finished = len(rows) - len(tokens)
+    notes = Notes(run.storage, "values", fingerprint, len(rows))
 
     def done(shard: Shard, result: dict[str, Any]) -> None:
         nonlocal landed
         landed += 1
+        notes.add(shard.name, rows[shard.name], {key: result[key] for key in COUNTED})
         counts[:] = [added_up([*counts, result])]  # one record, however many shards
         task.note(f"{finished + landed}/{len(rows)} shards")
 
@@ -106,6 +109,7 @@ def _value_parts(
         starts = dict(zip(rows, itertools.accumulate(rows.values(), initial=0), strict=False))
         shards = [Shard(p, n) for p, n in tokens.items()]
         pool.run(shards, lambda s: ValueTask(s.name, fingerprint, first=starts[s.name]), done, task)
+    notes.write()
     return counts
 
 
