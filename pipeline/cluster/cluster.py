@@ -128,7 +128,9 @@ class Cluster:
         """As many workers as are asked for; the cluster has room for ``most`` now. Says where it has not enough of it."""
         asked, least = self.settings.most_workers, self.settings.least_workers
         found = Resources(asked or max(1, most), cpus, gpus, least)
-        room = f"cluster.workers={self.settings.workers}: the cluster has room for {most} of {found.each} each"
+        room = (
+            f"cluster.workers={self.settings.workers}: the cluster has room for {most} worker(s) of {found.each} each"
+        )
         if least is not None:
             if most < least:
                 self._once(f"{room}: waits up to cluster.shard_timeout for more; add nodes, or set a smaller min")

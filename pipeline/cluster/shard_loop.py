@@ -102,7 +102,7 @@ class ShardLoop:
         for host in self.node_of:
             if len(flying[host]) < SHARDS_IN_FLIGHT and host not in self.doubtful and host not in self.leaving:
                 self._feed(host, flying[host])
-        for host in [one for one in self.leaving if not flying.get(one)]:
+        for host in [one for one in self.leaving if not flying.get(one) and one not in self.doubtful]:
             self._retire(host)  # it has finished what it had
         while self.queue and len(self.hosts.all) < self.hosts.resources.workers:
             if len(self.starting) >= len(self.queue):

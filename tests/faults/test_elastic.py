@@ -89,7 +89,7 @@ def test_fewer_devices_than_asked_for_is_one_line_with_a_remedy(ray_cluster, tmp
 
     found, text = asked(workers=8, cpus_per_worker=1)
     assert found == Resources(2, 1, 0.0) and text.count("\n") == 1
-    assert "room for 2 of 1 CPU each" in text and "cluster.workers={min: 1, max: 8}" in text
+    assert "room for 2 worker(s) of 1 CPU each" in text and "cluster.workers={min: 1, max: 8}" in text
     found, text = asked(workers={"min": 3, "max": 8}, cpus_per_worker=1)
     assert found == Resources(8, 1, 0.0, 3) and text.count("\n") == 1 and "smaller min" in text
     found, text = asked(workers={"min": 1, "max": 8}, cpus_per_worker=1)
