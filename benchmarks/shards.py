@@ -11,12 +11,13 @@ from __future__ import annotations
 import argparse
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import pyarrow as pa
+import ray
 from rich.console import Console
 
 from alphatoken.pipeline.cluster.cluster import Cluster
@@ -93,12 +94,50 @@ def measure(shards: int, cluster: Cluster, workers: int, place: str) -> None:
     print(f"| {shards:,} | {landed[0] - began:.1f} | {each} | {resumed} |", flush=True)
 
 
+@ray.remote
+class Sleeper:
+    """Keeps calls waiting, or answers."""
+
+    def nap(self) -> None:
+        """For as long as the benchmark lasts."""
+        time.sleep(3600)
+
+    def answer(self) -> int:
+        """At once."""
+        return 1
+
+
+def waiting(numbers: Sequence[int], again: int = 40) -> None:
+    """Print what one wait for a shard costs while so many are in flight: two for every worker."""
+    idle, quick = Sleeper.remote(), Sleeper.remote()
+    others = [idle.nap.remote() for _ in range(max(numbers))]
+    ray.get(quick.answer.remote())
+    print("| shards in flight | driver CPU of a wait, ms |\n|---|---|")
+    for number in numbers:
+        cpu = 0.0
+        for _ in range(again):
+            landed = quick.answer.remote()
+            time.sleep(0.02)
+            started = time.process_time()
+            ray.wait([*others[: number - 1], landed], num_returns=1, timeout=1.0)
+            cpu += time.process_time() - started
+        print(f"| {number:,} | {1e3 * cpu / again:.2f} |", flush=True)
+
+
 def main() -> None:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shards", type=int, nargs="+", default=[1000, 10_000])
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--in-flight", type=int, nargs="*", help="instead: the cost of waiting while so many shards are out"
+    )
     options = parser.parse_args()
+    if options.in_flight:
+        with Cluster(ClusterSettings(address=None, inline_below=0), debug=False) as cluster:
+            cluster.start()
+            waiting(options.in_flight)
+        return
     print("| shards | seconds to the first | driver CPU, ms a shard | driver memory, KB a shard | ms a shard by the clock "
           "| resume: seconds | of CPU | memory with all footers, KB a shard |\n|---|---|---|---|---|---|---|---|", flush=True)  # fmt: skip
     with Cluster(ClusterSettings(address=None, inline_below=0), debug=False) as cluster:
