@@ -36,9 +36,16 @@ class Host:
         self.units: dict[str, int] = {}
         self.lock = threading.Lock()
         self.leaving = self.idle = False
-        signal.signal(signal.SIGTERM, self._notice)
+        # The main thread of a Ray worker waits outside of Python, which would run a handler about a second later.
+        told, tells = os.pipe()
+        os.set_blocking(tells, False)
+        signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        threading.Thread(target=self._heed, args=(told,), daemon=True).start()
 
-    def _notice(self, *_: object) -> None:
+    def _heed(self, told: int) -> None:
+        while signal.SIGTERM not in os.read(told, 64):
+            pass
         self.leaving = True
         if self.idle:
             os._exit(0)

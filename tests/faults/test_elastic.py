@@ -55,6 +55,7 @@ class Marked:
         if number == 0:
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(2.0)
+        time.sleep(0.2)
         advance(1)
         return number
 
