@@ -56,7 +56,7 @@ class ClusterSettings:
         bounds = [own.get("min"), own.get("max")]
         if set(own) != {"min", "max"} or not all(isinstance(one, int) and one >= 1 for one in bounds):
             return [f"cluster.workers={own}: must be {{min: 1, max: 64}} with two whole numbers, each at least 1"]
-        return [] if bounds[0] <= bounds[1] else [f"cluster.workers={own}: min is above max"]
+        return [] if own["min"] <= own["max"] else [f"cluster.workers={own}: min is above max"]
 
     @property
     def most_workers(self) -> int | None:
