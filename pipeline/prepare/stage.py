@@ -341,7 +341,6 @@ class _Prepare:
                 repeated=self.repeated,
             )  # fmt: skip
 
-        todo = sum(len(plan[part]) for part in missing)
         finished = len(parts) - len(missing)
         notes = Notes(self.storage, "prepared", self.fingerprint, len(parts))
 
@@ -352,7 +351,7 @@ class _Prepare:
             finished += 1
             task.note(f"{finished}/{len(parts)} shards, {counts['train_rows']:,} rows kept")
 
-        with self.progress.task("prepare: tokenize", todo, "rows") as task:
+        with self.progress.task("prepare: tokenize", sum(len(plan[part]) for part in missing), "rows") as task:
             self.pool.run([Shard(part, len(plan[part])) for part in missing], payload, done, task)
         notes.write()
         return counts
