@@ -3,7 +3,6 @@
 import math
 import os
 import re
-import shutil
 import signal
 import threading
 import time
@@ -25,6 +24,7 @@ from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import ClusterSettings, MaskSettings, Settings
 from tests.mask.synthetic_run import contents, masks, write_run
+from tests.trainers.synthetic_pairs import write_pairs_run
 
 SIZES = (40, 0, 33, 1, 300, 25, 60)
 POINTS = {
@@ -112,13 +112,18 @@ def test_a_killed_worker_changes_no_byte(ray_cluster, one_by_one, tmp_path, monk
     assert "its worker was lost" in (tmp_path / "said").read_text()
 
 
-def test_masks_of_pairs_by_workers(ray_cluster, preference_run, tmp_path, monkeypatch):
+def test_masks_of_pairs_by_workers(ray_cluster, tmp_path, monkeypatch):
     monkeypatch.setattr(over_parts, "ROWS_PER_TASK", 4)
-    points = {"half": {}, "rms": {"normalize": "rms", "rho": 0.3}}
+    points = {
+        "half": {"score": "information"}, "rms": {"score": "information", "normalize": "rms", "rho": 0.3},
+        "by-id": {"score": "loss", "scope": "token_id", "rare_tokens": 2},
+    }  # fmt: skip
     found = []
-    for name, cluster in (("here", ClusterSettings(inline_below=0)), ("there", WORKERS)):
-        storage = Storage(str(shutil.copytree(preference_run, tmp_path / name)))
+    for name, cluster in (("here", ClusterSettings()), ("there", WORKERS)):
+        storage = write_pairs_run(tmp_path / name, sizes=(9, 5, 0, 30))
         with Cluster(WORKERS, debug=False) as joined:
+            manifest = Manifest(storage)
+            manifest.note("prepare", tokens=500)
             make_masks([begin_mask(run) for run in runs_of(storage, points, cluster, joined)])
         found.append({point: contents(storage, point) for point in points})
     assert found[0] == found[1]
