@@ -26,7 +26,7 @@ class ClusterSettings:
         "model workers; auto: one per device | a number | {min: 1, max: 64}: as many as there is room for, now and as nodes join and "
         "leave while a stage runs; it waits for min",
     )
-    gpus_per_worker: float | str = option("auto", "GPUs per worker; auto: 1 where the cluster has any, else 0")
+    gpus_per_worker: int | float | str = option("auto", "GPUs per worker; auto: 1 where the cluster has any, else 0")
     cpus_per_worker: int | str = option("auto", "CPU threads per worker; part of what makes results reproducible")
     shard_timeout: float = option(3600.0, "seconds without progress after which a worker is taken for hung")
 
