@@ -19,6 +19,7 @@ from rich.table import Table
 
 from alphatoken.data_schemas import COMPONENTS
 from alphatoken.jobs.config import load
+from alphatoken.jobs.mask_sweep import BegunPoint, begin, make_all
 from alphatoken.jobs.points import Point, Swept, expand, point_name
 from alphatoken.jobs.session import Session
 from alphatoken.pipeline.mask.comparison import ComparedMask, MaskPlace, branches_of, compare
@@ -106,9 +107,15 @@ def _upstream(settings: Settings) -> str:
 
 def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) -> list[PointFailure]:
     """Run ``command`` at every point, in order, in this process; one Ray for all. Returns the points that failed."""
-    failures = []
+    failures: list[PointFailure] = []
     several = len({point.settings.run.dir for point in points}) > 1
+    begun: list[BegunPoint] = []  # masks, which are made at the end, together
     finished: list[Storage] = []
+
+    def fail(number: int, name: str, error: Exception) -> None:
+        failures.append(PointFailure(name, _reason(error)))
+        progress.say(f"{number}/{len(points)} {name} failed: {failures[-1].reason}")
+
     with ExitStack() as stack:  # the first session that starts Ray ends it, after the last point
         sessions: dict[str, Session] = {}  # each run directory has one, which holds its lock until the end
         for number, point in enumerate(points, 1):
@@ -126,6 +133,9 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
                         session.share(finished if several else [])
                 session = sessions[root]
                 session.change(settings, point.overrides)
+                if command == "mask":
+                    begun.append(begin(number, point.name, session))
+                    continue
                 with redirect_stdout(io.StringIO()):  # a stage's last words are for a single run; here is a table
                     importlib.import_module(f"{__package__}.{command}").execute(session)
                 session.tell()
@@ -135,11 +145,11 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
             except Exception as error:
                 if settings.debug:
                     raise
-                failures.append(PointFailure(point.name, _reason(error)))
-                progress.say(f"{number}/{len(points)} {point.name} failed: {failures[-1].reason}")
+                fail(number, point.name, error)
             finally:
                 for session in sessions.values():
                     session.end_workers()
+        make_all(begun, lambda one, error: fail(one.number, one.name, error))
     return failures
 
 

@@ -6,6 +6,7 @@ import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -104,8 +105,10 @@ class Cluster:
         gpus = settings.gpus_per_worker
         if isinstance(gpus, str):
             gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
-        if gpus > total.get("GPU", 0):
-            raise RunFailed(f"cluster.gpus_per_worker={gpus}: the cluster has {total.get('GPU', 0):g} GPUs")
+        if gpus > total.get("GPU", 0) and settings.least_workers is None:
+            raise RunFailed(
+                f"cluster.gpus_per_worker={gpus:g}: the cluster has {total.get('GPU', 0):g} GPUs: set a smaller one, or add nodes"
+            )
         node = int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
         cpus = settings.cpus_per_worker
         if isinstance(cpus, str):
@@ -113,16 +116,34 @@ class Cluster:
             cpus = 1 if gpus else max(1, min(MOST_THREADS, node // per_node))
         if cpus > node:
             raise RunFailed(f"cluster.cpus_per_worker={cpus}: no node of the cluster has more than {node} CPUs")
-        most = max(1, int(total.get("GPU", 0) // gpus) if gpus else int(total.get("CPU", 1) // cpus))
-        workers = settings.workers if isinstance(settings.workers, int) else most
-        return Resources(min(workers, most), cpus, gpus)
+        most = int(total.get("GPU", 0) // gpus) if gpus else int(total.get("CPU", 1) // cpus)
+        return self._as_many(most, cpus, gpus)
 
     def tokenizer_resources(self) -> Resources:
         """Workers that hold a tokenizer: one CPU each."""
         self.start()
-        most = max(1, int(ray.cluster_resources().get("CPU", 1)))
-        workers = self.settings.workers if isinstance(self.settings.workers, int) else most
-        return Resources(min(workers, most), 1, 0.0)
+        return self._as_many(int(ray.cluster_resources().get("CPU", 1)), 1, 0.0)
+
+    def _as_many(self, most: int, cpus: int, gpus: float) -> Resources:
+        """As many workers as are asked for; the cluster has room for ``most`` now. Says where it has not enough of it."""
+        asked, least = self.settings.most_workers, self.settings.least_workers
+        found = Resources(asked or max(1, most), cpus, gpus, least)
+        room = (
+            f"cluster.workers={self.settings.workers}: the cluster has room for {most} worker(s) of {found.each} each"
+        )
+        if least is not None:
+            if most < least:
+                self._once(f"{room}: waits up to cluster.shard_timeout for more; add nodes, or set a smaller min")
+            return found
+        if found.workers > most:
+            self._once(
+                f"{room} and goes on with those; with cluster.workers={{min: 1, max: {asked}}} more join as nodes do"
+            )
+        return replace(found, workers=min(found.workers, max(1, most)))
+
+    def _once(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.once(text)
 
 
 def _takes_too_long(error: Exception) -> bool:

@@ -7,6 +7,8 @@ transformers takes seconds.
 from __future__ import annotations
 
 import gc
+import os
+import signal
 import threading
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -19,19 +21,40 @@ from alphatoken.pipeline.cluster.work import Resources, Worker, caught
 
 RELEASE_SECONDS = 30.0  # for a process to let go of its worker
 SHARDS_IN_FLIGHT = 2  # per worker: one computes while the other is read or written
+LEAVING = "leaving"  # a shard is handed back, since notice was given
 
 
 @ray.remote
 class Host:
-    """The actor: holds one worker at a time, runs shards on it, and tells how far each one is."""
+    """The actor: holds one worker at a time, runs shards on it, and tells how far each one is.
+
+    SIGTERM is the notice that its machine will be taken away: what is in work is finished, what comes later is handed back.
+    """
 
     def __init__(self) -> None:
         self.worker: Worker | None = None
         self.units: dict[str, int] = {}
         self.lock = threading.Lock()
+        self.leaving = self.idle = False
+        # The main thread of a Ray worker waits outside of Python, which would run a handler about a second later.
+        told, tells = os.pipe()
+        os.set_blocking(tells, False)
+        signal.set_wakeup_fd(tells, warn_on_full_buffer=False)
+        signal.signal(signal.SIGTERM, lambda *_: None)
+        threading.Thread(target=self._heed, args=(told,), daemon=True).start()
+
+    def _heed(self, told: int) -> None:
+        while signal.SIGTERM not in os.read(told, 64):
+            pass
+        self.leaving = True
+        if self.idle:
+            os._exit(0)
 
     def start(self, make: Callable[..., Worker], arguments: dict[str, Any]) -> tuple[str, Any]:
         """Make a worker; errors come back as values, so that they are told apart from a lost actor."""
+        self.idle = False
+        if self.leaving:
+            return LEAVING, None
 
         def start() -> str:
             self.worker = make(**arguments)
@@ -41,6 +64,8 @@ class Host:
 
     def run(self, name: str, payload: Any) -> tuple[str, Any]:
         """Run one shard."""
+        if self.leaving:
+            return LEAVING, None
         with self.lock:
             self.units[name] = 0
 
@@ -59,12 +84,13 @@ class Host:
     def release(self) -> None:
         """Let go of the worker and of the memory that it holds."""
         self.worker = None
+        self.idle = True
         gc.collect()
 
-    def progress(self) -> dict[str, int]:
-        """Units done of the shards in work."""
+    def progress(self) -> tuple[dict[str, int], bool]:
+        """Units done of the shards in work, and whether notice was given."""
         with self.lock:
-            return dict(self.units)
+            return dict(self.units), self.leaving
 
 
 class Hosts:

@@ -17,7 +17,7 @@ from typing import Any
 import ray
 from ray.exceptions import ActorUnavailableError, NodeDiedError, RayActorError, RayError
 
-from alphatoken.pipeline.cluster.host import SHARDS_IN_FLIGHT, Hosts
+from alphatoken.pipeline.cluster.host import LEAVING, SHARDS_IN_FLIGHT, Hosts
 from alphatoken.pipeline.cluster.work import (
     ATTEMPTS,
     RETRY_SECONDS,
@@ -69,6 +69,7 @@ class ShardLoop:
         # host -> when it last made progress
         self.alive_at: dict[Any, float] = dict.fromkeys(self.starting.values(), time.monotonic())
         self.failed_starts = 0
+        self.leaving: set[Any] = set()  # hosts whose machines will be taken away: they get no more shards
         self.finished_units = self.task.done  # a task may go over several calls
         self.polled = time.monotonic()
 
@@ -95,9 +96,14 @@ class ShardLoop:
 
     def _assign(self) -> None:
         """Feed every worker that is ready, and start as many as there is work for."""
+        flying: dict[Any, list[Shard]] = {host: [] for host in self.node_of}
+        for host, shard in self.flights.values():
+            flying.setdefault(host, []).append(shard)
         for host in self.node_of:
-            if host not in self.doubtful:
-                self._feed(host)
+            if len(flying[host]) < SHARDS_IN_FLIGHT and host not in self.doubtful and host not in self.leaving:
+                self._feed(host, flying[host])
+        for host in [one for one in self.leaving if not flying.get(one) and one not in self.doubtful]:
+            self._retire(host)  # it has finished what it had
         while self.queue and len(self.hosts.all) < self.hosts.resources.workers:
             if len(self.starting) >= len(self.queue):
                 return
@@ -114,7 +120,13 @@ class ShardLoop:
             if host in self.hosts.reused:  # it has died since its last pool
                 self._retire(host)
                 return
+            if self.hosts.resources.least is not None and _took_node(error):
+                self._retire(host)  # where nodes come and go that is no fault of the worker
+                return
             self._no_start(host, f"workers die while they start: {first_line(error)}; is there enough memory?")
+            return
+        if status == LEAVING:
+            self._retire(host)
             return
         if status == "error":
             raise RunFailed(self._explain("a worker cannot start", result))
@@ -131,9 +143,8 @@ class ShardLoop:
         if self.failed_starts >= ATTEMPTS:
             raise RunFailed(reason)
 
-    def _feed(self, host: Any) -> None:
-        """Hand out shards; one that has failed before runs alone, so that no other is blamed for it."""
-        flying = [shard for other, shard in self.flights.values() if other is host]
+    def _feed(self, host: Any, flying: list[Shard]) -> None:
+        """Hand out shards; one that has failed before runs alone, so that no other is blamed for it. ``flying``: the host's."""
         while len(flying) < SHARDS_IN_FLIGHT and not any(shard.name in self.attempts for shard in flying):
             shard = self._next(alone=not flying)
             if shard is None:
@@ -150,7 +161,7 @@ class ShardLoop:
                 continue
             if shard.name in self.attempts and not alone:
                 return None
-            self.queue.remove(shard)
+            self.queue.remove(shard)  # the first, or behind a few that wait
             return shard
         return None
 
@@ -166,6 +177,10 @@ class ShardLoop:
         except RayError as error:
             self._lost(host, [shard], f"its worker was lost ({first_line(error)})", _took_node(error))
             return
+        if status == LEAVING:
+            self._notice(host)
+            self.queue.appendleft(shard)
+            return
         if status == "error":
             raise RunFailed(self._explain(shard.name, result))
         self.alive_at[host] = time.monotonic()
@@ -175,6 +190,12 @@ class ShardLoop:
         self.set_aside_in_a_row = 0
         self.finished_units += shard.units
         self.work.done(shard, result)
+
+    def _notice(self, host: Any) -> None:
+        """A worker's machine will be taken away: it finishes what it has, and the others do the rest."""
+        if host in self.node_of and host not in self.leaving:
+            self.leaving.add(host)
+            self.task.progress.warn("a worker was told to end (SIGTERM): it finishes what it has, others do the rest")
 
     def _judge(self) -> None:
         """Workers that did not answer: lost by themselves, or with their node, which Ray finds out after a while."""
@@ -195,7 +216,7 @@ class ShardLoop:
 
     def _lost(self, host: Any, shards: Iterable[Shard], reason: str, with_node: bool) -> None:
         """A worker is gone: its shards go back into the queue."""
-        with_node = with_node or self.node_of.get(host) in _dead_nodes()
+        with_node = with_node or host in self.leaving or self.node_of.get(host) in _dead_nodes()
         also = [future for future, (other, _) in self.flights.items() if other is host]
         for shard in [*shards, *(self.flights.pop(future)[1] for future in also)]:
             lost = self.lost_nodes.get(shard.name, 0) + 1
@@ -223,6 +244,7 @@ class ShardLoop:
     def _retire(self, host: Any) -> None:
         for known in (self.seen, self.alive_at, self.node_of, self.asked):
             known.pop(host, None)  # type: ignore[attr-defined]  # dicts of different values, to mypy no dicts
+        self.leaving.discard(host)
         self.hosts.end(host)
 
     def _poll(self) -> None:
@@ -238,14 +260,19 @@ class ShardLoop:
             host = asked[future]
             del self.asked[host]
             try:
-                units = ray.get(future)
+                units, leaving = ray.get(future)
             except RayError:
                 continue  # its shards' futures will say so
+            if leaving:
+                self._notice(host)
             if units != self.seen.get(host):
                 self.alive_at[host] = now
             self.seen[host] = units
         if self.starting and not any(node["Alive"] for node in ray.nodes()):
             raise RunFailed("Ray has no node left that could start a worker; run the same command again, it goes on")
+        least = self.hosts.resources.least
+        if least is not None and len(self.node_of) >= least:
+            self.alive_at.update(dict.fromkeys(self.starting.values(), now))  # they wait for room, which may come
         for host in [*busy, *self.starting.values()]:
             if now - self.alive_at.get(host, now) > self.timeout:
                 self._hung(host)
@@ -261,7 +288,8 @@ class ShardLoop:
                 self._no_start(
                     host,
                     f"no worker could be started within {limit}: the cluster must have "
-                    f"{self.hosts.resources.cpus} CPUs and {self.hosts.resources.gpus:g} GPUs free",
+                    f"{self.hosts.resources.cpus} CPUs and {self.hosts.resources.gpus:g} GPUs free"
+                    + (f" for each of {least} workers" if (least := self.hosts.resources.least or 1) > 1 else ""),
                 )
                 return
         self._lost(host, [], f"its worker made no progress for {limit}", False)

@@ -26,11 +26,20 @@ Worker = Callable[[Any, Callable[[int], None]], Any]
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """What one worker takes, and how many workers there are."""
+    """What one worker takes, and how many workers there are.
+
+    ``least``: None, or as many as are waited for, while there are more of them, up to ``workers``, where and when there is room.
+    """
 
     workers: int
     cpus: int
     gpus: float
+    least: int | None = None
+
+    @property
+    def each(self) -> str:
+        """What one takes, for messages."""
+        return f"{self.cpus} CPU{'s' * (self.cpus != 1)}" + (f" and {self.gpus:g} GPU" if self.gpus else "")
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,6 +15,8 @@ from alphatoken.pipeline.mask.paired_rows import IGNORED
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.storage import Storage
 
+ROWS_AT_ONCE = 1024
+
 
 @dataclass(frozen=True, slots=True)
 class MaskPlace:
@@ -62,11 +64,16 @@ class ComparedMask:
 
 
 def compare(baseline: MaskPlace, masks: Sequence[MaskPlace]) -> list[ComparedMask]:
-    """Every mask against the baseline, streamed part by part; of pairs, against the same branch."""
-    found = []
+    """Every mask against the baseline, streamed part by part, all at once; of pairs, against the same branch."""
+    found: list[ComparedMask] = []
+    tokens = _tokens_of(baseline)
+    same = [mask for mask in masks if _tokens_of(mask) == tokens]
+    agreements: dict[MaskPlace, float] = {}
+    for branch in dict.fromkeys(mask.branch for mask in same):
+        own = [mask for mask in same if mask.branch == branch]
+        agreements.update(zip(own, _jaccard(replace(baseline, branch=branch), own), strict=True))
     for mask in masks:
-        summary, other = mask.summary, replace(baseline, branch=mask.branch)
-        agreement = _jaccard(other, mask) if _tokens_of(other) == _tokens_of(mask) else None
+        summary, agreement = mask.summary, agreements.get(mask)
         loss = summary["columns"].get("loss", {}).get("mean_kept")
         only = summary["rows_with_only_always_kept"]
         found.append(ComparedMask(mask, summary["kept_fraction"], agreement, contributions(summary), loss, only))
@@ -101,17 +108,19 @@ def _tokens_of(mask: MaskPlace) -> str:
     return Manifest(mask.storage).stage("prepare")["fingerprint"]
 
 
-def _jaccard(one: MaskPlace, other: MaskPlace) -> float:
-    """|kept by both| / |kept by either|; 1 where neither keeps anything."""
-    both = either = 0
-    for a, b in zip(_kept(one), _kept(other), strict=True):
-        both, either = both + int((a & b).sum()), either + int((a | b).sum())
-    return both / either if either else 1.0
-
-
-def _kept(mask: MaskPlace) -> Iterator[npt.NDArray[np.bool_]]:
-    for part in Manifest(mask.storage).stage("prepare")["counts"]["parts"]:
-        yield from kept_in_part(mask, part, 1024)
+def _jaccard(one: MaskPlace, others: Sequence[MaskPlace]) -> list[float]:
+    """|kept by both| / |kept by either| of each; 1 where neither keeps anything."""
+    both, either = [0] * len(others), [0] * len(others)
+    for part in Manifest(one.storage).stage("prepare")["counts"]["parts"]:
+        theirs = [None if other == one else kept_in_part(other, part, ROWS_AT_ONCE) for other in others]
+        for a in kept_in_part(one, part, ROWS_AT_ONCE):
+            own = int(np.count_nonzero(a))
+            for index, other in enumerate(theirs):
+                b = a if other is None else next(other)
+                shared = own if other is None else int(np.count_nonzero(a & b))
+                both[index] += shared
+                either[index] += own + (own if other is None else int(np.count_nonzero(b))) - shared
+    return [x / y if y else 1.0 for x, y in zip(both, either, strict=True)]
 
 
 def kept_in_part(mask: MaskPlace, part: str, rows: int) -> Iterator[npt.NDArray[np.bool_]]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.mask.thresholds import some_tokens
-from alphatoken.pipeline.maths.masking import Bools, Floats, RankSelect, rank_of
+from alphatoken.pipeline.maths.masking import Bools, Floats, RankSelect, SparseCounts, rank_of
 
 
 class LeastStable:
@@ -22,9 +24,28 @@ class LeastStable:
         self.fraction, self.select, self.chosen = fraction, RankSelect(), False
         self.border = np.float32(-np.inf)  # lower stability is among them
 
+    @property
+    def key(self) -> Hashable:
+        """The fraction has no say in the first pass."""
+        return "lowest", self.select.bin
+
+    def blank(self) -> LeastStable:
+        """As of a Reader."""
+        other = LeastStable(self.fraction)
+        other.select, other.chosen = self.select.blank(), self.chosen
+        return other
+
     def see(self, rows: PairedRows, values: Floats) -> None:
         """Count upper halves, then lower halves."""
         (self.select.refine if self.chosen else self.select.count)(-values)
+
+    def counted(self) -> SparseCounts:
+        """As of a Reader."""
+        return self.select.counted()
+
+    def add(self, counted: SparseCounts) -> None:
+        """As of a Reader."""
+        self.select.add(counted)
 
     def next(self) -> None:
         """Choose the bin, then the border in it."""

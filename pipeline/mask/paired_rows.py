@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from itertools import repeat
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -25,6 +25,7 @@ from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.run import Run
 
 IGNORED = -100
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,13 +38,22 @@ class PairedRows:
     components: dict[str, Floats]  # column that was asked for -> (response tokens,)
     input_ids: pa.ListArray | None  # None where the pass does not need them
     ids: pa.ChunkedArray
+    # What has been computed of these rows already: masks that are made together ask for much of the same.
+    known: dict[Hashable, Any] = field(default_factory=dict)
+
+    def made(self, key: Hashable, make: Callable[[], T]) -> T:
+        """What ``make`` returns, computed once for every ``key``."""
+        if key not in self.known:
+            self.known[key] = make()
+        found: T = self.known[key]
+        return found
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
     def response_ids(self) -> npt.NDArray[np.int32]:
         """The ids of the response tokens, ``(response tokens,)``: there, labels are input_ids."""
-        return self.labels.flatten().to_numpy()[self.response]
+        return self.made("response ids", lambda: self.labels.flatten().to_numpy()[self.response])
 
     def token_offsets(self) -> npt.NDArray[np.int32]:
         """Where each example begins among all tokens, ``(examples + 1,)``."""

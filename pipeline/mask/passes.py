@@ -1,23 +1,22 @@
-"""Passes over all rows before anything is written; each finds one thing and builds on the ones before.
+"""What is found in passes over all rows before anything is written; each pass builds on the ones before.
 
 The threshold over the data set is exact: a radix selection in two passes over the values; in four or eight with
 mask.scope=token_id, in more with mask.rule=weight. Before, mask.normalize=rms and token_id take one pass each and
-mask.least_stable two. The same rows are read each time; nothing is held but counts, per token id at most.
+mask.least_stable two. Masks that are made together go over the rows together: what is here is one mask's side of it, a
+generator that hands out what it wants to look at and goes on when that has seen every row.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 
 from alphatoken.data_schemas import KEPT
 from alphatoken.pipeline.mask.left_out import LeastStable
-from alphatoken.pipeline.mask.paired_rows import PairedParts, PairedRows
+from alphatoken.pipeline.mask.looks import RANKED, ROWS, STABILITY, Look, Occurrences, Reader, Squares
 from alphatoken.pipeline.mask.rehearsed import Decided
 from alphatoken.pipeline.mask.soft_weights import WeightsOverDataSet, WeightsWithin
 from alphatoken.pipeline.mask.thresholds import (
@@ -32,51 +31,29 @@ from alphatoken.pipeline.mask.thresholds import (
 )
 from alphatoken.pipeline.mask.valuing import Valuing
 from alphatoken.pipeline.maths.group_select import TokenGroups
-from alphatoken.pipeline.maths.masking import RANDOM, Floats
-from alphatoken.pipeline.run.progress import Progress, Task
+from alphatoken.pipeline.maths.masking import RANDOM
 from alphatoken.pipeline.settings import MaskSettings
 
 
 @dataclass(frozen=True, slots=True)
-class Passes:
-    """The rows of a run, of pairs one branch of them, to be gone over again and again.
+class Asking:
+    """One mask's side of the passes over one branch of the data; ``settings``: resolved."""
 
-    ``columns``: what the passes read. ``title``: for the display.
-    """
+    branch: str
+    settings: MaskSettings
+    rehearsed: bool
 
-    parts: PairedParts
-    columns: tuple[str, ...]
-    progress: Progress
-    title: str
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """What the passes read."""
+        found = list(self.settings.columns())
+        if self.settings.score == "random":
+            found.append(RANDOM)
+        return (*found, *([KEPT] if self.rehearsed else []))
 
-    @contextmanager
-    def task(self, name: str) -> Iterator[Task]:
-        """Show how far all rows are."""
-        with self.progress.task(f"{self.title}: {name}", sum(self.parts.rows.values()), "rows") as task:
-            yield task
 
-    def rows(self, name: str) -> Iterator[PairedRows]:
-        """Every row once."""
-        with self.task(name) as task:
-            for rows in self.parts.all(self.columns):
-                yield rows
-                task.advance(len(rows))
-
-    def feed(self, name: str, readers: Sequence[tuple[Callable[[PairedRows], Floats], Any]]) -> None:
-        """Show every row as often as the readers, (what of the rows, reader) each, want to see them."""
-        passes = readers[0][1].passes
-        if not passes:
-            return
-        with self.task(name) as task:
-            seen = 0  # each row as often as there are passes
-            for _ in range(passes):
-                for rows in self.parts.all(self.columns):
-                    for values_of, reader in readers:
-                        reader.see(rows, values_of(rows))
-                    seen += len(rows)
-                    task.at(seen // passes)
-                for _, reader in readers:
-                    reader.next()
+# Hands out the looks of one pass, goes on when they have seen every row, and returns what it ends with.
+Steps = Generator[list[Look], None, "Found"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,25 +72,28 @@ class Found:
     zeros: tuple[str, ...]
 
 
-def columns_of(settings: MaskSettings, rehearsed: bool) -> tuple[str, ...]:
-    """What the passes read; of resolved settings."""
-    found = list(settings.columns())
-    if settings.score == "random":
-        found.append(RANDOM)
-    return (*found, *([KEPT] if rehearsed else []))
-
-
-def look(passes: Passes, settings: MaskSettings, rehearsed: bool) -> Found:
-    """All passes that ``settings`` need, in order."""
-    valuing, zeros = find_scales(passes, Valuing(settings, {}))
-    groups = find_groups(passes, settings)
-    valuing = find_least_stable(passes, valuing)
-    soft = find_weights(passes, valuing, groups)
-    threshold, alone = find_thresholds(passes, valuing, groups, rehearsed)
+def look(asking: Asking) -> Steps:
+    """All passes that the settings need, in order."""
+    settings = asking.settings
+    valuing, zeros = yield from find_scales(asking, Valuing(settings, {}))
+    groups = yield from find_groups(asking, valuing)
+    valuing = yield from find_least_stable(asking, valuing)
+    soft = yield from find_weights(asking, valuing, groups)
+    threshold, alone = yield from find_thresholds(asking, valuing, groups)
     return Found(valuing, threshold, alone, soft, groups, zeros)
 
 
-def find_scales(passes: Passes, valuing: Valuing) -> tuple[Valuing, tuple[str, ...]]:
+def _feed(
+    asking: Asking, title: str, which: str, readers: Sequence[tuple[Valuing, Reader]]
+) -> Generator[list[Look], None, None]:
+    """Show every row to the readers as often as they want to see them, which is equally often."""
+    for _ in range(readers[0][1].passes):
+        yield [Look(title, asking.branch, own, which, one, asking.columns, own.key) for own, one in readers]
+        for _, reader in readers:
+            reader.next()
+
+
+def find_scales(asking: Asking, valuing: Valuing) -> Generator[list[Look], None, tuple[Valuing, tuple[str, ...]]]:
     """mask.normalize=rms: the root mean square of every term that is weighed; else 1. And the terms that are zero."""
     settings = valuing.settings
     weighed = {
@@ -124,59 +104,59 @@ def find_scales(passes: Passes, valuing: Valuing) -> tuple[Valuing, tuple[str, .
     scales = {name: 1.0 for name, weight in weighed.items() if weight}
     if settings.normalize != "rms" or settings.score == "full":
         return replace(valuing, scales=scales), ()
-    tokens, squares = 0, dict.fromkeys(scales, 0.0)
-    for rows in passes.rows("scales"):
-        for name in scales:
-            squares[name] += float(np.square(valuing.term(rows, name)).sum())
-        tokens += int(rows.offsets[-1])
-    some_tokens(tokens)
-    found = {name: float(np.sqrt(square / tokens)) if square else 1.0 for name, square in squares.items()}
-    return replace(valuing, scales=found), tuple(name for name, square in squares.items() if not square)
+    squares = Squares(valuing, list(scales))
+    yield from _feed(asking, "scales", ROWS, [(valuing, squares)])
+    tokens, sums = some_tokens(squares.tokens), {name: float(total) for name, total in squares.sums.items()}
+    found = {name: float(np.sqrt(square / tokens)) if square else 1.0 for name, square in sums.items()}
+    return replace(valuing, scales=found), tuple(name for name, square in sums.items() if not square)
 
 
-def find_groups(passes: Passes, settings: MaskSettings) -> TokenGroups | None:
+def find_groups(asking: Asking, valuing: Valuing) -> Generator[list[Look], None, TokenGroups | None]:
     """mask.scope=token_id: how often each id occurs; soft weights over the data set: one group of all."""
+    settings = asking.settings
     by_id = settings.scope == "token_id" and settings.rule != "positive"
     all_in_one = settings.scope == "dataset" and settings.rule == "weight"
     if settings.score == "full" or not (by_id or all_in_one):
         return None
-    groups = TokenGroups()
-    for rows in passes.rows("groups"):
-        groups.count(rows.response_ids())
-    groups.close(settings.rare_tokens if by_id else math.inf)
-    some_tokens(int(groups.sizes.sum()))
-    return groups
+    found = Occurrences()
+    yield from _feed(asking, "groups", ROWS, [(valuing, found)])
+    found.groups.close(settings.rare_tokens if by_id else math.inf)
+    some_tokens(int(found.groups.sizes.sum()))
+    return found.groups
 
 
-def find_least_stable(passes: Passes, valuing: Valuing) -> Valuing:
+def find_least_stable(asking: Asking, valuing: Valuing) -> Generator[list[Look], None, Valuing]:
     """mask.least_stable: below which stability tokens are left out."""
     if not valuing.settings.least_stable:
         return valuing
     reader = LeastStable(valuing.settings.least_stable)
-    passes.feed("least stable", [(valuing.stability, reader)])
+    yield from _feed(asking, "least stable", STABILITY, [(valuing, reader)])
     return replace(valuing, border=reader.border)
 
 
 def find_weights(
-    passes: Passes, valuing: Valuing, groups: TokenGroups | None
-) -> WeightsOverDataSet | WeightsWithin | None:
+    asking: Asking, valuing: Valuing, groups: TokenGroups | None
+) -> Generator[list[Look], None, WeightsOverDataSet | WeightsWithin | None]:
     """mask.rule=weight: the soft weights."""
     settings = valuing.settings
     if settings.rule != "weight" or settings.score == "full":
         return None
-    soft: WeightsOverDataSet | WeightsWithin
-    soft = WeightsOverDataSet(settings.rho, groups) if groups else WeightsWithin(settings.rho, _size(settings))
-    passes.feed("weights", [(valuing.ranked, soft)])
+    if groups is None:
+        return WeightsWithin(settings.rho, _size(settings))
+    soft = WeightsOverDataSet(settings.rho, groups)
+    yield from _feed(asking, "weights", RANKED, [(valuing, soft)])
     return soft
 
 
 def find_thresholds(
-    passes: Passes, valuing: Valuing, groups: TokenGroups | None, rehearsed: bool
-) -> tuple[Threshold, Threshold]:
+    asking: Asking, valuing: Valuing, groups: TokenGroups | None
+) -> Generator[list[Look], None, tuple[Threshold, Threshold]]:
     """With and without stability."""
-    found = tuple(_threshold(valuing.settings, groups, rehearsed) for _ in range(2))
-    passes.feed("threshold", list(zip((valuing.ranked, valuing.alone), found, strict=True)))
-    return found[0], found[1]
+    found = tuple(_threshold(valuing.settings, groups, asking.rehearsed) for _ in range(2))
+    one, other = found
+    if isinstance(one, OverDataSet | PerTokenId) and isinstance(other, OverDataSet | PerTokenId):
+        yield from _feed(asking, "threshold", RANKED, [(valuing, one), (valuing.without_stability(), other)])
+    return one, other
 
 
 def _threshold(settings: MaskSettings, groups: TokenGroups | None, rehearsed: bool) -> Threshold:

@@ -40,14 +40,6 @@ def as_rehearsed(settings: MaskSettings, inputs: Mapping[str, Any]) -> MaskSetti
 class Decided:
     """As a threshold: minus infinity for the tokens that the rehearsal kept, infinity for the others."""
 
-    passes = 0
-
-    def see(self, rows: PairedRows, values: Floats) -> None:
-        """Not called."""
-
-    def next(self) -> None:
-        """Not called."""
-
     def of(self, rows: PairedRows, values: Floats) -> tuple[np.float32 | Floats, Floats]:
         """One number per token."""
         return np.where(rows.components[KEPT], np.float32(-np.inf), np.float32(np.inf)), np.zeros(0, np.float32)

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Hashable
+from copy import copy
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from alphatoken.pipeline.mask.paired_rows import PairedRows
+from alphatoken.pipeline.maths.exact_sum import ExactSum
 from alphatoken.pipeline.maths.group_select import GroupSelect, TokenGroups, select_in_memory
 from alphatoken.pipeline.maths.loss_ramp import STEPS, border_ranks, count_steps, step_weights, steps_of
-from alphatoken.pipeline.maths.masking import Bools, Floats, Ints
+from alphatoken.pipeline.maths.masking import Bools, Floats, Ints, SparseCounts
 
 
 class WeightsOverDataSet:
-    """mask.scope=dataset and token_id: fed with the rows ``passes`` times, as the classes of `thresholds` are."""
+    """mask.scope=dataset and token_id: a reader (looks.py)."""
 
     def __init__(self, rho: float, groups: TokenGroups) -> None:
         self.rho, self.groups = rho, groups
@@ -24,6 +27,17 @@ class WeightsOverDataSet:
         self.counts = np.zeros((len(groups.sizes), STEPS + 2), np.int64)
         self.weights = np.zeros(0, np.float32)
 
+    @property
+    def key(self) -> Hashable:
+        """Every one counts for itself."""
+        return None
+
+    def blank(self) -> WeightsOverDataSet:
+        """As of a Reader."""
+        other = copy(self)
+        other.select, other.counts = self.select.blank(), np.zeros_like(self.counts)
+        return other
+
     def see(self, rows: PairedRows, values: Floats) -> None:
         """Find the borders of the steps digit by digit, then count the tokens between them."""
         groups = self._of(rows)
@@ -31,6 +45,17 @@ class WeightsOverDataSet:
             self.select.count(values, groups)
         else:
             count_steps(steps_of(values, groups, self.borders), groups, self.counts)
+
+    def counted(self) -> SparseCounts:
+        """As of a Reader."""
+        return self.select.counted() if self.left else SparseCounts.of(self.counts)
+
+    def add(self, counted: SparseCounts) -> None:
+        """As of a Reader."""
+        if self.left:
+            self.select.add(counted)
+        else:
+            counted.add_to(self.counts)
 
     def next(self) -> None:
         """End a pass."""
@@ -53,16 +78,8 @@ class WeightsOverDataSet:
 class WeightsWithin:
     """mask.scope=example and batch: groups of ``size`` consecutive examples, which are all there."""
 
-    passes = 0
-
     def __init__(self, rho: float, size: int) -> None:
         self.rho, self.size = rho, size
-
-    def see(self, rows: PairedRows, values: Floats) -> None:
-        """Not called."""
-
-    def next(self) -> None:
-        """Not called."""
 
     def of(self, rows: PairedRows, values: Floats) -> Floats:
         """(response tokens,) float32 in [0, 1]."""
@@ -79,7 +96,7 @@ class WeightCounts:
     """What the weights of all response tokens are, for the summary."""
 
     tokens: int = 0
-    total: float = 0.0
+    total: ExactSum = field(default_factory=ExactSum)
     ones: int = 0
     zeros: int = 0
     raised: int = 0
@@ -88,16 +105,22 @@ class WeightCounts:
         """Count some tokens; returns their weights, 1.0 where ``always``."""
         final = np.where(always, np.float32(1), weights)
         self.tokens += len(final)
-        self.total += float(final.astype(np.float64).sum())
+        self.total.add(final.astype(np.float64).sum())
         self.ones += int((final == 1).sum())
         self.zeros += int((final == 0).sum())
         self.raised += int((final > weights).sum())
         return final
 
+    def merge(self, other: WeightCounts) -> None:
+        """Take in what another one counted."""
+        self.tokens, self.ones = self.tokens + other.tokens, self.ones + other.ones
+        self.zeros, self.raised = self.zeros + other.zeros, self.raised + other.raised
+        self.total.merge(other.total)
+
     def as_json(self) -> dict[str, Any]:
         """Needs at least one token."""
         return {
-            "mean": self.total / self.tokens,
+            "mean": float(self.total) / self.tokens,
             "fraction_one": self.ones / self.tokens,
             "fraction_zero": self.zeros / self.tokens,
             "raised_by_always_keep": self.raised,

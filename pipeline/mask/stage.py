@@ -1,13 +1,15 @@
-"""mask: from values to labels that a trainer reads. No model, no torch, memory of a few hundred rows.
+"""mask: from values to labels that a trainer reads. No model, no torch, memory of a few hundred rows and of a row group per mask.
 
-First the passes that find scales and thresholds (passes.py), then one that decides, counts and writes. Nothing here is
-random but mask.score=random, which is drawn from the seed and each example's id.
+First the passes that find scales and thresholds (passes.py), then one that decides, counts and writes. Several masks of one
+run go over the rows together (together.py). Nothing here is random but mask.score=random, which is drawn from the seed and
+each example's id.
 """
 
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -24,19 +26,40 @@ from alphatoken.pipeline.mask.layout import (
     shard_name,
     summary_of,
 )  # fmt: skip
-from alphatoken.pipeline.mask.paired_rows import PairedParts
-from alphatoken.pipeline.mask.pairs import write_pairs
-from alphatoken.pipeline.mask.passes import Found, Passes, columns_of, look
+from alphatoken.pipeline.mask.passes import Asking, Found
 from alphatoken.pipeline.mask.rehearsed import NOTE
-from alphatoken.pipeline.mask.supervised import write_supervised
 from alphatoken.pipeline.mask.thresholds import OverDataSet, PerTokenId, Within, some_tokens
-from alphatoken.pipeline.mask.worker import LOWEST, Decider
+from alphatoken.pipeline.mask.together import Planned, decide_together
+from alphatoken.pipeline.mask.worker import LOWEST, Decider, Tally
 from alphatoken.pipeline.maths.masking import rank_of
 from alphatoken.pipeline.run.run import Run
 
 ROWS_AT_ONCE = 256
 TIES_WORTH_SAYING = 0.01
 ONLY_ALWAYS_WORTH_SAYING = 0.02  # of the examples
+
+
+@dataclass(frozen=True, slots=True)
+class BegunMask:
+    """A mask that is asked for, whose settings are found to fit. ``done``: its summary, where it is finished already."""
+
+    run: Run
+    inputs: MaskInputs
+    fingerprint: str
+    done: dict[str, Any] | None
+
+    @property
+    def stage(self) -> str:
+        """Its name in the manifest."""
+        return f"mask/{self.inputs.settings.name}"
+
+    @property
+    def rows_at_once(self) -> int:
+        """How the rows are cut; masks that are cut alike can be made together. Of mask.scope=batch whole groups."""
+        settings = self.inputs.settings
+        if settings.scope != "batch":
+            return ROWS_AT_ONCE
+        return settings.batch_size * max(1, ROWS_AT_ONCE // settings.batch_size)
 
 
 def make_mask(run: Run) -> dict[str, Any]:
@@ -47,31 +70,57 @@ def make_mask(run: Run) -> dict[str, Any]:
     with, and RunFailed for parts that are missing, damaged or do not belong together, and where there is no response
     token.
     """
-    started, storage = time.monotonic(), run.storage
+    return make_masks([begin_mask(run)])[0]
+
+
+def begin_mask(run: Run) -> BegunMask:
+    """Check a mask's settings and note in the manifest that it was begun. Raises SettingsWrong and RunFailed."""
     inputs = mask_inputs(run)
     name = inputs.settings.name
     stage = f"mask/{name}"
     fingerprint = run.manifest.begin(stage, inputs.fingerprinted, {"mask": inputs.settings})
     if run.manifest.done(stage) and _is_whole(run, name, fingerprint):
         run.progress.say(f"mask: {name} is done already")
-        return summary_of(storage, name)
-    deciders, passes = {}, {}
-    for branch in BRANCHES if run.manifest.pairs else ("",):
-        passes[branch] = _passes(run, inputs, branch)
-        found = look(passes[branch], inputs.settings, inputs.rehearsed)
-        deciders[branch] = Decider(found, inputs.always, _is_hard(inputs))
-    write = write_pairs if run.manifest.pairs else write_supervised
-    write(run, passes, deciders, name, inputs, fingerprint)
+        return BegunMask(run, inputs, fingerprint, summary_of(run.storage, name))
+    return BegunMask(run, inputs, fingerprint, None)
+
+
+def make_masks(begun: Sequence[BegunMask]) -> list[dict[str, Any]]:
+    """Write masks of one run that are all cut alike (``rows_at_once``), reading the rows once for all; returns their summaries.
+
+    The same bytes as one after another. Raises as ``make_mask`` does.
+    """
+    missing = [one for one in begun if one.done is None]
+    made: dict[str, dict[str, Any]] = {}
+    if missing:
+        started = time.monotonic()
+        planned = [
+            Planned(one.run, one.inputs, one.fingerprint, _is_hard(one.inputs), _askings(one)) for one in missing
+        ]
+        decided = decide_together(planned, missing[0].rows_at_once)
+        for one, (deciders, tallies) in zip(missing, decided, strict=True):
+            made[one.stage] = _finish(one, deciders, tallies, (time.monotonic() - started) / len(missing))
+    return [one.done if one.done is not None else made[one.stage] for one in begun]
+
+
+def _askings(one: BegunMask) -> dict[str, Asking]:
+    branches = BRANCHES if one.run.manifest.pairs else ("",)
+    return {branch: Asking(branch, one.inputs.settings, one.inputs.rehearsed) for branch in branches}
+
+
+def _finish(one: BegunMask, deciders: dict[str, Decider], tallies: dict[str, Tally], seconds: float) -> dict[str, Any]:
+    """The card, the summary, and the end of the stage."""
+    run, inputs, name = one.run, one.inputs, one.inputs.settings.name
     _forget_earlier_shards(run, name)
-    summaries = {branch: _summary(inputs, deciders[branch]) for branch in deciders}
-    for branch, one in summaries.items():
-        for note in one["notes"]:
-            run.progress.once(f"{passes[branch].title}: {note}")
+    summaries = {branch: _summary(inputs, deciders[branch], tallies[branch]) for branch in deciders}
+    for branch, found in summaries.items():
+        for note in found["notes"]:
+            run.progress.once(f"{f'mask {branch}'.rstrip()}: {note}")
     summary = _of_pairs(summaries) if run.manifest.pairs else summaries[""]
-    storage.write_bytes(mask_card(name), card(summary, inputs.schema, fingerprint).encode())
-    storage.write_json(mask_summary(name), summary)
+    run.storage.write_bytes(mask_card(name), card(summary, inputs.schema, one.fingerprint).encode())
+    run.storage.write_json(mask_summary(name), summary)
     told = ("rows", "response_tokens", "kept_tokens", "kept_fraction")
-    run.manifest.finish(stage, time.monotonic() - started, **{key: summary[key] for key in told})
+    run.manifest.finish(one.stage, seconds, **{key: summary[key] for key in told})
     return summary
 
 
@@ -92,25 +141,17 @@ def _forget_earlier_shards(run: Run, name: str) -> None:
         )
 
 
-def _passes(run: Run, inputs: MaskInputs, branch: str) -> Passes:
-    rows_at_once, settings = ROWS_AT_ONCE, inputs.settings
-    if settings.scope == "batch":  # whole groups
-        rows_at_once = settings.batch_size * max(1, ROWS_AT_ONCE // settings.batch_size)
-    parts = PairedParts(run, rows_at_once, inputs.columns, run.settings.run.seed, branch)
-    return Passes(parts, columns_of(settings, inputs.rehearsed), run.progress, f"mask {branch}".rstrip())
-
-
 def _is_hard(inputs: MaskInputs) -> bool:
     """Whether values decide which labels stay."""
     return inputs.settings.score != "full" and inputs.settings.rule != "weight" and not inputs.rehearsed
 
 
-def _summary(inputs: MaskInputs, decider: Decider) -> dict[str, Any]:
+def _summary(inputs: MaskInputs, decider: Decider, tally: Tally) -> dict[str, Any]:
     """What was found and what was decided, once every row has been."""
-    some_tokens(decider.counts.response_tokens)
+    some_tokens(tally.counts.response_tokens)
     found, settings = decider.found, inputs.settings
-    where = _where_the_threshold_stands(inputs, decider)
-    counts = decider.counts.as_json()
+    where = _where_the_threshold_stands(inputs, decider, tally)
+    counts = tally.counts.as_json()
     border = float(found.valuing.border) if settings.least_stable else None
     return {
         "name": settings.name,
@@ -122,10 +163,10 @@ def _summary(inputs: MaskInputs, decider: Decider) -> dict[str, Any]:
         "made_with": inputs.made_with,
         **where,
         **counts,
-        **decider.lengths.as_json(),
+        **tally.lengths.as_json(),
         **({} if decider.hard else {"decisions_changed_by_stability": None}),
-        "left_out": decider.left_out.as_json(border),
-        "notes": _in_order([*inputs.notes, *_what_happened(inputs, decider, counts)]),
+        "left_out": tally.left_out.as_json(border),
+        "notes": _in_order([*inputs.notes, *_what_happened(inputs, decider, tally, counts)]),
     }
 
 
@@ -134,10 +175,10 @@ def _in_order(notes: list[str]) -> list[str]:
     return sorted(notes, key=lambda note: not note.startswith("WARNING"))
 
 
-def _what_happened(inputs: MaskInputs, decider: Decider, counts: dict[str, Any]) -> list[str]:
+def _what_happened(inputs: MaskInputs, decider: Decider, tally: Tally, counts: dict[str, Any]) -> list[str]:
     settings, found = inputs.settings, decider.found
     notes = [f"{name} is zero for every token, so that mask.normalize=rms leaves it as it is" for name in found.zeros]
-    if settings.least_stable and not decider.left_out.least_stable:
+    if settings.least_stable and not tally.left_out.least_stable:
         notes.append("stability is the same for all tokens, so that mask.least_stable leaves none out")
     if settings.score == "full":
         but = " but those of mask.skip_first" if settings.skip_first else ""
@@ -155,7 +196,7 @@ def _what_happened(inputs: MaskInputs, decider: Decider, counts: dict[str, Any])
         if tied > TIES_WORTH_SAYING * counts["response_tokens"]:
             notes.append(f"{tied:,} tokens more than mask.rho asks for are kept, since they tie at the threshold")
     if decider.hard and settings.rule == "top":
-        notes += _what_was_left(inputs, decider, counts)
+        notes += _what_was_left(inputs, tally, counts)
     only = counts["rows_with_only_always_kept"]
     if only > ONLY_ALWAYS_WORTH_SAYING * counts["rows"]:
         notes.append(
@@ -165,7 +206,7 @@ def _what_happened(inputs: MaskInputs, decider: Decider, counts: dict[str, Any])
     return notes
 
 
-def _what_was_left(inputs: MaskInputs, decider: Decider, counts: dict[str, Any]) -> list[str]:
+def _what_was_left(inputs: MaskInputs, tally: Tally, counts: dict[str, Any]) -> list[str]:
     """What keys that leave tokens out do to mask.rho and to short answers."""
     settings, notes = inputs.settings, []
     keys = [key for key in ("skip_first", "least_stable") if getattr(settings, key)]
@@ -173,16 +214,16 @@ def _what_was_left(inputs: MaskInputs, decider: Decider, counts: dict[str, Any])
     by = " and ".join([*asked, *[f"mask.require=[{','.join(settings.required)}]"] * bool(settings.required)])
     if counts["kept_tokens"] < rank_of(settings.rho, counts["response_tokens"]):
         notes.append(f"{by} leaves fewer tokens than mask.rho={settings.rho} asks for")
-    if decider.left_out.emptied:
+    if tally.left_out.emptied:
         notes.append(
-            f"{decider.left_out.emptied:,} examples have no tokens but those that {by} leaves out and those of "
+            f"{tally.left_out.emptied:,} examples have no tokens but those that {by} leaves out and those of "
             "mask.always_keep"
             + (": where short answers are the task, set mask.skip_first=0" if settings.skip_first else "")
         )
     return notes
 
 
-def _where_the_threshold_stands(inputs: MaskInputs, decider: Decider) -> dict[str, Any]:
+def _where_the_threshold_stands(inputs: MaskInputs, decider: Decider, tally: Tally) -> dict[str, Any]:
     """summary.json: ``threshold`` of everything or ``thresholds`` of groups, the groups, and the soft weights."""
     found: Found = decider.found
     first, settings = found.threshold, inputs.settings
@@ -192,14 +233,14 @@ def _where_the_threshold_stands(inputs: MaskInputs, decider: Decider) -> dict[st
     elif settings.rule == "positive" and settings.score != "full":
         single = 0.0
     if isinstance(first, PerTokenId):
-        decider.counts.thresholds.add(np.maximum(first.thresholds, LOWEST))
+        tally.counts.thresholds.add(np.maximum(first.thresholds, LOWEST))
     several = isinstance(first, PerTokenId | Within)
     by_id = settings.scope == "token_id" and found.groups
     return {
         "threshold": single,
-        "thresholds": decider.counts.thresholds.as_json() if several else None,
+        "thresholds": tally.counts.thresholds.as_json() if several else None,
         "token_id_groups": found.groups.as_json() if by_id and found.groups else None,
-        "loss_weight": decider.soft.as_json() if settings.rule == "weight" else None,
+        "loss_weight": tally.soft.as_json() if settings.rule == "weight" else None,
     }
 
 

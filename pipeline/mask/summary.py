@@ -8,47 +8,79 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from alphatoken.pipeline.maths.exact_sum import ExactSum
 from alphatoken.pipeline.maths.masking import Bools, Floats, Ints, RankSelect, sums_by_row
 
 USUAL_LENGTH = 1024  # tokens: where trainers cut unless they are told otherwise
 
 
+@dataclass(frozen=True, slots=True)
+class ColumnMoments:
+    """What is the same for every mask of a column of some rows. ``exact``: the column, float64."""
+
+    exact: npt.NDArray[np.float64]
+    total: float
+    squares: float
+    least: float
+    most: float
+    negative: int
+
+    @classmethod
+    def of(cls, values: Floats) -> ColumnMoments:
+        """np.sum adds in one fixed order; a dot product's order depends on the library behind it."""
+        exact = values.astype(np.float64)
+        if not len(values):
+            return cls(exact, 0.0, 0.0, np.inf, -np.inf, 0)
+        extremes, negative = (float(values.min()), float(values.max())), int(np.count_nonzero(values < 0))
+        return cls(exact, float(exact.sum()), float(np.square(exact).sum()), *extremes, negative)
+
+
 @dataclass(slots=True)
 class _Moments:
-    """Sums over response tokens of one column, in float64."""
+    """Sums over response tokens of one column: float64 within some rows, exact over all of them."""
 
     count: int = 0
-    total: float = 0.0
-    squares: float = 0.0
+    total: ExactSum = field(default_factory=ExactSum)
+    squares: ExactSum = field(default_factory=ExactSum)
     least: float = np.inf
     most: float = -np.inf
     negative: int = 0
     kept: int = 0
-    kept_total: float = 0.0
+    kept_total: ExactSum = field(default_factory=ExactSum)
 
-    def add(self, values: Floats, kept: Bools) -> None:
-        if not len(values):
+    def add(self, some: ColumnMoments, kept: Ints) -> None:
+        """``kept``: the places of the kept tokens."""
+        if not len(some.exact):
             return
-        # np.sum adds in one fixed order; a dot product's order depends on the library behind it.
-        exact = values.astype(np.float64)
-        self.count += len(values)
-        self.total += float(exact.sum())
-        self.squares += float(np.square(exact).sum())
-        self.least, self.most = min(self.least, float(values.min())), max(self.most, float(values.max()))
-        self.negative += int((values < 0).sum())
-        self.kept += int(kept.sum())
-        self.kept_total += float(exact[kept].sum())
+        self.count += len(some.exact)
+        self.total.add(some.total)
+        self.squares.add(some.squares)
+        self.least, self.most = min(self.least, some.least), max(self.most, some.most)
+        self.negative += some.negative
+        self.kept += len(kept)
+        self.kept_total.add(some.exact.take(kept).sum())
+
+    def merge(self, other: _Moments) -> None:
+        self.count, self.negative = self.count + other.count, self.negative + other.negative
+        self.kept += other.kept
+        for own, theirs in (
+            (self.total, other.total),
+            (self.squares, other.squares),
+            (self.kept_total, other.kept_total),
+        ):
+            own.merge(theirs)
+        self.least, self.most = min(self.least, other.least), max(self.most, other.most)
 
     def as_json(self) -> dict[str, Any]:
-        masked = self.count - self.kept
+        masked, total, kept_total = self.count - self.kept, float(self.total), float(self.kept_total)
         return {
-            "mean": self.total / self.count,
-            "rms": float(np.sqrt(self.squares / self.count)),
+            "mean": total / self.count,
+            "rms": float(np.sqrt(float(self.squares) / self.count)),
             "min": self.least,
             "max": self.most,
             "negative_fraction": self.negative / self.count,
-            "mean_kept": self.kept_total / self.kept if self.kept else None,
-            "mean_masked": (self.total - self.kept_total) / masked if masked else None,
+            "mean_kept": kept_total / self.kept if self.kept else None,
+            "mean_masked": (total - kept_total) / masked if masked else None,
         }
 
 
@@ -64,6 +96,10 @@ class _Thresholds:
         if len(thresholds):
             self.least, self.most = min(self.least, float(thresholds.min())), max(self.most, float(thresholds.max()))
             self.ranks.count(thresholds)
+
+    def merge(self, other: _Thresholds) -> None:
+        self.least, self.most = min(self.least, other.least), max(self.most, other.most)
+        self.ranks.add(other.ranks.counted())
 
     def as_json(self) -> dict[str, Any]:
         groups = self.ranks.total
@@ -89,7 +125,7 @@ class MaskCounts:
     def add(
         self,
         offsets: Ints,
-        columns: dict[str, Floats],
+        columns: dict[str, ColumnMoments],
         kept: Bools,
         passed: Bools,
         always: Bools,
@@ -100,15 +136,32 @@ class MaskCounts:
         ``columns``: those that were read, and ``value``. ``passed``: the tokens that pass the
         threshold. ``without_stability``: those that would if stability had no say.
         """
+        places = np.flatnonzero(kept)
         for name, column in columns.items():
-            self.columns.setdefault(name, _Moments()).add(column, kept)
+            self.columns.setdefault(name, _Moments()).add(column, places)
         self.rows += len(offsets) - 1
-        self.rows_with_nothing_kept += int((sums_by_row(kept, offsets) == 0).sum())
+        in_rows = sums_by_row(kept, offsets)
+        self.rows_with_nothing_kept += int((in_rows == 0).sum())
         nothing_else = sums_by_row(kept & ~always, offsets) == 0
-        self.rows_with_only_always += int((nothing_else & (sums_by_row(kept, offsets) > 0)).sum())
+        self.rows_with_only_always += int((nothing_else & (in_rows > 0)).sum())
         self.only_always += int((~passed & always).sum())
         self.only_minimum += int((kept & ~passed & ~always).sum())
         self.changed += int((passed != without_stability).sum())
+
+    def merge(self, other: MaskCounts) -> None:
+        """Take in what another one counted; the thresholds too."""
+        for name, moments in other.columns.items():
+            self.columns.setdefault(name, _Moments()).merge(moments)
+        self.thresholds.merge(other.thresholds)
+        for name in (
+            "rows",
+            "rows_with_nothing_kept",
+            "rows_with_only_always",
+            "only_always",
+            "only_minimum",
+            "changed",
+        ):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
 
     @property
     def response_tokens(self) -> int:
@@ -145,6 +198,10 @@ class RowLengths:
             self.longest = max(self.longest, int(lengths.max()))
             self.over += int((lengths > USUAL_LENGTH).sum())
 
+    def merge(self, other: RowLengths) -> None:
+        """Take in what another one saw."""
+        self.longest, self.over = max(self.longest, other.longest), self.over + other.over
+
     def as_json(self) -> dict[str, Any]:
         return {"longest_row": self.longest, f"rows_over_{USUAL_LENGTH}": self.over}
 
@@ -166,6 +223,11 @@ class LeftOutCounts:
         self.harmful += int(harmful.sum())
         choice, lost = (sums_by_row(some & ~always, offsets) for some in (~left_out, left_out))
         self.emptied += int(((choice == 0) & (lost > 0)).sum())
+
+    def merge(self, other: LeftOutCounts) -> None:
+        """Take in what another one counted."""
+        self.first, self.least_stable = self.first + other.first, self.least_stable + other.least_stable
+        self.harmful, self.emptied = self.harmful + other.harmful, self.emptied + other.emptied
 
     def as_json(self, border: float | None) -> dict[str, Any]:
         """``border``: of mask.least_stable."""

@@ -1,17 +1,23 @@
-"""Where the threshold stands: one small class per mask.scope and mask.rule, fed with the rows pass by pass.
-
-Each needs the rows ``passes`` times: ``see`` some rows with their values, then ``next`` at the end of a pass.
-"""
+"""Where the threshold stands: one small class per mask.scope and mask.rule; those that look at all rows are readers (looks.py)."""
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+from copy import copy
 from typing import Protocol
 
 import numpy as np
 
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.maths.group_select import GroupSelect, TokenGroups
-from alphatoken.pipeline.maths.masking import Floats, RankSelect, rank_of, thresholds_in_groups
+from alphatoken.pipeline.maths.masking import (
+    Floats,
+    RankSelect,
+    SparseCounts,
+    order_keys,
+    rank_of,
+    thresholds_in_groups,
+)
 from alphatoken.pipeline.run.failure import RunFailed
 
 KEEP_POSITIVE = np.nextafter(np.float32(0), np.float32(1))  # at least this is above 0
@@ -21,14 +27,6 @@ KEEP_ALL = np.float32(-np.inf)
 class Threshold(Protocol):
     """Of all response tokens; ``values`` are theirs, flat."""
 
-    passes: int
-
-    def see(self, rows: PairedRows, values: Floats) -> None:
-        """Take in some rows of the present pass."""
-
-    def next(self) -> None:
-        """End the present pass."""
-
     def of(self, rows: PairedRows, values: Floats) -> tuple[np.float32 | Floats, Floats]:
         """The threshold of these rows, one number or one per token; and those of groups that end with these rows."""
 
@@ -36,16 +34,8 @@ class Threshold(Protocol):
 class Fixed:
     """A number that is known beforehand (mask.rule=positive, valuation.method=full)."""
 
-    passes = 0
-
     def __init__(self, threshold: np.float32) -> None:
         self.threshold = threshold
-
-    def see(self, rows: PairedRows, values: Floats) -> None:
-        """Not called."""
-
-    def next(self) -> None:
-        """Not called."""
 
     def of(self, rows: PairedRows, values: Floats) -> tuple[np.float32 | Floats, Floats]:
         """The number."""
@@ -61,9 +51,29 @@ class OverDataSet:
         self.rho, self.select, self.chosen = rho, RankSelect(), False
         self.threshold = np.float32(0)
 
+    @property
+    def key(self) -> Hashable:
+        """The fraction has no say in the first pass."""
+        return "ranks", self.select.bin
+
+    def blank(self) -> OverDataSet:
+        """As of a Reader."""
+        other = OverDataSet(self.rho)
+        other.select, other.chosen = self.select.blank(), self.chosen
+        return other
+
     def see(self, rows: PairedRows, values: Floats) -> None:
         """Count upper halves, then lower halves."""
-        (self.select.refine if self.chosen else self.select.count)(values)
+        # The values are kept beside their keys, so that no other array has their id meanwhile.
+        self.select.see_keys(rows.made(("keys", id(values)), lambda: (values, order_keys(values)))[1])
+
+    def counted(self) -> SparseCounts:
+        """As of a Reader."""
+        return self.select.counted()
+
+    def add(self, counted: SparseCounts) -> None:
+        """As of a Reader."""
+        self.select.add(counted)
 
     def next(self) -> None:
         """Choose the bin, then the threshold in it."""
@@ -87,9 +97,28 @@ class PerTokenId:
         self.passes, self.left = self.select.passes, self.select.passes
         self.thresholds = np.zeros(0, np.float32)
 
+    @property
+    def key(self) -> Hashable:
+        """Every one counts for itself."""
+        return None
+
+    def blank(self) -> PerTokenId:
+        """As of a Reader."""
+        other = copy(self)
+        other.select = self.select.blank()
+        return other
+
     def see(self, rows: PairedRows, values: Floats) -> None:
         """Count one digit."""
         self.select.count(values, self.groups.of(rows.response_ids()))
+
+    def counted(self) -> SparseCounts:
+        """As of a Reader."""
+        return self.select.counted()
+
+    def add(self, counted: SparseCounts) -> None:
+        """As of a Reader."""
+        self.select.add(counted)
 
     def next(self) -> None:
         """Choose one digit."""
@@ -106,16 +135,8 @@ class PerTokenId:
 class Within:
     """mask.scope=example and mask.scope=batch: ``size`` consecutive examples of a part."""
 
-    passes = 0
-
     def __init__(self, rho: float, size: int) -> None:
         self.rho, self.size = rho, size
-
-    def see(self, rows: PairedRows, values: Floats) -> None:
-        """Not called."""
-
-    def next(self) -> None:
-        """Not called."""
 
     def of(self, rows: PairedRows, values: Floats) -> tuple[np.float32 | Floats, Floats]:
         """One number per token, and per group that has any token."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
@@ -13,6 +14,12 @@ from alphatoken.pipeline.maths.masking import Bools, Floats, objective_value, sc
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.settings import MaskSettings
 from alphatoken.pipeline.settings.objectives import objective_of
+
+# Settings that have no say in a token's value.
+_NO_SAY: dict[str, Any] = {
+    "rho": 0.5, "name": "", "scope": "dataset", "rule": "top", "batch_size": 64, "normalize": "none", "always_keep": [],
+    "min_kept": 0, "extra_columns": [],
+}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,9 +41,15 @@ class Valuing:
         """The values, with the tokens that are left out below all others."""
         return lowest_where(self.first(rows) | self.least_stable(rows) | self.harmful(rows), self.values(rows))
 
-    def alone(self, rows: PairedRows) -> Floats:
-        """What the ranked values were if stability had no say."""
-        return lowest_where(self.first(rows) | self.harmful(rows), self._weighed(rows, 0.0))
+    def without_stability(self) -> Valuing:
+        """What it were if stability had no say."""
+        scales = {name: scale for name, scale in self.scales.items() if name != "stability"}
+        return Valuing(replace(self.settings, stability_weight=0.0, least_stable=0.0), scales)
+
+    @property
+    def key(self) -> str:
+        """The same for all that give the same values: of masks that differ in how many they keep, for one."""
+        return repr((replace(self.settings, **_NO_SAY), sorted(self.scales.items()), float(self.border)))
 
     def first(self, rows: PairedRows) -> Bools:
         """Those that mask.skip_first leaves out."""

@@ -2,63 +2,132 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
 from alphatoken.data_schemas import KEPT, LOSS_WEIGHT
-from alphatoken.pipeline.mask.left_out import lowest_where
+from alphatoken.pipeline.mask.looks import RANKED
 from alphatoken.pipeline.mask.paired_rows import IGNORED, PairedRows
 from alphatoken.pipeline.mask.passes import Found
 from alphatoken.pipeline.mask.soft_weights import WeightCounts
-from alphatoken.pipeline.mask.summary import LeftOutCounts, MaskCounts, RowLengths
+from alphatoken.pipeline.mask.summary import ColumnMoments, LeftOutCounts, MaskCounts, RowLengths
 from alphatoken.pipeline.mask.thresholds import KEEP_ALL
 from alphatoken.pipeline.maths.masking import RANDOM, Bools, Ints, keep_flat, sums_by_row
 
 LOWEST = np.finfo(np.float32).min  # of finite values: the threshold where only tokens that are left out lie below
 
 
-class Decider:
-    """Decides rows by what the passes have found and counts; ``always``: ids that are always kept.
+@dataclass(slots=True)
+class Tally:
+    """What was decided, in numbers."""
 
-    ``hard``: whether values decide which labels stay.
+    counts: MaskCounts = field(default_factory=MaskCounts)
+    left_out: LeftOutCounts = field(default_factory=LeftOutCounts)
+    soft: WeightCounts = field(default_factory=WeightCounts)
+    lengths: RowLengths = field(default_factory=RowLengths)
+
+    def merge(self, other: Tally) -> None:
+        """Take in what was decided of other rows."""
+        self.counts.merge(other.counts)
+        self.left_out.merge(other.left_out)
+        self.soft.merge(other.soft)
+        self.lengths.merge(other.lengths)
+
+
+class Decider:
+    """Decides rows by what the passes have found; what it has decided is counted in a tally.
+
+    ``always``: ids that are always kept. ``hard``: whether values decide which labels stay. ``columns``: of values/, those that
+    are counted.
     """
 
-    def __init__(self, found: Found, always: np.ndarray, hard: bool) -> None:
+    def __init__(self, found: Found, always: np.ndarray, hard: bool, columns: Sequence[str]) -> None:
         self.found, self.always, self.hard = found, always, hard
-        self.counts, self.left_out, self.soft = MaskCounts(), LeftOutCounts(), WeightCounts()
-        self.lengths = RowLengths()
+        self.columns = tuple(name for name in columns if name not in (KEPT, RANDOM))
+        self.value_key, self.alone = found.valuing.key, found.valuing.without_stability()
+        self.alone_key, self.always_key = self.alone.key, ("always", tuple(always.tolist()))
 
-    def decide(self, rows: PairedRows) -> tuple[np.ndarray, np.ndarray]:
+    def decide(self, rows: PairedRows, tally: Tally) -> tuple[np.ndarray, np.ndarray]:
         """Which tokens are kept, bool, and their soft weights, float32: ``(tokens,)`` over all of ``rows``."""
         found, valuing, settings = self.found, self.found.valuing, self.found.valuing.settings
-        values, alone = valuing.values(rows), valuing.alone(rows)
-        first, unstable, harmful = valuing.first(rows), valuing.least_stable(rows), valuing.harmful(rows)
-        left_out = first | unstable | harmful
-        ranked = lowest_where(left_out, values)
+        key = self.value_key
+        values = rows.made(("values", key), lambda: valuing.values(rows))
+        ranked = rows.made((RANKED, key), lambda: valuing.ranked(rows))
+        first, unstable, harmful = rows.made(
+            ("left out", key), lambda: (valuing.first(rows), valuing.least_stable(rows), valuing.harmful(rows))
+        )
         threshold, of_groups = found.threshold.of(rows, ranked)
-        self.counts.thresholds.add(np.maximum(of_groups, LOWEST))
+        counts = tally.counts
+        counts.thresholds.add(np.maximum(of_groups, LOWEST))
         # A group may have none but tokens that are left out; where values do not decide all labels stay as they are.
         values_decide = settings.rule != "weight" and (self.hard or settings.score == "full")
         floor = LOWEST if values_decide else KEEP_ALL
         threshold = np.maximum(threshold, floor)
-        assert rows.input_ids is not None
-        always = np.isin(rows.input_ids.flatten().to_numpy()[rows.response], self.always)
-        self.lengths.add(np.diff(rows.token_offsets()))
-        self.left_out.add(rows.offsets, first, unstable, harmful, always)
+        always = rows.made(self.always_key, lambda: _among(rows, self.always))
+        tally.lengths.add(np.diff(rows.token_offsets()))
+        tally.left_out.add(rows.offsets, first, unstable, harmful, always)
         inside = keep_flat(ranked, rows.offsets, threshold, always, _fewest(settings.min_kept, rows.offsets, always))
-        stored = {name: column for name, column in rows.components.items() if name not in (KEPT, RANDOM)}
-        columns = {**stored, "value": values}
-        without_stability = alone >= np.maximum(found.alone.of(rows, alone)[0], floor)
-        self.counts.add(rows.offsets, columns, inside, ranked >= threshold, always, without_stability)
-        kept, weights = np.zeros(len(rows.response), np.bool_), np.zeros(len(rows.response), np.float32)
+        columns = {
+            name: rows.made(("moments", name), partial(ColumnMoments.of, rows.components[name]))
+            for name in self.columns
+        }
+        columns["value"] = rows.made(("moments of values", key), lambda: ColumnMoments.of(values))
+        passed = ranked >= threshold
+        without_stability = passed
+        if self.alone_key != key:
+            alone = rows.made((RANKED, self.alone_key), lambda: self.alone.ranked(rows))
+            without_stability = alone >= np.maximum(found.alone.of(rows, alone)[0], floor)
+        counts.add(rows.offsets, columns, inside, passed, always, without_stability)
+        kept, weights = np.zeros(len(rows.response), np.bool_), np.zeros(0, np.float32)
         kept[rows.response] = inside
         if settings.rule == "weight":
+            weights = np.zeros(len(rows.response), np.float32)
+            left_out = first | unstable | harmful
             soft = found.soft.of(rows, ranked) if found.soft else np.ones(len(values), np.float32)
-            weights[rows.response] = self.soft.add(np.where(left_out, np.float32(0), soft), always)
+            weights[rows.response] = tally.soft.add(np.where(left_out, np.float32(0), soft), always)
         return kept, weights
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """One mask that is written. ``deciders``: by branch. ``fingerprint``, ``schema``: of its parts."""
+
+    name: str
+    schema: pa.Schema
+    fingerprint: str
+    deciders: dict[str, Decider]
+
+
+@contextmanager
+def in_parallel(threads: int, count: int) -> Iterator[Callable[[Callable[[int], None]], None]]:
+    """What does a thing with each of the numbers below ``count``, ``threads`` of them at once, and waits for all."""
+    if min(threads, count) <= 1:
+
+        def one_by_one(do: Callable[[int], None]) -> None:
+            for index in range(count):
+                do(index)
+
+        yield one_by_one
+        return
+    with ThreadPoolExecutor(min(threads, count)) as pool:
+
+        def at_once(do: Callable[[int], None]) -> None:
+            for _ in pool.map(do, range(count)):
+                pass
+
+        yield at_once
+
+
+def _among(rows: PairedRows, ids: np.ndarray) -> Bools:
+    """Which response tokens are of these ids, ``(response tokens,)``."""
+    return np.isin(rows.response_ids(), ids)
 
 
 def _fewest(min_kept: int | float, offsets: Ints, always: Bools) -> int | Ints:
@@ -74,9 +143,11 @@ def mask_columns(rows: PairedRows, kept: np.ndarray, weights: np.ndarray, names:
     assert rows.input_ids is not None
     made: dict[str, Any] = {
         "input_ids": rows.input_ids.flatten(),
-        "attention_mask": pa.array(np.ones(len(kept), np.int8)),
+        "attention_mask": rows.made("attention mask", lambda: pa.array(np.ones(len(kept), np.int8))),
         "labels": pa.array(np.where(kept, rows.labels.flatten().to_numpy(), np.int32(IGNORED))),
-        LOSS_WEIGHT: pa.array(weights),
     }
-    offsets, flags = pa.array(rows.token_offsets(), pa.int32()), pa.array(kept.astype(np.int8))
-    return [pa.ListArray.from_arrays(offsets, made.get(name, flags)) for name in names]
+    offsets = rows.made("offsets", lambda: pa.array(rows.token_offsets(), pa.int32()))
+    for name in names:
+        if name not in made:
+            made[name] = pa.array(weights if name == LOSS_WEIGHT else kept.astype(np.int8))
+    return [pa.ListArray.from_arrays(offsets, made[name]) for name in names]

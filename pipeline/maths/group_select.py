@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from alphatoken.pipeline.maths.masking import Floats, Ints, float_of_key, order_keys
+from alphatoken.pipeline.maths.masking import Floats, Ints, SparseCounts, float_of_key, order_keys
 
 WIDE_DIGITS_UP_TO = 1 << 14  # wanted order statistics; 32 MiB of counts
 
@@ -37,6 +37,17 @@ class TokenGroups:
         found = np.bincount(ids, minlength=len(self._occurrences))
         found[: len(self._occurrences)] += self._occurrences
         self._occurrences = found
+
+    def counted(self) -> SparseCounts:
+        """How often each id occurred so far; the places are the ids."""
+        return SparseCounts.of(self._occurrences)
+
+    def add(self, counted: SparseCounts) -> None:
+        """Take in what others have counted."""
+        missing = int(counted.places[-1]) + 1 - len(self._occurrences) if len(counted.places) else 0
+        if missing > 0:
+            self._occurrences = np.append(self._occurrences, np.zeros(missing, np.int64))
+        counted.add_to(self._occurrences)
 
     def close(self, rare: float) -> None:
         """End the count; ids that occur fewer than ``rare`` times are pooled, all of them with infinity."""
@@ -81,6 +92,20 @@ class GroupSelect:
         self._expected: Ints | None = None
         self._counts = np.zeros((*ranks.shape, 1 << self.bits), np.int64)
         self._shift = 32
+
+    def blank(self) -> GroupSelect:
+        """One that counts the same in the present pass, and has counted nothing yet."""
+        other = GroupSelect(self._left)
+        other.bits, other.passes, other._prefix, other._shift = self.bits, self.passes, self._prefix, self._shift
+        return other
+
+    def counted(self) -> SparseCounts:
+        """What was counted in the present pass."""
+        return SparseCounts.of(self._counts)
+
+    def add(self, counted: SparseCounts) -> None:
+        """Take in what another one counted in the present pass."""
+        counted.add_to(self._counts)
 
     def count(self, values: Floats, groups: Ints) -> None:
         """Count some values, ``(tokens,)`` with their group numbers, in the present pass."""

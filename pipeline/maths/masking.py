@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 from fractions import Fraction
 from typing import Any
 
@@ -141,6 +142,28 @@ def thresholds_in_groups(values: Floats, offsets: Ints, size: int, rho: float) -
     return np.repeat(groups, np.diff(borders)), groups
 
 
+@dataclass(frozen=True, slots=True)
+class SparseCounts:
+    """An array of counts, of most of which nothing was counted, small enough to be sent to another process.
+
+    ``places``: of those that are not 0, in the array laid flat.
+    """
+
+    places: Ints
+    numbers: Ints
+
+    @classmethod
+    def of(cls, counts: Ints) -> SparseCounts:
+        """Of an array of any shape."""
+        flat = counts.reshape(-1)
+        places = np.flatnonzero(flat)
+        return cls(places, flat[places])
+
+    def add_to(self, counts: Ints) -> None:
+        """Add to an array of the shape that they were taken of."""
+        counts.reshape(-1)[self.places] += self.numbers
+
+
 class RankSelect:
     """The exact k-th largest float32 of a stream that can be read twice; 1 MiB, whatever the length of the stream.
 
@@ -160,14 +183,49 @@ class RankSelect:
         self._bin = -1
         self._rank = 0
 
+    def __getstate__(self) -> tuple[int, int, SparseCounts, SparseCounts]:
+        return self._bin, self._rank, SparseCounts.of(self._high), SparseCounts.of(self._low)
+
+    def __setstate__(self, state: tuple[int, int, SparseCounts, SparseCounts]) -> None:
+        self.__init__()  # type: ignore[misc]  # the arrays of nothing counted
+        self._bin, self._rank, high, low = state
+        high.add_to(self._high)
+        low.add_to(self._low)
+
     @property
     def total(self) -> int:
         """Values counted in the first pass."""
         return int(self._high.sum())
 
+    @property
+    def bin(self) -> int:
+        """Of the chosen upper halves; -1 during the first pass."""
+        return self._bin
+
+    def blank(self) -> RankSelect:
+        """One that counts the same in the present pass, and has counted nothing yet."""
+        other = RankSelect()
+        other._bin = self._bin
+        return other
+
+    def counted(self) -> SparseCounts:
+        """What was counted in the present pass."""
+        return SparseCounts.of(self._high if self._bin < 0 else self._low)
+
+    def add(self, counted: SparseCounts) -> None:
+        """Take in what another one counted in the present pass."""
+        counted.add_to(self._high if self._bin < 0 else self._low)
+
     def count(self, values: Floats) -> None:
         """First pass."""
-        self._high += np.bincount(order_keys(values) >> 16, minlength=_HALF)
+        self.see_keys(order_keys(values))
+
+    def see_keys(self, keys: npt.NDArray[np.uint32]) -> None:
+        """``count`` or ``refine``, whichever the present pass is, of values whose ``order_keys`` are known already."""
+        if self._bin < 0:
+            self._high += np.bincount(keys >> 16, minlength=_HALF)
+        else:
+            self._low += np.bincount(keys[(keys >> 16) == self._bin] & (_HALF - 1), minlength=_HALF)
 
     def choose(self, k: int) -> np.float32:
         """End the first pass. Returns the smallest value of the chosen bin: the k-th largest to about 8 bits."""
@@ -178,9 +236,7 @@ class RankSelect:
 
     def refine(self, values: Floats) -> None:
         """Second pass, over the same values."""
-        keys = order_keys(values)
-        inside = keys[(keys >> 16) == self._bin] & (_HALF - 1)
-        self._low += np.bincount(inside, minlength=_HALF)
+        self.see_keys(order_keys(values))
 
     def threshold(self) -> np.float32:
         """The k-th largest value; raises ValueError when the second pass saw other values than the first."""
@@ -205,7 +261,9 @@ def keep(values: Floats, response: Bools, threshold: float, always: Bools, min_k
 
 def sums_by_row(numbers: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> npt.NDArray[Any]:
     """The sum over ``numbers[offsets[i]:offsets[i + 1]]`` of every row i; of flags how many are set."""
-    return np.diff(np.concatenate([[0], np.cumsum(numbers)])[offsets])
+    reached = np.zeros(len(numbers) + 1, np.cumsum(numbers[:0]).dtype)
+    np.cumsum(numbers, out=reached[1:])
+    return np.diff(reached[offsets])
 
 
 def keep_flat(
@@ -230,10 +288,12 @@ def order_keys(values: Floats) -> npt.NDArray[np.uint32]:
         raise TypeError(f"values must be float32, not {values.dtype}")
     if np.isnan(values).any():
         raise ValueError("NaN has no rank")
-    bits = np.ascontiguousarray(values).view(np.uint32)
-    bits = np.where(bits == _SIGN, np.uint32(0), bits)  # -0.0
+    bits = (values + np.float32(0)).view(np.uint32)  # -0.0 becomes 0.0
     # Negative floats grow in magnitude with their bits: invert them all, so that the most negative comes first.
-    return np.where(bits & _SIGN, ~bits, bits | _SIGN)
+    flips = (bits.view(np.int32) >> 31).view(np.uint32)
+    flips |= _SIGN
+    flips ^= bits
+    return flips
 
 
 def float_of_key(keys: npt.NDArray[np.uint32]) -> Floats:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from alphatoken.pipeline.cluster.work import Resources
 from alphatoken.pipeline.run.run import Workers
 
@@ -16,4 +18,5 @@ def worker_resources(cluster: Workers, rows: int) -> Resources:
     """What the workers that tokenize ``rows`` rows take."""
     resources = cluster.tokenizer_resources()
     few = max(1, -(-rows // 256))  # starting a worker takes longer than tokenizing some hundred rows
-    return Resources(min(resources.workers, few), resources.cpus, resources.gpus)
+    least = None if resources.least is None else min(resources.least, few)
+    return replace(resources, workers=min(resources.workers, few), least=least)

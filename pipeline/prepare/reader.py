@@ -8,8 +8,8 @@ from alphatoken.data_schemas import BRANCHES, PREPARED
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.prepare.held_out import RETENTION
 from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.noted import Footer
 from alphatoken.pipeline.run.run import Run
-from alphatoken.pipeline.run.storage import Footer
 
 
 def prepared_parts(run: Run) -> dict[str, Footer]:

@@ -42,6 +42,7 @@ from alphatoken.pipeline.prepare.tokenize import Example
 from alphatoken.pipeline.prepare.windows import of_long_rows
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker, chosen_of, to_pair_table, to_table
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.noted import Notes
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
@@ -341,17 +342,19 @@ class _Prepare:
                 repeated=self.repeated, trained=True,
             )  # fmt: skip
 
-        todo = sum(len(plan[part]) for part in missing)
         finished = len(parts) - len(missing)
+        notes = Notes(self.storage, "prepared", self.fingerprint, len(parts))
 
         def done(shard: Shard, result: tuple[dict[str, Any], list]) -> None:
             nonlocal finished
             add(result[0])
+            notes.add(shard.name, result[0]["rows_used"], result[0])
             finished += 1
             task.note(f"{finished}/{len(parts)} shards, {counts['train_rows']:,} rows kept")
 
-        with self.progress.task("prepare: tokenize", todo, "rows") as task:
+        with self.progress.task("prepare: tokenize", sum(len(plan[part]) for part in missing), "rows") as task:
             self.pool.run([Shard(part, len(plan[part])) for part in missing], payload, done, task)
+        notes.write()
         return counts
 
 

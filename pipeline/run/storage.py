@@ -2,11 +2,11 @@
 
 import json
 import os
+import sys
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from alphatoken.data_schemas import check
 from alphatoken.pipeline.run.attempts import insist
+from alphatoken.pipeline.run.noted import Footer, Listed, believed
 from alphatoken.pipeline.run.spool import Spool
 
 FINGERPRINT_KEY = b"alphatoken.fingerprint"
@@ -23,14 +24,6 @@ COUNTS_KEY = b"alphatoken.counts"
 ROWS_PER_GROUP = 2048
 OPENED_AT_ONCE = 16  # footers: a store answers after a while, and a disk while others wait
 T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Footer:
-    """What a complete part says at its end: its rows, and what was counted when it was written (empty: nothing was)."""
-
-    rows: int
-    counts: dict[str, Any]
 
 
 class Storage:
@@ -70,10 +63,14 @@ class Storage:
 
     def modified(self, directory: str) -> dict[str, float]:
         """Relative name -> seconds since 1970 at which the store says it was written, of the files directly below."""
+        return {name: one.modified for name, one in self.listed(directory).items()}
+
+    def listed(self, directory: str) -> dict[str, Listed]:
+        """Relative name -> what one listing says of it, of the files directly below ``directory``."""
         selector = pafs.FileSelector(self.path(directory), allow_not_found=True)
         found = self._insist(lambda: self.fs.get_file_info(selector))
         return {
-            f"{directory}/{info.base_name}": (info.mtime_ns or 0) / 1e9
+            f"{directory}/{info.base_name}": Listed((info.mtime_ns or 0) / 1e9, info.size)
             for info in found
             if info.type == pafs.FileType.File
         }
@@ -189,13 +186,17 @@ class Storage:
     def footers(self, directory: str, parts: Iterable[str], fingerprint: str) -> dict[str, Footer]:
         """Part -> footer, in the order of ``parts``, of those below ``directory`` that are complete and carry ``fingerprint``.
 
-        One listing says which are there; those are opened, OPENED_AT_ONCE at a time.
+        One listing says which are there; what notes (noted.py) do not speak of is opened, OPENED_AT_ONCE at a time.
         """
-        there = self.modified(directory)
+        there = self.listed(directory)
+        known: dict[str, Footer | None] = dict(believed(self, directory, there, fingerprint))
         names = [part for part in parts if f"{directory}/{part}" in there]
-        with ThreadPoolExecutor(OPENED_AT_ONCE) as threads:
-            found = threads.map(lambda part: self._footer(f"{directory}/{part}", fingerprint), names)
-            return {part: footer for part, footer in zip(names, found, strict=True) if footer is not None}
+        unknown = [part for part in names if part not in known]
+        if unknown:
+            with ThreadPoolExecutor(OPENED_AT_ONCE) as threads:
+                opened = threads.map(lambda part: self._footer(f"{directory}/{part}", fingerprint), unknown)
+                known.update(zip(unknown, opened, strict=True))
+        return {part: footer for part in names if (footer := known[part]) is not None}
 
     def rows_of(self, name: str, fingerprint: str) -> int | None:
         """The row count of a complete part that carries ``fingerprint``; None where it has to be written (again)."""
@@ -222,7 +223,7 @@ class Storage:
         found = self._insist(read)
         if found is None or found[1].get(FINGERPRINT_KEY) != fingerprint.encode():
             return None
-        return Footer(found[0], json.loads(found[1].get(COUNTS_KEY, b"{}")))
+        return Footer(found[0], json.loads(found[1].get(COUNTS_KEY, b"{}"), object_pairs_hook=_with_known_keys))
 
     def _upload(self, name: str, content: Any) -> None:
         def write() -> None:
@@ -298,6 +299,11 @@ class _Rename:
                 _to_disk(self.final.parent)  # the name as well, so that no later file survives a crash without it
         finally:
             self.temporary.unlink(missing_ok=True)
+
+
+def _with_known_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A dict whose keys are the strings of all others: of 100,000 footers they would take more than the numbers."""
+    return {sys.intern(key): value for key, value in pairs}
 
 
 def _to_disk(path: Path) -> None:

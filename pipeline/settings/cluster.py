@@ -1,6 +1,7 @@
 """Where the work runs."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from alphatoken.pipeline.settings.option import at_least, auto_or_at_least, option
 
@@ -20,14 +21,18 @@ class ClusterSettings:
         50_000, "tokens of the data below which cluster.address=null needs no Ray; 0: always Ray"
     )
     dashboard: str | None = option(None, "the job API's address, for `submit`")
-    workers: int | str = option("auto", "model workers; auto: one per device")
-    gpus_per_worker: float | str = option("auto", "GPUs per worker; auto: 1 where the cluster has any, else 0")
+    workers: Any = option(
+        "auto",
+        "model workers; auto: one per device | a number | {min: 1, max: 64}: as many as there is room for, now and as nodes join and "
+        "leave while a stage runs; it waits for min",
+    )
+    gpus_per_worker: int | float | str = option("auto", "GPUs per worker; auto: 1 where the cluster has any, else 0")
     cpus_per_worker: int | str = option("auto", "CPU threads per worker; part of what makes results reproducible")
     shard_timeout: float = option(3600.0, "seconds without progress after which a worker is taken for hung")
 
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
-        found = auto_or_at_least("cluster.workers", self.workers, 1)
+        found = self._about_workers()
         found += at_least("cluster.inline_below", self.inline_below, 0)
         if self.address == INLINE and self.workers not in ("auto", 1):
             found.append(
@@ -41,3 +46,26 @@ class ClusterSettings:
         if not self.shard_timeout > 0:
             found.append(f"cluster.shard_timeout={self.shard_timeout}: must be above 0")
         return found
+
+    def _about_workers(self) -> list[str]:
+        own = self.workers
+        if not isinstance(own, dict):
+            if not isinstance(own, int | str) or isinstance(own, bool):
+                return [f"cluster.workers={own}: must be auto, a whole number or {{min: 1, max: 64}}"]
+            return auto_or_at_least("cluster.workers", own, 1)
+        bounds = [own.get("min"), own.get("max")]
+        if set(own) != {"min", "max"} or not all(isinstance(one, int) and one >= 1 for one in bounds):
+            return [f"cluster.workers={own}: must be {{min: 1, max: 64}} with two whole numbers, each at least 1"]
+        return [] if own["min"] <= own["max"] else [f"cluster.workers={own}: min is above max"]
+
+    @property
+    def most_workers(self) -> int | None:
+        """How many are asked for at most; None: as many as there are devices."""
+        if isinstance(self.workers, dict):
+            return int(self.workers["max"])
+        return self.workers if isinstance(self.workers, int) else None
+
+    @property
+    def least_workers(self) -> int | None:
+        """Of a range its lower end; None: the number is fixed when a stage begins."""
+        return int(self.workers["min"]) if isinstance(self.workers, dict) else None

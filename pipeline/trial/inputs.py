@@ -166,7 +166,12 @@ def _costs_and_rate(run: Run) -> tuple[ModelCosts, ScoredLayers, float, bool]:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     rate = _measured_rate(run, costs)
     resources = run.cluster.model_resources()
-    return costs, scored, rate or resources.workers * (DEVICE_RATE if resources.gpus else CPU_RATE), rate is not None
+    return (
+        costs,
+        scored,
+        rate or (resources.least or resources.workers) * (DEVICE_RATE if resources.gpus else CPU_RATE),
+        rate is not None,
+    )
 
 
 def _measured_rate(run: Run, costs: ModelCosts) -> float | None:

@@ -12,8 +12,8 @@ from collections.abc import Mapping
 from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.run.noted import Footer
 from alphatoken.pipeline.run.run import Run
-from alphatoken.pipeline.run.storage import Footer
 from alphatoken.pipeline.value.kinds import Kind
 from alphatoken.pipeline.value.worker import Reference, ReferenceWorker, ValueTask
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import time
+from collections.abc import Sequence
 from typing import Any
 
 from alphatoken.pipeline.anchor.engine import together
@@ -16,6 +17,7 @@ from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import prepared_parts
+from alphatoken.pipeline.run.noted import Notes
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.value.checkpoints import value_checkpoints
 from alphatoken.pipeline.value.inputs import check_reference, checked_anchor, reference_inputs, value_inputs
@@ -23,6 +25,8 @@ from alphatoken.pipeline.value.kinds import Kind, Pairs, Supervised
 from alphatoken.pipeline.value.reference import make_reference
 from alphatoken.pipeline.value.rehearsal import rehearse
 from alphatoken.pipeline.value.worker import ValueTask, ValueWorker
+
+COUNTED = ("tokens", "padded_tokens")
 
 
 def make_values(run: Run) -> None:
@@ -77,21 +81,26 @@ def make_values(run: Run) -> None:
     found = valued(run, arguments, fingerprint, tokens, rows)
     for part in rows.keys() - set(missing):
         found.append(before[part].counts)
-    counts = {key: sum(one.get(key, 0) for one in found) for key in ("tokens", "padded_tokens")}
-    engine = together([one["engine"] for one in found if "engine" in one])
+    whole = added_up(found)
+    counts, engine = {key: whole[key] for key in COUNTED}, whole["engine"]
     _finish(run, time.monotonic() - started, sum(rows.values()), counts, engine)
 
 
 def _value_parts(
     run: Run, arguments: dict[str, Any], fingerprint: str, tokens: dict[str, int], rows: dict[str, int]
 ) -> list[dict[str, Any]]:
-    """Write the parts ``tokens`` (name -> its tokens) of values/; returns the counts of each."""
+    """Write the parts ``tokens`` (name -> its tokens) of values/; returns the counts of all, added up."""
     counts: list[dict[str, Any]] = []
+    landed = 0
     finished = len(rows) - len(tokens)
+    notes = Notes(run.storage, "values", fingerprint, len(rows))
 
     def done(shard: Shard, result: dict[str, Any]) -> None:
-        counts.append(result)
-        task.note(f"{finished + len(counts)}/{len(rows)} shards")
+        nonlocal landed
+        landed += 1
+        notes.add(shard.name, rows[shard.name], {key: result[key] for key in COUNTED})
+        counts[:] = [added_up([*counts, result])]  # one record, however many shards
+        task.note(f"{finished + landed}/{len(rows)} shards")
 
     with (
         run.cluster.pool(logged("value", ValueWorker), arguments, run.cluster.model_resources()) as pool,
@@ -101,7 +110,14 @@ def _value_parts(
         starts = dict(zip(rows, itertools.accumulate(rows.values(), initial=0), strict=False))
         shards = [Shard(p, n) for p, n in tokens.items()]
         pool.run(shards, lambda s: ValueTask(s.name, fingerprint, first=starts[s.name]), done, task)
+    notes.write()
     return counts
+
+
+def added_up(counts: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The counts of several parts as if they were one."""
+    added: dict[str, Any] = {key: sum(one.get(key, 0) for one in counts) for key in COUNTED}
+    return {**added, "engine": together([one["engine"] for one in counts if "engine" in one])}
 
 
 def _finish(run: Run, seconds: float, rows: int, counts: dict[str, int], engine: dict[str, Any]) -> None:

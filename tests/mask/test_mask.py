@@ -744,7 +744,7 @@ def test_done_is_not_done_again_and_other_settings_are_refused_by_key(tmp_path, 
     storage, *_ = write_run(tmp_path)
     summary = mask(storage)
     before = contents(storage)
-    monkeypatch.setattr("alphatoken.pipeline.mask.stage.PairedParts", None)
+    monkeypatch.setattr("alphatoken.pipeline.mask.together.PairedParts", None)
     assert mask(storage) == summary
     monkeypatch.undo()
     with pytest.raises(SettingsWrong) as error:
