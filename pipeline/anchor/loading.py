@@ -1,0 +1,50 @@
+"""The one place where a stage's worker loads a model: which devices are its own, and how the model lies on them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from alphatoken.pipeline.maths.decoder import UnsupportedModel
+from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel
+from alphatoken.pipeline.maths.models import load_model
+from alphatoken.pipeline.maths.placement import DoesNotFit, Placement
+from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.settings import Settings
+
+
+def placement_of(settings: Settings) -> Placement:
+    """How the models of a run lie on this worker's devices. Raises RunFailed where there are fewer than asked for."""
+    own = settings.model
+    return Placement(
+        worker_devices(settings.cluster.devices_per_worker), settings.top_layers, settings.lower_dtype, own.offload,
+        own.device_bytes if isinstance(own.device_bytes, int) else None,
+    )  # fmt: skip
+
+
+def worker_devices(asked: int) -> tuple[torch.device, ...]:
+    """``asked`` GPUs, or the CPU where torch sees none and no more than one device is asked for. Raises RunFailed."""
+    seen = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == 1:
+        return (torch.device("cuda" if seen else "cpu"),)
+    if seen < asked:
+        what = f"torch sees {seen} GPU(s) here" if seen else "torch sees no GPU here"
+        remedy = f"set it to {seen} at most" if seen > 1 else "leave it out"
+        raise RunFailed(
+            f"cluster.gpus_per_worker={asked}: {what} (CUDA_VISIBLE_DEVICES, driver, a torch for CPUs?): {remedy}, and see "
+            "model.lower_dtype and model.offload for models that are too large"
+        )
+    return tuple(torch.device("cuda", index) for index in range(asked))
+
+
+def held_model(source: ModelSource, settings: Settings, named: str = "model.policy") -> Any:
+    """The model, laid out on this worker's devices; batches go to ``placement_of(settings).device``.
+
+    ``named``: the key of the model. Raises RunFailed.
+    """
+    try:
+        return load_model(here(source), placement_of(settings))
+    except (DoesNotFit, UnreadableModel, UnsupportedModel) as error:
+        raise RunFailed(f"{named}: {error}") from error
