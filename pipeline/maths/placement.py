@@ -97,6 +97,9 @@ def _balanced(lower: Sequence[int], rest: int, rooms: Sequence[float]) -> list[i
             low = middle
         else:
             best, high = found, middle
+    before = len(best) - best.count(len(rooms) - 1)
+    if len(rooms) > 1:  # the last one may be the fullest by what it has to hold: the others in balance among themselves
+        best[:before] = _balanced(lower[:before], 0, rooms[:-1]) or best[:before]
     return best
 
 
@@ -118,18 +121,31 @@ def _filled(lower: Sequence[int], rest: int, sizes: Sequence[float], share: floa
 
 
 def _too_large(lower: int, largest: int, rest: int, rooms: Sequence[float], offload: bool) -> str:
-    held = (
-        f"{len(rooms)} device(s) take {sum(rooms) / 1e9:.3g} GB of weights, the last of them {rooms[-1] / 1e9:.3g} GB"
-    )
-    own = f"what lies on the last device (embeddings, top layers, head) takes {rest / 1e9:.3g} GB"
+    several = f", each of the others {_said(rooms[0])}" if len(rooms) > 1 else ""
+    held = f"the last device takes {_said(rooms[-1])} of weights{several} (model.device_bytes)"
+    own = f"embeddings, top layers and head take {_said(rest)}"
     if rest > rooms[-1]:
-        return f"{own}, {held}: take devices with more memory, fewer valuation.layers, or set model.device_bytes"
+        return (
+            f"{own}, and {held}: take a device with more memory, fewer valuation.layers, or a larger model.device_bytes"
+        )
     if offload:
-        return f"{own}, one lower layer {largest / 1e9:.3g} GB, {held}: set model.device_bytes higher"
+        return (
+            f"{own}, and the largest lower layer, for which there has to be room beside them, {_said(largest)}; {held}: take "
+            "devices with more memory, or a larger model.device_bytes"
+        )
     return (
-        f"the weights take {(lower + rest) / 1e9:.3g} GB, {held}: set cluster.gpus_per_worker to more of them, "
-        "model.lower_dtype=int8 or int4, or model.offload=cpu (slower: layers are copied for every pass)"
+        f"the weights take {_said(lower + rest)}, {_said(rest)} of them on the last device; {held}: set a larger "
+        "cluster.gpus_per_worker, model.lower_dtype=int8 or int4, or model.offload=cpu or disk (slower: layers are copied "
+        "for every pass)"
     )
+
+
+def _said(count: float) -> str:
+    for unit in ("bytes", "KB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
 
 
 def sizes_of(
@@ -193,6 +209,11 @@ def device_of(model: Any) -> torch.device:
     if isinstance(weight, torch.Tensor) and weight.device.type != "meta":
         return weight.device
     return next(iter(reversed(list(model.parameters())))).device
+
+
+def offloaded_layers(layers: Sequence[nn.Module]) -> int:
+    """How many of them have weights that are brought to a device for every pass."""
+    return sum(any(p.is_meta for p in layer.parameters()) for layer in layers)
 
 
 def apart(model: Any, layers: Sequence[nn.Module]) -> str | None:

@@ -7,10 +7,12 @@ hook of that layer, and what lies on the last device runs as in a model that lie
 
 from __future__ import annotations
 
+import logging
 import shutil
 import tempfile
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -71,7 +73,7 @@ class Spread:
         more = dict(arguments)
         if self.quantised and self.lower:
             more["quantization_config"] = self._bits()
-        with _Folder(self.offloaded > 0) as folder:
+        with _quiet(), _Folder(self.offloaded > 0) as folder:
             model = self._read(path, self.lower_dtype or self.dtype, self.map, folder, more)
             if self.lower_dtype is not None:
                 self._widen(model, path, folder, more)
@@ -83,7 +85,7 @@ class Spread:
         if self.lower_dtype is not None:
             for layer in self._layers(model)[: self.first_top]:
                 layer.to(self.lower_dtype)
-        with _Folder(self.offloaded > 0) as folder:
+        with _quiet(), _Folder(self.offloaded > 0) as folder:
             skipped = model._skip_keys_device_placement
             dispatch_model(model, self.map, offload_dir=folder.path, skip_keys=skipped)  # type: ignore[arg-type]  # a list as well
             folder.belongs_to(model)
@@ -213,6 +215,19 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     return {key: _cast(one, dtype) for key, one in value.items()} if type(value) is dict else value
 
 
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """accelerate warns that what was to be offloaded is; the value stage counts it. bitsandbytes warns at every product."""
+    logging.getLogger(f"{PACKAGE}.autograd._functions").setLevel(logging.ERROR)
+    logger = logging.getLogger("accelerate.big_modeling")
+    before = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 class _Folder:
     """A directory for weights that have to be written anew to be offloaded; those of safetensors are read where they are."""
 
@@ -232,12 +247,3 @@ class _Folder:
         if self.path is not None and any(Path(self.path).iterdir()):
             self.kept = True
             weakref.finalize(model, shutil.rmtree, self.path, ignore_errors=True)
-
-
-def names_of(places: Sequence[int], devices: Sequence[torch.device], offload: str) -> dict[str, int]:
-    """Device, or where to it is offloaded -> how many lower layers, for people."""
-    found: dict[str, int] = {}
-    for place in places:
-        name = f"offloaded to {offload}" if place == OFFLOADED else str(devices[place])
-        found[name] = found.get(name, 0) + 1
-    return found

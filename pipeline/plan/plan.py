@@ -43,6 +43,7 @@ from alphatoken.pipeline.maths.costs import (
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.plan.cpu import CPU_HERE, cpu_rate
+from alphatoken.pipeline.plan.devices import device_memory, is_laid_out
 from alphatoken.pipeline.plan.sample import Sample, sample_data
 from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
 from alphatoken.pipeline.prepare.pairs import Pair
@@ -122,6 +123,13 @@ def make_plan(run: Run) -> dict[str, Any]:
     total = sum(stage["flops"] for name, stage in stages.items() if name != "trial" or settings.trial.auto)
     rows_file = file_sizes(sample, settings, trained, drift, several)
     coverage = as_json(scored.coverage)
+    memory = value_memory(
+        costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift),
+        DIRECTIONS + len(settings.objectives),
+    )  # fmt: skip
+    devices = device_memory(model, dtype, settings, memory) if is_laid_out(settings) else []
+    if devices:
+        memory["weights"] = sum(device["weights"] for device in devices)
     return {
         "data": {
             "format": "preference" if sample.pairs else "sft", "rows": sample.rows,
@@ -145,10 +153,7 @@ def make_plan(run: Run) -> dict[str, Any]:
             "coverage_warning": warning(scored.coverage),
         },
         "flops": {**stages, "total": total},
-        "memory_per_worker": value_memory(
-            costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift),
-            DIRECTIONS + len(settings.objectives),
-        ),
+        "memory_per_worker": memory, **({"devices": devices} if devices else {}),
         "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
         "device_hours": {
             "utilisation": UTILISATION,

@@ -21,7 +21,7 @@ class ClusterSettings:
     )
     dashboard: str | None = option(None, "the job API's address, for `submit`")
     workers: int | str = option("auto", "model workers; auto: one per device")
-    gpus_per_worker: float | str = option(
+    gpus_per_worker: int | float | str = option(
         "auto",
         "GPUs per worker; auto: 1 where the cluster has any, else 0; a part of one is shared; above 1, a whole number: the lower "
         "layers are spread over them, what is scored lies on the last",

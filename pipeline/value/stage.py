@@ -111,6 +111,9 @@ def _finish(run: Run, seconds: float, rows: int, counts: dict[str, int], engine:
         cpus_per_worker=resources.cpus, gpus_per_worker=resources.gpus, engine=engine, **counts,
     )  # fmt: skip
     valuation = run.settings.valuation
+    if away := engine.get("offloaded_layers"):
+        where = run.settings.model.offload
+        run.progress.say(f"value: {away} lower layer(s) are offloaded to {where} and were brought back for every pass")
     if engine and "paper" in valuation.scores and valuation.window and engine["causal_layers"] < valuation.layers:
         run.progress.say(
             f"value: causal path: {engine['causal_layers']} of {valuation.layers} layers; the others have no softmax "
