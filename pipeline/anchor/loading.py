@@ -42,9 +42,11 @@ def worker_devices(asked: int) -> tuple[torch.device, ...]:
 def held_model(source: ModelSource, settings: Settings, named: str = "model.policy") -> Any:
     """The model, laid out on this worker's devices; batches go to ``placement_of(settings).device``.
 
-    ``named``: the key of the model. Raises RunFailed.
+    ``named``: the key of the model, or its place. Raises RunFailed.
     """
     try:
         return load_model(here(source), placement_of(settings))
-    except (DoesNotFit, UnreadableModel, UnsupportedModel) as error:
+    except UnreadableModel as error:  # says itself which one
+        raise RunFailed(str(error)) from error
+    except (DoesNotFit, UnsupportedModel) as error:
         raise RunFailed(f"{named}: {error}") from error

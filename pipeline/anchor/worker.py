@@ -61,7 +61,7 @@ class AnchorWorker:
 
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings, eos: Sequence[int]) -> None:
         self.storage, self.settings, self.eos = storage, settings, eos
-        model = held_model(source, settings)
+        model = held_model(source, settings, source.path)
         self.device = device_of(model)
         self.scored = checked_layers(model, settings, settings.anchor_layers)
         self.kernel = settings.model.attention

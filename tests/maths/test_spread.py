@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from alphatoken import Directions, TokenValuer
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
@@ -17,8 +17,9 @@ from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel
 from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.placement import Placement, offloaded_layers, sizes_of
 from alphatoken.pipeline.maths.sampling import sample_completions
+from benchmarks.models.weights import randomised
 from tests.maths.comparison import sequences
-from tests.maths.tiny_models import model_of
+from tests.maths.tiny_models import COMMON, model_of
 
 CPU = torch.device("cpu")
 BATCH = sequences((9, 17, 13), seed=3).batch()
@@ -32,20 +33,27 @@ def saved(tmp_path_factory):
     def save(family: str) -> ModelSource:
         place = tmp_path_factory.getbasetemp() / f"spread-{family}"
         if not place.exists():
-            model_of(family, dtype=torch.float32).save_pretrained(place)
+            model = model_of(family, dtype=torch.float32) if family != "deep" else deep()
+            model.save_pretrained(place)
         return ModelSource(str(place))
 
     return save
+
+
+def deep():
+    """A Llama of five layers, so that some of the lower ones may be offloaded and others not."""
+    torch.manual_seed(0)
+    return randomised(LlamaForCausalLM(LlamaConfig(**(COMMON | {"num_hidden_layers": 5}))), 0)
 
 
 def whole(source: ModelSource):
     return load_model(source, CPU)
 
 
-def room_for(model, layers: int) -> int:
+def room_for(model, layers: int, lower_dtype: str = "auto") -> int:
     """Bytes that leave room for all but the lower layers, and for ``layers`` of these beside the one that is brought."""
     stack = model.transformer.h if hasattr(model, "transformer") else model.model.layers
-    sizes, rest = sizes_of(list(stack[:2]), model, "auto", torch.float32)
+    sizes, rest = sizes_of(list(stack[:-1]), model, lower_dtype, torch.float32)
     return rest + (1 + layers) * max(sizes)
 
 
@@ -84,14 +92,14 @@ DoesNotRun = (RuntimeError, NotImplementedError)
 
 
 def test_one_layer_of_several_may_be_offloaded_and_layers_may_cross_devices_of_one_kind(saved):
-    source = saved("llama")
+    source = saved("deep")
     plain = whole(source)
     expected = values_of(plain, directions_of(plain, 5))
     for placement, away in (
-        (Placement((CPU,), 1, offload="disk", device_bytes=room_for(plain, 1)), 1),
+        (Placement((CPU,), 1, offload="disk", device_bytes=room_for(plain, 1)), 3),
         (Placement((CPU, CPU), 1), 0),
         (Placement((CPU, CPU), 1, "float32"), 0),
-        (Placement((CPU, CPU), 1, offload="disk", device_bytes=room_for(plain, -1)), 1),
+        (Placement((CPU, CPU), 1, offload="disk", device_bytes=room_for(plain, 0)), 2),
         (Placement((CPU,), None, offload="disk"), 0),
     ):
         model = load_model(source, placement)
@@ -120,9 +128,9 @@ def test_passes_of_several_checkpoints_share_offloaded_lower_layers(saved):
 
 
 def test_completions_are_those_of_the_whole_model(saved):
-    source = saved("llama")
+    source = saved("deep")
     plain = whole(source)
-    model = load_model(source, Placement((CPU, CPU), 1, offload="disk", device_bytes=room_for(plain, -1)))
+    model = load_model(source, Placement((CPU, CPU), 1, offload="disk", device_bytes=room_for(plain, 0)))
     drawn = []
     for one in (plain, model):
         torch.manual_seed(0)
@@ -136,11 +144,11 @@ def test_narrower_lower_layers_leave_all_else_as_the_checkpoint_has_it(saved, fa
     source = saved(family)
     plain = whole(source)
     own = dict(plain.named_parameters())
-    placement = Placement((CPU,), 1, "bfloat16", offload, room_for(plain, -1) if offload == "disk" else None)
+    placement = Placement((CPU,), 1, "bfloat16", offload, room_for(plain, 0, "bfloat16") if offload == "disk" else None)
     model = load_model(source, placement)
     scored = scored_layers(model, 1)
     lower = {name for layer in scored.lower for name, p in model.named_parameters() if p in set(layer.parameters())}
-    assert lower and offloaded_layers(scored.lower) == (1 if offload == "disk" else 0)
+    assert lower and offloaded_layers(scored.lower) == (2 if offload == "disk" else 0)
     for name, parameter in model.named_parameters():
         assert parameter.dtype == (torch.bfloat16 if name in lower else torch.float32)
         if not parameter.is_meta:
