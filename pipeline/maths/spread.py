@@ -98,11 +98,15 @@ class Spread:
         return self.kind.from_pretrained(path, dtype=dtype, device_map=where, offload_folder=folder.path, **more)
 
     def _bits(self) -> BitsAndBytesConfig:
-        """Everything but the lower layers stays as it is."""
+        """Everything but the lower layers stays as it is.
+
+        In 8 bits every token is quantised by itself: with a threshold, columns are kept in 16 bits where any token of the
+        batch is large, so that a token would see what follows it and what else is in its batch.
+        """
         kept = [name.replace(".", r"\.") for name in self.map if name not in self.lower]
         eight = self.placement.lower_dtype == "int8"
         return BitsAndBytesConfig(
-            load_in_8bit=eight, load_in_4bit=not eight, llm_int8_skip_modules=kept, bnb_4bit_quant_type="nf4",
+            load_in_8bit=eight, load_in_4bit=not eight, llm_int8_skip_modules=kept, llm_int8_threshold=0.0, bnb_4bit_quant_type="nf4",
             bnb_4bit_compute_dtype=torch.bfloat16,
         )  # fmt: skip
 
@@ -138,6 +142,10 @@ class Spread:
         for module in model.modules():
             if module not in kept:
                 _unhooked(module)
+            elif (hook := getattr(module, "_hf_hook", None)) is not None:
+                # accelerate knows tied weights by their addresses, which others may get where these were read anew: an
+                # offloaded weight at such an address would be taken for another one.
+                hook.tied_params_map, hook.tied_params_names = None, set()
         lower.requires_grad_(False)
         skipped = model._skip_keys_device_placement
         for layer, device in zip(lower, executed, strict=True):
