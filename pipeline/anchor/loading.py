@@ -20,7 +20,7 @@ def placement_of(settings: Settings) -> Placement:
     own = settings.model
     return Placement(
         worker_devices(settings.cluster.devices_per_worker), settings.top_layers, settings.lower_dtype, own.offload,
-        own.device_bytes if isinstance(own.device_bytes, int) else None,
+        None if isinstance(own.device_bytes, str) else own.device_bytes,
     )  # fmt: skip
 
 

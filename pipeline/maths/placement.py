@@ -39,7 +39,7 @@ class Placement:
     top: int | None = None
     lower_dtype: str = "auto"
     offload: str = "none"
-    device_bytes: int | None = None
+    device_bytes: float | None = None
 
     @property
     def device(self) -> torch.device:
@@ -49,7 +49,8 @@ class Placement:
     @property
     def whole(self) -> bool:
         """Whether the model lies on one device as it is."""
-        return len(self.devices) == 1 and self.lower_dtype == "auto" and self.offload == "none"
+        as_it_is = self.lower_dtype == "auto" and self.offload == "none" and self.device_bytes is None
+        return len(self.devices) == 1 and as_it_is
 
     def rooms(self) -> list[float]:
         """Bytes of weights that each device may take."""

@@ -27,7 +27,7 @@ def device_memory(
     top, asked = settings.top_layers, settings.model.device_bytes
     lower = [] if top is None else list(stack[: max(0, len(stack) - top)])
     sizes, rest = sizes_of(lower, model, settings.lower_dtype, dtype)
-    room = float(asked) if isinstance(asked, int) else float("inf")
+    room = float("inf") if isinstance(asked, str) else float(asked)
     count = settings.cluster.devices_per_worker
     try:
         places = split(sizes, rest, [room] * count, settings.model.offload != "none")

@@ -33,7 +33,7 @@ class ModelSettings:
         "where lower layers go that do not fit on the devices: none (they have to fit) | cpu | disk; they are brought back "
         "for every pass",
     )
-    device_bytes: int | str = option(
+    device_bytes: int | float | str = option(
         "auto",
         "bytes of weights on each device where a model is spread or offloaded; auto: 0.85 of what is free, on a worker's last "
         "device, which holds directions and activations as well, 0.6",

@@ -106,5 +106,6 @@ def test_a_placement_of_one_device_as_it_is_is_whole():
     cpu = torch.device("cpu")
     assert Placement((cpu,), 3).whole and Placement((cpu,), 3, device_bytes=5).rooms() == [5.0]
     for other in (Placement((cpu, cpu), 3), Placement((cpu,), 3, "int8"), Placement((cpu,), 3, offload="disk")):
-        assert not other.whole and all(0 < room < FREE for room in other.rooms())
+        assert not other.whole and not Placement((cpu,), 3, device_bytes=5).whole
+        assert all(0 < room < FREE for room in other.rooms())
     assert device_of(model_of("gpt2")) == cpu
