@@ -78,21 +78,23 @@ def test_narrower_lower_layers_are_among_the_inputs_of_a_run(tmp_path, capfd, po
 def test_a_model_that_does_not_fit_and_one_without_its_package_are_refused_in_a_line(
     tmp_path, capfd, policy, train_file
 ):
-    own = [f"run.dir={tmp_path}/run", f"model.policy={policy}", f"data.train={train_file}", *HERE]
-    for more, status, said in (
-        (["model.offload=disk", "model.device_bytes=1000"], 1, "and the last device takes 1 KB of weights"),
+    own = [f"model.policy={policy}", f"data.train={train_file}", *HERE]
+    for index, (more, status, said) in enumerate(
         (
-            ["model.offload=cpu"],
-            1,
-            "model.offload=cpu: that is where the whole model lies already: set model.offload=disk",
-        ),
-        (
-            ["cluster.gpus_per_worker=2"],
-            1,
-            "cluster.gpus_per_worker=2: this machine has no GPU that torch can use: leave",
-        ),
-        (["model.offload=disk", "model.lower_dtype=int8"], 2, "int8 layers cannot be offloaded"),
+            (["model.offload=disk", "model.device_bytes=1000"], 1, "and the last device takes 1 KB of weights"),
+            (
+                ["model.offload=cpu"],
+                1,
+                "model.offload=cpu: that is where the whole model lies already: set model.offload=disk",
+            ),
+            (
+                ["cluster.gpus_per_worker=2"],
+                1,
+                "cluster.gpus_per_worker=2: this machine has no GPU that torch can use: leave",
+            ),
+            (["model.offload=disk", "model.lower_dtype=int8"], 2, "int8 layers cannot be offloaded"),
+        )
     ):
         capfd.readouterr()
-        assert main(["run", *own, *more]) == status
+        assert main(["run", f"run.dir={tmp_path}/{index}", *own, *more]) == status
         assert said in capfd.readouterr().err.splitlines()[-1]

@@ -1,6 +1,9 @@
 """Models whose lower layers are spread, offloaded or narrower: the same numbers, and what cannot be is refused."""
 
 import gc
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -22,6 +25,7 @@ from tests.maths.comparison import sequences
 from tests.maths.tiny_models import COMMON, model_of
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).parents[2]
 BATCH = sequences((9, 17, 13), seed=3).batch()
 FAMILIES = ("llama", "gpt2", "gemma2", "gemma3", "mixtral", "gpt_oss")
 
@@ -239,3 +243,16 @@ def test_what_cannot_be_laid_out_is_refused_by_name(saved):
     source = saved("llama")
     with pytest.raises(UnreadableModel, match=r"model\.offload=cpu: .* set model\.offload=disk"):
         load_model(source, Placement((CPU,), 1, offload="cpu"))
+
+
+def test_hidden_states_cross_between_two_devices_and_nothing_else_does():
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "tests.maths.cross_devices"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    top, lower = "pretended", "cpu"
+    for first, second in (done.stdout.splitlines()[:2], done.stdout.splitlines()[2:]):
+        where = f"{{('{top}', '{top}', torch.float32)}}"
+        assert first == f"auto {lower} {lower} {lower} {top} {where}"  # as many as there is room for on the last one
+        assert second == f"bfloat16 {lower} {lower} {lower} {lower} {where}"
+        top, lower = lower, top
