@@ -12,6 +12,7 @@ from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.placement import DoesNotFit, Placement
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import Settings
 
 
@@ -37,6 +38,15 @@ def worker_devices(asked: int) -> tuple[torch.device, ...]:
             "model.lower_dtype and model.offload for models that are too large"
         )
     return tuple(torch.device("cuda", index) for index in range(asked))
+
+
+def check_devices(run: Run) -> None:
+    """Raise RunFailed where a worker would not get the devices that it is to spread its model over.
+
+    Before the manifest takes down what a stage is made with, since that depends on there being several.
+    """
+    if run.settings.cluster.devices_per_worker > 1:
+        run.cluster.model_resources()
 
 
 def held_model(source: ModelSource, settings: Settings, named: str = "model.policy") -> Any:

@@ -12,6 +12,7 @@ import time
 from typing import Any
 
 from alphatoken.pipeline.anchor.engine import together
+from alphatoken.pipeline.anchor.loading import check_devices
 from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource
@@ -41,6 +42,7 @@ def make_values(run: Run) -> None:
     prepared = run.manifest.require("prepare", "value")
     anchor = checked_anchor(run) if valuation.needs_directions else None
     check_reference(run.settings, run.models)
+    check_devices(run)
     inputs = value_inputs(
         run.settings, run.models, prepared["fingerprint"], anchor["fingerprint"] if anchor else None, pairs
     )

@@ -75,6 +75,14 @@ def test_narrower_lower_layers_are_among_the_inputs_of_a_run(tmp_path, capfd, po
     assert inputs["model.lower_dtype"] == "bfloat16 below the last 1 layers"
 
 
+def test_a_run_that_gets_fewer_devices_goes_on_with_as_many_as_there_are(tmp_path, capfd, policy, train_file):
+    own = [f"run.dir={tmp_path}/run", f"model.policy={policy}", f"data.train={train_file}", *HERE]
+    for command in ("run", "anchor"):
+        assert main([command, *own, "cluster.gpus_per_worker=2"]) == 1
+        assert "cluster.gpus_per_worker=2: this machine has no GPU" in capfd.readouterr().err.splitlines()[-1]
+    assert main(["run", *own]) == 0 and "prepare: done already" in capfd.readouterr().err
+
+
 def test_a_model_that_does_not_fit_and_one_without_its_package_are_refused_in_a_line(
     tmp_path, capfd, policy, train_file
 ):
