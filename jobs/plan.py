@@ -165,9 +165,11 @@ def _bytes(count: float) -> str:
 def _hours(plan: dict[str, Any]) -> Table:
     hours = dict(plan["device_hours"])
     utilisation = hours.pop("utilisation")
+    several = sum(device["device"].isdigit() for device in plan.get("devices", ())) or 1
     table = Table(title="device-hours", title_justify="left")
+    devices = "one device" if several == 1 else f"{several} devices a worker, of which one computes at a time"
     table.caption = (
-        f"one device, at {utilisation:.0%} of what its maker states for bfloat16; the CPU measured, in float32"
+        f"{devices}, at {utilisation:.0%} of what its maker states for bfloat16; the CPU measured, in float32"
     )
     table.caption_justify = "left"
     table.add_column("device")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from accelerate.utils import get_max_memory
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 OFFLOADED = -1  # in the place of a device's index
 SHARE, LAST_SHARE = 0.85, 0.6  # of what is free: the last device holds directions and activations as well
@@ -170,7 +171,7 @@ def _layer_bytes(layer: nn.Module, lower_dtype: str, dtype: torch.dtype) -> int:
 
 def quantised(module: nn.Module) -> bool:
     """Whether an 8- or 4-bit layer holds this module's weight in so many bits: linear maps, not stacked experts."""
-    return isinstance(module, nn.Linear)
+    return isinstance(module, nn.Linear | Conv1D)
 
 
 def device_map(model: nn.Module, lower: Sequence[str], places: Sequence[Any], rest: Any) -> dict[str, Any]:

@@ -127,6 +127,7 @@ def make_plan(run: Run) -> dict[str, Any]:
         costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift),
         DIRECTIONS + len(settings.objectives),
     )  # fmt: skip
+    several_devices = settings.cluster.devices_per_worker
     devices = device_memory(model, dtype, settings, memory) if is_laid_out(settings) else []
     if devices:
         memory["weights"] = sum(device["weights"] for device in devices)
@@ -157,7 +158,8 @@ def make_plan(run: Run) -> dict[str, Any]:
         "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
         "device_hours": {
             "utilisation": UTILISATION,
-            **{name: total / (peak * UTILISATION) / 3600 for name, peak in ACCELERATORS.items()},
+            # Of several devices of a worker one computes at a time.
+            **{name: several_devices * total / (peak * UTILISATION) / 3600 for name, peak in ACCELERATORS.items()},
             CPU_HERE: total / cpu_rate() / 3600,
         },
     }  # fmt: skip

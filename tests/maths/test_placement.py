@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -47,6 +47,7 @@ def test_what_cannot_be_held_is_refused_with_bytes_and_a_remedy(lower, rest, roo
         split(lower, rest, rooms, offload)
 
 
+@settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])  # of a machine that others use too
 @given(
     st.lists(st.integers(1, 50), max_size=12), st.integers(0, 60), st.lists(st.integers(10, 120), min_size=1, max_size=4),
     st.booleans(),
