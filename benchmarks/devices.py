@@ -21,7 +21,7 @@ from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.models import load_model
-from alphatoken.pipeline.maths.placement import OFFLOADED, Placement, sizes_of, split
+from alphatoken.pipeline.maths.placement import OFFLOADED, Placement, equal_rooms, sizes_of, split
 from alphatoken.pipeline.maths.unroll import loss_gradient
 from alphatoken.pipeline.prepare.example import example_model
 from benchmarks.example_batches import batches_of, load_example
@@ -114,7 +114,7 @@ def sizes() -> None:
             ("int8", 1, False), ("int8", 2, False), ("int4", 1, False), ("int4", 2, False), ("int4", 4, False),
         ):  # fmt: skip
             lower, rest = sizes_of(list(model.model.layers[:-LAYERS]), model, lower_dtype, torch.bfloat16)
-            places = split(lower, rest, [48e9 if offload else float("inf")] * count, offload)
+            places = split(lower, rest, [48e9] if offload else equal_rooms(count, sum(lower) + rest), offload)
             held = [sum(s for s, p in zip(lower, places, strict=True) if p == device) for device in range(count)]
             held[-1] += rest
             away = sum(s for s, p in zip(lower, places, strict=True) if p == OFFLOADED)

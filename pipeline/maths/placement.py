@@ -57,8 +57,17 @@ class Placement:
         """Bytes of weights that each device may take."""
         if self.device_bytes is not None:
             return [float(self.device_bytes)] * len(self.devices)
-        free = [_free(device) for device in self.devices]
-        return [room * SHARE for room in free[:-1]] + [free[-1] * LAST_SHARE]
+        return shares_of([_free(device) for device in self.devices])
+
+
+def shares_of(free: Sequence[float]) -> list[float]:
+    """Bytes of weights that devices with so many free bytes take where nothing bounds them."""
+    return [room * SHARE for room in free[:-1]] + [free[-1] * LAST_SHARE]
+
+
+def equal_rooms(count: int, weights: int) -> list[float]:
+    """As ``shares_of`` for devices of one kind of which nothing is known but that together they hold ``weights`` bytes."""
+    return shares_of([2.0 * max(1, weights)] * count)
 
 
 def _free(device: torch.device) -> float:

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from alphatoken.pipeline.maths.decoder import decoder_layers
-from alphatoken.pipeline.maths.placement import OFFLOADED, DoesNotFit, sizes_of, split
+from alphatoken.pipeline.maths.placement import OFFLOADED, DoesNotFit, equal_rooms, sizes_of, split
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.settings import Settings
 
@@ -27,10 +27,10 @@ def device_memory(
     top, asked = settings.top_layers, settings.model.device_bytes
     lower = [] if top is None else list(stack[: max(0, len(stack) - top)])
     sizes, rest = sizes_of(lower, model, settings.lower_dtype, dtype)
-    room = float("inf") if isinstance(asked, str) else float(asked)
     count = settings.cluster.devices_per_worker
+    rooms = equal_rooms(count, sum(sizes) + rest) if isinstance(asked, str) else [float(asked)] * count
     try:
-        places = split(sizes, rest, [room] * count, settings.model.offload != "none")
+        places = split(sizes, rest, rooms, settings.model.offload != "none")
     except DoesNotFit as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     found: list[dict[str, Any]] = []
