@@ -76,7 +76,7 @@ class Spread:
         with _quiet(), _Folder(self.offloaded > 0) as folder:
             model = self._read(path, self.lower_dtype or self.dtype, self.map, folder, more)
             if self.lower_dtype is not None:
-                self._widen(model, path, folder, more)
+                self._widen(model, path, more)
             folder.belongs_to(model)
         return self._settled(model)
 
@@ -111,7 +111,7 @@ class Spread:
         )  # fmt: skip
 
     @torch.no_grad()
-    def _widen(self, model: PreTrainedModel, path: str, folder: _Folder, more: dict[str, Any]) -> None:
+    def _widen(self, model: PreTrainedModel, path: str, more: dict[str, Any]) -> None:
         """Read all but the lower layers once more, in their own dtype; transformers has one dtype for a whole model.
 
         The lower layers are named as offloaded, so that they are not read again.
@@ -129,6 +129,15 @@ class Spread:
         found = model.get_submodule(self.stack)
         assert isinstance(found, nn.ModuleList)
         return found
+
+    def told(self) -> str:
+        """Where the lower layers are, for people."""
+        named = [
+            f"offloaded to {self._key(p)}" if p == OFFLOADED else str(self.placement.devices[p]) for p in self.places
+        ]
+        where = ", ".join(f"{named.count(name)} {name}" for name in dict.fromkeys(named))
+        dtype = self.placement.lower_dtype
+        return f"lower layers{'' if dtype == 'auto' else f' in {dtype}'}: {where or 'none'}; all else: {self.placement.device}"
 
     def _settled(self, model: PreTrainedModel) -> PreTrainedModel:
         layers = self._layers(model)
@@ -151,10 +160,9 @@ class Spread:
         for layer, device in zip(lower, executed, strict=True):
             _crossing(layer, device, self.lower_dtype, skipped)
         if lower:
-            head = model.get_output_embeddings()
             dtype = None if self.lower_dtype is None else next(layers[self.first_top].parameters()).dtype
-            assert head is None or head.weight.device.type == self.placement.device.type
             _crossing(layers[self.first_top], self.placement.device, dtype, skipped)
+        logging.getLogger("alphatoken").info(self.told())
         return model
 
 

@@ -53,6 +53,8 @@ def test_offloaded_lower_layers_leave_every_byte_as_it_is(tmp_path, capfd, polic
         counted = "value: 2 lower layer(s) are offloaded to disk and were brought back for every pass"
         assert (counted in said) == (name == "offloaded" and kind != "rehearsal")
         found[name] = numbers(run)
+        logs = "".join(path.read_text() for path in (run / "logs").iterdir())
+        assert ("lower layers: 2 offloaded to disk; all else: cpu" in logs) == (name == "offloaded")
         run.rename(tmp_path / name)
     assert found["offloaded"] == found["whole"] and len(found["whole"]) > 4
     assert (kind != "supervised") or any(name.startswith("trial/fine-tunes/") for name in found["whole"])
