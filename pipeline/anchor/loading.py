@@ -54,8 +54,11 @@ def held_model(source: ModelSource, settings: Settings, named: str = "model.poli
 
     ``named``: the key of the model, or its place. Raises RunFailed.
     """
+    placement = placement_of(settings)
+    if len(placement.devices) > 1:
+        torch.cuda.set_device(placement.device)  # what names no index of its own
     try:
-        return load_model(here(source), placement_of(settings))
+        return load_model(here(source), placement)
     except UnreadableModel as error:  # says itself which one
         raise RunFailed(str(error)) from error
     except (DoesNotFit, UnsupportedModel) as error:
