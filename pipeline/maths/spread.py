@@ -47,8 +47,13 @@ class Spread:
             raise UnreadableModel(
                 f"model.offload={placement.offload}: that is where the whole model lies already: set model.offload=disk"
             )
+        if getattr(config, "quantization_config", None) is not None:
+            raise UnreadableModel(
+                "cluster.gpus_per_worker above 1, model.lower_dtype, model.offload and model.device_bytes take checkpoints that are "
+                "not quantised: give the original one, with model.lower_dtype=int8 or int4, or leave them out"
+            )
         if self.quantised:
-            check_quantiser(placement, config)
+            check_quantiser(placement)
         stored = dtype if isinstance(dtype, torch.dtype) else config.get_text_config().dtype or torch.bfloat16
         with torch.device("meta"):
             model = kind.from_config(config, dtype=stored, trust_remote_code=trusted)
@@ -175,11 +180,9 @@ def _refuse_shared(model: nn.Module, stack: nn.ModuleList, count: int) -> None:
         )
 
 
-def check_quantiser(placement: Placement, config: Any) -> None:
+def check_quantiser(placement: Placement) -> None:
     """Raise UnreadableModel where lower layers cannot be held in 8 or 4 bits, with the remedy."""
     asked = f"model.lower_dtype={placement.lower_dtype}"
-    if getattr(config, "quantization_config", None) is not None:
-        raise UnreadableModel(f"{asked}: the checkpoint is quantised already: set model.lower_dtype=auto")
     if find_spec(PACKAGE) is None:
         raise UnreadableModel(f"{asked} needs {PACKAGE}, which is not installed: pip install {PACKAGE}")
     import bitsandbytes  # one of its extras, and slow to import

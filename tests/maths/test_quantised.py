@@ -5,7 +5,7 @@ import sys
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from alphatoken import Directions, TokenValuer
 from alphatoken.pipeline.maths.decoder import scored_layers
@@ -14,7 +14,7 @@ from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel
 from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.placement import Placement
-from alphatoken.pipeline.maths.spread import check_quantiser
+from alphatoken.pipeline.maths.spread import Spread
 from benchmarks.models.weights import randomised
 from tests.maths.comparison import sequences
 from tests.maths.tiny_models import COMMON
@@ -36,11 +36,9 @@ def test_what_is_missing_is_named_with_its_remedy(source, monkeypatch):
     with pytest.raises(UnreadableModel, match=r"model\.lower_dtype=int8 needs bitsandbytes.*pip install bitsandbytes"):
         load_model(source, Placement((CPU,), 1, "int8"))
 
-    class Quantised:
-        quantization_config = {"quant_method": "gptq"}
-
-    with pytest.raises(UnreadableModel, match=r"the checkpoint is quantised already: set model\.lower_dtype=auto"):
-        check_quantiser(Placement((CPU,), 1, "int4"), Quantised)
+    config = LlamaConfig(**COMMON, quantization_config={"quant_method": "gptq"})
+    with pytest.raises(UnreadableModel, match=r"take checkpoints that are not quantised: give the original one"):
+        Spread(AutoModelForCausalLM, config, torch.float32, Placement((CPU,), 1, "bfloat16"))
 
 
 def test_a_device_that_cannot_is_named(source, monkeypatch):
