@@ -138,7 +138,7 @@ def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
         prefix = f"{name}.{first + index}"
         for path, module in stack[first + index].named_modules(prefix=prefix):
             found += linear_maps_of(path, module, index)
-    if (wrong := apart(model, stack[first:])) is not None:
+    if (wrong := apart(model, list(stack[first:]))) is not None:
         raise UnsupportedModel(f"{type(model).__name__}: {wrong}")
     below = {id(parameter) for layer in stack[:first] for parameter in layer.parameters()}
     found = [linear for linear in found if id(linear.parameter) not in below]  # a block that a lower layer uses as well

@@ -62,7 +62,7 @@ class Spread:
         _refuse_shared(model, stack, count)
         self.lower = [f"{name}.{index}" for index in range(count)]
         self.stack, self.first_top = name, count
-        sizes, rest = sizes_of(stack[:count], model, placement.lower_dtype, stored)
+        sizes, rest = sizes_of(list(stack[:count]), model, placement.lower_dtype, stored)
         self.places = split(sizes, rest, placement.rooms(), placement.offload != "none")
         self.map = device_map(model, self.lower, [self._key(i) for i in self.places], _key_of(placement.device))
         wide = WIDE.get(placement.lower_dtype)
@@ -149,7 +149,7 @@ class Spread:
         lower = layers[: self.first_top]
         offloaded = [layer for layer, place in zip(lower, self.places, strict=True) if place == OFFLOADED]
         executed = [
-            torch.device(layer._hf_hook.execution_device) if place == OFFLOADED else self.placement.devices[place]
+            _executed(layer) if place == OFFLOADED else self.placement.devices[place]
             for layer, place in zip(lower, self.places, strict=True)
         ]
         kept = {module for layer in offloaded for module in layer.modules()}
@@ -206,6 +206,11 @@ def _version() -> str:
 def _key_of(device: torch.device) -> Any:
     """As accelerate takes it: numbers have an order of their own in a set, from which it picks its main device."""
     return (device.index or 0) if device.type == "cuda" else str(device)
+
+
+def _executed(layer: Any) -> torch.device:
+    """Where accelerate brings an offloaded layer."""
+    return torch.device(layer._hf_hook.execution_device)
 
 
 def _unhooked(module: nn.Module) -> None:
