@@ -75,7 +75,7 @@ class ChatTemplate:
     def _text(self, formed: Messages, tools: Any = None, prompt: bool = False) -> str:
         return self._rendered(formed, tools, add_generation_prompt=prompt)[0]
 
-    def _rendered(self, formed: Messages, tools: Any, **options: bool) -> tuple[str, list[Span]]:
+    def _rendered(self, formed: Messages, tools: Any, **options: Any) -> tuple[str, list[Span]]:
         """The text, and its generation markers where they are asked for.
 
         This is what the tokenizer's own apply_chat_template calls, without what that looks at anew for every row.

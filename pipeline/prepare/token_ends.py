@@ -62,22 +62,22 @@ class TokenEnds:
         except Exception:  # which one, and why, is found out one by one
             return None
 
-    def places(self, ids: Sequence[int], text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
+    def places(self, ids: npt.ArrayLike, text: str) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]] | None:
         """The bytes of the text at which each token begins and ends; None where they do not add up to the text.
 
         They do not where a token has taken in the blanks beside it.
         """
         if self._plain and not text.isascii():
             return None
-        lengths = self._lengths[ids] if len(ids) else np.empty(0, np.int32)
-        ends = lengths.cumsum(dtype=np.int64)
+        lengths = self._lengths[np.asarray(ids, np.int64)]
+        ends: npt.NDArray[np.int64] = lengths.cumsum(dtype=np.int64)
         whole = len(text) if text.isascii() else len(text.encode())
-        return (ends - lengths, ends) if len(ids) and ends[-1] == whole and lengths.all() else None
+        return (ends - lengths, ends) if len(ends) and ends[-1] == whole and lengths.all() else None
 
     def labels(self, ids: Sequence[int], text: str, spans: Sequence[Span], ignored: int) -> list[int] | None:
         """The ids of the tokens that cover a character of ``spans``, ``ignored`` elsewhere; None as `places`."""
         tokens = np.array(ids, np.int64)
-        found = self.places(tokens, text)  # type: ignore[arg-type]  # an array is looked up faster than a list
+        found = self.places(tokens, text)
         if found is None:
             return None
         begins, ends = found
