@@ -134,12 +134,23 @@ def _where(plan: dict[str, Any]) -> Table:
         "memory per worker",
         f"about {_bytes(sum(memory.values()))}: " + ", ".join(f"{name} {_bytes(n)}" for name, n in memory.items()),
     )
+    for device in plan.get("devices", ()):
+        table.add_row(*_device(device))
     table.add_row("one direction", _bytes(storage["direction"]))
     files = {name: n for name, n in storage.items() if name not in ("direction", "total")}
     table.add_row(
         "storage", f"{_bytes(storage['total'])}: " + ", ".join(f"{name} {_bytes(n)}" for name, n in files.items())
     )
     return table
+
+
+def _device(device: dict[str, Any]) -> tuple[str, str]:
+    named = {name: count for name, count in device.items() if name not in ("device", "lower_layers")}
+    text = f"{_bytes(sum(named.values()))}: " + ", ".join(f"{name} {_bytes(n)}" for name, n in named.items())
+    layers = f"; {device['lower_layers']} lower layer(s)" if device["lower_layers"] else ""
+    if not device["device"].isdigit():
+        return f"offloaded to {device['device']}", f"{text}{layers}, brought back for every pass"
+    return f"device {device['device']}", f"{text}{layers}"
 
 
 def _table(title: str) -> Table:
@@ -179,9 +190,11 @@ def _hours(plan: dict[str, Any]) -> Table:
     hours, prices = dict(plan["device_hours"]), plan.get("price", {})
     utilisation = hours.pop("utilisation")
     measured = "this machine as measured" if "seconds_here" in plan else "the CPU by a product of matrices, in float32"
+    several = sum(device["device"].isdigit() for device in plan.get("devices", ())) or 1
     table = Table(title="device-hours", title_justify="left")
+    devices = "one device" if several == 1 else f"{several} devices a worker, of which one computes at a time"
     table.caption = (
-        f"one device, at {utilisation:.0%} of what its maker states for bfloat16; {measured}. Per 10^9 tokens: the value stage, "
+        f"{devices}, at {utilisation:.0%} of what its maker states for bfloat16; {measured}. Per 10^9 tokens: the value stage, "
         "the part that grows with the data."
     )
     if "seconds_here" not in plan:

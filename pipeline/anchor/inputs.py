@@ -46,6 +46,7 @@ def anchor_inputs(settings: Settings, models: Models, prepare: Mapping[str, Any]
         "reference": of_model(models.reference),
         "model.revision": settings.model.revision,
         "model.dtype": settings.model.dtype,
+        **settings.lower_inputs,
         "valuation.layers": settings.valuation.layers,
         "anchor.drift": drift,
         "run.seed": settings.run.seed,

@@ -15,6 +15,7 @@ from typing import Any
 from alphatoken.data_schemas import PREFERENCE_PREPARED, PREPARED
 from alphatoken.pipeline.anchor import coverage as coverage_report
 from alphatoken.pipeline.anchor.inputs import anchor_inputs, drift_of, fisher_inputs
+from alphatoken.pipeline.anchor.loading import check_devices
 from alphatoken.pipeline.anchor.objectives import rows_of_objectives, shares_of_adaptation
 from alphatoken.pipeline.anchor.orders import check_validation, unroll_orders
 from alphatoken.pipeline.anchor.own_step import PLACE, check_covered
@@ -47,6 +48,7 @@ def make_anchors(run: Run) -> None:
     if wrong := run.settings.anchor_problems(manifest.pairs):  # only now is it known whether the data is of pairs
         raise SettingsWrong(wrong)
     settings = run.settings
+    check_devices(run)
     drift = drift_of(settings, models)
     inputs = anchor_inputs(settings, models, prepared["inputs"], drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}

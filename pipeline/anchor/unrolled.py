@@ -25,6 +25,7 @@ from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.maths.directions import fisher_drift
 from alphatoken.pipeline.maths.epochs import shuffled_epochs
 from alphatoken.pipeline.maths.forward import token_losses_of
+from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, SimulatedRun, Taped, Tensors, simulate
 from alphatoken.pipeline.maths.unroll import Adjoint, Swept, loss_gradient, sweep
 from alphatoken.pipeline.run.failure import RunFailed
@@ -69,7 +70,7 @@ class UnrolledRun:
         """``held``: objective -> its validation rows: adaptation, or one for each task; retention."""
         self.storage, self.settings, self.scored, self.held = storage, settings, scored, held
         self.unroll, self.kernel, self.examples = settings.anchor.unroll, settings.model.attention, examples
-        self.device = next(scored.model.parameters()).device
+        self.device = device_of(scored.model)
         self.descent = Descent("adam", self.unroll.learning_rate, self.unroll.steps)
         self.start = {name: weight.float().clone() for name, weight in scored.weights().items()}
         self.batches: list[list[Batch]] = []

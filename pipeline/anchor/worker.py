@@ -12,6 +12,7 @@ import torch
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.direction_files import DirectionFiles
 from alphatoken.pipeline.anchor.engine import Engine
+from alphatoken.pipeline.anchor.loading import held_model
 from alphatoken.pipeline.anchor.places import PARTIAL, TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.saving import Saving
 from alphatoken.pipeline.anchor.sums import AddTask, WriteTask
@@ -25,15 +26,14 @@ from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.kronecker import KroneckerFactors
 from alphatoken.pipeline.maths.model_source import ModelSource
-from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
 from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.sampling import sample_completions
 from alphatoken.pipeline.maths.second_order import check_second_derivative
 from alphatoken.pipeline.maths.valuer import TokenValuer, check_model
 from alphatoken.pipeline.maths.warmup import snapshot_steps, warm_up
 from alphatoken.pipeline.run.failure import RunFailed
-from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 
@@ -62,8 +62,9 @@ class AnchorWorker:
 
     def __init__(self, storage: Storage, source: ModelSource, settings: Settings, eos: Sequence[int]) -> None:
         self.storage, self.settings, self.eos = storage, settings, eos
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scored = checked_layers(load_model(here(source), self.device), settings, settings.anchor_layers)
+        model = held_model(source, settings, source.path)
+        self.device = device_of(model)
+        self.scored = checked_layers(model, settings, settings.anchor_layers)
         self.kernel = settings.model.attention
         try:  # before the Fisher, and not when there are directions for a TokenValuer
             own = settings.valuation

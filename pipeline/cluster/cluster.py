@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -105,18 +105,17 @@ class Cluster:
         gpus = settings.gpus_per_worker
         if isinstance(gpus, str):
             gpus = 1.0 if total.get("GPU", 0) >= 1 else 0.0
-        if gpus > total.get("GPU", 0) and settings.least_workers is None:
-            raise RunFailed(
-                f"cluster.gpus_per_worker={gpus:g}: the cluster has {total.get('GPU', 0):g} GPUs: set a smaller one, or add nodes"
-            )
-        node = int(max(node["Resources"].get("CPU", 1) for node in ray.nodes() if node["Alive"]))
+        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        if settings.least_workers is None:
+            check_gpus(gpus, [node.get("GPU", 0) for node in nodes])
+        node = int(max(node.get("CPU", 1) for node in nodes))
         cpus = settings.cpus_per_worker
         if isinstance(cpus, str):
             per_node = settings.workers if isinstance(settings.workers, int) else 1
             cpus = 1 if gpus else max(1, min(MOST_THREADS, node // per_node))
         if cpus > node:
             raise RunFailed(f"cluster.cpus_per_worker={cpus}: no node of the cluster has more than {node} CPUs")
-        most = int(total.get("GPU", 0) // gpus) if gpus else int(total.get("CPU", 1) // cpus)
+        most = sum(int(node.get("GPU", 0) // gpus) for node in nodes) if gpus else int(total.get("CPU", 1) // cpus)
         return self._as_many(most, cpus, gpus)
 
     def tokenizer_resources(self) -> Resources:
@@ -144,6 +143,22 @@ class Cluster:
     def _once(self, text: str) -> None:
         if self.progress is not None:
             self.progress.once(text)
+
+
+def check_gpus(asked: float, of_nodes: Sequence[float]) -> None:
+    """Raise RunFailed where no node has as many GPUs as one worker takes."""
+    most, total = max(of_nodes, default=0), sum(of_nodes)
+    if asked <= most:
+        return
+    if not total:
+        remedy = "has no GPUs: start it with them (ray start --num-gpus=N), or leave cluster.gpus_per_worker out"
+    else:
+        held = f"has {total:g} GPUs" if len(of_nodes) == 1 else f"has {total:g} GPUs, at most {most:g} on one node"
+        remedy = (
+            f"{held}, and a worker lies on one node: set it to {most:g} at most, and for a model that is too large "
+            "model.lower_dtype=int8 or int4, or model.offload=cpu"
+        )
+    raise RunFailed(f"cluster.gpus_per_worker={asked:g}: the cluster {remedy}")
 
 
 def _takes_too_long(error: Exception) -> bool:

@@ -56,8 +56,11 @@ class InlineCluster:
         asked, gpus = self.settings.cpus_per_worker, self.settings.gpus_per_worker
         has = torch.cuda.is_available()
         found = (1.0 if has else 0.0) if isinstance(gpus, str) else gpus
-        if found and not has:
-            raise RunFailed(f"cluster.gpus_per_worker={gpus}: this machine has no GPU that torch can use")
+        seen = torch.cuda.device_count() if has else 0
+        if found > seen:
+            what = f"{seen} GPU(s)" if has else "no GPU"
+            remedy = f"set it to {seen} at most" if has else "leave it out"
+            raise RunFailed(f"cluster.gpus_per_worker={gpus:g}: this machine has {what} that torch can use: {remedy}")
         usual = 1 if found else max(1, min(MOST_THREADS, cpus_here()))
         return Resources(1, usual if isinstance(asked, str) else asked, found)
 

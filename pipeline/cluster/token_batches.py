@@ -27,10 +27,10 @@ Columns = dict[str, np.ndarray]
 
 
 class TokenBatches:
-    """Owned by a worker; ``device``: where its model is."""
+    """Owned by a worker; ``device``: where batches of its model go."""
 
-    def __init__(self, tokens_per_batch: int | str) -> None:
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    def __init__(self, tokens_per_batch: int | str, device: torch.device) -> None:
+        self.device = device
         self.budget = token_budget(tokens_per_batch, self.device)
         self.device_lock = threading.Lock()  # two shards are in flight: one computes, the other is read or written
 

@@ -21,6 +21,7 @@ from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
 from alphatoken.pipeline.maths.experts import tapped_experts
 from alphatoken.pipeline.maths.frozen import frozen
 from alphatoken.pipeline.maths.linear_maps import LinearMap
+from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.tangents import Tangents, tangent_of, with_tangent, without_tangent
 
 
@@ -81,7 +82,7 @@ def captured(
     """
     bands: dict[nn.Module, list[BandBlock]] = {}
     layer_of = scored.layer_of()
-    anchor = torch.zeros((), device=next(scored.model.parameters()).device, requires_grad=True)
+    anchor = torch.zeros((), device=device_of(scored.model), requires_grad=True)
 
     def listen(module: nn.Module, value: torch.Tensor, band: Callable[[int], list[BandBlock]]) -> None:
         if window > 0 and module in layer_of:

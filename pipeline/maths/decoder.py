@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from alphatoken.pipeline.maths.frozen import frozen
 from alphatoken.pipeline.maths.linear_maps import LinearMap, linear_maps_of
 from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.placement import apart, device_of
 
 PROBE = 8  # tokens of the short pass
 
@@ -137,6 +138,8 @@ def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
         prefix = f"{name}.{first + index}"
         for path, module in stack[first + index].named_modules(prefix=prefix):
             found += linear_maps_of(path, module, index)
+    if (wrong := apart(model, list(stack[first:]))) is not None:
+        raise UnsupportedModel(f"{type(model).__name__}: {wrong}")
     below = {id(parameter) for layer in stack[:first] for parameter in layer.parameters()}
     found = [linear for linear in found if id(linear.parameter) not in below]  # a block that a lower layer uses as well
     structure = ScoredLayers(
@@ -204,7 +207,7 @@ def _seen(scored: ScoredLayers) -> tuple[tuple[LinearMap, ...], bool]:
 
 
 def _last_hidden_state(scored: ScoredLayers) -> torch.Tensor:
-    device = next(scored.model.parameters()).device
+    device = device_of(scored.model)
     ids = torch.arange(1, PROBE + 1, device=device)[None]
     decoder: Any = scored.decoder
     with on_token_ids_alone(f"{type(scored.model).__name__}: its decoder"):

@@ -11,6 +11,7 @@ from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget
 from alphatoken.pipeline.maths.decoder import no_scored_layers
 from alphatoken.pipeline.maths.head import Predictions, read_head
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate_forward
+from alphatoken.pipeline.maths.placement import device_of
 
 
 @torch.no_grad()
@@ -37,7 +38,7 @@ def token_losses_of(model: Any, batch: Batch, attention: str) -> torch.Tensor:
 def response_logps(model: Any, rows: Sequences, attention: str, budget: int) -> torch.Tensor:
     """The log-probability of every sequence's whole response, (sequences,) float64, nats; ``budget``: tokens of a pass."""
     found = torch.zeros(len(rows), dtype=torch.float64)
-    device = next(model.parameters()).device
+    device = device_of(model)
     for group in by_token_budget([len(ids) for ids in rows.input_ids], budget):
         losses = token_losses_of(model, rows.take(group).batch().to(device), attention)
         found[group] = -losses.double().sum(dim=1).cpu()

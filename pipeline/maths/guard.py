@@ -23,6 +23,7 @@ from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, on
 from alphatoken.pipeline.maths.frozen import frozen
 from alphatoken.pipeline.maths.head import Predictions, read_head
 from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.placement import device_of
 
 KEPT = 64  # losses of a row that are compared, its last ones: the untouched head makes whole logits
 SHORT = 32  # tokens of the short row
@@ -130,14 +131,14 @@ class Guard:
 
     @property
     def _rounding(self) -> float:
-        return ROUNDING.get(next(self.scored.model.parameters()).dtype, 5e-2)
+        return max(ROUNDING.get(dtype, 5e-2) for dtype in {p.dtype for p in self.scored.model.parameters()})
 
 
 @torch.no_grad()
 def _own_pass(scored: ScoredLayers, row: Sequence[int]) -> tuple[torch.Tensor, torch.Tensor]:
     """The untouched model: last hidden states (length, d), and losses of the last KEPT tokens."""
     model: Any = scored.model
-    ids = torch.tensor([list(row)], device=next(model.parameters()).device)
+    ids = torch.tensor([list(row)], device=device_of(model))
     kept: list[torch.Tensor] = []
     some = {"logits_to_keep": KEPT + 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
 
@@ -162,7 +163,7 @@ def _engine_pass(
     scored: ScoredLayers, rows: Sequence[Sequence[int]], kernel: str, window: int
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
     """Of every row, as ``_own_pass``: as one padded batch, and where the lower layers are handed on the pass after."""
-    batch = collate(rows, rows).to(next(scored.model.parameters()).device)
+    batch = collate(rows, rows).to(device_of(scored.model))
     flat, length = batch.input_ids.flatten(), batch.shape[1]
     spans = [
         torch.arange(max(0, len(row) - KEPT - 1), len(row) - 1, device=flat.device) + i * length

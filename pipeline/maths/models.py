@@ -19,27 +19,40 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, adapter_base, load_config, reading
+from alphatoken.pipeline.maths.placement import Placement
+from alphatoken.pipeline.maths.spread import Spread
 
 # The image-text class raises on any input in transformers 5.24 (findings/llama4_with_images_does_not_run.sh); the causal LM
 # is the text decoder of the same checkpoint.
 TEXT_ALONE = ("llama4",)
 
 
-def load_model(source: ModelSource, device: torch.device) -> PreTrainedModel:
-    """The model in evaluation mode on ``device``, an adapter merged. Raises UnreadableModel.
+def load_model(source: ModelSource, device: torch.device | Placement) -> PreTrainedModel:
+    """The model in evaluation mode on ``device``, or laid out as a Placement says, an adapter merged.
 
-    dtype ``auto``: float32 on a CPU, where bfloat16 is slow; the checkpoint's own elsewhere.
+    dtype ``auto``: float32 on a CPU, where bfloat16 is slow; the checkpoint's own elsewhere. Raises UnreadableModel, and
+    of a Placement DoesNotFit and UnsupportedModel.
     """
+    placement = device if isinstance(device, Placement) else Placement((device,))
     dtype: Any = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(source.dtype)
     if dtype is None:
-        dtype = torch.float32 if device.type == "cpu" else "auto"
+        dtype = torch.float32 if placement.device.type == "cpu" else "auto"
     base = adapter_base(source.path)
     path = base or source.path
-    kind = auto_class(load_config(source))
+    config = load_config(source)
+    kind = auto_class(config)
+    spread = None if placement.whole else Spread(kind, config, dtype, placement, source.trust_remote_code)
+    if spread is not None and base is None:
+        return reading(path, lambda: spread.load(path, source.arguments())).eval()
+    if spread is not None and spread.quantised:
+        raise UnreadableModel(
+            f"{source.path} is a PEFT adapter, which cannot be merged into a base of model.lower_dtype="
+            f"{placement.lower_dtype}: give model.policy the merged model (model.merge_and_unload())"
+        )
     model = reading(path, lambda: kind.from_pretrained(path, dtype=dtype, **source.arguments()))
     if base is not None:
         model = _merged(model, source.path)
-    return model.to(device).eval()
+    return spread.spread(model).eval() if spread is not None else model.to(placement.device).eval()
 
 
 def auto_class(config: Any) -> Any:

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
+from alphatoken.pipeline.maths.placement import device_of
 
 
 @torch.no_grad()
@@ -20,7 +21,7 @@ def sample_completions(
     ``prompts``: unpadded token ids. Sampling is from the model's own distribution (no top-k, no top-p) at
     ``temperature``, from torch's global generator: seed it first. A completion ends with its end-of-sequence token.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     pad = eos[0] if eos else 0
     longest = max(len(p) for p in prompts)
     ids = torch.full((len(prompts), longest), pad, dtype=torch.int64, device=device)

@@ -22,6 +22,7 @@ from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.learners import READ, Learner, Weights
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.nonfinite import NonFinite
+from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.warmup import schedule
 
 LEAST_FULL = 7 / 8  # of a pass's longest sequence: a shorter one goes into the next pass
@@ -43,16 +44,16 @@ class Entering:
 
         No real position sees padding, which stands on its right.
         """
-        parameter = next(scored.model.parameters())
+        device = device_of(scored.model)
         batch = self.sequences.take(rows).batch()
         if self.hidden is None:
-            return batch.to(parameter.device), nullcontext()
+            return batch.to(device), nullcontext()
         states = [self.hidden(row) for row in rows]
         padded = states[0].new_zeros(*batch.shape, states[0].shape[-1])
         for place, state in enumerate(states):
             padded[place, : len(state)] = state
-        kept = padded.to(parameter.device, scored.maps[0].parameter.dtype)
-        return batch.to(parameter.device), lower_layers_once(scored, [kept])
+        kept = padded.to(device, scored.maps[0].parameter.dtype)
+        return batch.to(device), lower_layers_once(scored, [kept])
 
     def groups(self, rows: Sequence[int], budget: int) -> list[list[int]]:
         """``rows`` in passes of at most ``budget`` padded tokens, of which few are padding; depends on lengths alone."""
@@ -119,7 +120,7 @@ def entering_hidden(scored: ScoredLayers, input_ids: Sequence[int], kernel: str)
     By itself, so that it does not depend on what else is in a batch. Of a model whose lower layers hand on more than one
     such state: a placeholder (length, 1), over which every pass runs whole.
     """
-    batch = collate([input_ids], [input_ids]).to(next(scored.model.parameters()).device)
+    batch = collate([input_ids], [input_ids]).to(device_of(scored.model))
     kept: list[torch.Tensor] = []
     with intercepted(scored.decoder, kernel, None), lower_layers_once(scored, kept):
         scored.decoder(input_ids=batch.input_ids, use_cache=False)

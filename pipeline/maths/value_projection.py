@@ -18,6 +18,7 @@ from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.maths.frozen import frozen
 from alphatoken.pipeline.maths.linear_maps import LinearMap
+from alphatoken.pipeline.maths.placement import device_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +63,7 @@ def value_projections(scored: ScoredLayers, kernel: str) -> dict[str, ValueProje
         for linear in scored.maps:
             if not linear.experts:
                 stack.callback(linear.module.register_forward_hook(hook(linear)).remove)
-        device = next(scored.model.parameters()).device
+        device = device_of(scored.model)
         scored.decoder(input_ids=torch.arange(4, device=device)[None], use_cache=False)
     found = [
         _one(module, seen[0], [(linear, leaf) for linear, leaf in outputs if linear.layer == layer_of[module]])

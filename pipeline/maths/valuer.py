@@ -25,6 +25,7 @@ from alphatoken.pipeline.maths.ghost import read_pass
 from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
+from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.scores import SCORES, HeadScore, LayerScore
 from alphatoken.pipeline.maths.scores.paper import Paper
 from alphatoken.pipeline.maths.tangents import Tangents
@@ -81,7 +82,7 @@ class TokenValuer:
         looks = swaps or looks_at_layers(names)
         self.scored = scored_layers(model, layers) if looks else no_scored_layers(model)
         weight = next(model.parameters())
-        self.device, self.dtype = weight.device, torch.promote_types(weight.dtype, torch.float32)
+        self.device, self.dtype = device_of(model), torch.promote_types(weight.dtype, torch.float32)
         self.weights: dict[str, torch.Tensor] | None = None
         if directions is not None and looks:
             directions.check(self.scored.weights())

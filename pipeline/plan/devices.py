@@ -34,14 +34,16 @@ def device_here() -> str:
     return "the GPU of this machine" if torch.cuda.is_available() else CPU_HERE
 
 
-def device_hours(total: float, value: float, tokens: int, here: Here, price: Any) -> dict[str, Any]:
+def device_hours(
+    total: float, value: float, tokens: int, here: Here, price: Any, several: int = 1
+) -> dict[str, Any]:  # fmt: skip
     """The plan's ``device_hours`` and ``per_billion_tokens``.
 
     ``total``, ``value``: operations of the run and of its value stage, ``tokens``: of the data, of which the value stage is the
-    part that grows. ``price``: plan.price. Raises SettingsWrong
-    for a price of a device that is none of them.
+    part that grows. ``price``: plan.price. ``several``: accelerators of a worker, of which one computes at a time. Raises
+    SettingsWrong for a price of a device that is none of them.
     """
-    rates = {name: peak * UTILISATION for name, peak in ACCELERATORS.items()}
+    rates = {name: peak * UTILISATION / several for name, peak in ACCELERATORS.items()}
     hours = {name: total / rate / 3600 for name, rate in rates.items()} | {here.device: here.seconds / 3600}
     rates[here.device] = here.value_rate
     each = {name: value / max(1, tokens) * BILLION / rate / 3600 for name, rate in rates.items()}

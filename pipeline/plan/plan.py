@@ -46,6 +46,7 @@ from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.plan.calibration import kept
 from alphatoken.pipeline.plan.cpu import CPU_HERE, cpu_rate
+from alphatoken.pipeline.plan.device_memory import device_memory, is_laid_out
 from alphatoken.pipeline.plan.devices import Here, device_here, device_hours
 from alphatoken.pipeline.plan.sample import Sample, sample_data
 from alphatoken.pipeline.plan.seconds import stage_seconds
@@ -130,6 +131,14 @@ def make_plan(run: Run) -> dict[str, Any]:
     else:
         rate = cpu_rate()
         here = Here(CPU_HERE, total / rate, rate)
+    memory = value_memory(
+        costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift),
+        DIRECTIONS + len(settings.objectives),
+    )  # fmt: skip
+    several_devices = settings.cluster.devices_per_worker
+    devices = device_memory(model, dtype, settings, memory) if is_laid_out(settings) else []
+    if devices:
+        memory["weights"] = sum(device["weights"] for device in devices)
     return {
         "data": {
             "format": "preference" if sample.pairs else "sft", "rows": sample.rows,
@@ -153,12 +162,9 @@ def make_plan(run: Run) -> dict[str, Any]:
             "coverage_warning": warning(scored.coverage),
         },
         "flops": {**stages, "total": total},
-        "memory_per_worker": value_memory(
-            costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift),
-            DIRECTIONS + len(settings.objectives),
-        ),
+        "memory_per_worker": memory, **({"devices": devices} if devices else {}),
         "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
-        **device_hours(total, value, round(tokens * scale), here, settings.plan.price),
+        **device_hours(total, value, round(tokens * scale), here, settings.plan.price, several_devices),
         **({"seconds_here": seconds, "calibration": asdict(measured)} if measured else {}),
     }  # fmt: skip
 

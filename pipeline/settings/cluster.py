@@ -26,9 +26,18 @@ class ClusterSettings:
         "model workers; auto: one per device | a number | {min: 1, max: 64}: as many as there is room for, now and as nodes join and "
         "leave while a stage runs; it waits for min",
     )
-    gpus_per_worker: int | float | str = option("auto", "GPUs per worker; auto: 1 where the cluster has any, else 0")
+    gpus_per_worker: int | float | str = option(
+        "auto",
+        "GPUs per worker; auto: 1 where the cluster has any, else 0; a part of one is shared; above 1, a whole number: the lower "
+        "layers are spread over them, what is scored lies on the last",
+    )
     cpus_per_worker: int | str = option("auto", "CPU threads per worker; part of what makes results reproducible")
     shard_timeout: float = option(3600.0, "seconds without progress after which a worker is taken for hung")
+
+    @property
+    def devices_per_worker(self) -> int:
+        """Over how many devices a worker spreads its model; 1 where they are shared or there is no GPU."""
+        return 1 if isinstance(self.gpus_per_worker, str) else max(1, int(self.gpus_per_worker))
 
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
@@ -43,6 +52,11 @@ class ClusterSettings:
             found += auto_or_at_least("cluster.gpus_per_worker", self.gpus_per_worker, 0)
         elif self.gpus_per_worker < 0:
             found.append(f"cluster.gpus_per_worker={self.gpus_per_worker}: must be at least 0")
+        elif self.gpus_per_worker > 1 and self.gpus_per_worker % 1:
+            found.append(
+                f"cluster.gpus_per_worker={self.gpus_per_worker}: above 1 it must be a whole number, such as "
+                f"{round(self.gpus_per_worker)}"
+            )
         if not self.shard_timeout > 0:
             found.append(f"cluster.shard_timeout={self.shard_timeout}: must be above 0")
         return found

@@ -3,7 +3,10 @@
 from dataclasses import dataclass
 from typing import Any
 
-from alphatoken.pipeline.settings.option import one_of, option
+from alphatoken.pipeline.settings.option import auto_or_at_least, one_of, option
+
+QUANTISED = ("int8", "int4")
+LOWER_DTYPES = ("auto", "float32", "bfloat16", *QUANTISED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +23,21 @@ class ModelSettings:
     )
     revision: str | None = option(None, "branch, tag or commit on the hub, for both models")
     dtype: str = option("auto", "auto (float32 on a CPU, else the checkpoint's) | float32 | bfloat16")
+    lower_dtype: str = option(
+        "auto",
+        "of the decoder layers below those that are scored or trained, which are only run forward: auto (as model.dtype; "
+        "bfloat16 where cluster.gpus_per_worker is above 1) | float32 | bfloat16 | int8 | int4 (these two by bitsandbytes)",
+    )
+    offload: str = option(
+        "none",
+        "where lower layers go that do not fit on the devices: none (they have to fit) | cpu | disk; they are brought back "
+        "for every pass",
+    )
+    device_bytes: int | float | str = option(
+        "auto",
+        "bytes of weights on each device where a model is spread or offloaded; auto: 0.85 of what is free, on a worker's last "
+        "device, which holds directions and activations as well, 0.6",
+    )
     attention: str = option("sdpa", "sdpa | flash_attention_2 | eager")
     trust_remote_code: bool = option(False, "allow a checkpoint to run code of its own")
 
@@ -27,6 +45,14 @@ class ModelSettings:
         """Every reason why these settings cannot be used, one sentence each."""
         found = one_of("model.dtype", self.dtype, ("auto", "float32", "bfloat16"))
         found += one_of("model.attention", self.attention, ("sdpa", "flash_attention_2", "eager"))
+        found += one_of("model.lower_dtype", self.lower_dtype, LOWER_DTYPES)
+        found += one_of("model.offload", self.offload, ("none", "cpu", "disk"))
+        found += auto_or_at_least("model.device_bytes", self.device_bytes, 1)
+        if self.lower_dtype in QUANTISED and self.offload != "none":
+            found.append(
+                f"model.lower_dtype={self.lower_dtype}: {self.lower_dtype} layers cannot be offloaded: set model.offload=none, "
+                "or model.lower_dtype=bfloat16"
+            )
         if isinstance(self.reference, list | tuple):
             found.append("model.reference: there is one reference, give one model")
         named = [("model.policy", one) for one in self.checkpoints]

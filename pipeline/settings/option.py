@@ -22,7 +22,7 @@ def at_least(key: str, value: float, bound: float) -> list[str]:
     return [] if value >= bound else [f"{key}={value}: must be at least {bound}"]
 
 
-def auto_or_at_least(key: str, value: int | str, bound: int) -> list[str]:
+def auto_or_at_least(key: str, value: float | str, bound: int) -> list[str]:
     """As ``at_least`` for keys that also take the word ``auto``."""
     if isinstance(value, str):
         return [] if value == "auto" else [f"{key}={value}: must be auto or a whole number"]

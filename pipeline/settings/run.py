@@ -89,6 +89,25 @@ class Settings:
         asked = self.anchor.unroll.layers if self.anchor.unrolled else None
         return self.valuation.layers if asked is None else asked
 
+    @property
+    def top_layers(self) -> int | None:
+        """How many decoder layers, from the last, some stage scores or trains, so that they lie on one device; None: all."""
+        asked = self.anchor_layers if self.valuation.needs_directions else self.valuation.layers
+        return None if isinstance(asked, str) else max(asked, self.valuation.layers)
+
+    @property
+    def lower_dtype(self) -> str:
+        """model.lower_dtype with ``auto`` resolved where several devices say what it is."""
+        asked = self.model.lower_dtype
+        return "bfloat16" if asked == "auto" and self.cluster.devices_per_worker > 1 else asked
+
+    @property
+    def lower_inputs(self) -> dict[str, str]:
+        """What numbers depend on beside model.dtype: the lower layers' own, where it is another, and which those are."""
+        if self.lower_dtype == "auto":
+            return {}
+        return {"model.lower_dtype": f"{self.lower_dtype} below the last {self.top_layers or 'of all'} layers"}
+
     def snapshots(self, drift: str, checkpoints: int = 1) -> int:
         """How many points there are at which tokens are valued; ``drift``: the resolved one."""
         if self.anchor.unrolled and not self.valuation.looks_at_anchors:
@@ -127,7 +146,23 @@ class Settings:
             )
         if self.valuation.rehearsed:
             found += self._rehearsal_problems()
-        return found + valuation + mask + self.trial.problems() + self.cluster.problems() + self.plan.problems()
+        found += valuation + mask + self.trial.problems() + self.cluster.problems() + self.plan.problems()
+        return found + ([] if found else self._whole_model_problems())
+
+    def _whole_model_problems(self) -> list[str]:
+        """What trains in all layers, beside settings that lay the lower ones out otherwise."""
+        own, several = self.model, self.cluster.devices_per_worker
+        laid_out = [f"cluster.gpus_per_worker={several}"] * (several > 1)
+        laid_out += [f"model.lower_dtype={own.lower_dtype}"] * (own.lower_dtype != "auto")
+        laid_out += [f"model.offload={own.offload}"] * (own.offload != "none")
+        if not laid_out:
+            return []
+        found = []
+        if self.trial.train != "layers":
+            found.append(f"trial.train={self.trial.train} trains in all layers: set trial.train=layers")
+        if self.top_layers is None:
+            found.append("anchor.unroll.layers=all trains all layers: set a number of them")
+        return [f"{one}, or leave {' and '.join(laid_out)} out, which is for layers below" for one in found]
 
     def mask_problems(self, pairs: bool) -> list[str]:
         """Why the mask cannot be made from the values that these settings make; for commands that make both."""

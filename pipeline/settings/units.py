@@ -2,6 +2,7 @@
 
 UNITS = {
     "run.seed": "integer",
+    "model.device_bytes": "bytes of weights per device",
     "data.max_length": "tokens",
     "data.overlap": "tokens",
     "data.shard_examples": "examples",

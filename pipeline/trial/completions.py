@@ -10,17 +10,16 @@ import pyarrow as pa
 import torch
 
 from alphatoken.data_schemas import PREPARED
+from alphatoken.pipeline.anchor.loading import held_model
 from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences, response_start
 from alphatoken.pipeline.maths.model_source import ModelSource
-from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.sampling import sample_completions
 from alphatoken.pipeline.prepare.reader import sequences_of
-from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
-from alphatoken.pipeline.settings import FisherSettings
+from alphatoken.pipeline.settings import Settings
 
 COMPLETIONS = "trial/completions.parquet"
 PROMPTS_PER_BATCH = 16
@@ -39,10 +38,9 @@ class CompletionTask:
 class CompletionWorker:
     """Holds the reference and samples from it."""
 
-    def __init__(self, storage: Storage, source: ModelSource, fisher: FisherSettings, eos: Sequence[int]) -> None:
-        self.storage, self.fisher, self.eos = storage, fisher, eos
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = load_model(here(source), device)
+    def __init__(self, storage: Storage, source: ModelSource, settings: Settings, eos: Sequence[int]) -> None:
+        self.storage, self.fisher, self.eos = storage, settings.anchor.fisher, eos
+        self.model = held_model(source, settings, "model.reference")
 
     def __call__(self, task: CompletionTask, advance: Callable[[int], None]) -> None:
         """Write prompts with completions as a prepared table, in the order of the rows."""
@@ -71,7 +69,7 @@ def make_completions(run: Run, rows: Sequences, fingerprint: str) -> Sequences:
         own, counts = run.settings.model, run.manifest.stage("prepare")["counts"]
         source = ModelSource(run.models.reference, own.revision, own.dtype, own.trust_remote_code)
         arguments = {
-            "storage": run.storage, "source": source, "fisher": run.settings.anchor.fisher, "eos": counts["eos_token_ids"],
+            "storage": run.storage, "source": source, "settings": run.settings, "eos": counts["eos_token_ids"],
         }  # fmt: skip
         work = CompletionTask(rows, run.settings.run.seed, COMPLETIONS, fingerprint)
         resources = run.cluster.model_resources()

@@ -99,6 +99,7 @@ def trial_inputs(run: Run) -> TrialInputs:
         "reference": of_model(models.reference),
         "model.revision": settings.model.revision,
         "model.dtype": settings.model.dtype,
+        **settings.lower_inputs,
         "prepare": prepared["fingerprint"],
         "run.seed": settings.run.seed,
         "anchor.fisher.max_new_tokens": length,

@@ -160,6 +160,7 @@ def _fine_tune(run: Run, inputs: TrialInputs, rows: TrialRows) -> float:
 def _name_of_states(run: Run, inputs: TrialInputs, rows: TrialRows) -> str:
     """Of all that hidden states depend on: the same for trials that differ in what is learned on them."""
     model = {key: inputs.common[key] for key in ("policy", "model.revision", "model.dtype", "valuation.layers")}
+    model |= run.settings.lower_inputs
     lengths = {name: some.input_ids for name, some in rows.sets().items()}
     own = run.settings
     return digest({**model, "attention": own.model.attention, "rows": digest(lengths), "bound": own.trial.cache_bytes})[

@@ -11,16 +11,16 @@ import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.engine import Engine
+from alphatoken.pipeline.anchor.loading import held_model
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, no_scored_layers
 from alphatoken.pipeline.maths.divergence import ReferencePredictions, same_vocabulary
 from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.model_source import ModelSource
-from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite
+from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.trial import Entering, Fit, fine_tune
 from alphatoken.pipeline.run.failure import RunFailed
-from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.trial.candidates import Candidate, Labels, kept_tokens
@@ -55,14 +55,13 @@ class TrialWorker:
         name: str,
     ) -> None:  # fmt: skip
         self.storage, self.settings, self.rows = storage, settings, rows
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         kernel = settings.model.attention
         theirs, kind = None, _kind(settings, rows)
         if reference is not None:  # before the policy is loaded, so that never two are held whole
-            scored = no_scored_layers(load_model(here(reference), device))
+            scored = no_scored_layers(held_model(reference, settings, "model.reference"))
             kind.see_reference(scored.model, kernel, TOKENS_PER_PASS)
             theirs = ReferencePredictions(scored, Entering(rows.completions), kernel, TOKENS_PER_PASS).without_layers()
-        scored = checked_layers(load_model(here(source), device), settings)
+        scored = checked_layers(held_model(source, settings), settings)
         if theirs is not None and not same_vocabulary([theirs.reference.model, scored.model]):
             raise RunFailed(
                 "model.policy and model.reference have vocabularies of different sizes: they cannot be compared"
@@ -72,7 +71,7 @@ class TrialWorker:
             self.learner = learner_of(scored, settings)
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
-        self.states = TrialStates(scored, self.learner, settings, rows, f"{name}-{device.type}")
+        self.states = TrialStates(scored, self.learner, settings, rows, f"{name}-{device_of(scored.model).type}")
         self.states.fill([])
         completions = self.states.entering("completions")
         predictions = theirs or ReferencePredictions(scored, completions, kernel, TOKENS_PER_PASS)

@@ -29,7 +29,7 @@ def value_inputs(settings: Settings, models: Models, prepare: str, anchor: str |
         inputs["anchor"] = anchor
     else:
         inputs |= {"prepare": prepare, "policy": of_policy(models.checkpoints)}
-        inputs |= {"model.revision": own.revision, "model.dtype": own.dtype}
+        inputs |= {"model.revision": own.revision, "model.dtype": own.dtype, **settings.lower_inputs}
         if "gradient_norm" in valuation.scores:
             inputs["valuation.layers"] = valuation.layers
     if pairs or valuation.reference_loss:
@@ -50,7 +50,7 @@ def reference_inputs(run: Run) -> Reference:
     found, own = of_model(run.models.reference), run.settings.model
     inputs = {
         "prepare": run.manifest.stage("prepare")["fingerprint"], "reference": found, "model.revision": own.revision,
-        "model.dtype": own.dtype, "schema": named(PREFERENCE_REFERENCE if run.manifest.pairs else REFERENCE),
+        "model.dtype": own.dtype, **run.settings.lower_inputs, "schema": named(PREFERENCE_REFERENCE if run.manifest.pairs else REFERENCE),
     }  # fmt: skip
     return Reference(digest(inputs), found == of_policy(run.models.checkpoints))
 
@@ -68,6 +68,9 @@ def checked_anchor(run: Run) -> dict[str, Any]:
         problems.append(
             f"valuation.layers={valuation.layers}, but the anchors were made for {inputs['valuation.layers']}"
         )
+    there, asked = (one.get("model.lower_dtype", "as model.dtype") for one in (inputs, run.settings.lower_inputs))
+    if there != asked:
+        problems.append(f"model.lower_dtype: {asked}, but the anchors were made with {there}: add run.overwrite=anchor")
     looks_at_it = valuation.rehearsed or valuation.reference_loss or run.manifest.pairs
     if looks_at_it and inputs["reference"] != of_model(models.reference):
         problems.append(f"model.reference={models.reference} is not the reference that the anchors were made with")

@@ -13,6 +13,7 @@ import torch
 
 from alphatoken.pipeline.anchor.coverage import checked_layers
 from alphatoken.pipeline.anchor.engine import Engine
+from alphatoken.pipeline.anchor.loading import held_model
 from alphatoken.pipeline.cluster.work import Shared
 from alphatoken.pipeline.maths.batch import Batch, collate
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
@@ -20,6 +21,7 @@ from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.rehearsal import RehearsedModel
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from alphatoken.pipeline.run.failure import RunFailed
@@ -92,8 +94,9 @@ class RehearsalWorker:
         self, storage: Storage, source: ModelSource, reference: ModelSource | None, settings: Settings
     ) -> None:
         self.settings, self.reference = settings, reference
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.scored = checked_layers(load_model(here(source), self.device), settings)
+        model = held_model(source, settings)
+        self.device = device_of(model)
+        self.scored = checked_layers(model, settings)
         valuation = settings.valuation
         self.columns = valuation.columns
         self.model = RehearsedModel(

@@ -18,6 +18,7 @@ from alphatoken.pipeline.maths.directions import NAMES, Directions
 from alphatoken.pipeline.maths.forward import token_losses_of
 from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.lower import lower_layers_once
+from alphatoken.pipeline.maths.placement import offloaded_layers
 from alphatoken.pipeline.maths.valuer import TokenValuer, looks_at_layers
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
@@ -61,6 +62,7 @@ class Scoring:
             raise RunFailed(f"model.policy: {error}") from error
         self.model, self.attention = model, settings.model.attention
         self.engine = Engine(self.valuers[0].scored, settings)
+        self.offloaded = offloaded_layers(self.valuers[0].scored.lower)
         self.columns: list[str] = [*self.valuers[0].columns, *([OWN_LOSS] if weighed else [])]
 
     def checked(self, rows: Sequence[Sequence[int]]) -> dict[str, Any]:
@@ -68,7 +70,7 @@ class Scoring:
 
         Raises RunFailed where they do not.
         """
-        return {**self.engine(rows), "causal_layers": self.valuers[0].causal_layers}
+        return {**self.engine(rows), "causal_layers": self.valuers[0].causal_layers, "offloaded_layers": self.offloaded}
 
     def __call__(self, batch: Batch) -> dict[str, np.ndarray]:
         """Column name -> (batch, length) float32 on the host: the mean over the snapshots, brought there in one copy."""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from alphatoken.pipeline.anchor.engine import together
+from alphatoken.pipeline.anchor.loading import check_devices
 from alphatoken.pipeline.cluster.work import Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource
@@ -45,6 +46,7 @@ def make_values(run: Run) -> None:
     prepared = run.manifest.require("prepare", "value")
     anchor = checked_anchor(run) if valuation.needs_directions else None
     check_reference(run.settings, run.models)
+    check_devices(run)
     inputs = value_inputs(
         run.settings, run.models, prepared["fingerprint"], anchor["fingerprint"] if anchor else None, pairs
     )
@@ -128,6 +130,9 @@ def _finish(run: Run, seconds: float, rows: int, counts: dict[str, int], engine:
         cpus_per_worker=resources.cpus, gpus_per_worker=resources.gpus, engine=engine, **counts,
     )  # fmt: skip
     valuation = run.settings.valuation
+    if away := engine.get("offloaded_layers"):
+        where = run.settings.model.offload
+        run.progress.say(f"value: {away} lower layer(s) are offloaded to {where} and were brought back for every pass")
     if engine and "paper" in valuation.scores and valuation.window and engine["causal_layers"] < valuation.layers:
         run.progress.say(
             f"value: causal path: {engine['causal_layers']} of {valuation.layers} layers; the others have no softmax "

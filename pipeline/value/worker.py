@@ -11,15 +11,15 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import REFERENCE_LOSS
 from alphatoken.pipeline.anchor.engine import Engine
+from alphatoken.pipeline.anchor.loading import held_model
 from alphatoken.pipeline.cluster.token_batches import TokenBatches
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, no_scored_layers
 from alphatoken.pipeline.maths.forward import token_losses_of
 from alphatoken.pipeline.maths.model_source import ModelSource
-from alphatoken.pipeline.maths.models import load_model
+from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.prepare.windows import with_what_follows
 from alphatoken.pipeline.run.failure import RunFailed
-from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.kinds import Kind, Rows
@@ -68,8 +68,8 @@ class ValueWorker:
         self.overlap = overlap
         self.storage, self.kind, self.reference = storage, kind, reference
         self.names = settings.columns
-        self.batches = TokenBatches(settings.valuation.tokens_per_batch)
-        model = load_model(here(source), self.batches.device)
+        model = held_model(source, settings)
+        self.batches = TokenBatches(settings.valuation.tokens_per_batch, device_of(model))
         self.scoring = Scoring(model, storage, settings, snapshots, kind.weighed)
         self.own_step: OwnStepValues | None = None
         if settings.valuation.own_step:
@@ -120,8 +120,8 @@ class ReferenceWorker:
     ) -> None:
         """``vocabulary``: ids in prepared/ are below it."""
         self.storage, self.kind, self.attention = storage, kind, settings.model.attention
-        self.batches = TokenBatches(settings.valuation.tokens_per_batch)
-        self.model = load_model(here(source), self.batches.device)
+        self.model = held_model(source, settings, "model.reference")
+        self.batches = TokenBatches(settings.valuation.tokens_per_batch, device_of(self.model))
         self.engine = Engine(_headed(self.model), settings, "model.reference")
         size = int(self.model.get_input_embeddings().weight.shape[0])  # type: ignore[index]  # an nn.Module to mypy
         if vocabulary is not None and size < vocabulary:
