@@ -27,6 +27,7 @@ def make(session: Session) -> dict[str, Any]:
 def tell(session: Session, summary: dict[str, Any]) -> None:
     """Three lines on stdout: where the masks are, what was kept, and what to type next."""
     from alphatoken.pipeline.mask.layout import mask_place
+    from alphatoken.pipeline.run.progress import counted
     from alphatoken.pipeline.run.redaction import redacted
 
     settings = session.settings
@@ -41,7 +42,7 @@ def tell(session: Session, summary: dict[str, Any]) -> None:
     only = sum(one["rows_with_only_always_kept"] for one in summary.get("branches", {"": summary}).values())
     for line in (
         f"masks: {place}",
-        f"{told} of {summary['response_tokens']:,} response tokens; {only:,} examples keep nothing but mask.always_keep",
+        f"{told} of {summary['response_tokens']:,} response tokens; {counted(only, 'examples')} with mask.always_keep alone",
         f"next:  {following}",
     ):
         print(line)

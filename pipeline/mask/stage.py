@@ -32,6 +32,7 @@ from alphatoken.pipeline.mask.supervised import write_supervised
 from alphatoken.pipeline.mask.thresholds import OverDataSet, PerTokenId, Within, some_tokens
 from alphatoken.pipeline.mask.worker import LOWEST, Decider
 from alphatoken.pipeline.maths.masking import rank_of
+from alphatoken.pipeline.run.progress import counted
 from alphatoken.pipeline.run.run import Run
 
 ROWS_AT_ONCE = 256
@@ -175,8 +176,8 @@ def _what_was_left(inputs: MaskInputs, decider: Decider, counts: dict[str, Any])
         notes.append(f"{by} leaves fewer tokens than mask.rho={settings.rho} asks for")
     if decider.left_out.emptied:
         notes.append(
-            f"{decider.left_out.emptied:,} examples have no tokens but those that {by} leaves out and those of "
-            "mask.always_keep"
+            f"in {counted(decider.left_out.emptied, 'examples')} there are no tokens but those that {by} leaves out and those "
+            "of mask.always_keep"
             + (": where short answers are the task, set mask.skip_first=0" if settings.skip_first else "")
         )
     return notes
