@@ -39,6 +39,8 @@ def tell(session: Session, summary: dict[str, Any]) -> None:
     following = f"alphatoken mask run.dir={redacted(settings.run.dir)}{own} mask.rho=0.3 mask.name=rho-0.3"
     if summary.get("schedule") == "rehearsal":  # another rho is another rehearsal
         following = f"alphatoken report run.dir={redacted(settings.run.dir)}"
+    elif settings.mask.score == "full" or settings.mask.rule == "positive":  # which look at no rho
+        following = f"alphatoken inspect {redacted(settings.run.dir)} --mask {settings.mask.name}"
     only = sum(one["rows_with_only_always_kept"] for one in summary.get("branches", {"": summary}).values())
     for line in (
         f"masks: {place}",

@@ -170,3 +170,13 @@ def test_points_of_the_engine_and_of_the_model_share_what_does_not_depend_on_the
     one, other = sorted(p for p in (tmp_path / "m").iterdir() if p.is_dir())
     assert (one / f"prepared/{part}").stat().st_ino == (other / f"prepared/{part}").stat().st_ino  # one tokenizer
     assert (one / f"values/{part}").read_bytes() != (other / f"values/{part}").read_bytes()
+
+
+def test_what_is_said_next_of_a_mask_that_looks_at_no_rho(alphatoken, tmp_path):
+    """Another rho would be the same mask once more."""
+    write_run(tmp_path)
+    for own in (["mask.score=full"], ["mask.rule=positive", "mask.score=loss"]):
+        status, out, err = alphatoken("mask", f"run.dir={tmp_path}", *own, "mask.name=all")
+        assert status == 0, err
+        assert out.splitlines()[-1] == f"next:  alphatoken inspect {tmp_path} --mask all"
+        Storage(str(tmp_path)).remove("masks/all")
