@@ -48,7 +48,7 @@ class ChatTemplate:
     """
 
     def __init__(self, tokenizer: Any, source: str, specials: Sequence[str]) -> None:
-        self._tokenizer = tokenizer
+        self._special: dict[str, Any] = dict(tokenizer.special_tokens_map)
         self.source = _STOPPED_CLOCK + source if "strftime_now" in source else source
         self.specials = tuple(specials)
         self.marked = bool(_GENERATION.search(source))
@@ -69,26 +69,26 @@ class ChatTemplate:
         """The text, and the character ranges of its generation markers (none without them)."""
         if not self.marked:
             return self.text(messages, tools), []
-        formed = [{k: v for k, v in m.items() if v is not None} for m in self._formed(messages)]
-        options: dict[str, Any] = {"chat_template": self.source, "return_assistant_tokens_mask": True}
+        text, marks = self._rendered(self._formed(messages), tools, return_assistant_tokens_mask=True)
+        return text, [(start, end) for start, end in marks if start < end]
+
+    def _text(self, formed: Messages, tools: Any = None, prompt: bool = False) -> str:
+        return self._rendered(formed, tools, add_generation_prompt=prompt)[0]
+
+    def _rendered(self, formed: Messages, tools: Any, **options: Any) -> tuple[str, list[Span]]:
+        """The text, and its generation markers where they are asked for.
+
+        This is what the tokenizer's own apply_chat_template calls, without what that looks at anew for every row.
+        """
+        messages = [{k: v for k, v in m.items() if v is not None} for m in formed]
         try:
-            made: Any = render_jinja_template([formed], tools=tools, **options, **self._tokenizer.special_tokens_map)
+            made: Any = render_jinja_template([messages], tools, chat_template=self.source, **options, **self._special)
         except ImportError:
             raise
         except Exception as problem:  # templates raise anything, on purpose and by accident; it is reported
             raise _refused(problem) from problem
         texts, marks = made
-        return valid(texts[0], "the text"), [(start, end) for start, end in marks[0] if start < end]
-
-    def _text(self, formed: Messages, tools: Any = None, prompt: bool = False) -> str:
-        options = {"chat_template": self.source, "add_generation_prompt": prompt, "tokenize": False}
-        try:
-            text = self._tokenizer.apply_chat_template(formed, tools=tools, **options)
-        except ImportError:
-            raise
-        except Exception as problem:
-            raise _refused(problem) from problem
-        return valid(text, "the text")
+        return valid(texts[0], "the text"), marks[0] if marks else []
 
     def _formed(self, messages: Messages) -> Messages:
         """The messages as this template reads them."""

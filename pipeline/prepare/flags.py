@@ -20,6 +20,8 @@ def learned(message: Mapping[str, Any], where: str) -> bool | None:
     ``where`` names it in the reasons of `Unusable`, which is raised for other values than 0, 1, false and true, and for
     flags that contradict each other.
     """
+    if len(message) == ("role" in message) + ("content" in message):  # nearly every message of nearly every data set
+        return None
     given = {name: message[name] for name in TURN_FLAGS if message.get(name) is not None}
     for name in _DETAILS:
         if message.get(name):
@@ -50,6 +52,8 @@ def refuse_bad_answer(row: Mapping[str, Any], columns: Mapping[str, str]) -> tup
 
     A label is true or false. Numbers count only where the user named the column: they may be those of any classes.
     """
+    if not any((columns.get(name) or name) in row for name in _ROW_FLAGS):
+        return ()
     said = {}
     for name in _ROW_FLAGS:
         value = value_of(row, name, columns)

@@ -1,8 +1,8 @@
 """One raw row becomes one supervised Example: token ids, and labels on exactly the tokens of the responses.
 
-Text is tokenized once, as a whole, with character offsets. The responses are found as character ranges of the
-rendered text (`responses`), and a token that covers any character of a response belongs to it. Nothing is ever searched
-for by the response's wording.
+Text is tokenized once, as a whole. The responses are found as character ranges of the rendered text (`responses`), and a
+token that covers any character of a response belongs to it: by where its bytes stand (`token_ends`), or by the
+tokenizer's offsets. Nothing is ever searched for by the response's wording.
 
 A response includes its end-of-turn token; template whitespace after that is not part of it.
 """
@@ -17,8 +17,11 @@ from tokenizers import Encoding
 from alphatoken.pipeline.prepare.chat import ChatTemplate, Span, valid
 from alphatoken.pipeline.prepare.responses import Renderer
 from alphatoken.pipeline.prepare.rows import CHAT_CHOICES, Conversation, Plain, Pretokenized, Unusable, parse_row
+from alphatoken.pipeline.prepare.token_ends import TokenEnds
 
 IGNORED = -100
+_Tokens = tuple[list[int], list[int]]  # ids and labels
+_Encoded = tuple[list[int], Encoding]  # which has the offsets, and looks up single ones much faster than it lists all
 _AS_IT_IS = {
     "add_special_tokens": False, "truncation": False, "padding": False, "verbose": False,
     "return_attention_mask": False, "return_token_type_ids": False,
@@ -54,7 +57,7 @@ class Draft:
     text: str = ""
     spans: tuple[Span, ...] = ()
     lost: int = 0
-    tokens: tuple[list[int], list[int]] | None = None
+    tokens: _Tokens | None = None
 
 
 class ExampleMaker:
@@ -86,6 +89,7 @@ class ExampleMaker:
         self._chat = chat
         self._columns = dict(columns)
         self._vocab_size = vocab_size
+        self._all_known = max(tokenizer.get_vocab().values(), default=0) < vocab_size
         self._bos, self._eos = tokenizer.bos_token_id, tokenizer.eos_token_id
         added = tokenizer.added_tokens_decoder
         self._specials = sorted({t.content for t in added.values() if t.special} | set(tokenizer.all_special_tokens))
@@ -93,6 +97,7 @@ class ExampleMaker:
         self._greedy = frozenset(index for index, token in added.items() if token.lstrip or token.rstrip)
         self._renderers: dict[bool, Renderer] = {}
         self._opening = self._tokens_put_first()
+        self._ends = TokenEnds.of(tokenizer)
 
     def __call__(self, row: Mapping[str, Any], source: str) -> Example:
         """The Example of one row. ``source`` names the row in reports, and is its id where it has none.
@@ -121,19 +126,30 @@ class ExampleMaker:
 
     def finished(self, drafts: Sequence[Draft]) -> list[Example | Unusable]:
         """The Example of each draft, or why there is none; tokenized together, which costs less."""
-        texts = [draft.text for draft in drafts if draft.tokens is None]
-        encoded = iter(_all_encoded(self._tokenizer, texts))
+        tokenized = iter(self._tokenized([draft for draft in drafts if draft.tokens is None]))
         found: list[Example | Unusable] = []
         for draft in drafts:
+            tokens = draft.tokens or next(tokenized)
             try:
-                tokens = draft.tokens
-                if tokens is None:
-                    ids, tokenized = _or_raised(next(encoded))
-                    tokens = ids, self._labels(ids, tokenized, draft)
-                found.append(self._example(draft, *tokens))
+                found.append(tokens if isinstance(tokens, Unusable) else self._example(draft, *tokens))
             except Unusable as problem:
                 found.append(problem)
         return found
+
+    def _tokenized(self, drafts: Sequence[Draft]) -> list[_Tokens | Unusable]:
+        """Ids and labels of each text, or why the tokenizer refuses it."""
+        found: list[_Tokens | Unusable | None] = [None] * len(drafts)
+        if self._ends is not None and (quick := self._ends.ids([draft.text for draft in drafts])) is not None:
+            for i, (draft, ids) in enumerate(zip(drafts, quick, strict=True)):
+                labels = self._ends.labels(ids, draft.text, draft.spans, IGNORED)
+                found[i] = None if labels is None else (ids, labels)
+        slow = iter(
+            _all_encoded(self._tokenizer, [d.text for d, one in zip(drafts, found, strict=True) if one is None])
+        )
+        return [self._labelled(d, next(slow)) if one is None else one for d, one in zip(drafts, found, strict=True)]
+
+    def _labelled(self, draft: Draft, encoded: _Encoded | Unusable) -> _Tokens | Unusable:
+        return encoded if isinstance(encoded, Unusable) else (encoded[0], self._labels(*encoded, draft))
 
     def _parsed(self, row: Mapping[str, Any], source: str) -> tuple[Conversation | Plain | Pretokenized, str]:
         """What the row holds, and its id."""
@@ -152,10 +168,11 @@ class ExampleMaker:
 
     def _example(self, draft: Draft, ids: list[int], labels: list[int]) -> Example:
         labels[:1] = [IGNORED] * len(ids[:1])
-        for token in (min(ids, default=0), max(ids, default=0)):
-            if not 0 <= token < self._vocab_size:
-                where = f"input_ids[{ids.index(token)}]={token}"
-                raise Unusable(f"outside_vocabulary: {where}, the model has {self._vocab_size} tokens")
+        if draft.tokens is not None or not self._all_known:
+            for token in (min(ids, default=0), max(ids, default=0)):
+                if not 0 <= token < self._vocab_size:
+                    where = f"input_ids[{ids.index(token)}]={token}"
+                    raise Unusable(f"outside_vocabulary: {where}, the model has {self._vocab_size} tokens")
         first = next((index for index, label in enumerate(labels) if label != IGNORED), None)
         if first is None:
             raise Unusable("no_response: no token after the first belongs to a response")
@@ -243,9 +260,6 @@ def usable(found: Sequence[Example | Unusable]) -> list[Example]:
     return kept
 
 
-_Encoded = tuple[list[int], Encoding]  # which has the offsets, and looks up single ones much faster than it lists all
-
-
 def _all_encoded(tokenizer: Any, texts: Sequence[str]) -> list[_Encoded | Unusable]:
     """As `_encoded`, of several texts; a reason for each that the tokenizer refuses."""
     if len(texts) > 1:
@@ -261,12 +275,6 @@ def _all_encoded(tokenizer: Any, texts: Sequence[str]) -> list[_Encoded | Unusab
         except Unusable as problem:
             found.append(problem)
     return found
-
-
-def _or_raised(encoded: _Encoded | Unusable) -> _Encoded:
-    if isinstance(encoded, Unusable):
-        raise encoded
-    return encoded
 
 
 def _encoded(tokenizer: Any, text: str) -> _Encoded:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 from transformers import PreTrainedTokenizerBase
 
@@ -147,7 +148,16 @@ def chosen_of(made: Example | Pair) -> Example:
 def to_table(examples: Iterable[Example]) -> pa.Table:
     """Examples as a prepared table."""
     rows = list(examples)
-    return pa.table({name: [getattr(e, name) for e in rows] for name in PREPARED.names}, schema=PREPARED)
+    columns = {name: [getattr(e, name) for e in rows] for name in PREPARED.names}
+    lists = {name: _lists(columns[name]) for name in ("input_ids", "labels")}
+    return pa.table(columns | lists, schema=PREPARED)
+
+
+def _lists(rows: Sequence[Sequence[int]]) -> pa.ListArray:
+    """Lists of token ids as Arrow's, by way of numpy, which takes a third of the time."""
+    offsets = np.cumsum([0, *map(len, rows)]).astype(np.int32)
+    flat = np.concatenate([np.array(row, np.int32) for row in rows]) if rows else np.empty(0, np.int32)
+    return pa.ListArray.from_arrays(offsets, flat)
 
 
 def to_pair_table(pairs: Iterable[Pair]) -> pa.Table:
@@ -157,7 +167,7 @@ def to_pair_table(pairs: Iterable[Pair]) -> pa.Table:
     columns |= {name: [getattr(p, f"{name}_text") for p in rows] for name in ("prompt", *BRANCHES)}
     for branch in BRANCHES:
         for name in ("input_ids", "labels"):
-            columns[f"{branch}_{name}"] = [getattr(getattr(p, branch), name) for p in rows]
+            columns[f"{branch}_{name}"] = _lists([getattr(getattr(p, branch), name) for p in rows])
     return pa.table({name: columns[name] for name in PREFERENCE_PREPARED.names}, schema=PREFERENCE_PREPARED)
 
 
