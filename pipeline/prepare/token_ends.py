@@ -70,7 +70,7 @@ class TokenEnds:
         if self._plain and not text.isascii():
             return None
         lengths = self._lengths[np.asarray(ids, np.int64)]
-        ends = lengths.cumsum(dtype=np.int64)
+        ends: npt.NDArray[np.int64] = lengths.cumsum(dtype=np.int64)
         whole = len(text) if text.isascii() else len(text.encode())
         return (ends - lengths, ends) if len(ends) and ends[-1] == whole and lengths.all() else None
 
