@@ -8,9 +8,10 @@ BIN := $(VENV)/bin
 .PHONY: demo test soak lint docs bench bench-bergson clean
 
 $(VENV)/.installed: pyproject.toml
+	@echo "installing torch and the rest into $(VENV): some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --editable ".[dev,peft]"
+	PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --editable ".[dev,peft]"
 	touch $@
 
 demo: $(VENV)/.installed

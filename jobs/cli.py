@@ -217,7 +217,7 @@ def parse(name: str, arguments: Sequence[str], options: Mapping[str, str]) -> Ar
     return Arguments(tuple(overrides), tuple(flags), recorded, table)
 
 
-def _quiet(level: str) -> None:
+def quiet(level: str) -> None:
     """What libraries say: warnings and more with log_level=debug, else next to nothing."""
     if level == "debug":
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -229,7 +229,7 @@ def _quiet(level: str) -> None:
 
 
 def _run(name: str, settings: Settings, overrides: Sequence[str]) -> None:
-    _quiet(settings.log_level)
+    quiet(settings.log_level)
     from alphatoken.jobs.session import Session
     from alphatoken.pipeline.run.progress import Progress
 
@@ -262,7 +262,7 @@ def _sweep(name: str, parsed: Arguments) -> int:
     if parsed.csv:
         require_place(parsed.csv)
     level = points[0].settings.log_level
-    _quiet(level)
+    quiet(level)
     from alphatoken.pipeline.run.progress import Progress
 
     with Progress(level=level) as progress:

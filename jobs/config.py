@@ -111,6 +111,8 @@ def _reason(error: BaseException, overrides: Sequence[str]) -> str:
         return f"no such choice; choices: {', '.join(groups()[key])}{own}"
     if key and "=" in overrides[0] and key not in keys(Settings) and ("." in key or "not in 'Settings'" in text):
         return _no_such_key(key)
+    if text.startswith("Ambiguous value"):
+        return f"several values: -m tries each of them, {key or 'KEY'}=[{value or 'A,B'}] is a list"
     return text
 
 

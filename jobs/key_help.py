@@ -24,13 +24,16 @@ NOT_WRAPPED = 10_000  # columns, for what is searched in or read by a program
 def usage(commands: Mapping[str, str]) -> str:
     """``commands``: name -> one line about it."""
     lines = ["usage: alphatoken <command> [options] [key=value ...]", ""]
-    lines += [f"  {name:<13}{text}" for name, text in commands.items()]
+    for name, text in commands.items():
+        lines += _wrapped(text, f"  {name:<13}")
     lines += [
         "",
-        "`alphatoken <command> --help` lists options and the keys that most people set, `--help --all` every key,",
-        "`--help mask.` those of one group; `alphatoken --version` says which version this is.",
-        "`alphatoken run` without any key runs the embedded example.",
+        *_wrapped(
+            "`alphatoken <command> --help` lists options and the keys that most people set, `--help --all` every key, "
+            "`--help mask.` those of one group; `alphatoken --version` says which version this is."
+        ),
     ]
+    lines += ["`alphatoken run` without any key runs the embedded example."]
     return "\n".join(lines)
 
 
@@ -41,9 +44,12 @@ def command_help(
 
     Raises SettingsWrong for a group that does not exist.
     """
-    lines = [f"alphatoken {command}: {text}", "", f"usage: alphatoken {command} {synopsis}".rstrip()]
+    lines = [*_wrapped(f"alphatoken {command}: {text}"), ""]
+    lines += _wrapped(f"{command} {synopsis}".rstrip(), "usage: alphatoken ")
     if options:
-        lines += ["", "options:", *[f"  {flag:<18}{meaning}" for flag, meaning in options.items()]]
+        lines += ["", "options:"]
+        for flag, meaning in options.items():
+            lines += _wrapped(meaning, f"  {flag:<18}")
     if not reads_settings:
         return "\n".join(lines)
     prefixes = [word.rstrip(".") for word in asked if not word.startswith("-") and "=" not in word]
@@ -65,18 +71,31 @@ def command_help(
     choices = {g: c for g, c in groups().items() if ALL in asked or g in prefixes or (not prefixes and g in _SHORT)}
     if choices:
         lines += ["", "groups, each a set of values for the keys below (group=choice):"]
-        lines += [f"  {group}={' | '.join(names)}" for group, names in choices.items()]
-    lines += ["", title]
-    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else NOT_WRAPPED
+        for group, names in choices.items():
+            lines += _wrapped(" | ".join(names), f"  {group}=")
+    lines += ["", *_wrapped(title)]
     for name, (default, meaning) in known.items():
         if name in shown:
             unit = UNITS.get(name)
             lines.append(f"  {name}={_shown(default)}" + (f"   [{unit}]" if unit else ""))
-            lines += textwrap.wrap(meaning, width, initial_indent=INDENT, subsequent_indent=INDENT)
+            lines += _wrapped(meaning, INDENT)
     return "\n".join(lines)
 
 
 _SHORT = ("experiment", "mask", "valuation")  # groups of the short help
+
+
+def _wrapped(text: str, first: str = "") -> list[str]:
+    """``text`` behind ``first``, as wide as the terminal, later lines under the first letter of ``text``."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else NOT_WRAPPED
+    return textwrap.wrap(
+        text,
+        width,
+        initial_indent=first,
+        subsequent_indent=" " * len(first),
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
 
 
 def _below(prefix: str, known: Mapping[str, object]) -> list[str]:

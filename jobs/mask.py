@@ -27,6 +27,7 @@ def make(session: Session) -> dict[str, Any]:
 def tell(session: Session, summary: dict[str, Any]) -> None:
     """Three lines on stdout: where the masks are, what was kept, and what to type next."""
     from alphatoken.pipeline.mask.layout import mask_place
+    from alphatoken.pipeline.run.progress import counted
     from alphatoken.pipeline.run.redaction import redacted
 
     settings = session.settings
@@ -38,10 +39,12 @@ def tell(session: Session, summary: dict[str, Any]) -> None:
     following = f"alphatoken mask run.dir={redacted(settings.run.dir)}{own} mask.rho=0.3 mask.name=rho-0.3"
     if summary.get("schedule") == "rehearsal":  # another rho is another rehearsal
         following = f"alphatoken report run.dir={redacted(settings.run.dir)}"
+    elif settings.mask.score == "full" or settings.mask.rule == "positive":  # which look at no rho
+        following = f"alphatoken inspect {redacted(settings.run.dir)} --mask {settings.mask.name}"
     only = sum(one["rows_with_only_always_kept"] for one in summary.get("branches", {"": summary}).values())
     for line in (
         f"masks: {place}",
-        f"{told} of {summary['response_tokens']:,} response tokens; {only:,} examples keep nothing but mask.always_keep",
+        f"{told} of {summary['response_tokens']:,} response tokens; {counted(only, 'examples')} with mask.always_keep alone",
         f"next:  {following}",
     ):
         print(line)

@@ -14,7 +14,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from alphatoken.jobs.cli import COMMANDS, parse
+from alphatoken.jobs.cli import COMMANDS, parse, quiet
 from alphatoken.jobs.config import load
 from alphatoken.pipeline.run.progress_line import clock
 from alphatoken.pipeline.settings.objectives import TASK
@@ -33,6 +33,7 @@ def execute(arguments: Sequence[str]) -> int:
     parsed = parse("plan", arguments, COMMANDS["plan"].options)
     settings = load(parsed.overrides, parsed.recorded)
     settings = replace(settings, run=replace(settings.run, tracker="none"))
+    quiet(settings.log_level)
     from alphatoken.jobs.session import Session
     from alphatoken.pipeline.plan.plan import make_plan
     from alphatoken.pipeline.plan.resume import resume_state

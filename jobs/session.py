@@ -205,6 +205,10 @@ class Session:
         if name == "embedded":
             return str(example_model(self.progress.say))
         place = Path(name.removeprefix("file://")).expanduser()
+        if name.startswith(("/", "~", ".", "file://")) and not place.exists():  # no hub id is written so
+            raise SettingsWrong(
+                [f"{key}={name}: there is no such directory; give one with config.json and weights, or a hub id"]
+            )
         path = str(place.resolve()) if place.exists() else name
         own = self.settings.model
         try:

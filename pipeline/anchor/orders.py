@@ -8,7 +8,7 @@ from typing import Any
 from alphatoken.pipeline.anchor.own_step import PLACE
 from alphatoken.pipeline.anchor.places import PARTIAL, POLICY
 from alphatoken.pipeline.anchor.tensors import counts_of
-from alphatoken.pipeline.anchor.unrolled import Held
+from alphatoken.pipeline.anchor.unrolled import Held, units_of
 from alphatoken.pipeline.anchor.worker import AnchorTask
 from alphatoken.pipeline.cluster.work import Pool, Shard
 from alphatoken.pipeline.maths.batch import Sequences
@@ -16,8 +16,6 @@ from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings.objectives import RETENTION, TASK
 from alphatoken.pipeline.settings.unroll import ENOUGH_VALIDATION, LEAST_VALIDATION
-
-HALVES = 3  # units per step: the simulated run, the sweep back, and the run without the lowest tokens
 
 
 def check_validation(rows: int, objective: str = "adaptation") -> str | None:
@@ -81,7 +79,7 @@ def unroll_orders(
         counts = counts_of(run.storage, task.output, fingerprint)
         if counts is not None and all(counts_of(run.storage, one, fingerprint) is not None for one in files):
             found[name] = counts
-    missing = [Shard(name, HALVES * unroll.steps) for name in tasks if name not in found]
+    missing = [Shard(name, units_of(unroll, held)) for name in tasks if name not in found]
     if len(missing) < len(tasks):
         progress.say(f"anchor: {len(tasks) - len(missing)} of {len(tasks)} unrolled runs are complete already")
     with progress.task("anchor: unrolled runs", sum(shard.units for shard in missing), "steps") as shown:

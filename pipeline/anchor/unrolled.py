@@ -32,9 +32,13 @@ from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.objectives import RETENTION
+from alphatoken.pipeline.settings.unroll import UnrollSettings
 
 LEFT_OUT = 10  # every tenth validation row makes no direction
 DROPPED = 0.1  # of the tokens, when the run is made again without the lowest
+HALVES = 3  # units per step: the simulated run, the sweep back, and the run without the lowest tokens
+WEIGHTS_MEASURED = 3  # before the run, at its end, at the end of the run without the lowest tokens
+FORWARDS_PER_STEP = 3  # that take about as long as a step, which goes forward, back and to its weights' gradients
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,6 +53,18 @@ class Held:
         """Every tenth row is left out."""
         apart = range(LEFT_OUT - 1, len(validation), LEFT_OUT)
         return cls(validation.take([i for i in range(len(validation)) if i not in apart]), validation.take(apart))
+
+
+def steps_to_measure(rows: int, batch_size: int) -> int:
+    """About how many steps of ``batch_size`` examples take as long as the loss of ``rows`` rows."""
+    return -(-rows // (FORWARDS_PER_STEP * batch_size))
+
+
+def units_of(unroll: UnrollSettings, held: Mapping[str, Held]) -> int:
+    """How often ``advance`` counts one in an order: steps, and what it takes to measure validation losses at the end."""
+    several = [one for name, one in held.items() if name != RETENTION]
+    rows = [sum(len(one.made) for one in several), sum(len(one.left_out) for one in several)]
+    return HALVES * unroll.steps + WEIGHTS_MEASURED * sum(steps_to_measure(each, unroll.batch_size) for each in rows)
 
 
 def points_of(steps: int, snapshots: int) -> list[int]:
@@ -79,7 +95,8 @@ class UnrolledRun:
     def __call__(self, order: int, drift: str, fingerprint: str, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write the policy and minus the residuals of every snapshot of this order; returns the counts.
 
-        ``advance`` is called with 1 for every step of the simulated run, of the sweep and of the run made again.
+        ``advance`` is called with 1 for every step of the simulated run, of the sweep and of the run made again, and while the
+        losses are measured: ``units_of`` in all.
         """
         self._make_batches(order)
         weights = sum(tensor.numel() for tensor in self.start.values())
@@ -201,15 +218,20 @@ class UnrolledRun:
         of_tasks = [held for name, held in self.held.items() if name != RETENTION]
         for rows, several in (("made", [h.made for h in of_tasks]), ("left_out", [h.left_out for h in of_tasks])):
             for when, weights in (("before", self.start), ("after", end), ("masked", run.masters())):
-                found[f"{rows}_{when}"] = self._loss(several, weights)
+                found[f"{rows}_{when}"] = self._loss(several, weights, advance)
         return found
 
-    def _loss(self, several: Sequence[Sequences], weights: Tensors) -> float:
-        loss, tokens = 0.0, 0
+    def _loss(self, several: Sequence[Sequences], weights: Tensors, advance: Callable[[int], None]) -> float:
+        loss, tokens, seen, told = 0.0, 0, 0, 0
+        rows = sum(len(sequences) for sequences in several)
+        units = steps_to_measure(rows, self.unroll.batch_size)
         with swapped(self.scored, weights):
             for batch in [batch for sequences in several for batch in self._passes(sequences)]:
                 losses = token_losses_of(self.scored.model, batch, self.kernel)
                 loss, tokens = loss + float(losses.double().sum()), tokens + len(batch.predicting())
+                seen += len(batch.lengths)
+                advance(units * seen // rows - told)
+                told = units * seen // rows
         return loss / max(1, tokens)
 
     def _objectives(self, drift: str) -> list[str]:

@@ -111,8 +111,14 @@ class AnchorWorker:
         order = sorted(range(len(prompts)), key=lambda i: (-len(prompts[i]), i))
         for start in range(0, len(order), PROMPTS_PER_BATCH):
             rows = order[start : start + PROMPTS_PER_BATCH]
+            shown = _Sampling(len(rows), fisher.max_new_tokens, advance)
             sampled = sample_completions(
-                self.scored.model, [prompts[i] for i in rows], fisher.max_new_tokens, fisher.temperature, self.eos
+                self.scored.model,
+                [prompts[i] for i in rows],
+                fisher.max_new_tokens,
+                fisher.temperature,
+                self.eos,
+                shown.step,
             )
             for group in by_token_budget(sampled.lengths.tolist(), TOKENS_PER_PASS):
                 batch = sampled.rows(torch.tensor(group))
@@ -121,7 +127,7 @@ class AnchorWorker:
                 losses = ghost_pass(self.scored, batch, visit, self.kernel)
                 self._finite(losses, batch, [task.sequences.ids[rows[i]] for i in group])
                 tokens += len(losses)
-            advance(len(rows))
+            shown.end()
         counts = {"prompts": len(prompts), "tokens": tokens}
         self._save(task, task.output, {**total.total, **(factors.total if factors is not None else {})}, counts)
         return counts
@@ -205,6 +211,30 @@ class AnchorWorker:
         self, task: AnchorTask, name: str, tensors: dict[str, torch.Tensor], counts: dict[str, Any] | None = None
     ) -> None:
         write_tensors(self.storage, name, tensors, carried(task.fingerprint, counts or {}))
+
+
+class _Sampling:
+    """Counts prompts whose completions are sampled together as if one ended after the other, the last one after its gradient.
+
+    Sampling takes nearly all of the time of a Fisher, and of a few prompts it would be one long silence.
+    """
+
+    def __init__(self, prompts: int, steps: int, advance: Callable[[int], None]) -> None:
+        self.prompts, self.steps, self.advance = prompts, steps, advance
+        self.done, self.told = 0, 0
+
+    def step(self) -> None:
+        """One more token of each."""
+        self.done += 1
+        self._tell((self.prompts * self.done - 1) // self.steps)
+
+    def end(self) -> None:
+        """All are done, however early their completions ended."""
+        self._tell(self.prompts)
+
+    def _tell(self, prompts: int) -> None:
+        self.advance(prompts - self.told)
+        self.told = prompts
 
 
 def _prompt(input_ids: list[int], labels: list[int]) -> list[int]:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import gc
 import os
+import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,9 @@ from alphatoken.pipeline.cluster.work import (
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.progress import Task
 from alphatoken.pipeline.settings import ClusterSettings
+
+GETS_READY = "the worker gets ready"
+SHOWN_SECONDS = 1.0  # between two looks at a task whose worker is not there yet
 
 
 class InlineCluster:
@@ -103,7 +108,8 @@ class InlinePool:
         set_aside: dict[str, str] = {}
         in_a_row = 0
         if waiting and self.worker is None:
-            self.worker = self._started(task)
+            with _shown(task):
+                self.worker = self._started(task)
         while waiting:
             shard, before = waiting.popleft(), task.done
             kind, result = self._tried(payload(shard), task)
@@ -149,6 +155,26 @@ class InlinePool:
             task.progress.warn(f"{reason} (attempt {attempt} of {ATTEMPTS})")
             time.sleep(RETRY_SECONDS)
         raise AssertionError("the last attempt returns or raises")
+
+
+@contextmanager
+def _shown(task: Task) -> Iterator[None]:
+    """Keep the display of ``task`` alive, with what it waits for, while this thread is busy with what counts no units."""
+    noted, ended = task.noted, threading.Event()
+
+    def look() -> None:
+        while not ended.wait(SHOWN_SECONDS):
+            task.at(task.done)
+
+    thread = threading.Thread(target=look, daemon=True, name="progress")
+    task.note(", ".join(filter(None, [noted, GETS_READY])))
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
+        task.note(noted)
 
 
 class Here:

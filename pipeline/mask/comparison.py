@@ -89,7 +89,7 @@ def contributions(summary: dict[str, Any]) -> dict[str, float] | None:
     values are no sum of the components (another mask.score, mask.weights, mask.divide_by_gradient_norm).
     """
     settings, scales = summary["settings"], summary["scales"]
-    if settings["score"] != "paper" or settings["weights"] or settings["divide_by_gradient_norm"]:
+    if settings["score"] != "paper" or settings.get("weights") or settings.get("divide_by_gradient_norm"):
         return None
     weights = {"adaptation": 1.0 / scales["score"]}
     weights["stability"] = settings["stability_weight"] / scales.get("stability", 1.0)

@@ -32,6 +32,7 @@ from alphatoken.pipeline.mask.thresholds import OverDataSet, PerTokenId, Within,
 from alphatoken.pipeline.mask.together import Planned, decide_together
 from alphatoken.pipeline.mask.worker import LOWEST, Decider, Tally
 from alphatoken.pipeline.maths.masking import rank_of
+from alphatoken.pipeline.run.progress import counted
 from alphatoken.pipeline.run.run import Run
 
 ROWS_AT_ONCE = 256
@@ -216,8 +217,8 @@ def _what_was_left(inputs: MaskInputs, tally: Tally, counts: dict[str, Any]) -> 
         notes.append(f"{by} leaves fewer tokens than mask.rho={settings.rho} asks for")
     if tally.left_out.emptied:
         notes.append(
-            f"{tally.left_out.emptied:,} examples have no tokens but those that {by} leaves out and those of "
-            "mask.always_keep"
+            f"in {counted(tally.left_out.emptied, 'examples')} there are no tokens but those that {by} leaves out and those "
+            "of mask.always_keep"
             + (": where short answers are the task, set mask.skip_first=0" if settings.skip_first else "")
         )
     return notes

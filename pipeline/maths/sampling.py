@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
 from alphatoken.pipeline.maths.placement import device_of
@@ -14,12 +14,18 @@ from alphatoken.pipeline.maths.placement import device_of
 
 @torch.no_grad()
 def sample_completions(
-    model: Any, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float, eos: Sequence[int]
+    model: Any,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    temperature: float,
+    eos: Sequence[int],
+    step: Callable[[], None] = lambda: None,
 ) -> Batch:
     """Generate one completion per prompt, all in one batch; returns prompt + completion with the completion as labels.
 
     ``prompts``: unpadded token ids. Sampling is from the model's own distribution (no top-k, no top-p) at
     ``temperature``, from torch's global generator: seed it first. A completion ends with its end-of-sequence token.
+    ``step``: called after every token of all completions, at most ``max_new_tokens`` times.
     """
     device = device_of(model)
     pad = eos[0] if eos else 0
@@ -37,7 +43,12 @@ def sample_completions(
     model.eval()
     model.generation_config = GenerationConfig()  # its penalties and ends would fill in what ``config`` leaves open
     try:
-        generated = model.generate(input_ids=ids, attention_mask=mask, generation_config=config)
+        generated = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            generation_config=config,
+            stopping_criteria=StoppingCriteriaList([_Steps(step)]),
+        )
     finally:
         model.generation_config = defaults
         model.train(was_training)
@@ -47,6 +58,18 @@ def sample_completions(
         sequences.append([*prompt, *completion])
         labels.append([IGNORED] * len(prompt) + completion)
     return collate(sequences, labels).to(device)
+
+
+class _Steps(StoppingCriteria):
+    """Stops nothing: generation asks it after every token."""
+
+    def __init__(self, step: Callable[[], None]) -> None:
+        self.step = step
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor, **more: Any) -> torch.Tensor:
+        """(batch,) bool, all False."""
+        self.step()
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def _until(tokens: list[int], ends: set[int]) -> list[int]:

@@ -37,8 +37,10 @@ class RunLock:
         self._stop = threading.Event()
         self._renewed = _now()
         self._thread: threading.Thread | None = None
+        self._made_root = False  # and so takes it away where nothing was put into it
 
     def __enter__(self) -> RunLock:
+        self._made_root = not self.storage.exists("")
         for _ in range(ROUNDS):
             self._write()
             try:
@@ -90,7 +92,8 @@ class RunLock:
         with suppress(OSError):  # a claim that stays is taken for dead, since its process is
             self.storage.remove(self.name)
             self.storage.remove_if_empty(DIRECTORY)
-            self.storage.remove_if_empty("")  # a run that was refused before it began leaves nothing
+            if self._made_root:
+                self.storage.remove_if_empty("")  # a run that was refused before it began leaves nothing
 
     def _keep_alive(self) -> None:
         while not self._stop.wait(self.renew):

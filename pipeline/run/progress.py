@@ -23,6 +23,11 @@ PLAIN_SECONDS = 30.0
 SPINNER = 2  # columns, with the blank after it
 
 
+def counted(number: int, unit: str) -> str:
+    """``number`` of ``unit``, which is a plural in s."""
+    return f"{number:,} {unit.removesuffix('s') if number == 1 else unit}"
+
+
 class _Line(ProgressColumn):
     """The whole of a task in one column, so that a narrow terminal does not cut what matters."""
 
@@ -92,7 +97,7 @@ class Task:
         if progress.bars:
             self.bar = progress.bars.add_task(name, total=total, shown=self)
         else:
-            progress.say(f"{name}: started" + (f", {total:,} {unit}" if total else ""))
+            progress.say(f"{name}: started" + (f", {counted(total, unit)}" if total else ""))
 
     def __enter__(self) -> Task:
         return self
@@ -103,7 +108,9 @@ class Task:
         if self.progress.bars:
             self.progress.bars.remove_task(self.bar)  # bars are for what runs; what is done stays as a line
         if kind is None:
-            self.progress.say(f"{self.name}: done, {self.done:,} {self.unit} in {self.seconds:.0f} s" + self._suffix())
+            self.progress.say(
+                f"{self.name}: done, {counted(self.done, self.unit)} in {self.seconds:.0f} s" + self._suffix()
+            )
         self._log("task", failed=kind is not None)
 
     @property

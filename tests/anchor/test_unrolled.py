@@ -15,8 +15,9 @@ from alphatoken.pipeline.anchor import saving
 from alphatoken.pipeline.anchor.stage import NO_ROWS
 from alphatoken.pipeline.anchor.tape import kept_every, least_bytes, tape_bytes
 from alphatoken.pipeline.anchor.tensors import counts_of
-from alphatoken.pipeline.anchor.unrolled import Held, order_of, points_of
+from alphatoken.pipeline.anchor.unrolled import HALVES, Held, order_of, points_of, steps_to_measure, units_of
 from alphatoken.pipeline.anchor.worker import AnchorTask, AnchorWorker
+from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import sequences_of
 from alphatoken.pipeline.run.storage import Storage
@@ -138,7 +139,8 @@ def test_a_killed_run_goes_on_from_its_last_saved_step(made, policy, tmp_path, m
     assert counts_of(storage, f"anchors/partial/unroll-{half}-00.safetensors", "f") is not None
     done.clear()
     again = worker(task, until(-1))
-    assert done[0] == (4 if half == "forward" else 6) and sum(done) == 18
+    assert done[0] == (4 if half == "forward" else 6)
+    assert sum(done) == units_of(unroll, {"adaptation": held})
     found = {i: load_file(tmp_path / f"run/anchors/partial/gradient-{i:02d}.safetensors") for i in range(2)}
     own_steps = load_file(tmp_path / "run/anchors/own-step-00.safetensors")
     storage.remove("anchors/partial")
@@ -179,6 +181,16 @@ def test_few_validation_rows_are_warned_of_and_the_fall_on_rows_left_out_is_told
     said = out + err
     assert "warning: 20 validation rows are few" in said
     assert "on the 18 rows that made the direction" in said and "on 2 others" in said
+
+
+def test_the_time_that_measuring_takes_is_part_of_the_total():
+    """So that the display does not stand at nothing left while rows are measured after the last step."""
+    rows = Sequences([str(i) for i in range(50)], [[1, 2]] * 50, [[-100, 2]] * 50)
+    held, unroll = {"adaptation": Held.of(rows)}, Settings().anchor.unroll
+    assert (len(held["adaptation"].made), len(held["adaptation"].left_out)) == (45, 5)
+    assert [steps_to_measure(n, 8) for n in (0, 1, 24, 25, 45)] == [0, 1, 1, 2, 2]
+    assert units_of(unroll, held) == HALVES * unroll.steps + 3 * (2 + 1)
+    assert units_of(unroll, {**held, "retention": held["adaptation"]}) == units_of(unroll, held)  # not measured
 
 
 def test_the_tape_fits_its_bound():

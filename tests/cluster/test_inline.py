@@ -1,8 +1,10 @@
 """cluster.address=inline: one worker in the driver's process, the same bytes, no Ray."""
 
+import io
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,9 @@ from rich.console import Console
 
 from alphatoken.pipeline.cluster import inline
 from alphatoken.pipeline.cluster.choice import is_inline
-from alphatoken.pipeline.cluster.inline import InlineCluster
+from alphatoken.pipeline.cluster.inline import GETS_READY, InlineCluster
 from alphatoken.pipeline.cluster.work import Shard
+from alphatoken.pipeline.run import progress as progress_module
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.settings import ClusterSettings
@@ -131,3 +134,31 @@ def test_what_passes_is_tried_again_and_what_does_not_is_set_aside(monkeypatch):
 def test_an_error_names_the_shard_and_stops():
     with pytest.raises(RunFailed, match="shard 7: this number is odd"):
         squares([7, 8], {})
+
+
+class Slow:
+    """Takes half a second to get ready."""
+
+    def __init__(self) -> None:
+        time.sleep(0.5)
+
+    def __call__(self, payload, advance):
+        advance(1)
+
+
+def test_progress_is_shown_while_the_worker_gets_ready(monkeypatch):
+    monkeypatch.setattr(inline, "SHOWN_SECONDS", 0.02)
+    monkeypatch.setattr(progress_module, "PLAIN_SECONDS", 0.1)
+    console = Console(file=io.StringIO(), width=80)
+    cluster = InlineCluster(ClusterSettings(address="inline", cpus_per_worker=1), False)
+    with (
+        Progress(console) as progress,
+        cluster.pool(Slow, {}, cluster.model_resources()) as pool,
+        progress.task("value", 3, "tokens") as task,
+    ):
+        task.note("0/1 shards")
+        pool.run([Shard("shard", 3)], lambda s: None, lambda s, r: None, task)
+    said = console.file.getvalue().splitlines()
+    waiting = [one for one in said if one.startswith(f"value: 0 of 3 tokens, starting, 0/1 shards, {GETS_READY}, ")]
+    assert len(waiting) >= 2, said
+    assert said[-1].startswith("value: done, 3 tokens") and said[-1].endswith("(0/1 shards)")

@@ -168,6 +168,18 @@ def test_unreadable_model_directory(alphatoken, tmp_path, train_file):
     assert status == 2 and "model.policy" in err and "config.json" in err
 
 
+def test_a_model_directory_that_is_not_there_is_not_taken_for_a_hub_id(alphatoken, tmp_path, train_file):
+    asked = f"model.policy={tmp_path}/no-such-model"
+    status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/r", asked, f"data.train={train_file}")
+    assert status == 2 and f"{asked}: there is no such directory" in err and "Repo id" not in err
+
+
+def test_several_values_without_m_name_the_sweep(alphatoken, tmp_path):
+    status, _, err = alphatoken("mask", f"run.dir={tmp_path}/r", "mask.rho=0.3,0.5")
+    assert status == 2 and "mask.rho=0.3,0.5: several values: -m tries each of them" in err
+    assert "mask.rho=[0.3,0.5] is a list" in err
+
+
 def test_chat_data_without_a_template(alphatoken, tmp_path, train_file):
     plain = save_model(tmp_path / "plain", seed=3, chat_template=None)
     status, _, err = alphatoken("prepare", f"run.dir={tmp_path}/r", f"model.policy={plain}", f"data.train={train_file}")

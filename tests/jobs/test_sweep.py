@@ -11,7 +11,7 @@ import pytest
 
 from alphatoken.data_schemas import BRANCHES
 from alphatoken.jobs.points import expand, point_name
-from alphatoken.pipeline.mask.comparison import MaskPlace, compare
+from alphatoken.pipeline.mask.comparison import MaskPlace, compare, contributions
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.storage import Storage
 from tests.conftest import SMALL
@@ -170,3 +170,23 @@ def test_points_of_the_engine_and_of_the_model_share_what_does_not_depend_on_the
     one, other = sorted(p for p in (tmp_path / "m").iterdir() if p.is_dir())
     assert (one / f"prepared/{part}").stat().st_ino == (other / f"prepared/{part}").stat().st_ino  # one tokenizer
     assert (one / f"values/{part}").read_bytes() != (other / f"values/{part}").read_bytes()
+
+
+def test_what_is_said_next_of_a_mask_that_looks_at_no_rho(alphatoken, tmp_path):
+    """Another rho would be the same mask once more."""
+    write_run(tmp_path)
+    for name, own in {"all": ["mask.score=full"], "low": ["mask.rule=positive", "mask.score=loss"]}.items():
+        status, out, err = alphatoken("mask", f"run.dir={tmp_path}", *own, f"mask.name={name}")
+        assert status == 0, err
+        assert out.splitlines()[-1] == f"next:  alphatoken inspect {tmp_path} --mask {name}"
+
+
+def test_a_summary_from_before_a_key_was_there_is_compared(alphatoken, tmp_path):
+    """Masks of earlier versions stand beside new ones in a table and in the report."""
+    write_run(tmp_path)
+    assert alphatoken("mask", f"run.dir={tmp_path}", "mask.score=paper")[0] == 0
+    summary = json.loads((tmp_path / "masks/default/summary.json").read_text())
+    now = contributions(summary)
+    for key in ("weights", "divide_by_gradient_norm"):
+        del summary["settings"][key]
+    assert now and contributions(summary) == now

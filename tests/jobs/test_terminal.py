@@ -1,6 +1,11 @@
 """What a hand at the terminal meets: help, versions, suggestions, completion, the resolved configuration, log levels."""
 
+import contextlib
+import os
+import pty
 import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -10,6 +15,8 @@ from alphatoken.jobs.config import keys
 from alphatoken.jobs.suggestion import COMMON, OWN_VALUE
 from alphatoken.pipeline.settings import Settings
 from tests.conftest import SMALL
+
+ROOT = Path(__file__).parents[2]
 
 
 def command(capsys, *arguments: str) -> tuple[int, str, str]:
@@ -110,3 +117,23 @@ def test_log_levels(alphatoken, tmp_path, policy, train_file):
     assert status == 0 and out == "" and "prepare: WARNING: 23 of 40 rows are held out" in err, err
     assert len(err.splitlines()) == 1, err
     assert alphatoken("config", "log_level=loud")[0] == 2
+
+
+@pytest.mark.parametrize("asked", [["--help"], ["inspect", "--help"], ["mask", "--help"]])
+def test_help_fits_a_terminal_of_eighty_columns(asked):
+    driver, terminal = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80"}
+    code = "import sys; from alphatoken.jobs.cli import main; sys.exit(main(sys.argv[1:]))"
+    child = subprocess.Popen([sys.executable, "-c", code, *asked], stdout=terminal, env=environment)
+    os.close(terminal)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux says that the other end is closed
+        while read := os.read(driver, 65536):
+            shown += read
+    os.close(driver)
+    assert child.wait(60) == 0
+    lines = shown.decode().splitlines()
+    assert len(lines) > 12 and max(map(len, lines)) <= 80
+    if asked == ["--help"]:
+        (trial,) = [i for i, line in enumerate(lines) if line.startswith("  trial  ")]
+        assert lines[trial + 1].startswith(" " * 15) and lines[trial + 1].strip()[0].islower()

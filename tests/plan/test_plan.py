@@ -1,6 +1,9 @@
 """The plan against what it plans: operations against a counter on the real engine, sizes against the files of a run."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -216,3 +219,13 @@ def test_the_plan_needs_no_weights_and_says_what_resume_would_skip(alphatoken, t
     plan = json.loads(alphatoken("plan", *same, "data.max_length=200", "--json")[1])
     assert plan["resume"]["prepare"]["state"] == "refused"
     assert plan["resume"]["prepare"]["changed"] == ["data.max_length"]
+
+
+def test_the_plan_shows_no_bar_of_a_library(tmp_path, policy, train_file):
+    """In a process of its own that has read no such file before."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "HF_HOME": str(tmp_path / "cache")}
+    given = [f"run.dir={tmp_path}/run", f"model.policy={policy}", f"data.train={train_file}", "data.validation=6"]
+    command = [sys.executable, "-c", "import sys; from alphatoken.jobs.cli import main; sys.exit(main(sys.argv[1:]))"]
+    done = subprocess.run([*command, "plan", *given], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "training examples" in done.stdout, done.stderr
+    assert "examples/s" not in done.stderr and "%|" not in done.stderr, done.stderr

@@ -50,6 +50,15 @@ def test_a_refused_command_touches_nothing_and_no_point_of_a_sweep_gets_in(tmp_p
     assert sorted(p for p in tmp_path.rglob("*") if "lock" not in str(p)) == [p for p in before if "lock" not in str(p)]
 
 
+def test_a_refused_command_leaves_the_directory_as_it_found_it(tmp_path, capsys):
+    there, absent, missing = tmp_path / "there", tmp_path / "absent", tmp_path / "no.jsonl"
+    there.mkdir()
+    for run in (there, absent):
+        assert main(["prepare", f"run.dir={run}", f"data.train={missing}"]) == 2
+        assert str(missing) in capsys.readouterr().err
+    assert there.is_dir() and not any(there.iterdir()) and not absent.exists()
+
+
 def test_a_killed_owner_on_this_machine_is_seen_at_once(storage, tmp_path, object_store):
     root = storage.root if storage.local else object_store.uri(f"locks/{tmp_path.name}")
     owner = python("tests.run.hold_lock", root)

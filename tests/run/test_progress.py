@@ -6,7 +6,7 @@ import re
 import pytest
 from rich.console import Console
 
-from alphatoken.pipeline.run.progress import Progress
+from alphatoken.pipeline.run.progress import Progress, counted
 from alphatoken.pipeline.run.progress_line import Facts, clock, line
 
 HALF = Facts("anchor: validation gradient", 12_402, 21_852, "tokens", 91.0, "0/1 shards")
@@ -61,3 +61,11 @@ def test_a_remark_is_made_once_and_warnings_at_every_level():
                 progress.once("b")
             progress.warn("c")
         assert console.file.getvalue().split() == said
+
+
+def test_one_is_said_as_one():
+    console = Console(file=io.StringIO(), width=80)
+    with Progress(console) as progress, progress.task("weights", 1, "models") as task:
+        task.advance(1)
+    assert console.file.getvalue() == "weights: started, 1 model\nweights: done, 1 model in 0 s\n"
+    assert [counted(n, "rows") for n in (0, 1, 2000)] == ["0 rows", "1 row", "2,000 rows"]

@@ -5,7 +5,7 @@ const state = { a: 0, b: IDLE, score: D.scores.length ? Math.max(0, start) : -1,
 function drawLegend() {
   const one = D.scores[state.score];
   byId('legend').textContent = one
-    ? `colour: ${one.label} (${one.about}), ${one.signed ? 'blue above 0, orange below' : 'the darker the higher among all tokens'}.`
+    ? `colour: ${one.label} (${one.about}), ${one.signed ? 'blue above 0, orange below' : 'the stronger the higher among all tokens'}.`
     : 'no scores are there to colour by.';
 }
 
