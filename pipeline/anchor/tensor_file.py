@@ -50,7 +50,7 @@ class TensorFile:
         shape = self.shapes[key]
         found = torch.empty((stop - start, *shape[1:]) if shape else ())
         row = row_bytes(shape)
-        self._fill(memoryview(found.reshape(-1).view(torch.uint8).numpy()), self._starts[key] + start * row)
+        self._fill(found.reshape(-1).view(torch.uint8).numpy().data, self._starts[key] + start * row)
         return found
 
     def _bytes(self, start: int, count: int) -> bytes:

@@ -67,7 +67,7 @@ class TensorStream:
         if not finite:
             raise RunFailed(f"NaN or infinity in {key} while making {self._name}: check the model or its dtype")
         self._left.append((due, left - count))
-        self._stream.write(memoryview(content))
+        self._stream.write(content.data)
 
     def finish(self) -> None:
         """Everything must have come."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from alphatoken.pipeline.anchor.coverage import layers_of
 from alphatoken.pipeline.anchor.places import TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH
 from alphatoken.pipeline.cluster.token_batches import token_budget
@@ -70,7 +71,7 @@ def measure(run: Run) -> Calibration:
             rates["value"] = _value_rate(model, sample, settings, device)
             task.at(3)
             if settings.valuation.needs_directions:
-                costs, scored = model_costs(model, settings.anchor_layers)
+                costs, scored = model_costs(model, layers_of(model, settings.anchor_layers))
                 rates["gradient"] = _gradient_rate(costs, scored, sample, settings, device)
                 task.at(4)
                 if sample.fisher:
@@ -125,7 +126,7 @@ def _fisher_rate(costs: ModelCosts, scored: ScoredLayers, sample: Sample, settin
     fisher = settings.anchor.fisher
     prompts = [example.input_ids[: response_start(example.labels)] for example in sample.fisher[:PROMPTS_PER_BATCH]]
     ends = scored.model.generation_config.eos_token_id  # type: ignore[union-attr]  # an nn.Module to mypy
-    eos = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    eos: list[int] = ends if isinstance(ends, list) else [] if ends is None else [ends]  # type: ignore[list-item]
     torch.manual_seed(settings.run.seed)
     started = time.perf_counter()
     sampled = sample_completions(scored.model, prompts, fisher.max_new_tokens, fisher.temperature, eos)
