@@ -27,7 +27,7 @@ class Slow(ValueWorker):
     """Time for nodes to come and go."""
 
     def __call__(self, task, advance):
-        time.sleep(0.4)
+        time.sleep(1.5)
         return super().__call__(task, advance)
 
 
@@ -38,7 +38,7 @@ def at_work(run: Path) -> dict[int, int]:
 
 
 def wait_for(what) -> None:
-    ends = time.monotonic() + 120
+    ends = time.monotonic() + 240
     while not what():
         assert time.monotonic() < ends
         time.sleep(0.05)
