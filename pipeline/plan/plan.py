@@ -51,8 +51,9 @@ from alphatoken.pipeline.plan.devices import Here, device_here, device_hours
 from alphatoken.pipeline.plan.sample import Sample, sample_data
 from alphatoken.pipeline.plan.seconds import stage_seconds
 from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
+from alphatoken.pipeline.prepare.outcome import IGNORED
 from alphatoken.pipeline.prepare.pairs import Pair
-from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
+from alphatoken.pipeline.prepare.tokenize import Example
 from alphatoken.pipeline.prepare.windows import with_what_follows
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.run import Models, Run

@@ -23,7 +23,8 @@ from alphatoken.data_schemas import (
 from alphatoken.pipeline.anchor.tape import kept_every, tape_bytes
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.plan.sample import Sample
-from alphatoken.pipeline.prepare.tokenize import IGNORED, Example
+from alphatoken.pipeline.prepare.outcome import IGNORED
+from alphatoken.pipeline.prepare.tokenize import Example
 from alphatoken.pipeline.prepare.worker import to_pair_table, to_table
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings

@@ -6,6 +6,7 @@ A row that is used may carry notes about what happened to it on the way; they ar
 from dataclasses import dataclass
 from typing import Any
 
+IGNORED = -100  # the label of a token that is not learned (as in maths.batch, which needs torch)
 ROLES = ("user", "assistant", "system", "tool", "developer")
 
 # What is said of the rows that carry a note, before their number.

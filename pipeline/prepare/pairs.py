@@ -11,8 +11,9 @@ from os.path import commonprefix
 from typing import Any
 
 from alphatoken.data_schemas import BRANCHES
+from alphatoken.pipeline.prepare.outcome import IGNORED
 from alphatoken.pipeline.prepare.rows import Unusable, earlier_turns, is_sharegpt, messages
-from alphatoken.pipeline.prepare.tokenize import IGNORED, Example, ExampleMaker
+from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 
 TOKEN_COLUMNS = ("chosen_input_ids", "chosen_labels", "rejected_input_ids", "rejected_labels")
 

@@ -15,12 +15,12 @@ from typing import Any
 from tokenizers import Encoding
 
 from alphatoken.pipeline.prepare.chat import ChatTemplate, Span, valid
+from alphatoken.pipeline.prepare.outcome import IGNORED
 from alphatoken.pipeline.prepare.responses import Renderer
 from alphatoken.pipeline.prepare.rows import CHAT_CHOICES, Conversation, Plain, Pretokenized, Unusable, parse_row
 from alphatoken.pipeline.prepare.token_ends import TokenEnds
 from alphatoken.pipeline.prepare.windows import Window, window_id, windows
 
-IGNORED = -100
 _Tokens = tuple[list[int], list[int]]  # ids and labels
 _Encoded = tuple[list[int], Encoding]  # which has the offsets, and looks up single ones much faster than it lists all
 _AS_IT_IS = {

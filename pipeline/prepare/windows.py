@@ -9,9 +9,13 @@ values look ahead (`with_what_follows`).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-from alphatoken.pipeline.maths.batch import IGNORED, Sequences
+from alphatoken.pipeline.prepare.outcome import IGNORED
+
+if TYPE_CHECKING:
+    from alphatoken.pipeline.maths.batch import Sequences  # with torch, which workers of prepare do without
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +63,7 @@ def with_what_follows(sequences: Sequences, overlap: int) -> tuple[Sequences, li
             own = sequences.labels[row]
             labels[row] = [*own[: len(own) - overlap + 1], *sequences.labels[row + 1][1:overlap]]
             borrowed[row] = overlap - 1
-    return Sequences(sequences.ids, sequences.input_ids, labels), borrowed
+    return replace(sequences, labels=labels), borrowed
 
 
 def _follows(earlier: str, later: str) -> bool:

@@ -17,10 +17,11 @@ from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREPARED, QUA
 from alphatoken.pipeline.maths.model_source import ModelSource, load_tokenizer
 from alphatoken.pipeline.prepare import remarks
 from alphatoken.pipeline.prepare.decoding import decode
+from alphatoken.pipeline.prepare.outcome import IGNORED
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.repeated import repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
-from alphatoken.pipeline.prepare.tokenize import IGNORED, Draft, Example, ExampleMaker, usable
+from alphatoken.pipeline.prepare.tokenize import Draft, Example, ExampleMaker, usable
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.storage import Storage
