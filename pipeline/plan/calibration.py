@@ -19,6 +19,7 @@ import torch
 from alphatoken.pipeline.cluster.inline import InlineCluster
 from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.run.cache import cache_directory
+from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
@@ -58,11 +59,14 @@ def threads(run: Run) -> int:
 
 
 def kept(run: Run) -> Calibration | None:
-    """The measurement for this machine, model and kind of value; None where there is none, or none that can be read."""
+    """The measurement for this machine, model and kind of value; None where there is none, or none that can be read.
+
+    None also where the plan is for a machine with devices that this one has not.
+    """
     try:
         found = json.loads(_place(run).read_text(encoding="utf-8"))
         return Calibration(**found)
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError, RunFailed):
         return None
 
 

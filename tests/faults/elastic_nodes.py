@@ -64,7 +64,9 @@ def come_and_go(cluster: Cluster, first, run: Path, story: dict) -> None:
 
 if __name__ == "__main__":
     run = Path(sys.argv[1])
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    # Without Ray's own hooks at the end of a process, which can be set by the main thread alone.
+    head = {"num_cpus": 0, "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, shutdown_at_exit=False, head_node_args=head)
     first = cluster.add_node(**NODE)
     ray.init(address=cluster.address, log_to_driver=False, logging_level="ERROR")
     stage.ValueWorker = Slow
