@@ -47,9 +47,12 @@ def test_killed_drivers_and_machines_with_ray_go_on_with_the_same_command(tmp_pa
 def test_a_killed_ray_head_or_only_node_ends_the_driver_and_the_same_command_goes_on(tmp_path, inputs):
     """With two CPUs for each worker of a model: anchor has to start its own, and a Ray that is gone cannot."""
     run, own = tmp_path / "run", [*inputs, "cluster.cpus_per_worker=2"]
-    for victim, begun in (("raylet", "prepared/part-*"), ("gcs_server", ".lock/*.json")):
+    # The head first: it is missed after some seconds, in which what is left of a run could come to its end. Not before there
+    # are workers: a Ray that does not start is started once more.
+    for victim, begun in (("gcs_server", ".lock/*.json"), ("raylet", "prepared/part-*")):
         process = python("alphatoken.jobs", "run", f"run.dir={run}", *own, RAY_gcs_rpc_server_reconnect_timeout_s="3")
         until(lambda begun=begun: list(run.glob(begun)), 120)
+        until(lambda of=process: [p for p in family(of) if _is_worker(p)], 120)
         found = until(lambda of=process, name=victim: [p for p in family(of) if p.name() == name], 120)
         assert len(found) == 1
         found[0].kill()
