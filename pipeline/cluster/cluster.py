@@ -14,9 +14,8 @@ from ray.exceptions import RayError
 
 from alphatoken.pipeline.cluster.auth import about_token, token_hint
 from alphatoken.pipeline.cluster.host import kill
-from alphatoken.pipeline.cluster.inline import cpus_here
 from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.work import MOST_THREADS, Resources, Worker
+from alphatoken.pipeline.cluster.work import MOST_THREADS, Resources, Worker, cpus_here
 from alphatoken.pipeline.run.failure import RunFailed, first_line
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.settings import ClusterSettings

@@ -7,7 +7,6 @@ takes the driver with it, and the same command goes on with what is finished.
 from __future__ import annotations
 
 import gc
-import os
 import threading
 import time
 from collections import deque
@@ -29,6 +28,7 @@ from alphatoken.pipeline.cluster.work import (
     Shared,
     Worker,
     caught,
+    cpus_here,
     explained,
     told_set_aside,
 )
@@ -186,8 +186,3 @@ class Here:
     def get(self) -> Any:
         """The value."""
         return self.value
-
-
-def cpus_here() -> int:
-    """The CPUs that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,3 +138,8 @@ def told_set_aside(set_aside: Mapping[str, str], others: str) -> str:
         f"{len(set_aside)} shard(s) failed {ATTEMPTS} times and were set aside, {others}: {reasons}; remove the "
         "cause, then run the same command again"
     )
+
+
+def cpus_here() -> int:
+    """The CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -6,13 +6,13 @@ cluster, some parts to each; a small mask is done before a cluster has started.
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
+from alphatoken.pipeline.cluster.work import cpus_here
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.mask.inputs import MaskInputs
 from alphatoken.pipeline.mask.over_parts import Counting, MaskWorker, OverParts, Writing
@@ -55,7 +55,7 @@ def decide_together(planned: Sequence[Planned], rows_at_once: int) -> list[tuple
             arguments = {"storage": run.storage, "sources": sources}
             resources = run.cluster.tokenizer_resources()
             pool = stack.enter_context(run.cluster.pool(logged("mask", MaskWorker), arguments, resources))
-        over = OverParts(run.storage, sources, run.progress, _cpus(), pool)
+        over = OverParts(run.storage, sources, run.progress, cpus_here(), pool)
         found = _found(planned, over)
         masks = [
             Written(
@@ -110,7 +110,3 @@ def _is_for_workers(run: Run) -> bool:
         return False
     tokens = run.manifest.stage("prepare")["counts"].get("tokens")
     return tokens is not None and tokens >= LARGE * own.inline_below
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,6 +16,7 @@ from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from alphatoken.pipeline.prepare.chat import Span
+from alphatoken.pipeline.prepare.outcome import IGNORED
 
 _OWN = ("__call__", "_encode_plus")  # what a tokenizer would do otherwise than its backend
 _PROBES = ("a", " a", "a  b\n\n c\td ", "é 日本\u00a0🙂\r\n", "<x>  </x>")
@@ -74,14 +75,14 @@ class TokenEnds:
         whole = len(text) if text.isascii() else len(text.encode())
         return (ends - lengths, ends) if len(ends) and ends[-1] == whole and lengths.all() else None
 
-    def labels(self, ids: Sequence[int], text: str, spans: Sequence[Span], ignored: int) -> list[int] | None:
-        """The ids of the tokens that cover a character of ``spans``, ``ignored`` elsewhere; None as `places`."""
+    def labels(self, ids: Sequence[int], text: str, spans: Sequence[Span]) -> list[int] | None:
+        """The ids of the tokens that cover a character of ``spans``, -100 elsewhere; None as `places`."""
         tokens = np.array(ids, np.int64)
         found = self.places(tokens, text)
         if found is None:
             return None
         begins, ends = found
-        labels = np.full(len(tokens), ignored)
+        labels = np.full(len(tokens), IGNORED)
         for start, end in spans if text.isascii() else [_in_bytes(text, span) for span in spans]:
             own = slice(ends.searchsorted(start, "right"), begins.searchsorted(end, "left"))
             labels[own] = tokens[own]

@@ -157,7 +157,7 @@ class ExampleMaker:
         found: list[_Tokens | Unusable | None] = [None] * len(drafts)
         if self._ends is not None and (quick := self._ends.ids([draft.text for draft in drafts])) is not None:
             for i, (draft, ids) in enumerate(zip(drafts, quick, strict=True)):
-                labels = self._ends.labels(ids, draft.text, draft.spans, IGNORED)
+                labels = self._ends.labels(ids, draft.text, draft.spans)
                 found[i] = None if labels is None else (ids, labels)
         slow = iter(
             _all_encoded(self._tokenizer, [d.text for d, one in zip(drafts, found, strict=True) if one is None])

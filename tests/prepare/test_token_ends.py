@@ -66,7 +66,7 @@ def test_labels_are_those_of_the_definition(normalizer, text, data):
     cuts = sorted(data.draw(st.sets(st.integers(0, len(text)), min_size=2, max_size=4))) if len(text) > 1 else [0, 1]
     spans = list(zip(cuts[::2], cuts[1::2], strict=False))
     (ids,) = ends.ids([text])
-    found = ends.labels(ids, text, spans, -100)
+    found = ends.labels(ids, text, spans)
     assert ids == tokenizer(text, add_special_tokens=False)["input_ids"]
     if normalizer is not None and not text.isascii():
         assert found is None  # the normalizer may have changed how many bytes there are
@@ -93,7 +93,7 @@ def test_a_token_that_takes_in_blanks_is_noticed():
     ends = TokenEnds.of(tokenizer)
     for text, known in (("two<|end|>four", True), ("two<|end|>  four", False)):
         (ids,) = ends.ids([text])
-        assert (ends.labels(ids, text, [(3, 10)], -100) is not None) is known
+        assert (ends.labels(ids, text, [(3, 10)]) is not None) is known
     assert ends.ids(["\ud800"]) is None  # refused by the tokenizer, which of several is found one by one
 
 
