@@ -2,8 +2,9 @@
 
 Chat rows of about 400 tokens, made from the embedded example. The tokenizer alone goes over the same texts, rendered with
 the same template beforehand, in two processes; then the command `prepare` runs on two CPUs. CPU time is that of all
-processes together; the start of Ray is in the command's seconds, not in the stage's. `--in-turn` compares one worker with
-the tokenizer in one process, in CPU time and in turn: what a row costs, whatever else the machine does, without any start.
+processes together. The stage's seconds have the start of Ray and of the workers in them, the command's also its own imports
+and the reading of the file, which is sampled first. `--in-turn` compares one worker with the tokenizer in one process, in
+CPU time and in turn: what a row costs, whatever else the machine does, without any start.
 """
 
 from __future__ import annotations
@@ -138,7 +139,7 @@ class Watch:
 
 
 def prepare(data: Path, run: Path) -> tuple[Cost, float, Watch]:
-    """The command `prepare` on two CPUs: its cost, the seconds of the stage, and what was seen of the driver."""
+    """The command `prepare` on two CPUs: its cost, the seconds of its stage, and what was seen of the driver."""
     model = example_model(print)
     command = [
         sys.executable, "-m", "alphatoken.jobs", "prepare", f"run.dir={run}", f"data.train={data}",
@@ -177,7 +178,7 @@ def measure(rows: int, place: Path) -> None:
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
     print(f"| `prepare`, the stage | {stage:.1f} | | {stage / one.wall:.2f}; {stage / together.wall:.2f} of {TOGETHER} a call | "
           f"driver {watch.own:,.0f} MB ({watch.resident:,.0f} with mapped files); load {load} |", flush=True)  # fmt: skip
-    print(f"| `prepare`, the command with the start of Ray | {cost.wall:.1f} | {cost.cpu:.1f} | {cost.wall / one.wall:.2f}; "
+    print(f"| `prepare`, the whole command | {cost.wall:.1f} | {cost.cpu:.1f} | {cost.wall / one.wall:.2f}; "
           f"{cost.wall / together.wall:.2f} | {cost.cpu / one.cpu:.2f}; {cost.cpu / together.cpu:.2f} in CPU time; "
           f"{cost.tokens / rows:.0f} tokens a row written |", flush=True)  # fmt: skip
 

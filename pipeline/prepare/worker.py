@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -70,11 +71,30 @@ class PrepareWorker:
         self.pair = PairMaker(*arguments) if preference else None
         self.keep_reasoning = data.keep_reasoning
         self.overlap = data.overlap_within(self.make.longest)
+        self.turn = (
+            threading.Lock()
+        )  # one shard is tokenized while another is written; two at once are slower than in turn
 
     def __call__(
         self, task: PrepareTask, advance: Callable[[int], None]
     ) -> tuple[dict[str, Any], list[Example | Pair | None]]:
         """Returns the counts, and for a task without a part one example or pair per row in row order (None: not usable)."""
+        with self.turn:
+            made, rejected, examples = self._of_all(task, advance)
+        if task.quarantine and rejected:
+            self.storage.write_table(task.quarantine, pa.Table.from_pylist(rejected, QUARANTINE), task.fingerprint)
+        counts = _counts(made, rejected)
+        if task.part:  # after its quarantine, so that a part that is there has both
+            pairs = self.pair is not None and task.role == "pair"
+            table = (to_pair_table if pairs else to_table)(made)
+            self.storage.write_table(task.part, table, task.fingerprint, counts)
+            examples = []
+        return counts, examples
+
+    def _of_all(
+        self, task: PrepareTask, advance: Callable[[int], None]
+    ) -> tuple[list[Any], list[dict[str, Any]], list[Example | Pair | None]]:
+        """What the rows of a task gave, the rows of its quarantine, and the last of each row or None."""
         examples: list[Any] = []
         made: list[Any] = []
         rejected: list[dict[str, Any]] = []
@@ -91,15 +111,7 @@ class PrepareWorker:
                 made += found
                 examples.append(found[-1] if found else None)
             advance(len(chunk))
-        if task.quarantine and rejected:
-            self.storage.write_table(task.quarantine, pa.Table.from_pylist(rejected, QUARANTINE), task.fingerprint)
-        counts = _counts(made, rejected)
-        if task.part:  # after its quarantine, so that a part that is there has both
-            pairs = self.pair is not None and task.role == "pair"
-            table = (to_pair_table if pairs else to_table)(made)
-            self.storage.write_table(task.part, table, task.fingerprint, counts)
-            examples = []
-        return counts, examples
+        return made, rejected, examples
 
     def _made(self, rows: Sequence[tuple[str, int, Any, str | None]], task: PrepareTask) -> list[list[Any] | str]:
         """The examples or the pair of each of ``rows`` (file, number, row, why it cannot be read), or a reason.
