@@ -17,6 +17,7 @@ from torch import nn
 from alphatoken.pipeline.maths.attention_blocks import BLOCK
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers, stored
+from alphatoken.pipeline.maths.guard import FEW, KEPT, SHORT
 from alphatoken.pipeline.maths.head import CHUNK_BYTES
 from alphatoken.pipeline.maths.linear_maps import is_stacked_experts
 from alphatoken.pipeline.maths.models import auto_class
@@ -154,6 +155,21 @@ def ghost_flops(m: ModelCosts, s: Shapes) -> int:
 def outer_flops(m: ModelCosts, positions: int) -> int:
     """Sums of d h^T or of their squares over positions."""
     return 2 * m.scored * positions
+
+
+def guard_flops(m: ModelCosts, lengths: Sequence[int]) -> int:
+    """What `Guard` does with the first rows that it sees: each group untouched, row by row, and twice through the engine."""
+    ordered = sorted(length for length in lengths if length > 1)
+    if not ordered:
+        return 0
+    short, middle = min(ordered[0], SHORT), min(ordered[len(ordered) // 2], 2 * SHORT)
+    question = min(ordered[-1], FEW)
+    total = 2 * loss_flops(m, shapes_of([(1, question)], question))
+    for group in ([short], [short, middle], [ordered[-1]]):
+        total += sum(loss_flops(m, shapes_of([(1, row)], min(row, KEPT + 1))) for row in group)
+        engine = shapes_of([(len(group), max(group))], sum(min(row - 1, KEPT) for row in group))
+        total += 2 * loss_flops(m, engine) - lower_flops(m, engine)
+    return total
 
 
 def sweep_flops(m: ModelCosts, s: Shapes, objectives: int) -> int:

@@ -29,6 +29,7 @@ from alphatoken.pipeline.maths.costs import (
     budget_shapes,
     forward_flops,
     ghost_flops,
+    guard_flops,
     loss_flops,
     meta_model,
     model_costs,
@@ -92,16 +93,18 @@ def make_plan(run: Run) -> dict[str, Any]:
     snapshots = settings.snapshots(drift)
     tokens, response = _tokens(sample.train), _response(sample.train)
     scale = sample.scale
-    longest = max(len(example.input_ids) for example in sample.train)
+    lengths = _lengths(sample.train)
+    longest, guard = max(lengths), guard_flops(costs, lengths)
     if settings.valuation.needs_directions:
         anchor = anchor_flops(wide, sample, settings, drift, several)
-        value = several * planned_values(costs, sample, shapes, settings, snapshots, drift)
+        value = several * (planned_values(costs, sample, shapes, settings, snapshots, drift) + guard)
         floor = value_floor(costs, round(tokens * scale), round(response * scale), settings.valuation.scores)
     else:
         anchor = {"flops": 0}
-        value = floor = planned_values(costs, sample, shapes, settings, 1, "none")
+        floor = planned_values(costs, sample, shapes, settings, 1, "none")
+        value = floor + guard if floor else 0
     if settings.valuation.reference_loss:
-        value += loss_flops(costs, shapes)
+        value += loss_flops(costs, shapes) + guard
     if sample.pairs:
         value += pair_flops(
             costs,
@@ -259,6 +262,7 @@ def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, 
         "warmup": moved,
         **({"unrolled": made} if anchor.unrolled else {}),
         "validation_gradient": gradients * (ghost_flops(m, validation) + outer_flops(m, validation.predicting)),
+        "guard": sum(guard_flops(m, _lengths(rows)) for rows in (sample.fisher if has_fisher else (), sample.train)),
     }
     if (kept := retention_shapes(sample)) and settings.objectives:
         found["retention_gradient"] = gradients * (ghost_flops(m, kept) + outer_flops(m, kept.predicting))
@@ -326,8 +330,12 @@ def _split(sample: Sample) -> dict[str, int]:
     return {"split_rows": round(rows * sample.scale), "windows": round(len(windows) * sample.scale)}
 
 
+def _lengths(examples: Sequence[Example]) -> list[int]:
+    return [len(example.input_ids) for example in examples]
+
+
 def _tokens(examples: Sequence[Example]) -> int:
-    return sum(len(example.input_ids) for example in examples)
+    return sum(_lengths(examples))
 
 
 def _response(examples: Sequence[Example]) -> int:

@@ -14,6 +14,7 @@ from alphatoken import Directions, TokenValuer
 from alphatoken.data_schemas import SCORES
 from alphatoken.pipeline.maths.costs import (
     ghost_flops,
+    guard_flops,
     meta_model,
     model_costs,
     outer_flops,
@@ -26,6 +27,7 @@ from alphatoken.pipeline.maths.costs import (
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.forward import token_losses_of
 from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.guard import Guard
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions
@@ -92,6 +94,15 @@ def test_anchor_flops(example):
     prompts = [row[:40].tolist() for row in batch.input_ids]
     found = counted(lambda: sample_completions(model, prompts, 8, 1.0, []))
     assert sampling_flops(costs, len(prompts), 40, 8) == pytest.approx(found, rel=0.1)
+
+
+def test_guard_flops(example):
+    model, batch, costs = example
+    rows = [row[: len(row) - 20 * i].tolist() for i, row in enumerate(batch.input_ids)]
+    guard = Guard(scored_layers(model, 3), "sdpa", 32)
+    planned = guard_flops(costs, [len(row) for row in rows])
+    assert planned == pytest.approx(counted(lambda: guard(rows)), rel=0.1)
+    assert counted(lambda: guard(rows)) == 0 == guard_flops(costs, [1])
 
 
 def test_sweep_flops(example):
