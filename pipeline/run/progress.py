@@ -94,6 +94,7 @@ class Task:
     def __init__(self, progress: Progress, name: str, total: int | None, unit: str) -> None:
         self.progress, self.name, self.total, self.unit = progress, name, total, unit
         self.done, self.noted, self.started, self.said = 0, "", time.monotonic(), time.monotonic()
+        self.first = (0, 0.0)  # units and seconds
         if progress.bars:
             self.bar = progress.bars.add_task(name, total=total, shown=self)
         else:
@@ -116,7 +117,7 @@ class Task:
     @property
     def facts(self) -> Facts:
         """How far it is now."""
-        return Facts(self.name, self.done, self.total, self.unit, self.seconds, self.noted)
+        return Facts(self.name, self.done, self.total, self.unit, self.seconds, self.noted, self.first)
 
     @property
     def seconds(self) -> float:
@@ -133,6 +134,8 @@ class Task:
 
     def at(self, done: int) -> None:
         """Set the finished units; call it often, also without a change, so that the display stays alive."""
+        if done and not self.done:
+            self.first = done, self.seconds
         self.done = done
         if self.progress.bars:
             self.progress.bars.update(self.bar, completed=done)

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 BAR = 20  # columns of the bar
 SEPARATOR = "  "
+EARLY = 1 / 20  # of the total: so little says nothing by itself
 
 
 @dataclass(frozen=True, slots=True)
 class Facts:
-    """How far a task is. ``total``: None where it is not known; ``seconds``: since it began; ``note``: what else to show."""
+    """How far a task is. ``total``: None where it is not known; ``seconds``: since it began; ``note``: what else to show;
+    ``first``: units and seconds when the first units were seen, before which a stage reads and loads.
+    """
 
     name: str
     done: int
@@ -18,6 +21,7 @@ class Facts:
     unit: str
     seconds: float
     note: str = ""
+    first: tuple[int, float] = (0, 0.0)
 
     @property
     def rate(self) -> float | None:
@@ -26,10 +30,15 @@ class Facts:
 
     @property
     def left(self) -> float | None:
-        """Seconds that the rest will take at that rate; None where that cannot be said."""
-        if not self.total or not self.rate:
+        """Seconds that the rest will take at the pace since the first units, or while there are no others since the beginning;
+        None where that cannot be said."""
+        if not self.total or not self.done:
             return None
-        return max(0, self.total - self.done) / self.rate
+        units, seconds = self.done - self.first[0], self.seconds - self.first[1]
+        if not units and self.done < EARLY * self.total:
+            return None  # whatever came before the first unit is not to be reckoned for every other
+        units, seconds = (units, seconds) if units else (self.done, self.seconds)
+        return max(0, self.total - self.done) * seconds / units
 
     @property
     def shown_rate(self) -> str:

@@ -31,6 +31,12 @@ def test_the_time_left_is_known_after_the_first_unit_however_slow():
     assert Facts("x", 9, 4, "shards", 300.0).left == 0.0
 
 
+def test_what_comes_before_the_first_units_is_not_reckoned_for_the_others():
+    assert Facts("x", 1, 840, "steps", 49.0, first=(1, 49.0)).left is None
+    assert Facts("x", 21, 841, "steps", 89.0, first=(1, 49.0)).left == pytest.approx(820 * 2)
+    assert Facts("x", 1, 4, "shards", 300.0, first=(1, 300.0)).left == pytest.approx(900.0)
+
+
 @pytest.mark.parametrize(
     ("seconds", "shown"),
     [(0, "0:00"), (59.6, "1:00"), (69, "1:09"), (3599, "59:59"), (3600, "1:00:00"), (400_000, "111:06:40")],
