@@ -16,8 +16,9 @@ from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import MaskSettings
 
 PLAIN_ALIGNMENT = (
-    "values were taken at one model by plain alignment: on the measured example of supervised data a fine-tune on such a "
-    "mask ends worse than on a random one, on one by mask.score=information better (docs/evidence.md)"
+    "values were taken at one model by plain alignment: a fine-tune on such a mask ended worse than on a random one, on the "
+    "measured example of supervised data (where mask.score=information did better) and on the measured pairs "
+    "(docs/evidence.md, docs/results.md); `alphatoken trial` tries it on yours"
 )
 REFERENCE_UNUSED = (
     "stability against model.reference is in values/ and weighs nothing here: give it weight with mask.stability_weight, "
