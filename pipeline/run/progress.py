@@ -13,7 +13,7 @@ from rich.progress import ProgressColumn, SpinnerColumn
 from rich.progress import Task as RichTask
 from rich.text import Text
 
-from alphatoken.pipeline.run.progress_line import Facts, line
+from alphatoken.pipeline.run.progress_line import Facts, clock, line
 from alphatoken.pipeline.run.redaction import redacted
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class Task:
             now = self.facts
             told = [now.shown_rate or "starting", *([self.noted] if self.noted else []), f"{now.seconds:.0f} s"]
             if now.left is not None:
-                told.append(f"about {now.left:.0f} s left")
+                told.append(f"about {clock(now.left)} left")
             self.progress.say(f"{self.name}: {done:,}{of} {self.unit}, {', '.join(told)}")
 
     def _suffix(self) -> str:
