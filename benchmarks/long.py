@@ -41,9 +41,8 @@ def long_row(length: int, layers: int | None) -> tuple[torch.nn.Module, Batch]:
     if layers is not None:
         model.model.layers = model.model.layers[-layers:]
         model.config.num_hidden_layers = layers
-    for (
-        parameter
-    ) in model.parameters():  # of its own and not of the mapped file, whose pages come and go as the system likes
+    # Of its own and not of the mapped file, whose pages come and go as the system likes.
+    for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     ids = [token for example in examples for token in example.input_ids]
     labels = [label for example in examples for label in example.labels]

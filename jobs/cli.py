@@ -85,11 +85,11 @@ COMMANDS = {
         {"--no-wait": "print the job's id and return at once", **SWEEP},
     ),
     "export": Command(
-        "a mask in the shape that another trainer reads", "tool", "RUN --mask NAME --to FORMAT --out PATH",
+        "a mask in the shape that another trainer reads", "tool", "RUN --mask NAME --to FORMAT [--out PATH]",
         {
             "--mask NAME": "which mask of the run; default: default",
             "--to FORMAT": "hf | jsonl | shifted | loss_mask | olmo (docs/trainers.md)",
-            "--out PATH": "what to write: a file for jsonl, a directory for the others; must not be there yet",
+            "--out PATH": "what to write: a file for jsonl, a directory for the others; default: in RUN/export; must not be there",
         },
         reads_settings=False,
     ),

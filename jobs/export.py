@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from alphatoken.jobs.tool_arguments import ToolArguments
+from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.redaction import redacted
 
 MASK = "default"
@@ -21,7 +22,7 @@ def parser() -> ToolArguments:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--mask", default=MASK)
     parser.add_argument("--to", required=True, choices=list(FORMATS))
-    parser.add_argument("--out", required=True)
+    parser.add_argument("--out", help="default: RUN/export/MASK-FORMAT")
     return parser
 
 
@@ -32,10 +33,17 @@ def execute(arguments: Sequence[str]) -> int:
     from alphatoken.pipeline.trainers.source import open_mask
 
     given = parser().parse_args(list(arguments))
-    out = Path(given.out).expanduser()
+    out = Path(given.out or _place(given.run, given.mask, given.to)).expanduser()
     made = export(open_mask(given.run, given.mask), given.to, out)
     share = made.kept / made.tokens if made.tokens else 0.0
     print(f"files: {redacted(str(out))}")
     print(f"rows:  {made.rows:,} with {made.tokens:,} tokens, of which {made.kept:,} ({share:.1%}) are in the loss")
     print(f"next:  {FORMATS[given.to].reading.format(out=out)}")
     return 0
+
+
+def _place(run: str, mask: str, to: str) -> str:
+    """Where the files go without --out. Raises SettingsWrong for a run that is not on this disk."""
+    if "://" in run:
+        raise SettingsWrong(["alphatoken export: a run in an object store needs a place for the files: give --out"])
+    return f"{run}/export/{mask}-{to}" + (".jsonl" if to == "jsonl" else "")

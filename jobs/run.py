@@ -8,19 +8,27 @@ from alphatoken.pipeline.run.failure import SettingsWrong
 
 
 def execute(session: Session) -> None:
-    """Run all stages."""
+    """Run all stages. What can be known to be wrong is said before the first that holds a model."""
+    from alphatoken.pipeline.anchor.inputs import drift_of
+    from alphatoken.pipeline.mask.always_keep import always_keep_ids
     from alphatoken.pipeline.value.inputs import check_reference
 
     if wrong := mask_problems(session):
         raise SettingsWrong(wrong)
     check_reference(session.settings, session.run.models)
     valuation = session.settings.valuation
+    if valuation.needs_directions:
+        drift_of(session.settings, session.run.models)
+    if session.settings.trial.auto:
+        trial.check_names(session)
     for stage in (prepare, anchor, value):
         if stage is anchor and not valuation.needs_directions:
             scores = ",".join(valuation.scores)
             session.progress.say(f"anchor: skipped, since valuation.scores=[{scores}] looks at no direction")
         else:
             stage.execute(session)
+        if stage is prepare:
+            always_keep_ids(session.settings.mask.always_keep, session.manifest)
     if not session.settings.trial.auto:
         session.end_workers()  # what is left is the driver's
     summary = mask.make(session)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def _checked(stage: str, parsed: Arguments) -> Settings:
 
 def _job_arguments(rest: Sequence[str], parsed: Arguments, settings: Settings) -> list[str]:
     """The stage's arguments on the cluster: its Ray, and a run directory that outlives the job's working directory."""
-    found = [argument for argument in rest if argument not in ("--no-wait",)]
+    found = [_absolute_from(before, own) for before, own in pairwise(("", *rest)) if own != "--no-wait"]
     keys = {override.partition("=")[0].lstrip("+") for override in parsed.overrides}
     if not keys & {"cluster", "cluster.address"}:
         found.append("cluster.address=auto")
@@ -86,6 +87,16 @@ def _job_arguments(rest: Sequence[str], parsed: Arguments, settings: Settings) -
         found.append(f"run.dir={_quoted(absolute)}")
         print(f"run.dir is {absolute}: every node must see it there, or give a URI", file=sys.stderr)
     return found
+
+
+def _absolute_from(before: str, argument: str) -> str:
+    """An argument with the file of --from by its whole path: where it lies in a run directory it is not sent along."""
+    option, equals, place = argument.partition("=")
+    if option != "--from" or not equals:
+        option, equals, place = "", "", argument
+        if before != "--from":
+            return argument
+    return option + equals + (place if "://" in place else os.path.abspath(os.path.expanduser(place)))
 
 
 def _quoted(text: str) -> str:

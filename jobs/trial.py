@@ -57,6 +57,13 @@ def execute_auto(session: Session) -> None:
     print(f"mask:  {session.storage.path('masks')}/{write_chosen(session, summary)}")
 
 
+def check_names(session: Session) -> None:
+    """Raise SettingsWrong for a mask of trial.masks that there will not be at the end of `run`."""
+    for name in session.settings.trial.masks:
+        if name != session.settings.mask.name:
+            _named(session, name)
+
+
 def try_masks(session: Session, names: Sequence[str]) -> dict[str, Any]:
     """Run the stage on these masks of the run (none: all that are there); returns its summary."""
     from alphatoken.pipeline.trial.cards import note_winner

@@ -17,7 +17,7 @@ from alphatoken.pipeline.anchor import coverage as coverage_report
 from alphatoken.pipeline.anchor.inputs import anchor_inputs, drift_of, fisher_inputs
 from alphatoken.pipeline.anchor.loading import check_devices
 from alphatoken.pipeline.anchor.objectives import rows_of_objectives, shares_of_adaptation
-from alphatoken.pipeline.anchor.orders import check_validation, unroll_orders
+from alphatoken.pipeline.anchor.orders import check_examples, check_validation, unroll_orders
 from alphatoken.pipeline.anchor.own_step import PLACE, check_covered
 from alphatoken.pipeline.anchor.places import FACTORS, FISHER, PARTIAL, POLICY, REFERENCE, made
 from alphatoken.pipeline.anchor.summing import Sums
@@ -30,7 +30,7 @@ from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import Coverage
 from alphatoken.pipeline.maths.model_source import ModelSource
-from alphatoken.pipeline.prepare.reader import sequences_of
+from alphatoken.pipeline.prepare.reader import prepared_rows, sequences_of
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.run import Run
@@ -63,6 +63,8 @@ def make_anchors(run: Run) -> None:
     if settings.anchor.unrolled:  # before a worker starts
         for name, rows in rows_of_objectives(run).items():
             check_validation(len(rows), name)
+        unroll = settings.anchor.unroll
+        check_examples(min(prepared["counts"]["train_rows"], unroll.examples), unroll.batch_size)
         if settings.valuation.own_step:
             check_covered(prepared["counts"]["train_rows"], settings.anchor.unroll)
     counts = _Anchor(run, fingerprint, drift).make()
@@ -266,14 +268,12 @@ class _Anchor:
 
     def _draw(self, count: int) -> Sequences:
         """``count`` training examples drawn with the seed over all parts, in file order; of pairs the chosen branch."""
-        prepared = self.run.manifest.stage("prepare")
-        parts = prepared["counts"]["parts"]
+        parts = prepared_rows(self.run)
         schema, branch = (PREFERENCE_PREPARED, "chosen_") if self.run.manifest.pairs else (PREPARED, "")
-        sizes = [self.storage.rows_of(f"prepared/{part}", prepared["fingerprint"]) or 0 for part in parts]
-        total = sum(sizes)
+        total = sum(parts.values())
         chosen = sorted(random.Random(self.settings.run.seed).sample(range(total), min(count, total)))
         found, start = Sequences([], [], []), 0
-        for part, size in zip(parts, sizes, strict=True):
+        for part, size in parts.items():
             rows = [row - start for row in chosen if start <= row < start + size]
             start += size
             if rows:

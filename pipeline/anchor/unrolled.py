@@ -173,7 +173,7 @@ class UnrolledRun:
             if swept.values:  # a batch may have no labelled token
                 named = {name: {"": one} for name, one in swept.values.items()}
                 own = {name: one[""] for name, one in with_adaptation(named, shares).items()}
-                values[step] = own["adaptation"]
+                values[step] = own["adaptation"].cpu()  # as those of a run that went on, which were read
                 own_steps.add(self.rows[step], own)
             if step in snapshots:
                 for objective, residual in with_adaptation(swept.residuals(), shares).items():

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Hashable
 
 import numpy as np
+import pyarrow.compute as pc
 
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.mask.thresholds import some_tokens
 from alphatoken.pipeline.maths.masking import Bools, Floats, RankSelect, SparseCounts, rank_of
+from alphatoken.pipeline.prepare.windows import LATER_WINDOW
 
 
 class LeastStable:
@@ -63,13 +65,23 @@ def lowest_where(left_out: Bools, values: Floats) -> Floats:
 
 
 def first_of_responses(rows: PairedRows, count: int) -> Bools:
-    """The first ``count`` tokens of every response, ``(response tokens,)``; each turn of a conversation is one."""
+    """The first ``count`` tokens of every response, ``(response tokens,)``; each turn of a conversation is one.
+
+    What stands at index 1 of a later window of a long row goes on with the response of the window before.
+    """
     response = rows.response
     if not count:
         return np.zeros(int(response.sum()), np.bool_)
     before = np.concatenate([[False], response[:-1]])
-    before[rows.token_offsets()[:-1][np.diff(rows.token_offsets()) > 0]] = False  # the row before has ended
+    offsets = rows.token_offsets()
+    before[offsets[:-1][np.diff(offsets) > 0]] = False  # the row before has ended
     starts = response & ~before
     place = np.arange(len(response))
-    since = place - np.maximum.accumulate(np.where(starts, place, -1))
+    begun = np.where(starts, place, -1)
+    second = offsets[:-1][np.diff(offsets) > 1] + 1
+    if (at_once := second[starts[second]]).size:
+        of_row = np.searchsorted(offsets, at_once, side="right") - 1
+        later = pc.match_substring_regex(rows.ids, LATER_WINDOW).to_numpy()[of_row]
+        begun[at_once[later]] -= count
+    since = place - np.maximum.accumulate(begun)
     return since[response] < count

@@ -32,7 +32,7 @@ class Threshold(Protocol):
 
 
 class Fixed:
-    """A number that is known beforehand (mask.rule=positive, valuation.method=full)."""
+    """A number that is known beforehand (mask.rule=positive, mask.score=full)."""
 
     def __init__(self, threshold: np.float32) -> None:
         self.threshold = threshold

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -135,7 +136,8 @@ def _fewest(min_kept: int | float, offsets: Ints, always: Bools) -> int | Ints:
     if min_kept >= 1 or not min_kept:
         return int(min_kept)
     kept_anyway = sums_by_row(always, offsets)
-    return kept_anyway + np.ceil(min_kept * (np.diff(offsets) - kept_anyway)).astype(np.int64)
+    share = Fraction(str(min_kept))  # as it was written: in floats 0.07 of 100 would be 8
+    return kept_anyway + -((np.diff(offsets) - kept_anyway) * -share.numerator // share.denominator)
 
 
 def mask_columns(rows: PairedRows, kept: np.ndarray, weights: np.ndarray, names: Sequence[str]) -> list[pa.ListArray]:

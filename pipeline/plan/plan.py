@@ -57,6 +57,7 @@ from alphatoken.pipeline.prepare.pairs import Pair
 from alphatoken.pipeline.prepare.tokenize import Example
 from alphatoken.pipeline.prepare.windows import with_what_follows
 from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.objectives import RETENTION
@@ -72,7 +73,8 @@ def make_plan(run: Run) -> dict[str, Any]:
     """
     settings, models = run.settings, run.models
     own, policy, several = settings.model, models.policy, len(models.checkpoints)
-    config = load_config(ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code))
+    source = ModelSource(policy, own.revision, trust_remote_code=own.trust_remote_code)
+    config = load_config(here(source, weights=False))
     dtype = _dtype(settings, config)
     try:
         model, asked = meta_model(config, dtype), settings.anchor_layers
@@ -131,10 +133,10 @@ def make_plan(run: Run) -> dict[str, Any]:
     if measured:
         inline = is_inline(settings.cluster, lambda: round(tokens * scale))
         seconds = stage_seconds(stages, sample.rows, settings, measured, several, inline)
-        here = Here(device_here(), seconds["total"], measured.rates["value"])
+        machine = Here(device_here(), seconds["total"], measured.rates["value"])
     else:
         rate = cpu_rate()
-        here = Here(CPU_HERE, total / rate, rate)
+        machine = Here(CPU_HERE, total / rate, rate)
     memory = value_memory(
         costs, max(budget, longest), longest, dtype.itemsize, snapshots, settings.anchor.moves(drift),
         DIRECTIONS + len(settings.objectives),
@@ -168,7 +170,7 @@ def make_plan(run: Run) -> dict[str, Any]:
         "flops": {**stages, "total": total},
         "memory_per_worker": memory, **({"devices": devices} if devices else {}),
         "storage": {**rows_file, "direction": directions_bytes(scored), "total": sum(rows_file.values())},
-        **device_hours(total, value, round(tokens * scale), here, settings.plan.price, several_devices),
+        **device_hours(total, value, round(tokens * scale), machine, settings.plan.price, several_devices),
         **({"seconds_here": seconds, "calibration": asdict(measured)} if measured else {}),
     }  # fmt: skip
 

@@ -17,6 +17,7 @@ from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import Sources, open_sources
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.remote import Unreachable, here
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.data import HALF, DataSettings
 from alphatoken.pipeline.settings.objectives import objective_of
@@ -68,8 +69,9 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     """
     source = ModelSource(policy, settings.model.revision, trust_remote_code=settings.model.trust_remote_code)
     try:
+        source = here(source, weights=False)
         tokenizer, config = load_tokenizer(source), load_config(source)
-    except UnreadableModel as error:
+    except (UnreadableModel, Unreachable) as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
     data = settings.data
     vocabulary = config.get_text_config().vocab_size

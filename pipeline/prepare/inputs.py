@@ -155,6 +155,7 @@ def prepare_inputs(run: Run, raw: RawData) -> dict[str, Any]:
         "anchor.fisher.prompts": settings.anchor.fisher.prompts if settings.makes_fisher else 0,
         "run.seed": settings.run.seed,
         "tokenizer": of_model(run.models.policy, tokenizer_only=True),
+        **({"model.revision": settings.model.revision} if settings.model.revision else {}),
         "vocabulary": vocabulary,
         "schema": (schema.metadata or {})[b"alphatoken.schema"].decode(),
     }

@@ -63,7 +63,9 @@ def make_prepared(run: Run) -> None:
         "prepare", inputs, {"run": settings.run, "data": settings.data, "model": settings.model}, about(run, raw)
     )
     if manifest.done("prepare") and not _missing(storage, manifest.stage("prepare")):
-        run.progress.say(f"prepare: done already, {manifest.stage('prepare')['counts']['rows_used']:,} examples")
+        run.progress.say(
+            f"prepare: done already, {manifest.stage('prepare')['counts']['train_rows']:,} training examples"
+        )
         return
     train = raw.train
     for remark in raw.remarks:
@@ -85,6 +87,7 @@ def make_prepared(run: Run) -> None:
         "settings": settings, "preference": raw.preference, "positions": positions,
     }  # fmt: skip
     total = train.starts[-1]
+    _held_out_numbers(settings, total)
     with run.cluster.pool(logged("prepare", PrepareWorker), arguments, worker_resources(run.cluster, total)) as pool:
         pool.start()  # all at once: what is held out is one worker's work, during which the others get ready
         repeated = settings.data.strips_prompts and all_repeat_prompt(train, columns)
@@ -181,6 +184,20 @@ def _ends(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [] if ends is None else [ends] if isinstance(ends, int) else list(ends)
 
 
+def _held_out_numbers(settings: Settings, total: int) -> tuple[int, int]:
+    """Validation rows and Fisher prompts that are held out of ``total`` rows. Raises SettingsWrong where none would be left."""
+    validation, prompts = settings.data.held_out(total), fisher_prompts(settings, total)
+    if validation + prompts >= total:
+        raise SettingsWrong(
+            [
+                f"data.train has {total} rows, of which data.validation={validation} and "
+                f"anchor.fisher.prompts={settings.anchor.fisher.prompts} would leave none to train on: give a validation file "
+                "or smaller numbers"
+            ]
+        )
+    return validation, prompts
+
+
 class _Prepare:
     """One run of the stage."""
 
@@ -199,15 +216,8 @@ class _Prepare:
         in its shard, where it goes to the quarantine like any other.
         """
         total, validation = train.starts[-1], raw.validation
-        wanted_validation = self.settings.data.held_out(total)
-        asked, wanted = self.settings.anchor.fisher.prompts, wanted_validation + fisher_prompts(self.settings, total)
-        if wanted >= total:
-            raise SettingsWrong(
-                [
-                    f"data.train has {total} rows, of which data.validation={wanted_validation} and "
-                    f"anchor.fisher.prompts={asked} would leave none to train on: give a validation file or smaller numbers"
-                ]
-            )
+        wanted_validation, prompts = _held_out_numbers(self.settings, total)
+        wanted = wanted_validation + prompts
         if 3 * wanted > total and not is_example(self.settings.data.train):
             self.progress.warn(
                 f"prepare: WARNING: {wanted:,} of {total:,} rows are held out, more than a third ({wanted_validation:,} for "
@@ -290,17 +300,18 @@ class _Prepare:
         """Write ``rows`` of a validation file, set by ``key``, as prepared/<name>.parquet, unless done; returns the counts."""
         if not rows:
             return Counter()
-        if (before := complete(self.storage, f"{name}.parquet", self.fingerprint)) is not None:
-            return _of_validation(before, name)
         written = f"prepared/{name}.parquet", f"quarantine/{name}.parquet"
         data = self.settings.data
         tasks = self.tasks if key == "data.validation" else {}
         repeated = data.strips_prompts and repeating(sources, tasks, data.columns.given())
         role = "pair" if name == TRIAL else "validation"
-        work = PrepareTask(sources.pieces(rows), *written, self.fingerprint, role, repeated)
-        counts = Counter[str]()
-        with self.progress.task(f"prepare: {name}", len(rows), "rows") as task:
-            self.pool.run([Shard(f"{name} rows", len(rows))], lambda s: work, lambda s, r: counts.update(r[0]), task)
+        counts = Counter(complete(self.storage, f"{name}.parquet", self.fingerprint) or {})
+        if not counts:
+            work = PrepareTask(sources.pieces(rows), *written, self.fingerprint, role, repeated)
+            with self.progress.task(f"prepare: {name}", len(rows), "rows") as task:
+                self.pool.run(
+                    [Shard(f"{name} rows", len(rows))], lambda s: work, lambda s, r: counts.update(r[0]), task
+                )
         if not counts["rows_used"]:
             what = "is a pair that can be used" if self.pairs and name == TRIAL else "has a response token"
             raise RunFailed(

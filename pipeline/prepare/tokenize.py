@@ -280,12 +280,15 @@ def _windows(draft: Draft, found: Sequence[Window]) -> list[Example]:
 def usable(found: Sequence[list[Example] | Unusable]) -> list[Example]:
     """The Examples of one row. Raises `Unusable` where it cannot be used.
 
-    Of several turns those that begin after data.max_length are left out, as truncation leaves them out of a whole.
+    Of several turns those that begin after data.max_length are left out, as truncation leaves them out of a whole: the last
+    that is left says so.
     """
     kept = [example for examples in found if isinstance(examples, list) for example in examples]
     for problem in found:
         if isinstance(problem, Unusable) and (not kept or problem.code != "no_response"):
             raise problem
+    if any(isinstance(problem, Unusable) for problem in found):
+        kept[-1] = replace(kept[-1], truncated=True)
     return kept
 
 

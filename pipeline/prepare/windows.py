@@ -17,6 +17,8 @@ from alphatoken.pipeline.prepare.outcome import IGNORED
 if TYPE_CHECKING:
     from alphatoken.pipeline.maths.batch import Sequences  # with torch, which workers of prepare do without
 
+LATER_WINDOW = r"#([2-9]|[1-9][0-9]+)$"  # of `window_id`, but the first
+
 
 @dataclass(frozen=True, slots=True)
 class Window:

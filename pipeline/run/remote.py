@@ -26,7 +26,7 @@ from alphatoken.pipeline.run.seen import seen_of_file
 if TYPE_CHECKING:
     from alphatoken.pipeline.maths.model_source import ModelSource
 
-MODEL_FILES = (".safetensors", ".json", ".bin", ".gguf", ".model", ".jinja", ".txt")
+MODEL_FILES = (".safetensors", ".json", ".bin", ".gguf", ".model", ".jinja", ".txt", ".py")
 WEIGHTS = (".safetensors", ".bin", ".gguf")
 BLOCK = 8 << 20
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)

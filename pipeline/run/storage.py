@@ -22,6 +22,7 @@ from alphatoken.pipeline.run.spool import Spool
 FINGERPRINT_KEY = b"alphatoken.fingerprint"
 COUNTS_KEY = b"alphatoken.counts"
 ROWS_PER_GROUP = 2048
+OF_A_RUN = ("run.json", ".lock")  # what the directory of a run has
 OPENED_AT_ONCE = 16  # footers: a store answers after a while, and a disk while others wait
 T = TypeVar("T")
 
@@ -91,10 +92,18 @@ class Storage:
                 os.rmdir(self.path(directory))
 
     def sweep(self) -> None:
-        """Remove what writers that were killed have left beside the final names. Only for who holds the run's lock."""
-        if self.local:
-            for left in Path(self.root).rglob(".*.tmp"):
-                left.unlink(missing_ok=True)
+        """Remove what writers that were killed have left beside the final names. Only for who holds the run's lock.
+
+        Directories below that have a lock or a manifest of their own are other runs, which may be at work.
+        """
+        if not self.local:
+            return
+        for place, directories, files in os.walk(self.root):
+            inside = [d for d in directories if not any(os.path.lexists(f"{place}/{d}/{own}") for own in OF_A_RUN)]
+            directories[:] = inside
+            for name in files:
+                if name.startswith(".") and name.endswith(".tmp"):
+                    Path(place, name).unlink(missing_ok=True)
 
     def read_bytes(self, name: str) -> bytes:
         """The content of a file. Raises FileNotFoundError."""

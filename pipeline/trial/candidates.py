@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.maths.masking import rank_of
 from alphatoken.pipeline.maths.uniform import uniform
+from alphatoken.pipeline.prepare.windows import LATER_WINDOW
 
 Labels = list[npt.NDArray[np.int32]]  # of every row of the sample
 
@@ -67,16 +69,21 @@ def labels_of(candidate: Candidate, sample: Sequences, seed: int, masks: Mapping
     if candidate.kind == "mask":
         return masks[candidate.name]
     if candidate.kind == "first":
-        return [without_first(row) for row in whole]
+        return [without_first(row, name) for row, name in zip(whole, sample.ids, strict=True)]
     if candidate.kind == "random":
         return random_labels(whole, sample.ids, candidate.percent / 100, seed)
     return whole
 
 
-def without_first(labels: npt.NDArray[np.int32]) -> npt.NDArray[np.int32]:
-    """Without the first token of each response of one row; each turn of a conversation is one (mask.skip_first=1)."""
+def without_first(labels: npt.NDArray[np.int32], name: str = "") -> npt.NDArray[np.int32]:
+    """Without the first token of each response of one row; each turn of a conversation is one (mask.skip_first=1).
+
+    ``name``: of the row; a later window of a long one may go on with a response.
+    """
     response = labels != IGNORED
     starts = response & ~np.concatenate([[False], response[:-1]])
+    if re.search(LATER_WINDOW, name):
+        starts[1:2] = False
     return np.where(starts, np.int32(IGNORED), labels)
 
 

@@ -68,6 +68,9 @@ def checked_anchor(run: Run) -> dict[str, Any]:
         problems.append(
             f"valuation.layers={valuation.layers}, but the anchors were made for {inputs['valuation.layers']}"
         )
+    for key, now in (("model.dtype", run.settings.model.dtype), ("model.revision", run.settings.model.revision)):
+        if inputs[key] != now:
+            problems.append(f"{key}={now}, but the anchors were made with {inputs[key]}: add run.overwrite=anchor")
     there, asked = (one.get("model.lower_dtype", "as model.dtype") for one in (inputs, run.settings.lower_inputs))
     if there != asked:
         problems.append(f"model.lower_dtype: {asked}, but the anchors were made with {there}: add run.overwrite=anchor")

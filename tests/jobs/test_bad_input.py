@@ -237,6 +237,27 @@ def test_damaged_parquet_is_named(alphatoken, tmp_path, policy):
     assert status == 2 and "d.parquet" in err and "parquet" in err
 
 
+@pytest.mark.parametrize(
+    ("wrong", "said", "stages"),
+    [
+        (["mask.always_keep=[nosuchtoken]"], "mask.always_keep=nosuchtoken: not a token", {"prepare"}),
+        (["trial.auto=true", "trial.masks=[nosuch]"], "trial.masks=nosuch: neither a mask", set()),
+        (["anchor.drift=checkpoint"], "model.policy and model.reference are the same", set()),
+        (["data.validation=200"], "would leave none to train on", set()),
+        (["anchor=unrolled", "data.validation=16", "anchor.unroll.batch_size=99"], "give a smaller one", {"prepare"}),
+    ],
+)
+def test_what_can_be_known_is_said_before_a_model_runs(alphatoken, tmp_path, policy, train_file, wrong, said, stages):
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    status, _, err = alphatoken("run", *same, *wrong)
+    assert status == 2 and said in err.splitlines()[-1], err
+    place = tmp_path / "r/run.json"
+    found = json.loads(place.read_text())["stages"] if place.exists() else {}
+    assert {
+        name for name, record in found.items() if record["state"] == "done"
+    } == stages and "anchor: Fisher" not in err
+
+
 def test_a_stage_before_its_time_names_the_one_to_run(alphatoken, tmp_path, policy, train_file):
     same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
     (tmp_path / "beside").mkdir()

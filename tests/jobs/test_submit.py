@@ -8,10 +8,14 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from alphatoken.jobs.cli import Arguments
+from alphatoken.jobs.submit import _job_arguments
+from alphatoken.pipeline.settings import Settings
 from tests.conftest import SMALL, chat_row, write_rows
 
 ROOT = Path(__file__).parents[2]
@@ -132,6 +136,21 @@ def test_a_job_runs_streams_its_log_and_returns_its_status(dashboard, elsewhere,
     assert job in command_line(elsewhere, "status", job, address).stdout
     assert "stopped" in command_line(elsewhere, "stop", job, address).stdout
     assert command_line(elsewhere, "status", job, address).returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        (["--from", "runs/x/run.json"], ["--from", "{here}/runs/x/run.json"]),
+        (["--from=runs/x/run.json", "--no-wait"], ["--from={here}/runs/x/run.json"]),
+        (["--from", "s3://b/run.json", "mask.name=runs"], ["--from", "s3://b/run.json", "mask.name=runs"]),
+    ],
+)
+def test_a_job_finds_the_file_of_from_wherever_it_runs(given, sent, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    settings = replace(Settings(), run=replace(Settings().run, dir="/shared/run"))
+    found = _job_arguments(given, Arguments(("run.dir=/shared/run", "cluster.address=auto")), settings)
+    assert found == [one.format(here=tmp_path) for one in sent]
 
 
 def test_what_is_wrong_is_said_before_anything_is_submitted(alphatoken, tmp_path):

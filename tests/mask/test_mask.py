@@ -22,6 +22,7 @@ from alphatoken.data_schemas import COMPONENTS, SCHEMA_KEY, values_schema
 from alphatoken.pipeline.mask.left_out import first_of_responses
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.mask.stage import ROWS_AT_ONCE, make_mask
+from alphatoken.pipeline.mask.worker import _fewest
 from alphatoken.pipeline.maths.uniform import uniform
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.manifest import Manifest
@@ -251,6 +252,24 @@ def test_every_turn_of_a_conversation_has_first_tokens_and_a_row_begins_anew():
                 place = place + 1 if mark == "1" else 0
                 expected += [place <= count] if place else []
         assert first_of_responses(rows, count).tolist() == expected
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_a_later_window_goes_on_with_the_response_of_the_one_before(count):
+    turns = {"a#1": "00111000", "a#2": "0110011", "a#11": "01", "b#1": "011", "c": "011"}  # a#2: and a turn of its own
+    response = np.array([mark == "1" for row in turns.values() for mark in row])
+    lengths = pa.array(np.cumsum([0, *map(len, turns.values())]), pa.int32())
+    labels = pa.ListArray.from_arrays(lengths, pa.array(np.where(response, 7, -100), pa.int32()))
+    ids = pa.chunked_array([pa.array(list(turns))])
+    rows = PairedRows(np.zeros(len(turns) + 1, np.int64), labels, response, {}, None, ids)
+    expected = {1: [1, 0, 0, 0, 0, 1, 0, 0, 1, 0, 1, 0], 2: [1, 1, 0, 0, 0, 1, 1, 0, 1, 1, 1, 1]}[count]
+    assert first_of_responses(rows, count).tolist() == [bool(one) for one in expected]
+
+
+def test_a_fraction_that_is_kept_at_least_is_the_one_that_was_written():
+    offsets = np.array([0, 100, 150, 150])
+    assert _fewest(0.07, offsets, np.zeros(150, bool)).tolist() == [7, 4, 0]
+    assert _fewest(0.14, offsets, np.arange(150) == 120).tolist() == [14, 8, 0]
 
 
 def test_everything_but_the_first_token(tmp_path):

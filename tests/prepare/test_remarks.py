@@ -70,6 +70,14 @@ def test_reasoning_that_a_template_leaves_out_is_counted_or_kept(prepared):
     assert kept[1]["input_ids"] == plain[0]["input_ids"] and len(sent) == 2 and sent[0].id == "rows.jsonl:0#3"
 
 
+def test_turns_beyond_the_longest_are_counted_as_a_cut_row_is(prepared):
+    rows = [{"messages": [*THINKING, *THINKING, *THINKING]}]
+    _, whole, _ = prepared(QWEN_3.template, rows, keep_reasoning=True)
+    longest = len(whole[0]["input_ids"]) + 1
+    counts, kept, _ = prepared(QWEN_3.template, rows, keep_reasoning=True, max_length=longest)
+    assert 0 < len(kept) < len(whole) and counts["truncated"] == 1
+
+
 def test_prepare_says_in_one_line_what_a_template_leaves_out(alphatoken, tmp_path, policy):
     tokenizer = AutoTokenizer.from_pretrained(policy)
     tokenizer.chat_template = PHI_3.template

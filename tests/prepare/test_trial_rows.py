@@ -30,11 +30,11 @@ def test_halves_are_disjoint_and_depend_on_the_seed():
 
 @pytest.fixture
 def prepare(alphatoken, tmp_path, policy, train_file):
-    def make(name: str, *more: str) -> tuple[Path, str]:
+    def make(name: str, *more: str, status: int = 0) -> tuple[Path, str]:
         run = tmp_path / name
         arguments = [f"run.dir={run}", f"model.policy={policy}", f"data.train={train_file}", *SMALL, *more]
-        status, _, err = alphatoken("prepare", *arguments)
-        assert status == 0, err
+        found, _, err = alphatoken("prepare", *arguments)
+        assert found == status, err
         return run, err
 
     return make
@@ -104,6 +104,14 @@ def test_rows_that_should_not_be_forgotten_are_prepared_beside_the_others_and_ch
     (kept / "prepared/retention.parquet").unlink()
     assert "done already" not in prepare("kept", "data.validation=6", f"data.retention={file}")[1]
     assert len(sources(kept, "retention")) == 4
+
+
+@pytest.mark.parametrize("key", ["data.retention", "data.validation_trial", "data.validation"])
+def test_a_file_without_a_row_that_can_be_used_is_refused_each_time(prepare, tmp_path, key):
+    file = write_rows(tmp_path / "empty.jsonl", [{"prompt": "a", "completion": ""}] * 4)
+    for _ in range(2):
+        _, err = prepare("r", f"{key}={file}", status=1)
+        assert f"{key}={file}: none of its 4 rows has a response token" in err.splitlines()[-1]
 
 
 @pytest.mark.parametrize("value", ["3", "true", "[]", "''"])

@@ -50,6 +50,15 @@ def test_another_setting_is_refused_by_the_first_stage_that_depends_on_it(alphat
     assert results(directory) == before
 
 
+@pytest.mark.parametrize("change", ["model.dtype=bfloat16", "model.revision=other"])
+def test_values_are_made_with_the_model_that_the_anchors_were_made_with(alphatoken, run, change):
+    directory, same, _ = run
+    before = results(directory)
+    status, _, err = alphatoken("value", *same, change)
+    assert status == 2 and f"{change}, but the anchors were made with" in err and "run.overwrite=anchor" in err
+    assert results(directory) == before
+
+
 @pytest.mark.parametrize(
     "change",
     ["mask.name=other", "cluster.workers=2", "cluster.shard_timeout=99", "debug=true", "model.attention=eager"],

@@ -199,7 +199,7 @@ def test_pairs_have_every_column_once_per_branch(pairs, pair_rows, tmp_path):
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--to", "hf"], "the following arguments are required: --out"),
+        (["--out", "x"], "the following arguments are required: --to"),
         (["--to", "csv", "--out", "x"], "invalid choice: 'csv'"),
         (
             ["--to", "hf", "--out", "x", "--mask", "none"],

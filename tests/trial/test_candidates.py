@@ -44,3 +44,6 @@ def test_random_labels_of_rows_without_a_response_are_none():
 def test_the_first_token_of_each_turn_is_left_out():
     whole = np.array(ROWS.labels[0], np.int32)
     assert np.flatnonzero(without_first(whole) != whole).tolist() == [5, 12]
+    later = np.array([-100, 4, 5, -100, 6], np.int32)
+    for name, left_out in (("a#2", [4]), ("a#10", [4]), ("a#1", [1, 4]), ("a", [1, 4])):
+        assert np.flatnonzero(without_first(later, name) != later).tolist() == left_out
