@@ -64,8 +64,9 @@ def lowest_where(left_out: Bools, values: Floats) -> Floats:
     return np.where(left_out, np.float32(-np.inf), values)
 
 
-def first_of_responses(rows: PairedRows, count: int) -> Bools:
-    """The first ``count`` tokens of every response, ``(response tokens,)``; each turn of a conversation is one.
+def first_of_responses(rows: PairedRows, count: int, shortest: int = 1) -> Bools:
+    """The first ``count`` tokens of every response of at least ``shortest`` tokens, ``(response tokens,)``; each turn of a
+    conversation is one.
 
     What stands at index 1 of a later window of a long row goes on with the response of the window before.
     """
@@ -84,4 +85,8 @@ def first_of_responses(rows: PairedRows, count: int) -> Bools:
         later = pc.match_substring_regex(rows.ids, LATER_WINDOW).to_numpy()[of_row]
         begun[at_once[later]] -= count
     since = place - np.maximum.accumulate(begun)
-    return since[response] < count
+    first: Bools = since[response] < count
+    if shortest > 1:
+        number = np.cumsum(starts)[response] - 1  # of the response, or of its part in this row
+        first &= np.bincount(number)[number] >= shortest
+    return first

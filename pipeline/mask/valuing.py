@@ -53,7 +53,7 @@ class Valuing:
 
     def first(self, rows: PairedRows) -> Bools:
         """Those that mask.skip_first leaves out."""
-        return first_of_responses(rows, self.settings.skip_first or 0)
+        return first_of_responses(rows, self.settings.skip_first or 0, self.settings.skip_first_from or 1)
 
     def harmful(self, rows: PairedRows) -> Bools:
         """Those that mask.require leaves out: of a value below 0 for one of its tasks."""

@@ -22,6 +22,7 @@ MASK_SCORES: dict[str, tuple[str, ...]] = {
     "full": (),
 }
 WITHOUT_VALUES = ("random", "full")
+LONG_ANSWER = 32  # tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,11 @@ class MaskSettings:
         None,
         "first tokens of each response that are not kept whatever their value; null: 1 for mask.score=information, else 0",
     )
+    skip_first_from: int | None = option(
+        None,
+        "mask.skip_first holds for responses of at least so many tokens; null: 1 where mask.skip_first is given, else 32: of a "
+        "short answer the first token is what is to be learned",
+    )
     scope: str = option("dataset", "dataset | example | batch | token_id: among which tokens the threshold is taken")
     rare_tokens: int = option(32, "mask.scope=token_id: ids that occur fewer times share one threshold")
     rule: str = option(
@@ -95,6 +101,7 @@ class MaskSettings:
                 f"mask.rho={self.rho} and mask.least_stable={self.least_stable}: more than all tokens together"
             )
         found += at_least("mask.skip_first", self.skip_first or 0, 0)
+        found += at_least("mask.skip_first_from", 1 if self.skip_first_from is None else self.skip_first_from, 1)
         found += one_of("mask.scope", self.scope, ("dataset", "example", "batch", "token_id"))
         found += at_least("mask.loss_weight", self.loss_weight, 0)
         for key, asked in (
@@ -135,7 +142,7 @@ class MaskSettings:
         A mask that is made once has to hold for a whole training run: `information` says where there is most to learn,
         without stability, whose scale is another one, and without the first token, where learning is forgetting; the rest
         of a short answer must not go with it. A rehearsal is the paper's own loop, and of a pair only signed values say
-        which branch a token speaks for.
+        which branch a token speaks for. Of an answer of a word or two the first token is no manner of speaking but the answer.
         """
         lacking = "information" not in there and set(MASK_SCORES["paper"]) <= set(there)
         usual = "paper" if paired_or_rehearsed or lacking or self.weights else "information"
@@ -144,11 +151,13 @@ class MaskSettings:
         score = usual if self.score == "auto" else self.score
         weight = 1.5 if score in ("paper", "exact") and drift != "none" and not self.weights else 0.0
         first, fewest = (1, 0.2) if score == "information" else (0, 1)
+        usual_from = LONG_ANSWER if first and self.skip_first is None else 1
         return replace(
             self,
             score=score,
             stability_weight=weight if self.stability_weight is None else self.stability_weight,
             skip_first=first if self.skip_first is None else self.skip_first,
+            skip_first_from=usual_from if self.skip_first_from is None else self.skip_first_from,
             min_kept=fewest if self.min_kept is None else self.min_kept,
             require=names_in(there, score) or "all" if self.require == "all" else self.require,
         )

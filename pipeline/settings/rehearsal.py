@@ -50,6 +50,7 @@ def decided_by(own: Mapping[str, Any]) -> dict[str, Any]:
         "loss_weight": 0.0,
         "least_stable": 0.0,
         "skip_first": 0,
+        "skip_first_from": None,
         "weights": None,
         "require": "none",
     }

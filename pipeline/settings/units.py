@@ -39,6 +39,7 @@ UNITS = {
     "mask.stability_weight": "factor",
     "mask.loss_weight": "factor",
     "mask.skip_first": "tokens per response",
+    "mask.skip_first_from": "tokens of a response",
     "mask.least_stable": "fraction of the response tokens",
     "mask.rare_tokens": "occurrences",
     "mask.batch_size": "examples",

@@ -22,6 +22,7 @@ from alphatoken.data_schemas import COMPONENTS, SCHEMA_KEY, values_schema
 from alphatoken.pipeline.mask.left_out import first_of_responses
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.mask.stage import ROWS_AT_ONCE, make_mask
+from alphatoken.pipeline.mask.valuing import Valuing
 from alphatoken.pipeline.mask.worker import _fewest
 from alphatoken.pipeline.maths.uniform import uniform
 from alphatoken.pipeline.run.failure import SettingsWrong
@@ -29,7 +30,7 @@ from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.storage import ROWS_PER_GROUP, Storage
 from alphatoken.pipeline.settings import MaskSettings
-from alphatoken.pipeline.settings.mask import MASK_SCORES
+from alphatoken.pipeline.settings.mask import LONG_ANSWER, MASK_SCORES
 from tests.conftest import save_tokenizer
 from tests.mask.synthetic_run import (
     COLUMNS,
@@ -109,7 +110,10 @@ def naive(prepared, values, sizes, settings: MaskSettings, seed: int = 0):
             turn = t  # where the response that t belongs to begins
             while turn and r[turn - 1]:
                 turn -= 1
-            if r[t] and t - turn < settings.skip_first:
+            stop = turn
+            while stop < len(r) and r[stop]:
+                stop += 1
+            if r[t] and t - turn < settings.skip_first and stop - turn >= (settings.skip_first_from or 1):
                 row[t] = -np.inf
     groups, start = [], 0
     for size in sizes:
@@ -194,6 +198,7 @@ EVERYTHING = {
         {"score": "paper", "skip_first": 1, "least_stable": 0.1},
         {"skip_first": 3, "rho": 0.6, "min_kept": 0, "always_keep": []},
         {"skip_first": 2, "scope": "example", "rho": 0.9, "min_kept": 2},
+        {"skip_first": 2, "skip_first_from": 4, "rho": 0.7, "min_kept": 0},
         *({"score": score, "rho": 0.3} for score in MASK_SCORES),
         *({"score": score, "stability_weight": 0.7, "normalize": "rms"} for score in WITH_VALUES),
         *({"score": score, "loss_weight": 0.6, "skip_first": 2, "min_kept": 0} for score in WITH_VALUES),
@@ -285,10 +290,10 @@ def test_everything_but_the_first_token(tmp_path):
 
 
 def test_what_is_left_open_follows_the_score(tmp_path):
-    """lambda is 1.5 where signed values of a direction are weighed; information leaves out the first token."""
+    """lambda is 1.5 where signed values of a direction are weighed; information leaves out the first token of long answers."""
     left_open = {score: {"stability_weight": 0.0, "skip_first": 0} for score in MASK_SCORES if score != "unrolled"}
     left_open["paper"] = left_open["exact"] = {"stability_weight": 1.5, "skip_first": 0}
-    left_open["information"] = {"stability_weight": 0.0, "skip_first": 1}
+    left_open["information"] = {"stability_weight": 0.0, "skip_first": 1, "skip_first_from": LONG_ANSWER}
     storage, *_ = write_run(tmp_path)
     found = {}
     for score, own in left_open.items():
@@ -302,7 +307,20 @@ def test_what_is_left_open_follows_the_score(tmp_path):
     assert masks_differ([rows for _, rows in found.values()])
     usual = mask(storage)
     assert masks(storage) == found["information"][1] and usual["score"] == "information"
-    assert found["information"][0]["left_out"]["first"] > 0 == found["paper"][0]["left_out"]["first"]
+    assert found["information"][0]["left_out"]["first"] == found["paper"][0]["left_out"]["first"] == 0  # all are short
+    assert mask(storage, score="information", skip_first=1, name="first")["left_out"]["first"] > 0
+
+
+def test_first_tokens_of_short_answers_are_not_left_out_unless_that_was_asked_for():
+    lengths = [LONG_ANSWER - 1, LONG_ANSWER, 3]
+    response = np.concatenate([[False, *[True] * length] for length in lengths])
+    offsets = pa.array(np.cumsum([0, *(length + 1 for length in lengths)]), pa.int32())
+    labels = pa.ListArray.from_arrays(offsets, pa.array(np.where(response, 7, -100), pa.int32()))
+    rows = PairedRows(np.zeros(4, np.int64), labels, response, {}, None, pa.chunked_array([pa.array(list("abc"))]))
+    firsts = np.cumsum([0, *lengths[:-1]])
+    for own, left_out in (({}, [1]), ({"skip_first": 1}, [0, 1, 2]), ({"skip_first": 1, "skip_first_from": 4}, [0, 1])):
+        settings = MaskSettings(score="information", **own).resolved(False)
+        assert np.flatnonzero(Valuing(settings, {}).first(rows)).tolist() == firsts[left_out].tolist()
 
 
 def test_left_open_the_score_is_information_where_it_is_there_and_the_papers_where_it_is_not(tmp_path):

@@ -20,9 +20,9 @@ from tests.mask.synthetic_run import masks, write_run
 PRESETS = {
     "half": {},
     "paper": {"score": "paper", "stability_weight": 1.5, "skip_first": 0, "scope": "batch"},
-    "information": {"score": "information", "stability_weight": 0.0, "skip_first": 1},
+    "information": {"score": "information", "stability_weight": 0.0},
     "noise": {
-        "score": "information", "stability_weight": 0.0, "skip_first": 1, "loss_weight": 1.0, "normalize": "rms",
+        "score": "information", "stability_weight": 0.0, "loss_weight": 1.0, "normalize": "rms",
         "rho": 0.7, "min_kept": 1,
     },
     "random": {"score": "random"},
@@ -74,7 +74,7 @@ def first_values(name: str, value: dict, inside: list[bool], scales: dict[str, f
 @pytest.mark.parametrize("name", PRESETS)
 def test_its_mask_keeps_the_highest_of_what_it_names(tmp_path, name):
     storage, prepared, values = write_run(tmp_path, (200,))
-    settings = load([f"mask={name}", "mask.always_keep=[]", "mask.min_kept=0"])
+    settings = load([f"mask={name}", "mask.always_keep=[]", "mask.min_kept=0", "mask.skip_first_from=1"])
     make_mask(Run(storage, Manifest(storage), settings, Progress(Console(quiet=True))))
     inside = [[label != -100 for label in row["labels"]] for row in prepared]
     scales = {}

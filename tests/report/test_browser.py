@@ -23,7 +23,10 @@ def browser():
 def storage(tmp_path_factory):
     made = write_shown(tmp_path_factory.mktemp("shown"), zero=("stability_causal",))
     return with_masks(
-        made, default={"min_kept": 1}, paper={"score": "paper"}, example={"score": "entropy", "scope": "example"}
+        made,
+        default={"min_kept": 1, "skip_first": 1},
+        paper={"score": "paper"},
+        example={"score": "entropy", "scope": "example"},
     )
 
 

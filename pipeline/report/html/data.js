@@ -36,6 +36,7 @@ function opened(branch) {
       kept: branch.k.map((own) => flags(own, place)),
       scores: branch.s.map(floats),
       since: sinceStart(response),
+      turn: turnLengths(response),
     };
   }
   return branch.open;
@@ -45,6 +46,18 @@ function opened(branch) {
 function sinceStart(response) {
   let run = 0;
   return response.map((inside) => (inside ? run++ : (run = 0)));
+}
+
+// How many tokens the response of each token has.
+function turnLengths(response) {
+  const lengths = response.map(() => 0);
+  for (let start = 0; start < response.length; start++) {
+    let stop = start;
+    while (response[stop]) stop++;
+    lengths.fill(stop - start, start, stop);
+    start = Math.max(start, stop);
+  }
+  return lengths;
 }
 
 // The share of all tokens of the run that have a lower score, 0 to 1.

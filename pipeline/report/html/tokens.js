@@ -89,7 +89,8 @@ function why(branch, index, i, mask) {
   const value = own.scores[s][place];
   const above = value >= threshold * (1 - Math.sign(threshold) * 1e-3);
   const against = `${D.scores[s].label} ${short(value)}, threshold${branch.th[mask] === null ? '' : settings.scope === 'batch' ? ' of its batch' : ' of its row'} ${short(threshold)}`;
-  if (!kept && own.since[i] < (settings.skip_first ?? 0)) return `${says}: mask.skip_first leaves it out (${against})`;
+  const skipped = own.turn[i] >= (settings.skip_first_from ?? 1) ? (settings.skip_first ?? 0) : 0;
+  if (!kept && own.since[i] < skipped) return `${says}: mask.skip_first leaves it out (${against})`;
   if (kept && always.includes(branch.t[i])) return `${says}: one of mask.always_keep (${against})`;
   if (kept && !above) return `${says}: by mask.min_kept (${against})`;
   if (!kept && above && settings.least_stable) return `${says}: mask.least_stable leaves it out (${against})`;
