@@ -21,6 +21,7 @@ from alphatoken.pipeline.run.manifest import versions_line
 from alphatoken.pipeline.run.redaction import redacted
 from alphatoken.pipeline.settings import Settings
 
+BROKEN_PIPE = 141  # as a shell counts a process that SIGPIPE has ended
 SWEEP = {
     "-m": "sweep: run every combination of `key=a,b` overrides",
     "--from FILE": "start from the settings in a run.json, or in a mask's summary.json",
@@ -128,12 +129,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     texts = {name: command.text for name, command in COMMANDS.items()}
     if not arguments or arguments[0] in ("-h", "--help"):
-        print(usage(texts))
-        return 0 if arguments else 2
+        return _printed(usage(texts), 0 if arguments else 2)
     name, rest = arguments[0], arguments[1:]
     if name == "--version":
-        print(versions_line())
-        return 0
+        return _printed(versions_line(), 0)
     command = COMMANDS.get(name)
     if command is None:
         meant = near_word(name, COMMANDS)
@@ -141,8 +140,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     debug = "debug=true" in [argument.lower() for argument in rest]
     try:
         if "-h" in rest or "--help" in rest:
-            print(command_help(name, command.text, command.synopsis, command.options, rest, command.reads_settings))
-            return 0
+            told = command_help(name, command.text, command.synopsis, command.options, rest, command.reads_settings)
+            return _printed(told, 0)
         if command.kind == "tool":
             return importlib.import_module(f"{__package__}.{command.module or name}").execute(rest)
         parsed = parse(name, rest, command.options)
@@ -156,6 +155,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("alphatoken: stopped; the same command goes on from here", file=sys.stderr)
         return 130
+    except BrokenPipeError:
+        return _unread()
     except Exception as error:
         if debug:
             raise
@@ -164,6 +165,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"alphatoken {name}: {redacted(text)}{hint}", file=sys.stderr)
         return 1
     return 0
+
+
+def _printed(text: str, status: int) -> int:
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        return _unread()
+    return status
+
+
+def _unread() -> int:
+    """Whoever read stdout has seen enough (`| head`): nothing more is written, not at the end of the interpreter either."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return BROKEN_PIPE
 
 
 def settings_of(name: str, parsed: Arguments) -> Settings:
@@ -238,7 +253,9 @@ def _run(name: str, settings: Settings, overrides: Sequence[str]) -> None:
             session.require_run()
         session.claim()
         if settings.run.overwrite:
-            session.manifest.discard(settings.run.overwrite)
+            from alphatoken.jobs.start_anew import start_anew
+
+            start_anew(name, session)
         try:
             if settings.run.share and name not in ("mask", "report"):
                 session.share()

@@ -5,8 +5,11 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
+from alphatoken.jobs.points import quoted
 from alphatoken.jobs.session import Session
 from alphatoken.pipeline.settings import MaskSettings
+
+OTHERS = (0.3, 0.7, 0.5)  # of which one is proposed as the next mask's rho
 
 
 def execute(session: Session) -> None:
@@ -36,11 +39,14 @@ def tell(session: Session, summary: dict[str, Any]) -> None:
     if summary["loss_weight"]:
         told = f"weigh: {summary['loss_weight']['mean']:.3f} on average, all labels kept,"
     own = "".join(f" {shlex.quote(override)}" for override in _overrides(settings.mask))
-    following = f"alphatoken mask run.dir={redacted(settings.run.dir)}{own} mask.rho=0.3 mask.name=rho-0.3"
+    place_given = shlex.quote(f"run.dir={quoted(redacted(settings.run.dir))}")
+    taken = (rho for rho in OTHERS if rho == settings.mask.rho or session.storage.exists(mask_place(f"rho-{rho}")))
+    left = [rho for rho in OTHERS if rho not in set(taken)]
+    following = f"alphatoken inspect {shlex.quote(redacted(settings.run.dir))} --mask {settings.mask.name}"
     if summary.get("schedule") == "rehearsal":  # another rho is another rehearsal
-        following = f"alphatoken report run.dir={redacted(settings.run.dir)}"
-    elif settings.mask.score == "full" or settings.mask.rule == "positive":  # which look at no rho
-        following = f"alphatoken inspect {redacted(settings.run.dir)} --mask {settings.mask.name}"
+        following = f"alphatoken report {place_given}"
+    elif left and settings.mask.score != "full" and settings.mask.rule != "positive":  # which look at no rho
+        following = f"alphatoken mask {place_given}{own} mask.rho={left[0]} mask.name=rho-{left[0]}"
     only = sum(one["rows_with_only_always_kept"] for one in summary.get("branches", {"": summary}).values())
     for line in (
         f"masks: {place}",
@@ -54,7 +60,7 @@ def _overrides(settings: MaskSettings) -> list[str]:
     """What makes another mask of the same kind, but for rho and name: all that is not the default."""
     usual, own = asdict(MaskSettings()), asdict(settings)
     changed = {key: value for key, value in own.items() if value != usual[key] and key not in ("rho", "name")}
-    lists = {key: f"[{','.join(map(str, value))}]" for key, value in changed.items() if isinstance(value, list)}
+    lists = {key: f"[{','.join(map(quoted, value))}]" for key, value in changed.items() if isinstance(value, list)}
     dicts = {
         key: f"{{{', '.join(f'{name}: {one}' for name, one in value.items())}}}"
         for key, value in changed.items()

@@ -22,6 +22,13 @@ from alphatoken.pipeline.run.failure import SettingsWrong
 LONGEST_NAME = 100
 
 
+def quoted(value: object) -> str:
+    """A value for Hydra's grammar."""
+    text = str(value)
+    plain = all(c.isalnum() or c in "/._-" for c in text)
+    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
+
+
 @dataclass(frozen=True, slots=True)
 class Swept:
     """One swept key with the value that it has at a point, both as on the command line."""

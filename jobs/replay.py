@@ -61,6 +61,10 @@ def other_masks(place: str, recorded: Mapping[str, Any]) -> str:
 
 
 def _read(place: str, storage: Storage, name: str) -> Any:
+    if not storage.exists(name):
+        raise SettingsWrong([f"--from {place}: there is no such file"])
+    if not name.endswith(".json"):
+        raise SettingsWrong([f"--from {place}: give the run.json of a run, or the {SUMMARY} of a mask"])
     try:
         return storage.read_json(name)
     except (OSError, ValueError) as error:

@@ -9,18 +9,10 @@ from alphatoken.pipeline.run.failure import SettingsWrong
 
 def execute(session: Session) -> None:
     """Run all stages. What can be known to be wrong is said before the first that holds a model."""
-    from alphatoken.pipeline.anchor.inputs import drift_of
     from alphatoken.pipeline.mask.always_keep import always_keep_ids
-    from alphatoken.pipeline.value.inputs import check_reference
 
-    if wrong := mask_problems(session):
-        raise SettingsWrong(wrong)
-    check_reference(session.settings, session.run.models)
+    check(session)
     valuation = session.settings.valuation
-    if valuation.needs_directions:
-        drift_of(session.settings, session.run.models)
-    if session.settings.trial.auto:
-        trial.check_names(session)
     for stage in (prepare, anchor, value):
         if stage is anchor and not valuation.needs_directions:
             scores = ",".join(valuation.scores)
@@ -37,6 +29,20 @@ def execute(session: Session) -> None:
         session.end_workers()
     report.make(session)
     mask.tell(session, summary)
+
+
+def check(session: Session) -> None:
+    """Raise SettingsWrong for what no stage has to run to know."""
+    from alphatoken.pipeline.anchor.inputs import drift_of
+    from alphatoken.pipeline.value.inputs import check_reference
+
+    if wrong := mask_problems(session):
+        raise SettingsWrong(wrong)
+    check_reference(session.settings, session.run.models)
+    if session.settings.valuation.needs_directions:
+        drift_of(session.settings, session.run.models)
+    if session.settings.trial.auto:
+        trial.check_names(session)
 
 
 def mask_problems(session: Session) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -63,6 +64,8 @@ class Session:
 
         Raises RunFailed while another driver lives.
         """
+        if self.storage.local and os.path.isfile(self.storage.root):
+            raise SettingsWrong([f"run.dir={self.settings.run.dir}: is a file: give a directory"])
         lock = RunLock(self.storage)
         lock.__enter__()
         self._lock = lock  # not before it is held: the end of a session cleans up after its own workers alone

@@ -24,6 +24,7 @@ from alphatoken.jobs.cli import COMMANDS, Arguments, parse, settings_of
 from alphatoken.jobs.config import load
 from alphatoken.jobs.job_api import connect
 from alphatoken.jobs.packing import what_is_packed
+from alphatoken.jobs.points import quoted
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong, first_line
 from alphatoken.pipeline.settings import Settings
 
@@ -84,7 +85,7 @@ def _job_arguments(rest: Sequence[str], parsed: Arguments, settings: Settings) -
     if "://" not in place and not os.path.isabs(os.path.expanduser(place)) and not swept:
         absolute = os.path.abspath(place)
         found = [argument for argument in found if not argument.startswith("run.dir=")]
-        found.append(f"run.dir={_quoted(absolute)}")
+        found.append(f"run.dir={quoted(absolute)}")
         print(f"run.dir is {absolute}: every node must see it there, or give a URI", file=sys.stderr)
     return found
 
@@ -97,12 +98,6 @@ def _absolute_from(before: str, argument: str) -> str:
         if before != "--from":
             return argument
     return option + equals + (place if "://" in place else os.path.abspath(os.path.expanduser(place)))
-
-
-def _quoted(text: str) -> str:
-    """A value for Hydra's grammar."""
-    plain = all(c.isalnum() or c in "/._-" for c in text)
-    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 def _submit(client: Any, entrypoint: str) -> str:

@@ -22,6 +22,7 @@ from alphatoken.jobs.config import load
 from alphatoken.jobs.mask_sweep import BegunPoint, begin, make_all
 from alphatoken.jobs.points import Point, Swept, expand, point_name
 from alphatoken.jobs.session import Session
+from alphatoken.jobs.start_anew import start_anew
 from alphatoken.pipeline.mask.comparison import ComparedMask, MaskPlace, branches_of, compare
 from alphatoken.pipeline.mask.layout import has_shards
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
@@ -59,7 +60,8 @@ def sweep_points(
     composed: list[tuple[Point, Settings]] = []
     failures: list[PointFailure] = []
     problems: list[str] = []
-    for point in expand(overrides):
+    every = expand(overrides)
+    for point in every:
         try:
             composed.append((point, load(point.overrides, recorded)))
         except SettingsWrong as error:
@@ -67,7 +69,7 @@ def sweep_points(
             problems += [problem for problem in error.problems if problem not in problems]
     if not composed:
         raise SettingsWrong(problems)
-    points = _placed(composed)
+    points = _placed(composed, every if failures else [])
     places = [(p.settings.run.dir, p.settings.mask.name) for p in points]
     double = {place for place in places if places.count(place) > 1}
     if double:
@@ -78,14 +80,23 @@ def sweep_points(
     return points, failures
 
 
-def _placed(composed: Sequence[tuple[Point, Settings]]) -> list[SweepPoint]:
-    """Give every point its mask.name and run.dir, unless the user has."""
+def _placed(composed: Sequence[tuple[Point, Settings]], every: Sequence[Point]) -> list[SweepPoint]:
+    """Give every point its mask.name and run.dir, unless the user has.
+
+    ``every``: all points, where some did not compose: the places of the others are what they would be among all.
+    """
     upstream = {_upstream(settings) for _, settings in composed}
     masks = {repr(replace(settings.mask, name="")) for _, settings in composed}
+    if len(upstream) == 1:
+        upstream |= {repr(_of_kind(point, masks=False)) for point in every} - {
+            repr(_of_kind(composed[0][0], masks=False))
+        }
+    if len(masks) == 1:
+        masks |= {repr(_of_kind(point, masks=True)) for point in every} - {repr(_of_kind(composed[0][0], masks=True))}
     placed = []
     for point, settings in composed:
         given = {override.partition("=")[0].lstrip("+") for override in point.overrides}
-        above = tuple(one for one in point.swept if not _is_mask(one))
+        above = _of_kind(point, masks=False)
         own = tuple(one for one in point.swept if _is_mask(one) or len(upstream) == 1)
         if len(upstream) > 1 and "run.dir" not in {one.key for one in point.swept}:
             place = f"{settings.run.dir.rstrip('/')}/{point_name(above)}"
@@ -94,6 +105,11 @@ def _placed(composed: Sequence[tuple[Point, Settings]]) -> list[SweepPoint]:
             settings = replace(settings, mask=replace(settings.mask, name=point_name(own)))
         placed.append(SweepPoint(point.name, settings, point.overrides))
     return placed
+
+
+def _of_kind(point: Point, masks: bool) -> tuple[Swept, ...]:
+    """What is swept of masks, or of what comes before them."""
+    return tuple(one for one in point.swept if _is_mask(one) == masks)
 
 
 def _is_mask(swept: Swept) -> bool:
@@ -117,6 +133,7 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
         progress.say(f"{number}/{len(points)} {name} failed: {failures[-1].reason}")
 
     with ExitStack() as stack:  # the first session that starts Ray ends it, after the last point
+        ready: set[str] = set()  # run directories that were started anew, or share what they can
         sessions: dict[str, Session] = {}  # each run directory has one, which holds its lock until the end
         for number, point in enumerate(points, 1):
             progress.say(f"{number}/{len(points)} {point.name}")
@@ -127,12 +144,14 @@ def run_sweep(command: str, points: Sequence[SweepPoint], progress: Progress) ->
                     session = stack.enter_context(Session(settings, progress))
                     session.claim()
                     sessions[root] = session  # once it is claimed: the next point has to ask again where it was refused
-                    if settings.run.overwrite:
-                        session.manifest.discard(settings.run.overwrite)
-                    if command != "mask":
-                        session.share(finished if several else [])
                 session = sessions[root]
                 session.change(settings, point.overrides)
+                if root not in ready:
+                    if settings.run.overwrite:
+                        start_anew(command, session)
+                    if command != "mask":
+                        session.share(finished if several else [])
+                    ready.add(root)
                 if command == "mask":
                     begun.append(begin(number, point.name, session))
                     continue

@@ -27,6 +27,9 @@ REFERENCE_UNUSED = (
 NO_SIGN = (
     "mask.rule=positive keeps everything that mask.score={score} is given to, which has no sign: choose mask.rule=top"
 )
+NEVER_ABOVE_0 = (
+    "mask.rule=positive keeps nothing by mask.score=loss, whose value is minus the loss: choose mask.rule=top"
+)
 SIGNED_SCORES = ("paper", "exact", "unrolled", "excess_loss")
 
 
@@ -111,7 +114,7 @@ def _notes(run: Run, settings: MaskSettings, always: np.ndarray, drift: str | No
         found.append(REFERENCE_UNUSED)
     weighed = settings.stability_weight or settings.loss_weight
     if settings.rule == "positive" and settings.score not in (*SIGNED_SCORES, "full") and not weighed:
-        found.append(NO_SIGN.format(score=settings.score))
+        found.append(NEVER_ABOVE_0 if settings.score == "loss" else NO_SIGN.format(score=settings.score))
     return tuple(found)
 
 

@@ -10,6 +10,7 @@ from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel,
 from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import draw_order, halves
 from alphatoken.pipeline.prepare.inputs import checked_overlap, fisher_prompts, is_preference, open_validation
+from alphatoken.pipeline.prepare.outcome import because
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeats_prompt, without_prompt
@@ -89,7 +90,8 @@ def sample_data(settings: Settings, policy: str) -> Sample:
         raise SettingsWrong([f"data.train has {total} rows, of which {wanted} are to be held out: none would be left"])
     drawn = [row for row, _ in zip(draw_order(total, settings.run.seed), range(wanted + SAMPLE), strict=False)]
     overlap = checked_overlap(data, positions, preference)
-    examples = _examples(pair if preference else make, train, drawn, data)
+    refused: list[str] = []
+    examples = _examples(pair if preference else make, train, drawn, data, refused)
     usable = [row for row, example in enumerate(examples) if example is not None]
     several: list[Any] = [None if example is None else [example] for example in examples]
     if overlap is not None:  # rows that are trained on; those that are held out are cut
@@ -98,7 +100,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     trained = [made for row, made in enumerate(several) if made is not None and row not in drawn_out]
     if len(usable) < wanted or not trained:
         raise RunFailed(
-            f"data.train: of {len(drawn)} sampled rows only {len(usable)} can be used, {wanted} are held out"
+            f"data.train: of {len(drawn)} sampled rows only {len(usable)} can be used, {wanted} are held out{because(refused)}"
         )
     unusable = sum(made is None for made in several) / len(several)
     split = data.held_out(total)
@@ -149,8 +151,15 @@ def _retention(make: Callable[[Any, str], Example], data: DataSettings) -> tuple
     return usable, round(total * len(usable) / len(some))
 
 
-def _examples(make: Callable[[Any, str], Any], sources: Sources, rows: Sequence[int], data: DataSettings) -> list[Any]:
-    """What ``make`` makes of ``rows``, in their order; None: not usable."""
+def _examples(
+    make: Callable[[Any, str], Any],
+    sources: Sources,
+    rows: Sequence[int],
+    data: DataSettings,
+    refused: list[str] | None = None,
+) -> list[Any]:
+    """What ``make`` makes of ``rows``, in their order; None: not usable. ``refused``: is given why."""
+    refused = [] if refused is None else refused
     ordered, columns = sorted(rows), data.columns.given()
     repeated = data.strips_prompts and all_repeat_prompt(sources, columns)
     found: list[Any] = []
@@ -159,10 +168,13 @@ def _examples(make: Callable[[Any, str], Any], sources: Sources, rows: Sequence[
             if repeated and repeats_prompt(row, columns):
                 row = without_prompt(row, columns)
             try:
-                found.append(None if reason is not None else make(row, f"{name}:{number}"))
+                if reason is not None:
+                    raise Unusable(reason)
+                found.append(make(row, f"{name}:{number}"))
             except TemplateRequired as error:
                 raise SettingsWrong([f"{name}, row {number}: {error}"]) from error
-            except Unusable:
+            except Unusable as error:
+                refused.append(str(error))
                 found.append(None)
     by_row = dict(zip(ordered, found, strict=True))
     return [by_row[row] for row in rows]

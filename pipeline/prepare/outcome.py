@@ -3,6 +3,8 @@
 A row that is used may carry notes about what happened to it on the way; they are counted, and said at the end.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ NOTES = {
     "label_not_read": "a label of 0 or 1 is not read (with data.columns.label=label, 0 is a bad answer)",
     "padding_stripped": "padding (attention_mask 0) was taken off",
     "prompt_stripped": "the prompt was taken off the beginning of the responses, since all rows repeat it",
+    "id_repeated": "an id that another row of the same part has: what goes by id (mask.score=random, joins) takes them for one",
     "prompt_repeated": "the response repeats the prompt, which now stands twice; it is taken off only where all rows do",
 }
 
@@ -34,6 +37,15 @@ class Unusable(ValueError):
     def code(self) -> str:
         """The stable first word of the reason, e.g. ``no_response``: what counts are grouped by."""
         return str(self).partition(":")[0]
+
+
+def because(reasons: Sequence[str]) -> str:
+    """Why rows were not used, for the end of a message: how many for which reason, and the first in full."""
+    if not reasons:
+        return ""
+    counts = Counter(reason.partition(":")[0] for reason in reasons)
+    told = ", ".join(f"{code}: {count:,}" for code, count in counts.most_common())
+    return f" ({told}; the first: {reasons[0]})"
 
 
 class TemplateRequired(ValueError):

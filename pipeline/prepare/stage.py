@@ -31,7 +31,7 @@ from alphatoken.pipeline.prepare.inputs import (
     tokenizer_source,
     training_rows,
 )
-from alphatoken.pipeline.prepare.outcome import NOTES
+from alphatoken.pipeline.prepare.outcome import NOTES, because
 from alphatoken.pipeline.prepare.pairs import Pair
 from alphatoken.pipeline.prepare.parts import planned_parts, worker_resources
 from alphatoken.pipeline.prepare.reader import validation_rows
@@ -240,13 +240,19 @@ class _Prepare:
             return taken, counts + other
         order = draw_order(total, self.settings.run.seed)
         found: list[tuple[int, Example | Pair]] = []
+        refused: list[str] = []
         with self.progress.task("prepare: hold out", wanted, "rows") as task:
             while len(found) < wanted:
                 candidates = [row for row, _ in zip(order, range(wanted - len(found) + 16), strict=False)]
                 if not candidates:
-                    raise RunFailed(f"data.train: only {len(found)} usable rows, but {wanted} are to be held out")
-                results = self._examples(train, candidates, task)
-                found += [(row, example) for row, example in results if example is not None]
+                    raise RunFailed(
+                        f"data.train: only {len(found)} usable rows, but {wanted} are to be held out{because(refused)}"
+                    )
+                for row, example in self._examples(train, candidates, task):
+                    if isinstance(example, str):
+                        refused.append(example)
+                    else:
+                        found.append((row, example))
                 task.at(min(wanted, len(found)))
         found = found[:wanted]
         taken = {row for row, _ in found}
@@ -287,10 +293,10 @@ class _Prepare:
             counts += _of_validation(found) if from_file and name == "validation" else _held(name, found)
         return {row for found in before.values() for row in found.get("held_out", ())}, counts
 
-    def _examples(self, sources: Sources, rows: Sequence[int], task: Any) -> list[tuple[int, Example | Pair | None]]:
-        """(row, example or pair, or None) in the order of ``rows``."""
+    def _examples(self, sources: Sources, rows: Sequence[int], task: Any) -> list[tuple[int, Example | Pair | str]]:
+        """(row, example or pair, or why there is none) in the order of ``rows``."""
         ordered = sorted(rows)
-        results: list[Example | Pair | None] = []
+        results: list[Example | Pair | str] = []
         work = PrepareTask(sources.pieces(ordered), None, None, self.fingerprint, repeated=self.repeated)
         self.pool.run([Shard("held-out rows", 0)], lambda s: work, lambda s, r: results.extend(r[1]), task)
         by_row = dict(zip(ordered, results, strict=True))

@@ -77,8 +77,8 @@ class PrepareWorker:
 
     def __call__(
         self, task: PrepareTask, advance: Callable[[int], None]
-    ) -> tuple[dict[str, Any], list[Example | Pair | None]]:
-        """Returns the counts, and for a task without a part one example or pair per row in row order (None: not usable)."""
+    ) -> tuple[dict[str, Any], list[Example | Pair | str]]:
+        """Returns the counts, and for a task without a part one example or pair per row in row order, or why there is none."""
         with self.turn:
             made, rejected, examples = self._of_all(task, advance)
         if task.quarantine and rejected:
@@ -93,8 +93,8 @@ class PrepareWorker:
 
     def _of_all(
         self, task: PrepareTask, advance: Callable[[int], None]
-    ) -> tuple[list[Any], list[dict[str, Any]], list[Example | Pair | None]]:
-        """What the rows of a task gave, the rows of its quarantine, and the last of each row or None."""
+    ) -> tuple[list[Any], list[dict[str, Any]], list[Example | Pair | str]]:
+        """What the rows of a task gave, the rows of its quarantine, and the last of each row or why there is none."""
         examples: list[Any] = []
         made: list[Any] = []
         rejected: list[dict[str, Any]] = []
@@ -106,10 +106,11 @@ class PrepareWorker:
         while chunk := list(islice(rows, TOGETHER)):
             for (name, number, row, _), found in zip(chunk, self._made(chunk, task), strict=True):
                 if isinstance(found, str):
-                    rejected.append({"file": name, "row": number, "reason": _storable(found), "raw": _raw(row)})
-                    found = []
+                    examples.append(_storable(found))
+                    rejected.append({"file": name, "row": number, "reason": examples[-1], "raw": _raw(row)})
+                    continue
                 made += found
-                examples.append(found[-1] if found else None)
+                examples.append(found[-1])
             advance(len(chunk))
         return made, rejected, examples
 
@@ -193,6 +194,9 @@ def _counts(usable: Sequence[Example | Pair], rejected: Sequence[dict[str, Any]]
     counts["rows_used"] = len(usable)
     counts["quarantined"] = len(rejected)
     counts.update(f"note/{note}" for example in usable for note in example.notes)
+    names = [example.chosen.id if isinstance(example, Pair) else example.id for example in usable]
+    if repeated := len(names) - len(set(names)):
+        counts["note/id_repeated"] = repeated
     counts["truncated"] = sum(example.truncated for example in usable)
     sequences = [s for e in usable for s in ((e.chosen, e.rejected) if isinstance(e, Pair) else (e,))]
     if parts := [sequence for sequence in sequences if sequence.window]:

@@ -101,7 +101,7 @@ class Manifest:
             base = stage.split("/")[0]
             remedy = f"choose another run.dir, or start anew from here with run.overwrite={base}"
             if base == "mask":
-                remedy = "choose another mask.name, or start the masks anew with run.overwrite=mask"
+                remedy = "choose another mask.name, or make all masks of the run anew with run.overwrite=mask"
             lines = mismatch(stage, record, inputs, without_secrets(dict(about or {})))
             own = f"; --from {self.storage.path(NAME)} starts from its own settings"
             raise SettingsWrong([*lines, f"{self.storage.root} holds {stage} of other settings: {remedy}{own}"])

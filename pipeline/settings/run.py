@@ -11,7 +11,7 @@ from alphatoken.pipeline.settings.empty import empty_texts
 from alphatoken.pipeline.settings.mask import MaskSettings
 from alphatoken.pipeline.settings.model import ModelSettings
 from alphatoken.pipeline.settings.objectives import RETENTION, objective_of
-from alphatoken.pipeline.settings.option import one_of, option
+from alphatoken.pipeline.settings.option import at_least, one_of, option
 from alphatoken.pipeline.settings.plan import PlanSettings
 from alphatoken.pipeline.settings.rehearsal import contradictions
 from alphatoken.pipeline.settings.trial import TrialSettings
@@ -40,6 +40,7 @@ class RunSettings:
         found = (
             [] if self.dir.strip("/") or not self.dir else [f"run.dir={self.dir}: is the whole disk, give a directory"]
         )
+        found += at_least("run.seed", self.seed, 0)
         found += one_of("run.tracker", self.tracker, ("none", "mlflow", "wandb"))
         if self.overwrite is not None:
             found += one_of("run.overwrite", self.overwrite, STAGES)

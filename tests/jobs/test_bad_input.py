@@ -237,6 +237,24 @@ def test_damaged_parquet_is_named(alphatoken, tmp_path, policy):
     assert status == 2 and "d.parquet" in err and "parquet" in err
 
 
+@pytest.mark.parametrize("command", ["prepare", "plan"])
+def test_rows_of_which_none_can_be_used_are_told_with_the_reason(alphatoken, tmp_path, policy, command):
+    data = write_rows(tmp_path / "rows.jsonl", [{"messages": [{"role": "bot", "content": "a dog"}]}] * 30)
+    status, _, err = alphatoken(
+        command, f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={data}", *SMALL
+    )
+    last = err.splitlines()[-1]
+    assert (
+        status == 1 and "; the first: unknown_role: messages[0] has role 'bot'" in last and "unknown_role: 2" in last
+    ), err
+
+
+def test_a_place_that_is_a_file_is_no_run_directory(alphatoken, tmp_path, policy, train_file):
+    (tmp_path / "file").write_text("")
+    status, _, err = alphatoken("run", f"run.dir={tmp_path}/file", f"model.policy={policy}", f"data.train={train_file}")
+    assert status == 2 and "is a file: give a directory" in err.splitlines()[-1]
+
+
 @pytest.mark.parametrize(
     ("wrong", "said", "stages"),
     [
@@ -244,6 +262,7 @@ def test_damaged_parquet_is_named(alphatoken, tmp_path, policy):
         (["trial.auto=true", "trial.masks=[nosuch]"], "trial.masks=nosuch: neither a mask", set()),
         (["anchor.drift=checkpoint"], "model.policy and model.reference are the same", set()),
         (["data.validation=200"], "would leave none to train on", set()),
+        (["run.seed=-1"], "run.seed=-1: must be at least 0", set()),
         (["anchor=unrolled", "data.validation=16", "anchor.unroll.batch_size=99"], "give a smaller one", {"prepare"}),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 
 from alphatoken.data_schemas import BRANCHES
 from alphatoken.jobs.points import expand, point_name
+from alphatoken.jobs.sweep import sweep_points
 from alphatoken.pipeline.mask.comparison import MaskPlace, compare, contributions
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.storage import Storage
@@ -92,6 +93,18 @@ def test_a_failing_point_is_named_and_does_not_stop_the_others(alphatoken, tmp_p
     assert alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=2,3")[0] == 2
     status, _, err = alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.4,0.6", "mask.name=one")
     assert status == 2 and "mask.name" in err
+
+
+def test_points_that_do_not_compose_leave_the_places_of_the_others(alphatoken, tmp_path):
+    write_run(tmp_path)
+    status, out, err = alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.score=random", "mask.rho=0.3,1.9")
+    assert (
+        status == 1
+        and "mask.rho=1.9" in err
+        and [place.name for place in (tmp_path / "masks").iterdir()] == ["rho-0.3"]
+    )
+    points, failures = sweep_points(["run.dir=runs/sw", "data.max_length=30,0"])
+    assert [one.settings.run.dir for one in points] == ["runs/sw/max_length-30"] and len(failures) == 1
 
 
 def test_masks_of_pairs_are_compared_branch_by_branch(alphatoken, preference_run):

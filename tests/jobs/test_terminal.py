@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from alphatoken.jobs.cli import main
 from alphatoken.jobs.completion import SCRIPTS, script
 from alphatoken.jobs.config import keys
 from alphatoken.jobs.suggestion import COMMON, OWN_VALUE
@@ -73,6 +74,29 @@ def test_commands_and_options_are_suggested_too(capsys):
     assert "did you mean report?" in command(capsys, "reprot")[2]
     assert "did you mean --from?" in command(capsys, "run", "--form=x")[2]
     assert "settings are given without dashes: mask.rho=0.3" in command(capsys, "run", "--mask.rho=0.3")[2]
+
+
+@pytest.mark.parametrize("asked", ["--help", "run --help --all", "config"])
+def test_a_reader_who_has_seen_enough_is_no_error(asked):
+    with subprocess.Popen(
+        [sys.executable, "-m", "alphatoken.jobs", *asked.split()], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait(60) in (0, 141)
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        ("nosuch.json", "there is no such file"),
+        ("a-run", "give the run.json of a run"),
+        ("a-run/", "give the run.json of a run"),
+    ],
+)
+def test_what_from_wants_is_said(capsys, tmp_path, monkeypatch, place, said):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a-run").mkdir()
+    assert main(["config", "--from", place]) == 2 and said in capsys.readouterr().err
 
 
 def test_the_resolved_configuration_is_printed(capsys):
