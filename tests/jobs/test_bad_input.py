@@ -245,7 +245,7 @@ def test_rows_of_which_none_can_be_used_are_told_with_the_reason(alphatoken, tmp
     )
     last = err.splitlines()[-1]
     assert (
-        status == 1 and "; the first: unknown_role: messages[0] has role 'bot'" in last and "unknown_role: 2" in last
+        status == 1 and "(unknown_role: " in last and "; the first: unknown_role: messages[0] has role 'bot'" in last
     ), err
 
 
