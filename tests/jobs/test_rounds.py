@@ -123,4 +123,5 @@ def test_plan_counts_the_part_alone(alphatoken, tmp_path, policy, train_file):
     whole, part = (json.loads(alphatoken("plan", "--json", *same, *more)[1]) for more in ([], ["data.part=1/4"]))
     assert part["data"]["train_examples"] == whole["data"]["train_examples"] // 4
     assert part["data"]["fisher_prompts"] == whole["data"]["fisher_prompts"]
-    assert part["flops"]["value"]["flops"] < 0.3 * whole["flops"]["value"]["flops"]
+    guard = part["flops"]["anchor"]["guard"]  # of a model that is looked at once, whatever the rows
+    assert part["flops"]["value"]["flops"] < 0.3 * whole["flops"]["value"]["flops"] + guard
