@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from difflib import SequenceMatcher
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -51,12 +52,10 @@ class Session:
             return
         asked = self.settings.run.dir
         what = "holds no run" if self.storage.exists("") else "there is no such directory"
-        near = (
-            []
-            if "://" in asked
-            else sorted(str(one.parent) for one in Path(asked).parent.glob(f"*/{NAME}"))[:MOST_NAMED]
-        )
-        there = f"; runs beside it: {', '.join(near)}" if near else ""
+        beside = [] if "://" in asked else [str(one.parent) for one in Path(asked).parent.glob(f"*/{NAME}")]
+        near = sorted(beside, key=lambda run: (-SequenceMatcher(None, run, asked).ratio(), run))
+        more = f" and {len(near) - MOST_NAMED:,} more" if len(near) > MOST_NAMED else ""
+        there = f"; runs beside it: {', '.join(near[:MOST_NAMED])}{more}" if near else ""
         raise RunFailed(f"run.dir={asked}: {what}{there}: give the run.dir of a run, or run `alphatoken run` first")
 
     def claim(self) -> None:

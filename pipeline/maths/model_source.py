@@ -53,7 +53,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase:
     base = adapter_base(source.path)
     own = base is None or (Path(source.path) / "tokenizer_config.json").is_file()
     path = source.path if own else str(base)
-    return reading(path, lambda: transformers.AutoTokenizer.from_pretrained(path, **source.arguments()))
+    return reading(path, lambda: transformers.AutoTokenizer.from_pretrained(path, **source.arguments()), "a tokenizer")
 
 
 def portable(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> PreTrainedTokenizerBase | ModelSource:
@@ -65,12 +65,13 @@ def portable(tokenizer: PreTrainedTokenizerBase, source: ModelSource) -> PreTrai
     return tokenizer if own and isinstance(tokenizer, PreTrainedTokenizerFast) else source
 
 
-def reading(path: str, read: Callable[[], Any]) -> Any:
+def reading(path: str, read: Callable[[], Any], what: str = "a model") -> Any:
     """What ``read`` returns. Raises UnreadableModel, naming ``path``, for the many ways in which it may fail."""
     try:
         return read()
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, UnpicklingError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        reason = " ".join(lines[:3]) if lines[0].endswith(":") else lines[0]
         if "trust_remote_code" in str(error):
             reason += "; model.trust_remote_code=true lets it run code of its own"
-        raise UnreadableModel(f"{path} cannot be read as a model: {reason}") from error
+        raise UnreadableModel(f"{path} cannot be read as {what}: {reason}") from error
