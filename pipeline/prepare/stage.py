@@ -31,11 +31,12 @@ from alphatoken.pipeline.prepare.inputs import (
     tokenizer_source,
     training_rows,
 )
-from alphatoken.pipeline.prepare.outcome import NOTES, because
+from alphatoken.pipeline.prepare.outcome import because
 from alphatoken.pipeline.prepare.pairs import Pair
 from alphatoken.pipeline.prepare.parts import planned_parts, worker_resources
 from alphatoken.pipeline.prepare.reader import validation_rows
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeating
+from alphatoken.pipeline.prepare.row_counts import held, listed, of_their_own, of_validation, told_notes
 from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, shape_of
 from alphatoken.pipeline.prepare.sources import Sources
 from alphatoken.pipeline.prepare.tokenize import Example
@@ -116,13 +117,13 @@ def make_prepared(run: Run) -> None:
     given = {key: found for key, found in said.items() if found}
     manifest.finish("prepare", time.monotonic() - started, reasons=reasons, **given, **plain)
     if tasks:
-        run.progress.say(f"prepare: validation rows of each task: {_listed(tasks)}")
-    for line in _said(notes):
+        run.progress.say(f"prepare: validation rows of each task: {listed(tasks)}")
+    for line in told_notes(notes):
         run.progress.say(f"prepare: {line}")
     run.progress.say(
         f"prepare: {plain['train_rows']:,} training examples in {len(parts)} shard(s), {plain['validation_rows']:,} for "
-        f"validation, {_of_their_own(plain)}{plain.get('fisher_rows', 0):,} Fisher prompts; {of_long_rows(plain)}, "
-        f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({_listed(reasons)})" if reasons else "")
+        f"validation, {of_their_own(plain)}{plain.get('fisher_rows', 0):,} Fisher prompts; {of_long_rows(plain)}, "
+        f"{plain.get('quarantined', 0):,} in quarantine" + (f" ({listed(reasons)})" if reasons else "")
     )
     if left_out:
         run.progress.say(f"prepare: {remarks.line(left_out)}")
@@ -290,7 +291,7 @@ class _Prepare:
         """As `hold_out`, from the counts of the files."""
         counts = Counter[str]()
         for name, found in before.items():
-            counts += _of_validation(found) if from_file and name == "validation" else _held(name, found)
+            counts += of_validation(found) if from_file and name == "validation" else held(name, found)
         return {row for found in before.values() for row in found.get("held_out", ())}, counts
 
     def _examples(self, sources: Sources, rows: Sequence[int], task: Any) -> list[tuple[int, Example | Pair | str]]:
@@ -324,7 +325,7 @@ class _Prepare:
                 f"{key}={getattr(data, key.partition('.')[2])}: none of its {len(rows)} rows {what}; "
                 f"see the reasons in {self.storage.path(written[1])}"
             )
-        return _of_validation(counts, name)
+        return of_validation(counts, name)
 
     def _write(self, name: str, found: Sequence[tuple[int, Example | Pair]], counts: Counter[str]) -> None:
         """Write held-out rows, and which ones they are beside them."""
@@ -335,7 +336,7 @@ class _Prepare:
         own |= Counter(f"note/{note}" for example in examples for note in example.notes)
         own |= remarks.of_lost(example.source for example in examples if example.lost)
         self.storage.write_table(f"prepared/{name}.parquet", table, self.fingerprint, own)
-        counts += _held(name, own)
+        counts += held(name, own)
 
     def shards(self, train: Sources, rows: Sequence[int], parts: Sequence[str]) -> Counter[str]:
         """Write every part of the plan for ``rows`` that is not there yet; returns the counts."""
@@ -373,45 +374,3 @@ class _Prepare:
             self.pool.run([Shard(part, len(plan[part])) for part in missing], payload, done, task)
         notes.write()
         return counts
-
-
-def _held(name: str, counts: dict[str, Any]) -> Counter[str]:
-    """The stage's counts of rows held out of the training data; of validation rows as pairs their number alone."""
-    if name == PAIRS:
-        return Counter({f"{name}_rows": counts["rows_used"]})
-    found = Counter({f"{name}_rows": counts["rows_used"], "truncated": counts["truncated"]})
-    found.update({key: n for key, n in counts.items() if key.startswith("note/") or remarks.is_remark(key)})
-    return Counter({key: n for key, n in found.items() if n})
-
-
-def _of_validation(counts: Mapping[str, Any], file: str = "validation") -> Counter[str]:
-    """The stage's counts of a file of its own; ``file``: what it is for, validation, trial or retention."""
-    renamed = Counter({_of_file(key, file): n for key, n in counts.items()})
-    renamed[f"{file}_rows"] = counts["rows_used"]
-    return renamed
-
-
-def _of_file(key: str, file: str) -> str:
-    if remarks.is_remark(key):
-        return key
-    kind, mark, name = key.partition("/")
-    return f"{kind}/{file} {name}" if mark else f"{file}_{key}"
-
-
-def _of_their_own(counts: Mapping[str, int]) -> str:
-    said = ((TRIAL, "for trials"), (RETENTION, "for retention"))
-    return "".join(f"{counts[f'{name}_rows']:,} {what}, " for name, what in said if counts.get(f"{name}_rows"))
-
-
-def _said(notes: Mapping[str, int]) -> list[str]:
-    """A line for each note that rows carry."""
-    lines = []
-    for note, count in notes.items():
-        file, _, name = note.rpartition(" ")
-        line = f"{NOTES.get(name, name)}: {count:,} row(s)"
-        lines.append(f"data.{file}: {line}" if file else line)
-    return lines
-
-
-def _listed(reasons: dict[str, int]) -> str:
-    return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
