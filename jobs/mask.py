@@ -40,8 +40,7 @@ def tell(session: Session, summary: dict[str, Any]) -> None:
         told = f"weigh: {summary['loss_weight']['mean']:.3f} on average, all labels kept,"
     own = "".join(f" {shlex.quote(override)}" for override in _overrides(settings.mask))
     place_given = shlex.quote(f"run.dir={quoted(redacted(settings.run.dir))}")
-    taken = (rho for rho in OTHERS if rho == settings.mask.rho or session.storage.exists(mask_place(f"rho-{rho}")))
-    left = [rho for rho in OTHERS if rho not in set(taken)]
+    left = [rho for rho in OTHERS if rho != settings.mask.rho and not session.storage.exists(mask_place(f"rho-{rho}"))]
     following = f"alphatoken inspect {shlex.quote(redacted(settings.run.dir))} --mask {settings.mask.name}"
     if summary.get("schedule") == "rehearsal":  # another rho is another rehearsal
         following = f"alphatoken report {place_given}"

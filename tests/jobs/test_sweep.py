@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -192,6 +193,21 @@ def test_what_is_said_next_of_a_mask_that_looks_at_no_rho(alphatoken, tmp_path):
         status, out, err = alphatoken("mask", f"run.dir={tmp_path}", *own, f"mask.name={name}")
         assert status == 0, err
         assert out.splitlines()[-1] == f"next:  alphatoken inspect {tmp_path} --mask {name}"
+
+
+def test_the_mask_that_is_proposed_next_is_not_there_yet_and_its_command_can_be_typed(alphatoken, tmp_path):
+    run = tmp_path / "my run"
+    write_run(run)
+    proposed = []
+    _, out, _ = alphatoken("mask", f"run.dir='{run}'", "mask.always_keep=[3]", "mask.name=own")
+    for _ in range(3):
+        line = out.splitlines()[-1]
+        typed = shlex.split(line.removeprefix("next:  "))
+        proposed.append(typed[-1])
+        status, out, err = alphatoken(*typed[1:])
+        assert status == 0, err
+    assert proposed == ["mask.name=rho-0.3", "mask.name=rho-0.7", "mask.name=rho-0.5"]
+    assert out.splitlines()[-1] == f"next:  alphatoken inspect '{run}' --mask rho-0.5"
 
 
 def test_a_summary_from_before_a_key_was_there_is_compared(alphatoken, tmp_path):
