@@ -291,6 +291,16 @@ def test_a_stage_before_its_time_names_the_one_to_run(alphatoken, tmp_path, poli
         assert status == 1 and f"run `alphatoken {missing}` first" in err
 
 
+def test_a_prepared_part_that_is_gone_is_no_empty_one(alphatoken, tmp_path, policy, train_file):
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    assert alphatoken("prepare", *same)[0] == 0
+    part = sorted((tmp_path / "r/prepared").glob("part-*"))[1]
+    part.unlink()
+    status, _, err = alphatoken("anchor", *same)
+    assert status == 1 and f"prepared/{part.name} is missing or damaged" in err.splitlines()[-1]
+    assert alphatoken("prepare", *same)[0] == 0 == alphatoken("anchor", *same)[0]
+
+
 def test_nan_stops_the_run_and_names_example_and_module(alphatoken, tmp_path, policy, reference):
     train = write_rows(tmp_path / "t.jsonl", [{**chat_row(i), "id": f"row-{i}"} for i in range(20)])
     common = [

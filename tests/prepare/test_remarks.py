@@ -70,6 +70,12 @@ def test_reasoning_that_a_template_leaves_out_is_counted_or_kept(prepared):
     assert kept[1]["input_ids"] == plain[0]["input_ids"] and len(sent) == 2 and sent[0].id == "rows.jsonl:0#3"
 
 
+def test_ids_that_stand_twice_are_counted(prepared):
+    rows = [{"id": name, "messages": THINKING[2:]} for name in ("a", "b", "a", "a")]
+    assert prepared(QWEN_3.template, rows)[0]["note/id_repeated"] == 2
+    assert "note/id_repeated" not in prepared(QWEN_3.template, rows[:2])[0]
+
+
 def test_turns_beyond_the_longest_are_counted_as_a_cut_row_is(prepared):
     rows = [{"messages": [*THINKING, *THINKING, *THINKING]}]
     _, whole, _ = prepared(QWEN_3.template, rows, keep_reasoning=True)
