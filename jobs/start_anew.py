@@ -49,16 +49,17 @@ def _check(command: str, session: Session, first: str) -> None:
         if wrong := settings.anchor_problems(run.manifest.pairs):
             raise SettingsWrong(wrong)
         drift_of(settings, run.models)
-    else:
+    elif command == "prepare":
         from alphatoken.pipeline.prepare.inputs import open_data, prepare_inputs
 
         run = session.run_with_data()
         prepare_inputs(run, open_data(run.settings))
-        if command == "run":
-            _check_run(session, first)
+    else:
+        _check_run(session, first)
 
 
 def _check_run(session: Session, first: str) -> None:
+    """Also of the data and the stages before: to know their state is to open what they are made of."""
     from alphatoken.jobs.run import check
     from alphatoken.pipeline.plan.resume import resume_state
 

@@ -87,21 +87,19 @@ def _placed(composed: Sequence[tuple[Point, Settings]], every: Sequence[Point]) 
     """
     upstream = {_upstream(settings) for _, settings in composed}
     masks = {repr(replace(settings.mask, name="")) for _, settings in composed}
-    if len(upstream) == 1:
-        upstream |= {repr(_of_kind(point, masks=False)) for point in every} - {
-            repr(_of_kind(composed[0][0], masks=False))
-        }
-    if len(masks) == 1:
-        masks |= {repr(_of_kind(point, masks=True)) for point in every} - {repr(_of_kind(composed[0][0], masks=True))}
+    several_upstream, several_masks = (
+        len(own) > 1 or len({_of_kind(point, of_masks) for point in every}) > 1
+        for own, of_masks in ((upstream, False), (masks, True))
+    )
     placed = []
     for point, settings in composed:
         given = {override.partition("=")[0].lstrip("+") for override in point.overrides}
         above = _of_kind(point, masks=False)
-        own = tuple(one for one in point.swept if _is_mask(one) or len(upstream) == 1)
-        if len(upstream) > 1 and "run.dir" not in {one.key for one in point.swept}:
+        own = tuple(one for one in point.swept if _is_mask(one) or not several_upstream)
+        if several_upstream and "run.dir" not in {one.key for one in point.swept}:
             place = f"{settings.run.dir.rstrip('/')}/{point_name(above)}"
             settings = replace(settings, run=replace(settings.run, dir=place))
-        if own and len(masks) > 1 and "mask.name" not in given:
+        if own and several_masks and "mask.name" not in given:
             settings = replace(settings, mask=replace(settings.mask, name=point_name(own)))
         placed.append(SweepPoint(point.name, settings, point.overrides))
     return placed

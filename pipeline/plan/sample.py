@@ -10,10 +10,10 @@ from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel,
 from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import draw_order, halves
 from alphatoken.pipeline.prepare.inputs import checked_overlap, fisher_prompts, is_preference, open_validation
-from alphatoken.pipeline.prepare.outcome import because
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeats_prompt, without_prompt
+from alphatoken.pipeline.prepare.row_counts import because
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
 from alphatoken.pipeline.prepare.sources import Sources, open_sources
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker

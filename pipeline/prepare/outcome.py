@@ -3,8 +3,6 @@
 A row that is used may carry notes about what happened to it on the way; they are counted, and said at the end.
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,15 +35,6 @@ class Unusable(ValueError):
     def code(self) -> str:
         """The stable first word of the reason, e.g. ``no_response``: what counts are grouped by."""
         return str(self).partition(":")[0]
-
-
-def because(reasons: Sequence[str]) -> str:
-    """Why rows were not used, for the end of a message: how many for which reason, and the first in full."""
-    if not reasons:
-        return ""
-    counts = Counter(reason.partition(":")[0] for reason in reasons)
-    told = ", ".join(f"{code}: {count:,}" for code, count in counts.most_common())
-    return f" ({told}; the first: {reasons[0]})"
 
 
 class TemplateRequired(ValueError):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from alphatoken.pipeline.prepare import remarks
@@ -51,3 +51,11 @@ def told_notes(notes: Mapping[str, int]) -> list[str]:
 
 def listed(reasons: dict[str, int]) -> str:
     return ", ".join(f"{reason}: {count:,}" for reason, count in reasons.items())
+
+
+def because(reasons: Sequence[str]) -> str:
+    """Why rows were not used, for the end of a message: how many for which reason, and the first in full."""
+    if not reasons:
+        return ""
+    counts = Counter(reason.partition(":")[0] for reason in reasons)
+    return f" ({listed(dict(counts.most_common()))}; the first: {reasons[0]})"

@@ -31,12 +31,11 @@ from alphatoken.pipeline.prepare.inputs import (
     tokenizer_source,
     training_rows,
 )
-from alphatoken.pipeline.prepare.outcome import because
 from alphatoken.pipeline.prepare.pairs import Pair
 from alphatoken.pipeline.prepare.parts import planned_parts, worker_resources
 from alphatoken.pipeline.prepare.reader import validation_rows
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeating
-from alphatoken.pipeline.prepare.row_counts import held, listed, of_their_own, of_validation, told_notes
+from alphatoken.pipeline.prepare.row_counts import because, held, listed, of_their_own, of_validation, told_notes
 from alphatoken.pipeline.prepare.rows import TemplateRequired, require_template, shape_of
 from alphatoken.pipeline.prepare.sources import Sources
 from alphatoken.pipeline.prepare.tokenize import Example

@@ -19,9 +19,9 @@ from contextlib import suppress
 from typing import Any
 
 from alphatoken.pipeline.run.failure import RunFailed
-from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.run.storage import LOCK, Storage
 
-DIRECTORY = ".lock"
+DIRECTORY = LOCK
 RENEW_SECONDS = 10.0
 LEASE_SECONDS = 60.0
 ROUNDS = 8  # of drivers that start at the same moment and step back

@@ -17,10 +17,10 @@ from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.mismatch import mismatch
 from alphatoken.pipeline.run.redaction import without_secrets
-from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.run.storage import MANIFEST, Storage
 from alphatoken.pipeline.settings import STAGES
 
-NAME = "run.json"
+NAME = MANIFEST
 SCHEMA = 2  # 1: values/ of one method, before columns had one meaning each
 PACKAGES = ("alphatoken", "torch", "transformers", "tokenizers", "ray", "pyarrow", "datasets", "safetensors")
 OUTPUTS = {

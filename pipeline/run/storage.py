@@ -22,7 +22,7 @@ from alphatoken.pipeline.run.spool import Spool
 FINGERPRINT_KEY = b"alphatoken.fingerprint"
 COUNTS_KEY = b"alphatoken.counts"
 ROWS_PER_GROUP = 2048
-OF_A_RUN = ("run.json", ".lock")  # what the directory of a run has
+MANIFEST, LOCK = "run.json", ".lock"  # what the directory of a run has
 OPENED_AT_ONCE = 16  # footers: a store answers after a while, and a disk while others wait
 T = TypeVar("T")
 
@@ -99,7 +99,9 @@ class Storage:
         if not self.local:
             return
         for place, directories, files in os.walk(self.root):
-            inside = [d for d in directories if not any(os.path.lexists(f"{place}/{d}/{own}") for own in OF_A_RUN)]
+            inside = [
+                d for d in directories if not any(os.path.lexists(f"{place}/{d}/{own}") for own in (MANIFEST, LOCK))
+            ]
             directories[:] = inside
             for name in files:
                 if name.startswith(".") and name.endswith(".tmp"):
