@@ -1,11 +1,12 @@
 """The unrolled direction on planted noise: rows, the area under the curve of a run's columns, and its masks' planted tokens.
 
-    python -m benchmarks.quality.planted rows PLACE [--rows 64] [--validation 64] [--clean]   train, validation, held-out .jsonl
+    python -m benchmarks.quality.planted rows PLACE [--rows 64] [--validation 64] [--kind tokens|rows|clean]
+                                                                                              train, validation, held-out .jsonl
     alphatoken run run.dir=PLACE/R anchor=unrolled data.train=PLACE/train.jsonl ...           docs/results.md has the settings
     python -m benchmarks.quality.planted areas PLACE PLACE/R [PLACE/OTHER ...]                clean against planted tokens
     python -m benchmarks.quality.planted kept PLACE PLACE/R                                   what every mask keeps of them
 
-Rows and noise are those of `benchmarks.quality.noise --kinds tokens` with the same number of rows; `alphatoken trial` then makes
+Rows and noise are those of `benchmarks.quality.noise` with the same number of rows; `alphatoken trial` then makes
 the fine-tunes, on held-out rows of code that made no direction.
 """
 
@@ -22,9 +23,10 @@ import pyarrow.parquet as pq
 
 from alphatoken.pipeline.maths.batch import IGNORED
 from benchmarks.quality.grid import VALIDATION, write_rows
-from benchmarks.quality.noise import SHARE, NoisyQuality, area_under_curve, plant_tokens, ranks
+from benchmarks.quality.noise import PLANTERS, SHARE, NoisyQuality, area_under_curve, plant_tokens, ranks
 
 Floats = npt.NDArray[np.float64]
+CLEAN = "clean"
 # What a column says -> the columns of values/ that are added up, with their signs.
 SCORES: dict[str, dict[str, float]] = {
     "adaptation": {"adaptation_direct": 1, "adaptation_causal": 1},
@@ -34,11 +36,11 @@ SCORES: dict[str, dict[str, float]] = {
 }
 
 
-def make_rows(place: Path, rows: int, validation: int, clean: bool, seed: int) -> None:
-    """Write the rows of a run and which tokens of the training rows are planted; none where ``clean``."""
-    quality = NoisyQuality(place / "quality", "tokens", rows, seed)
+def make_rows(place: Path, rows: int, validation: int, kind: str, seed: int) -> None:
+    """Write the rows of a run and which tokens of the training rows are planted; ``kind``: of PLANTERS, or clean."""
+    quality = NoisyQuality(place / "quality", "tokens" if kind == CLEAN else kind, rows, seed)
     whole = quality.tokens(quality.rows.train[:rows])
-    noisy, planted = plant_tokens(whole, 0.0 if clean else SHARE, seed)
+    noisy, planted = plant_tokens(whole, 0.0, seed) if kind == CLEAN else PLANTERS[kind](whole, SHARE, seed)
     write_rows(place / "train.jsonl", _pretokenized("train", noisy))
     rows_of_task = (quality.rows.validation + quality.rows.spare)[:validation]
     write_rows(place / "validation.jsonl", _pretokenized("validation", quality.tokens(rows_of_task)))
@@ -119,11 +121,11 @@ def main() -> None:
     parser.add_argument("runs", nargs="*", type=Path)
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--validation", type=int, default=2 * VALIDATION)
-    parser.add_argument("--clean", action="store_true")
+    parser.add_argument("--kind", choices=(*PLANTERS, CLEAN), default="tokens")
     parser.add_argument("--seed", type=int, default=0, help="of the noise")
     options = parser.parse_args()
     if options.what == "rows":
-        make_rows(options.place, options.rows, options.validation, options.clean, options.seed)
+        make_rows(options.place, options.rows, options.validation, options.kind, options.seed)
     elif options.what == "areas":
         print(areas(options.place, options.runs))
     else:
