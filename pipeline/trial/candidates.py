@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.maths.masking import rank_of
 from alphatoken.pipeline.maths.uniform import uniform
 from alphatoken.pipeline.prepare.windows import LATER_WINDOW
+from alphatoken.pipeline.run.fingerprint import digest
 
 Labels = list[npt.NDArray[np.int32]]  # of every row of the sample
 
@@ -23,18 +24,21 @@ UNTOUCHED, FULL, FIRST = "untouched", "full", "full but first tokens"
 class Candidate:
     """``kind``: untouched | full | first | random | mask. ``identity``: what decides its labels, for a fingerprint.
 
-    ``percent``: of the response tokens that it keeps, in whole percent.
+    ``percent``: of the response tokens that it keeps, in whole percent; ``random``: that of the random mask beside it.
+    ``twin``: a mask that leaves the same of the sample, whose fine-tunes are its own.
     """
 
     name: str
     kind: str
     percent: int
     identity: str
+    random: int = 100
+    twin: str | None = None
 
     @property
     def directory(self) -> str:
-        """Of its files below trial/trials/; a mask may be called as the others are."""
-        return f"mask-{self.name}" if self.kind == "mask" else f"{self.kind}-{self.percent}"
+        """Of its files below trial/fine-tunes/; a mask may be called as the others are."""
+        return f"mask-{self.twin or self.name}" if self.kind == "mask" else f"{self.kind}-{self.percent}"
 
     def seeds(self, count: int) -> range:
         """The untouched model has no order of rows."""
@@ -42,15 +46,39 @@ class Candidate:
 
 
 def candidates(masks: Mapping[str, tuple[float, str]]) -> list[Candidate]:
-    """``masks``: name -> fraction that it keeps, identity. Masks of the same whole percent share a random one."""
+    """``masks``: name -> fraction that it keeps, identity. Masks within one percent share a random one, of the larger size."""
     found = [
         Candidate(UNTOUCHED, "untouched", 0, UNTOUCHED),
         Candidate(FULL, "full", 100, FULL),
         Candidate(FIRST, "first", 100, FIRST),
     ]
-    own = [Candidate(name, "mask", percent_of(kept), identity) for name, (kept, identity) in masks.items()]
-    sizes = sorted({one.percent for one in own if one.percent < 100})
-    return found + own + [Candidate(random_name(size), "random", size, f"random {size}") for size in sizes]
+    beside = random_sizes({percent_of(kept) for kept, _ in masks.values()} - {100})
+    for name, (kept, identity) in masks.items():
+        percent = percent_of(kept)
+        found.append(Candidate(name, "mask", percent, identity, beside.get(percent, 100)))
+    sizes = sorted(set(beside.values()))
+    return found + [Candidate(random_name(size), "random", size, f"random {size}", size) for size in sizes]
+
+
+def random_sizes(percents: Iterable[int]) -> dict[int, int]:
+    """The size of the random mask that stands beside masks of each size: their own, or one percent more."""
+    found: dict[int, int] = {}
+    for percent in sorted(percents, reverse=True):
+        found[percent] = percent + 1 if found.get(percent + 1) == percent + 1 else percent
+    return found
+
+
+def twins(tried: Sequence[Candidate], masks: Mapping[str, Labels]) -> list[Candidate]:
+    """``tried`` with masks known by what they leave of the sample; where two leave the same, the later one is a twin."""
+    first: dict[str, str] = {}
+    found = []
+    for one in tried:
+        if one.kind == "mask":
+            identity = digest([row.tolist() for row in masks[one.name]])
+            same = first.setdefault(identity, one.name)
+            one = replace(one, identity=identity, twin=same if same != one.name else None)
+        found.append(one)
+    return found
 
 
 def percent_of(kept: float) -> int:

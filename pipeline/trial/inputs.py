@@ -20,7 +20,7 @@ from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.trial.budget import CPU_RATE, DEVICE_RATE, Extent, Lengths, extent, lengths_of
-from alphatoken.pipeline.trial.candidates import Candidate, Labels, candidates
+from alphatoken.pipeline.trial.candidates import Candidate, Labels, candidates, twins
 from alphatoken.pipeline.trial.rows import (
     HeldOut,
     drawn_rows,
@@ -117,6 +117,8 @@ def trial_inputs(run: Run) -> TrialInputs:
         **({"retention": digest(retention.ids)} if retention else {}),
         **({"valuation.beta": settings.valuation.beta} if manifest.pairs else {}),
     }
+    tried = twins(tried, masks)
+    notes += [f"mask {one.name} leaves what {one.twin} leaves, and shares its fine-tunes" for one in tried if one.twin]
     return TrialInputs(
         tried, masks, sample, manifest.pairs, held_out, retention, prompts, far, rate, measured, common, digest(model),
         tuple(notes),

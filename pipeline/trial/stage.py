@@ -55,8 +55,8 @@ def make_trial(run: Run) -> dict[str, Any]:
     seconds = _fine_tune(run, inputs, rows)
     found = [_measured(run, inputs, one, seed) for one, seed in _pairs(run, inputs)]
     try:
-        percents = {one.name: one.percent for one in inputs.candidates}
-        verdict = judge(found, percents, inputs.held_out.seen, inputs.pairs)
+        beside = {one.name: one.random for one in inputs.candidates}
+        verdict = judge(found, beside, inputs.held_out.seen, inputs.pairs)
     except ValueError as error:
         reasons = "; ".join(f"{m.candidate}, seed {m.seed}: {m.failed}" for m in found if m.failed)
         raise RunFailed(f"trial: {error} ({reasons}): set a smaller trial.learning_rate") from error
@@ -67,7 +67,7 @@ def make_trial(run: Run) -> dict[str, Any]:
     summary = _summary(run, inputs, verdict)
     run.storage.write_json(SUMMARY, summary)
     run.manifest.finish(
-        "trial", time.monotonic() - started, fine_tunes=len(found), failed=len(verdict.failed), winner=verdict.winner,
+        "trial", time.monotonic() - started, fine_tunes=len(_tasks(run, inputs)), failed=len(verdict.failed), winner=verdict.winner,
         steps=inputs.extent.steps, examples=inputs.extent.examples, fine_tune_seconds=round(seconds, 3),
     )  # fmt: skip
     return summary
@@ -75,7 +75,7 @@ def make_trial(run: Run) -> dict[str, Any]:
 
 def _announce(run: Run, inputs: TrialInputs) -> None:
     """What is going to be done, and about how long it takes, before it is."""
-    far, count = inputs.extent, len(_pairs(run, inputs))
+    far, count = inputs.extent, len(_tasks(run, inputs))
     held_out = f"{inputs.held_out.count:,} held-out {'pairs' if inputs.pairs else 'rows'}"
     by = "by the seconds of the value stage" if inputs.measured else "by a rough guess of the device's speed"
     run.progress.say(
@@ -98,6 +98,14 @@ def _pairs(run: Run, inputs: TrialInputs) -> list[tuple[Candidate, int]]:
     return [(one, seed) for seed in seeds for one in inputs.candidates if seed in one.seeds(len(seeds))]
 
 
+def _tasks(run: Run, inputs: TrialInputs) -> dict[str, tuple[Candidate, int]]:
+    """(candidate, seed) of every fine-tune by the name of its file, as `_pairs`; twins share theirs."""
+    found: dict[str, tuple[Candidate, int]] = {}
+    for one, seed in _pairs(run, inputs):
+        found.setdefault(_place(one, seed), (one, seed))
+    return found
+
+
 def _place(candidate: Candidate, seed: int) -> str:
     return f"trial/fine-tunes/{candidate.directory}/seed-{seed:02d}.json"
 
@@ -117,10 +125,12 @@ def _done(run: Run, inputs: TrialInputs, candidate: Candidate, seed: int) -> dic
 
 def _fine_tune(run: Run, inputs: TrialInputs, rows: TrialRows) -> float:
     """Do every fine-tune that is missing, one task each; returns the seconds that took, workers' start included."""
-    pairs = _pairs(run, inputs)
-    missing = {f"{one.name}, seed {seed}": (one, seed) for one, seed in pairs if _done(run, inputs, one, seed) is None}
-    if len(missing) < len(pairs):
-        run.progress.say(f"trial: {len(pairs) - len(missing)} of {len(pairs)} fine-tunes are done already")
+    tasks = _tasks(run, inputs)
+    missing = {
+        f"{one.name}, seed {seed}": (one, seed) for one, seed in tasks.values() if _done(run, inputs, one, seed) is None
+    }
+    if len(missing) < len(tasks):
+        run.progress.say(f"trial: {len(tasks) - len(missing)} of {len(tasks)} fine-tunes are done already")
     if not missing:
         return 0.0
     own, models, steps = run.settings.model, run.models, inputs.extent.steps
@@ -141,12 +151,12 @@ def _fine_tune(run: Run, inputs: TrialInputs, rows: TrialRows) -> float:
         return TrialTask(one, labels, seed, steps, _place(one, seed), inputs.fingerprint(one, seed))
 
     shards = [Shard(name, 0 if one.kind == "untouched" else steps) for name, (one, _) in missing.items()]
-    finished = len(pairs) - len(missing)
+    finished = len(tasks) - len(missing)
 
     def done(shard: Shard, result: object) -> None:
         nonlocal finished
         finished += 1
-        task.note(f"{finished}/{len(pairs)} fine-tunes")
+        task.note(f"{finished}/{len(tasks)} fine-tunes")
 
     with (
         run.cluster.pool(logged("trial", TrialWorker), arguments, run.cluster.model_resources()) as pool,

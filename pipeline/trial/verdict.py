@@ -86,8 +86,8 @@ class Verdict:
         return asdict(self)
 
 
-def judge(found: Sequence[Measured], percents: Mapping[str, int], seen: bool, pairs: bool = False) -> Verdict:
-    """``found``: all fine-tunes; ``percents``: candidate -> whole percent that it keeps; ``seen``: see rows.HeldOut; ``pairs``:
+def judge(found: Sequence[Measured], beside: Mapping[str, int], seen: bool, pairs: bool = False) -> Verdict:
+    """``found``: all fine-tunes; ``beside``: candidate -> percent of the random mask beside it; ``seen``: see rows.HeldOut; ``pairs``:
     whether losses are of preference pairs.
 
     Raises ValueError where full has no numbers.
@@ -99,18 +99,18 @@ def judge(found: Sequence[Measured], percents: Mapping[str, int], seen: bool, pa
             by_name.setdefault(one.candidate, {})[one.seed] = one
     if FULL not in by_name:
         raise ValueError("full has no numbers")
-    lines = [_line(name, by_name, percents) for name in by_name]
+    lines = [_line(name, by_name, beside) for name in by_name]
     lines.sort(key=lambda line: line.adaptation[0])
     winner, sentence = _sentence(lines, "nats per pair" if pairs else "nats per token")
     return Verdict(tuple(lines), winner, f"{sentence} ({SEEN})." if seen else f"{sentence}.", failed)
 
 
-def _line(name: str, by_name: Mapping[str, Mapping[int, Measured]], percents: Mapping[str, int]) -> Line:
+def _line(name: str, by_name: Mapping[str, Mapping[int, Measured]], beside: Mapping[str, int]) -> Line:
     own = by_name[name]
     one = next(iter(own.values()))
     adaptation, retention = ([getattr(m, key) for m in own.values()] for key in ("adaptation", "retention"))
     others = [[getattr(m, key) for m in own.values()] for key in ("retention_loss", "margin", "reward_accuracy")]
-    other = random_name(percents[name])
+    other = random_name(beside[name])
     trained = name not in (FULL, UNTOUCHED)
     return Line(
         name, one.kind, one.kept_fraction, len(own), _mean_and_half_range(adaptation), _mean_and_half_range(retention),

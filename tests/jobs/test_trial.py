@@ -87,6 +87,16 @@ def test_a_trial_goes_on_and_a_mask_that_comes_later_costs_its_own_fine_tunes_al
     assert status == 0 and "done already" not in err  # other settings take the place of those before
 
 
+def test_masks_that_leave_the_same_tokens_are_fine_tuned_on_once(alphatoken, run):
+    assert alphatoken("mask", f"run.dir={run}", "mask.name=again")[0] == 0
+    status, out, err = alphatoken("trial", f"run.dir={run}", *QUICK, "trial.masks=[default,again]")
+    assert status == 0 and "9 fine-tunes" in err and "mask again leaves what default leaves" in err, err
+    found = {(row["candidate"], row["seed"]): row for row in results(run)}
+    for seed in (0, 1):
+        assert found["again", seed] == {**found["default", seed], "candidate": "again"}
+    assert "again" in out and not (run / "trial/fine-tunes/mask-again").exists()
+
+
 def test_a_sweep_over_masks_is_made_on_the_way(alphatoken, run):
     status, out, err = alphatoken(
         "trial", f"run.dir={run}", *QUICK, "trial.seeds=1", "mask.score=entropy,loss", "mask.rho=0.4"
