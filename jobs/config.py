@@ -15,8 +15,14 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from alphatoken.jobs.suggestion import OWN_VALUE, near, siblings
+from alphatoken.jobs.typed import as_read, stray_words
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.settings import Settings
+
+GRAMMAR = (  # what Hydra's parser says of what it cannot read
+    "no viable alternative", "mismatched input", "extraneous input", "NoViableAlt", "token recognition", "missing '",
+    "Error parsing override",
+)  # fmt: skip
 
 
 def load(overrides: Sequence[str], recorded: Mapping[str, Any] | None = None) -> Settings:
@@ -28,11 +34,15 @@ def load(overrides: Sequence[str], recorded: Mapping[str, Any] | None = None) ->
     problems = []
     if missing := _asked_for(overrides):
         problems = [f"missing: {', '.join(sorted(missing))}"]
-    good = list(overrides)
+    stray = stray_words(overrides, keys(Settings))
+    problems += dict.fromkeys(stray.values())
+    overrides = [override for place, override in enumerate(overrides) if place not in stray]
+    typed = dict(zip(as_read(overrides, defaults(Settings)), overrides, strict=True))  # as read -> as typed
+    good = list(typed)
     composed = _compose(good, recorded)
     if isinstance(composed, str):
-        alone = {override: _compose([override], recorded) for override in overrides}
-        wrong = [f"{override}: {result}" for override, result in alone.items() if isinstance(result, str)]
+        alone = {override: _compose([override], recorded) for override in good}
+        wrong = [f"{typed[override]}: {result}" for override, result in alone.items() if isinstance(result, str)]
         problems += wrong or [composed]
         if not wrong:
             raise SettingsWrong(problems)
@@ -102,10 +112,7 @@ def _writable(node: Any) -> None:
 def _reason(error: BaseException, overrides: Sequence[str]) -> str:
     lines = [line.strip() for e in (error.__cause__, error) if e for line in str(e).splitlines() if line.strip()]
     text = lines[0] if lines else type(error).__name__
-    key, equals, value = overrides[0].lstrip("+~").partition("=") if len(overrides) == 1 else ("", "", "")
-    if key and not equals:
-        meant = f", such as data.train={key}" if "/" in key or "." in key else near(key, keys(Settings))
-        return f"not a setting: give key=value{meant}"
+    key, _, value = overrides[0].lstrip("+~").partition("=") if len(overrides) == 1 else ("", "", "")
     if key in groups() and "Could not find" in text:
         own = f"; a value of your own is {OWN_VALUE[key]}={value}" if key in OWN_VALUE else ""
         return f"no such choice; choices: {', '.join(groups()[key])}{own}"
@@ -113,7 +120,14 @@ def _reason(error: BaseException, overrides: Sequence[str]) -> str:
         return _no_such_key(key)
     if text.startswith("Ambiguous value"):
         return f"several values: -m tries each of them, {key or 'KEY'}=[{value or 'A,B'}] is a list"
-    return text
+    return legible(text)
+
+
+def legible(reason: str) -> str:
+    """What Hydra's parser says, in words of the command line."""
+    if any(said in reason for said in GRAMMAR):
+        return f"it cannot be read: is a bracket or a quote left open? ({reason})"
+    return reason
 
 
 def _no_such_key(key: str) -> str:
@@ -137,6 +151,11 @@ def groups() -> dict[str, list[str]]:
             names = [entry.name for entry in directory.iterdir() if entry.name.endswith(".yaml")]
             found[directory.name] = sorted(name.removesuffix(".yaml") for name in names)
     return found
+
+
+def defaults(kind: Any) -> dict[str, Any]:
+    """Every configuration key -> default."""
+    return {key: value for key, (value, _) in keys(kind).items()}
 
 
 def keys(kind: Any, prefix: str = "") -> dict[str, tuple[Any, str]]:

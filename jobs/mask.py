@@ -5,8 +5,8 @@ import sys
 from dataclasses import asdict
 from typing import Any
 
-from alphatoken.jobs.points import quoted
 from alphatoken.jobs.session import Session
+from alphatoken.jobs.typed import quoted
 from alphatoken.pipeline.settings import MaskSettings
 
 OTHERS = (0.3, 0.7, 0.5)  # of which one is proposed as the next mask's rho

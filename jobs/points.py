@@ -17,16 +17,12 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from alphatoken.jobs.config import defaults, legible
+from alphatoken.jobs.typed import as_read, stray_words
 from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.settings import Settings
 
 LONGEST_NAME = 100
-
-
-def quoted(value: object) -> str:
-    """A value for Hydra's grammar."""
-    text = str(value)
-    plain = all(c.isalnum() or c in "/._-" for c in text)
-    return text if plain else "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,20 +48,22 @@ class Point:
 
 def expand(overrides: Sequence[str]) -> list[Point]:
     """All points, in Hydra's order. Raises SettingsWrong for an override that cannot be read or swept over."""
+    if stray := stray_words(overrides, defaults(Settings)):
+        raise SettingsWrong(list(dict.fromkeys(stray.values())))
     GlobalHydra.instance().clear()
     choices: dict[str, list[str]] = {}
     swept: list[str] = []
     try:
         with initialize_config_module("alphatoken.conf", version_base="1.3"):
             parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-            for override in parser.parse_overrides(list(overrides)):
+            for override in parser.parse_overrides(as_read(overrides, defaults(Settings))):
                 key = override.get_key_element()
                 choices[key] = _values(override)
                 if override.is_sweep_override():
                     swept.append(key)
     except HydraException as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), "it cannot be read")
-        raise SettingsWrong([reason]) from error
+        raise SettingsWrong([legible(reason)]) from error
     if not swept:
         raise SettingsWrong(["-m without a sweep: give a key several values, such as mask.rho=0.3,0.5"])
     points = []

@@ -24,7 +24,7 @@ from alphatoken.jobs.cli import COMMANDS, Arguments, parse, settings_of
 from alphatoken.jobs.config import load
 from alphatoken.jobs.job_api import connect
 from alphatoken.jobs.packing import what_is_packed
-from alphatoken.jobs.points import quoted
+from alphatoken.jobs.typed import quoted
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong, first_line
 from alphatoken.pipeline.settings import Settings
 

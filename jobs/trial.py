@@ -259,7 +259,7 @@ def _is_given(override: str) -> bool:
 def _as_list(override: str) -> str:
     """``trial.rho=0.5,0.7`` as the list that it means; also of trial.masks."""
     key, _, value = override.partition("=")
-    is_open = key in ("trial.rho", "trial.masks") and value and not value.startswith("[")
+    is_open = key in ("trial.rho", "trial.masks") and value and not value.startswith("[") and not value.endswith(",")
     return f"{key}=[{value}]" if is_open else override
 
 

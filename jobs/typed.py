@@ -1,0 +1,92 @@
+"""Overrides as somebody types them, made into what Hydra's grammar reads; what can be no override at all is said.
+
+A path may have brackets, blanks or `=` in it, a shell leaves `~/` alone in the middle of a word, and a list of one is typed
+as the one.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from alphatoken.jobs.suggestion import near
+
+# Begins a list, a mapping, a quoted text or an interpolation: it is Hydra's as it stands.
+NOTATION = ("[", "{", "'", '"', "$")
+
+
+def quoted(value: object) -> str:
+    """A value for Hydra's grammar, in which a backslash means itself but before a quotation mark."""
+    text = str(value)
+    if all(c.isalnum() or c in "/._-" for c in text):
+        return text
+    text = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
+    return f"'{text}'"
+
+
+def as_read(overrides: Sequence[str], defaults: Mapping[str, Any]) -> list[str]:
+    """``overrides`` with values that Hydra reads as they were meant. ``defaults``: of every key; others' values stay."""
+    return [_as_read(override, defaults) for override in overrides]
+
+
+def _as_read(override: str, defaults: Mapping[str, Any]) -> str:
+    key, equals, value = override.partition("=")
+    name = key.lstrip("+~")
+    if not equals or not value or name not in defaults or value.startswith(NOTATION):
+        return override
+    if value.startswith("~/"):
+        value = os.path.expanduser(value)
+    parsed = _parsed(f"{key}={value}")
+    if parsed is None and "," in value:  # which of its parts is meant cannot be known
+        return override
+    if parsed is None:
+        value = quoted(value)
+    one = parsed is None or (not parsed.is_sweep_override() and isinstance(parsed.value(), str | int | float))
+    return f"{key}=[{value}]" if one and isinstance(defaults[name], list) else f"{key}={value}"
+
+
+def _parsed(override: str) -> Override | None:
+    try:
+        return OverridesParser.create().parse_override(override)
+    except HydraException:
+        return None
+
+
+def stray_words(overrides: Sequence[str], known: Collection[str]) -> dict[int, str]:
+    """Place -> what is wrong with it, of the words of a command line that set nothing; mostly a blank made them."""
+    found: dict[int, str] = {}
+    for place, word in enumerate(overrides):
+        before = overrides[place - 1] if place else ""
+        after = overrides[place + 1] if place + 1 < len(overrides) else ""
+        if place in found or word.startswith("~"):
+            continue
+        if word == "=" or (word.startswith("=") and before in known):
+            found[place - 1] = f"{before} {word} {after}".strip() + ": no blanks around the =: " + f"{before}=..."
+            found[place] = found[place - 1]
+            if word == "=":
+                found[place + 1] = found[place - 1]
+        elif "=" in word:
+            continue
+        elif before.endswith(",") or before.count("[") > before.count("]") or before.count("{") > before.count("}"):
+            found[place] = f"{before} {word}: no blanks inside, or the whole in quotes: '{before} {word}'"
+            found[place - 1] = found[place]
+        elif before in known:
+            found[place] = f"{before} {word}: no blank between a key and its value: {before}={word}"
+            found[place - 1] = found[place]
+        elif word in known:
+            found[place] = f"{word}: give a value: {word}=..."
+        else:
+            found[place] = f"{word}: not a setting: give key=value{_meant(word, before, known)}"
+    return found
+
+
+def _meant(word: str, before: str, known: Collection[str]) -> str:
+    if "=" in before and "." in word:
+        return f", such as data.train={word}, or in quotes what has a blank: '{before} {word}'"
+    return f", such as data.train={word}" if "/" in word or "." in word else near(word, known)
