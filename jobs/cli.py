@@ -27,7 +27,7 @@ SWEEP = {
     "--from FILE": "start from the settings in a run.json, or in a mask's summary.json",
 }
 INSPECT = {
-    "--row ID": "this row; may be given several times",
+    "--row ID": "this row, by its id or its number; may be given several times",
     "--top N": "the N rows that come first (default 5)",
     "--by NAME": "in this order: affected (default: nothing kept by value, then the largest share dropped), dropped, kept, or "
     "the mean of a column of values/ over the response",

@@ -23,7 +23,10 @@ Numbers = Callable[[Batch], npt.NDArray[np.float64]]
 
 
 def by_id(reading: Reading, ids: Collection[str], window: Window) -> list[RowContent]:
-    """The rows with these ids, in the order of the data. Raises RunFailed for ids that no row has."""
+    """The rows with these ids, in the order of the data; a number that is no id is that of a row, as rows are shown with.
+
+    Raises RunFailed for ids that no row has.
+    """
     missing, some, found = set(ids), list[str](), list[RowContent]()
     one = next(iter(reading.parts.values()))
     for part in reading.rows:
@@ -39,8 +42,22 @@ def by_id(reading: Reading, ids: Collection[str], window: Window) -> list[RowCon
         missing -= there
         if not missing:
             break
+    numbers = {name: int(name) for name in missing if name.isdecimal() and int(name) < reading.total}
+    found += _by_number(reading, set(numbers.values()), window)
+    missing -= numbers.keys()
     if missing:
         raise RunFailed(f"no row has the id {', '.join(sorted(missing))}; ids here are like {', '.join(some)}")
+    return sorted(found, key=lambda row: row.number)
+
+
+def _by_number(reading: Reading, numbers: Collection[int], window: Window) -> list[RowContent]:
+    found = []
+    for part, rows in reading.rows.items():
+        first = _first(reading, part)
+        if any(first <= number < first + rows for number in numbers):
+            for batch in reading.part(part, first):
+                own = range(batch.first, batch.first + len(batch))
+                found += [content_of(batch, number - batch.first, window) for number in numbers if number in own]
     return found
 
 

@@ -86,6 +86,17 @@ def test_a_row_is_shown_with_every_mask_under_each_other(storage, inspect):
         assert without_brackets(lines[at + 1]) == (response(prepared, prepared["labels"]), response(prepared, labels))
 
 
+def test_a_row_is_found_by_the_number_that_it_is_shown_with(storage, inspect):
+    status, lines, _ = inspect(storage.root, "--row", "20", "--row", "row-3", "--row", "0")
+    assert status == 0 and [line.partition("  ")[0] for line in lines if "data/file.jsonl" in line] == [
+        "row-0",
+        "row-3",
+        "row-20",
+    ]
+    status, _, err = inspect(storage.root, "--row", "1000000")
+    assert status == 1 and "no row has the id 1000000" in err
+
+
 def test_the_top_rows_by_a_column_are_those_with_the_highest_mean(storage, inspect):
     means = {}
     for part in storage.names("prepared"):
