@@ -17,7 +17,12 @@ BASH = """\
 _alphatoken() {
     local line="${COMP_LINE:0:COMP_POINT}" words cut
     local typed="${line##*[[:space:]]}"
-    if [ "$COMP_CWORD" -le 1 ]; then words="@COMMANDS@ --help --version"; else words="@WORDS@"; fi
+    local keys="@KEYS@"
+    if [ "$COMP_CWORD" -le 1 ]; then words="@COMMANDS@ --help --version"; else
+        case "${COMP_WORDS[1]}" in
+@CASES@
+        esac
+    fi
     COMPREPLY=($(compgen -W "$words" -- "$typed"))
     case "$typed" in
         *=*) if [ "${#COMPREPLY[@]}" -eq 0 ]; then COMPREPLY=($(compgen -f -P "${typed%%=*}=" -- "${typed#*=}")); fi
@@ -25,14 +30,16 @@ _alphatoken() {
     esac
     case "${COMPREPLY[0]}" in *=|*.) compopt -o nospace 2>/dev/null ;; esac
 }
-complete -F _alphatoken alphatoken
+complete -o bashdefault -o default -F _alphatoken alphatoken
 """
 ZSH = "autoload -U +X bashcompinit && bashcompinit\n"
 FISH = """\
 complete -c alphatoken -n __fish_use_subcommand -f -a "@COMMANDS@"
-complete -c alphatoken -n "not __fish_use_subcommand" -a "@WORDS@"
+@CASES@
 """
 SCRIPTS = {"bash": BASH, "zsh": ZSH + BASH, "fish": FISH}
+BASH_CASE = '            %s) words="%s" ;;'
+FISH_CASE = 'complete -c alphatoken -n "__fish_seen_subcommand_from %s" -a "%s"'
 
 
 def parser() -> ToolArguments:
@@ -49,7 +56,22 @@ def execute(arguments: Sequence[str]) -> int:
 
 
 def script(shell: str) -> str:
-    """The script with every command, key and choice of a group in it."""
+    """The script with every command in it, the options of each, and where settings mean something their keys and choices."""
     words = [f"{group}={choice}" for group, choices in groups().items() for choice in choices]
-    words += [f"{key}=" for key in keys(Settings)] + ["--help", "--all", "--from"]
-    return SCRIPTS[shell].replace("@COMMANDS@", " ".join(COMMANDS)).replace("@WORDS@", " ".join(words))
+    every, case = (
+        " ".join([*words, *(f"{key}=" for key in keys(Settings))]),
+        FISH_CASE if shell == "fish" else BASH_CASE,
+    )
+    known = every if shell == "fish" else "$keys"
+    cases = [case % (name, " ".join(_of(name) + [known] * COMMANDS[name].reads_settings)) for name in COMMANDS]
+    filled = SCRIPTS[shell].replace("@COMMANDS@", " ".join(COMMANDS)).replace("@KEYS@", every)
+    return filled.replace("@CASES@", "\n".join(cases))
+
+
+def _of(name: str) -> list[str]:
+    """The options of one command, and the words that it takes."""
+    command = COMMANDS[name]
+    own = [flag.partition(" ")[0] for flag in command.options]
+    stages = [other for other, one in COMMANDS.items() if one.kind == "stage"] if name == "submit" else []
+    shells = list(SCRIPTS) if name == "completion" else []
+    return [*own, "--help", *["--all"] * command.reads_settings, *stages, *shells]

@@ -34,7 +34,9 @@ def rows_of_objectives(run: Run) -> dict[str, Sequences]:
     if RETENTION in run.settings.objectives:
         rows = retention_rows(run)
         if rows is None:
-            raise RunFailed("prepared/ has no rows of data.retention: make them with run.overwrite=prepare")
+            raise RunFailed(
+                "prepared/ has no rows of data.retention: make them with `alphatoken run run.overwrite=prepare`"
+            )
         found[RETENTION] = rows
     return found
 

@@ -96,7 +96,9 @@ def _check(run: Run, settings: MaskSettings, there: tuple[str, ...], drift: str 
         )
     scores = run.manifest.content["configuration"].get("valuation", {}).get("scores", [])
     problems += settings.unknown(there)
-    problems += [f"{one} and value anew with run.overwrite=value" for one in settings.missing(there, scores)]
+    problems += [
+        f"{one} and value anew with `alphatoken run run.overwrite=value`" for one in settings.missing(there, scores)
+    ]
     if problems:
         raise SettingsWrong(problems)
 

@@ -70,16 +70,21 @@ def checked_anchor(run: Run) -> dict[str, Any]:
         )
     for key, now in (("model.dtype", run.settings.model.dtype), ("model.revision", run.settings.model.revision)):
         if inputs[key] != now:
-            problems.append(f"{key}={now}, but the anchors were made with {inputs[key]}: add run.overwrite=anchor")
+            problems.append(
+                f"{key}={now}, but the anchors were made with {inputs[key]}: make them with `alphatoken run run.overwrite=anchor`"
+            )
     there, asked = (one.get("model.lower_dtype", "as model.dtype") for one in (inputs, run.settings.lower_inputs))
     if there != asked:
-        problems.append(f"model.lower_dtype: {asked}, but the anchors were made with {there}: add run.overwrite=anchor")
+        problems.append(
+            f"model.lower_dtype: {asked}, but the anchors were made with {there}: make them with `alphatoken run run.overwrite=anchor`"
+        )
     looks_at_it = valuation.rehearsed or valuation.reference_loss or run.manifest.pairs
     if looks_at_it and inputs["reference"] != of_model(models.reference):
         problems.append(f"model.reference={models.reference} is not the reference that the anchors were made with")
     if inputs["anchor.drift"] == "rehearsal" and not valuation.rehearsed:
         problems.append(
-            f"the anchors of {run.storage.root} were made for valuation.schedule=rehearsal: add run.overwrite=anchor"
+            f"the anchors of {run.storage.root} were made for valuation.schedule=rehearsal: make others with `alphatoken run "
+            "run.overwrite=anchor`"
         )
     if problems:
         raise SettingsWrong(problems)

@@ -35,7 +35,8 @@ class OwnStepValues:
             own = slice(self.starts[row], self.starts[row + 1])
             if own.stop - own.start != inside.sum():
                 raise RunFailed(
-                    f"anchors/ has values of other rows than row {row} of prepared/: make it anew, run.overwrite=anchor"
+                    f"anchors/ has values of other rows than row {row} of prepared/: make it anew with `alphatoken run "
+                    "run.overwrite=anchor`"
                 )
             for name in self.objectives:
                 values = np.zeros(len(labels), np.float32)

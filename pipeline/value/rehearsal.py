@@ -53,8 +53,8 @@ def rehearse(run: Run) -> None:
     weighed = valuation.rehearsal.stability_weight > 0
     if weighed and "fisher" not in anchor["counts"]:
         raise SettingsWrong(
-            ["valuation.rehearsal.stability_weight needs a Fisher, which the anchors were made without: add "
-             "run.overwrite=anchor, or set valuation.rehearsal.stability_weight=0"]
+            ["valuation.rehearsal.stability_weight needs a Fisher, which the anchors were made without: make "
+             "them anew with `alphatoken run run.overwrite=anchor`, or set valuation.rehearsal.stability_weight=0"]
         )  # fmt: skip
     prepared = run.manifest.stage("prepare")["fingerprint"]
     inputs = value_inputs(run.settings, models, prepared, anchor["fingerprint"], pairs=False)

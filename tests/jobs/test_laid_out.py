@@ -66,8 +66,8 @@ def test_narrower_lower_layers_are_among_the_inputs_of_a_run(tmp_path, capfd, po
     before = pq.read_table(tmp_path / "run/values").column("loss").to_pylist()
     assert main(["value", *own, "model.lower_dtype=bfloat16"]) == 2
     assert (
-        "model.lower_dtype: bfloat16 below the last 1 layers, but the anchors were made with as model.dtype: add "
-        "run.overwrite=anchor"
+        "model.lower_dtype: bfloat16 below the last 1 layers, but the anchors were made with as model.dtype: make them with "
+        "`alphatoken run run.overwrite=anchor`"
     ) in capfd.readouterr().err
     assert main(["run", *own, "model.lower_dtype=bfloat16", "run.overwrite=anchor"]) == 0, capfd.readouterr().err
     after = pq.read_table(tmp_path / "run/values").column("loss").to_pylist()

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import pty
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -111,7 +112,7 @@ def test_the_resolved_configuration_is_printed(capsys):
 def completed(line: str) -> list[str]:
     """What bash would offer for ``line``, as it splits it by itself."""
     words = line.replace("=", " = ").split() + ([""] if line.endswith((" ", "=")) else [])
-    state = f"COMP_LINE={line!r}; COMP_POINT={len(line)}; COMP_CWORD={len(words) - 1}"
+    state = f"COMP_LINE={line!r}; COMP_POINT={len(line)}; COMP_CWORD={len(words) - 1}; COMP_WORDS=({shlex.join(words)})"
     code = f"{script('bash')}\n{state}\n_alphatoken\nprintf '%s\\n' \"${{COMPREPLY[@]}}\""
     done = subprocess.run(["bash", "-c", code], capture_output=True, text=True, timeout=60)
     assert done.returncode == 0 and done.stderr == "", done.stderr
@@ -125,12 +126,15 @@ def test_bash_completes_commands_keys_choices_and_files(tmp_path):
     assert {"full", "half", "noise"} <= set(completed("alphatoken run mask="))
     assert completed("alphatoken run mask=no") == ["noise"]
     assert completed(f"alphatoken run data.train={tmp_path}/tr") == [f"{tmp_path}/train.jsonl"]
+    assert completed("alphatoken inspect R --ch") == ["--changed"] and completed("alphatoken inspect R mask.rh") == []
+    assert completed("alphatoken mask --cs") == ["--csv"] and completed("alphatoken mask --ch") == []
+    assert "trial" in completed("alphatoken submit tri")
 
 
 @pytest.mark.parametrize("shell", SCRIPTS)
 def test_every_shell_has_a_script_with_every_word(capsys, shell):
     status, out, _ = command(capsys, "completion", shell)
-    assert status == 0 and out == script(shell) and "@COMMANDS@" not in out and "@WORDS@" not in out
+    assert status == 0 and out == script(shell) and "@COMMANDS@" not in out and "@CASES@" not in out
     assert "mask.rho=" in out and "experiment=smoke" in out and "prepare" in out
     assert command(capsys, "completion", "tcsh")[0] == 2
 
