@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -12,7 +13,8 @@ from alphatoken.pipeline.maths.batch import Batch, by_token_budget, collate
 from alphatoken.pipeline.prepare.example import example_data, example_model
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 
-THREADS = 2
+# Fewer where cores are shared: two threads on one free core wait for each other, milliseconds for every operation.
+THREADS = int(os.environ.get("OMP_NUM_THREADS", "2"))
 BUDGET = 2048
 
 

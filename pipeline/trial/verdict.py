@@ -187,10 +187,13 @@ def _sentence(lines: Sequence[Line], unit: str) -> tuple[str, str]:
         return best.name, f"{text}, though a random mask of its size does as well within the spread"
     text = "No mask beats training on everything"
     if tried and tried[0].to_full:
-        gap = tried[0].to_full
-        spread = "" if gap.spread is None else f" ± {gap.spread:.4f}"
-        text += f": the best, {_called(tried[0])}, ends {gap.mean:+.4f}{spread} {unit} from it"
-        text += "" if gap.spread is not None else ", which one seed cannot judge"
+        gap, best_one = tried[0].to_full, _called(tried[0])
+        if gap.spread is None:
+            text = (
+                f"One seed cannot judge: the best, {best_one}, ends {gap.mean:+.4f} {unit} from training on everything"
+            )
+            return FULL, f"{text}; trial.seeds=3 can"
+        text += f": the best, {best_one}, ends {gap.mean:+.4f} ± {gap.spread:.4f} {unit} from it"
     gentle = [
         line
         for line in tried

@@ -104,7 +104,7 @@ def test_a_sweep_over_masks_is_made_on_the_way(alphatoken, run):
     assert status == 0, err
     assert {"score-entropy", "score-loss"} <= {line["name"] for line in summary(run)["lines"]}
     kept = json.loads((run / "masks/score-loss/summary.json").read_text())
-    assert kept["settings"]["rho"] == 0.4 and "one seed cannot judge" in out
+    assert kept["settings"]["rho"] == 0.4 and "One seed cannot judge" in out
 
 
 def test_rows_that_made_the_directions_are_said_beforehand_in_the_table_and_in_the_sentence(

@@ -61,7 +61,10 @@ def test_a_mask_that_is_no_better_than_a_random_one_is_said_to_be_so():
 
 def test_one_seed_judges_nothing():
     verdict = judge(found(full=[1.0], untouched=[2.0], m=[0.5]), PERCENTS, seen=False)
-    assert verdict.winner == FULL and "one seed cannot judge" in verdict.sentence
+    assert verdict.winner == FULL and "No mask beats" not in verdict.sentence
+    assert verdict.sentence == (
+        "One seed cannot judge: the best, mask m, ends -0.5000 nats per token from training on everything; trial.seeds=3 can."
+    )
     assert next(line for line in verdict.lines if line.name == "m").to_full.spread is None
 
 
