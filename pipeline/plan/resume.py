@@ -41,7 +41,8 @@ def resume_state(run: Run) -> dict[str, dict[str, Any]]:
         else:
             found[stage] = {"state": "continues", **_progress(run, stage)}
     mask = f"mask/{settings.mask.name}"
-    done = manifest.done(mask) and is_finished(run.storage, settings.mask.name)
+    reached = all(state["state"] in ("done", "skipped") for state in found.values())  # else it is made of what comes
+    done = reached and manifest.done(mask) and is_finished(run.storage, settings.mask.name)
     state = "overwritten" if "mask" in anew else "done" if done else "new"
     found["mask"] = {"state": state, "name": settings.mask.name}
     return found

@@ -152,6 +152,7 @@ def test_a_mask_without_its_shards_is_said_with_the_remedy(tmp_path):
 def test_a_row_has_the_threshold_of_its_own_group(tmp_path, settings):
     made = write_shown(tmp_path, lengths=[3 + i % 9 for i in range(40)])
     with_masks(made, own={"score": "entropy", "min_kept": 0, "always_keep": [], **settings})
+    assert ">by group<" in report_on(made).read_text()
     values = [np.array(row["entropy"]) for row in rows_of(made, "values")]
     for row in data_of(report_on(made))["rows"]:
         (branch,) = row["b"]
@@ -165,3 +166,4 @@ def test_masks_of_no_values_are_shown_without_scores(tmp_path):
     )
     found = data_of(report_on(made))
     assert found["scores"] == [] and found["charts"][0]["histograms"] == {} and len(found["rows"]) == 8
+    assert ">by group<" not in report_on(made).read_text()
