@@ -75,13 +75,15 @@ def sweep_points(
     if double:
         run, name = sorted(double)[0]
         raise SettingsWrong(
-            [f"several points of the sweep would write {run}/masks/{name}: leave mask.name out, or sweep over it too"]
+            [
+                f"several points of the sweep would write {run}/masks/{name}: give each a mask.name of its own, or one to all"
+            ]
         )
     return points, failures
 
 
 def _placed(composed: Sequence[tuple[Point, Settings]], every: Sequence[Point]) -> list[SweepPoint]:
-    """Give every point its mask.name and run.dir, unless the user has.
+    """Give every point its mask.name and run.dir, unless they are swept over; a mask.name that is given begins the names.
 
     ``every``: all points, where some did not compose: the places of the others are what they would be among all.
     """
@@ -99,8 +101,10 @@ def _placed(composed: Sequence[tuple[Point, Settings]], every: Sequence[Point]) 
         if several_upstream and "run.dir" not in {one.key for one in point.swept}:
             place = f"{settings.run.dir.rstrip('/')}/{point_name(above)}"
             settings = replace(settings, run=replace(settings.run, dir=place))
-        if own and several_masks and "mask.name" not in given:
-            settings = replace(settings, mask=replace(settings.mask, name=point_name(own)))
+        if own and several_masks and "mask.name" not in {one.key for one in point.swept}:
+            name = point_name(own)
+            name = f"{settings.mask.name}_{name}" if "mask.name" in given else name
+            settings = replace(settings, mask=replace(settings.mask, name=name))
         placed.append(SweepPoint(point.name, settings, point.overrides))
     return placed
 

@@ -98,7 +98,12 @@ def _swept(overrides: Sequence[str]) -> dict[str, MaskSettings | None]:
         pairs = [override.partition("=")[::2] for override in overrides]
         name = mask.name if given else "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in pairs)
         return {name: replace(mask, name=name)}
-    return {point.name: replace(load(point.overrides).mask, name=point_name(point.swept)) for point in points}
+    found = {}
+    for point in points:
+        mask, name = load(point.overrides).mask, point_name(point.swept)
+        name = f"{mask.name}_{name}" if any(one.startswith("mask.name=") for one in point.overrides) else name
+        found[name] = replace(mask, name=name)
+    return found
 
 
 def _named(session: Session, name: str) -> MaskSettings | None:

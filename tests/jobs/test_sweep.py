@@ -92,8 +92,20 @@ def test_a_failing_point_is_named_and_does_not_stop_the_others(alphatoken, tmp_p
         name.name for name in (tmp_path / "masks").iterdir() if "eos" in name.name
     }
     assert alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=2,3")[0] == 2
-    status, _, err = alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.4,0.6", "mask.name=one")
+    status, _, err = alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.4,0.6", "mask.name=one,one")
     assert status == 2 and "mask.name" in err
+
+
+def test_a_second_sweep_is_told_apart_by_the_mask_name_that_is_given(alphatoken, tmp_path):
+    write_run(tmp_path)
+    assert alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.3,0.5")[0] == 0
+    again = ["mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.3,0.5", "mask.score=random"]
+    status, _, err = alphatoken(*again)
+    assert status == 1 and "choose another mask.name" in err
+    status, out, err = alphatoken(*again, "mask.name=drawn")
+    assert status == 0 and "drawn_rho-0.3" in out, err
+    made = {p.parent.name for p in (tmp_path / "masks").glob("*/summary.json")}
+    assert made == {"rho-0.3", "rho-0.5", "drawn_rho-0.3", "drawn_rho-0.5"}
 
 
 def test_points_that_do_not_compose_leave_the_places_of_the_others(alphatoken, tmp_path):
