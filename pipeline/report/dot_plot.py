@@ -7,6 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 WIDTH, HEIGHT, MARGIN = 640, 340, 14
+LETTER, LINE = 6.6, 14  # pixels of a label of 12 px: the mean width of a letter, and from one label to the next
+ASIDE, FURTHEST = 8, 20  # pixels between a dot and its label; lines that a label may stand away from its dot
+DOT = 5  # its radius, with its border
+
+
+Box = tuple[float, float, float, float]  # left, top, right, bottom
+
+
+@dataclass(frozen=True, slots=True)
+class Label:
+    """Where a name stands: its end (``end``) or its beginning at ``x``, its baseline at ``y``; ``away``: far from its dot."""
+
+    x: float
+    y: float
+    end: bool
+    away: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,11 +37,7 @@ class Dot:
     dx: float
     dy: float
     title: str
-
-    @property
-    def left_of_label(self) -> bool:
-        """Whether the label stands on the left, where there is no room on the right."""
-        return self.x > 0.7 * WIDTH
+    label: Label
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +53,61 @@ def dot_plot(summary: Mapping[str, Any]) -> DotPlot:
     """Of trial/summary.json. The untouched model is left out: it is far from all that were trained."""
     lines = [line for line in summary["lines"] if line["kind"] != "untouched"]
     losses, divergences = (_range([line[key] for line in lines]) for key in ("adaptation", "retention"))
-    dots = []
+    drawn = []
     for line in lines:
         (loss, loss_spread), (moved, moved_spread) = line["adaptation"], line["retention"]
         x, dx = _scaled(loss, loss_spread, losses, WIDTH)
         y, dy = _scaled(moved, moved_spread, divergences, HEIGHT)
         title = f"{line['name']}: loss {loss:.4f} ± {loss_spread:.4f}, divergence {moved:.4f} ± {moved_spread:.4f}"
-        dots.append(Dot(line["name"], line["kind"], line["name"] == summary["winner"], x, HEIGHT - y, dx, dy, title))
+        drawn.append((line, x, HEIGHT - y, dx, dy, title))
+    taken: list[Box] = [(x - DOT, y - DOT, x + DOT, y + DOT) for _, x, y, *_ in drawn]
+    dots = [
+        Dot(
+            line["name"],
+            line["kind"],
+            line["name"] == summary["winner"],
+            x,
+            y,
+            dx,
+            dy,
+            title,
+            _placed(line["name"], x, y, taken),
+        )
+        for line, x, y, dx, dy, title in drawn
+    ]
     return DotPlot(tuple(dots), losses, divergences)
+
+
+def _placed(name: str, x: float, y: float, taken: list[Box]) -> Label:
+    """The place nearest to the dot where the label covers none of ``taken``, to which it is added; else beside the dot."""
+    width = LETTER * len(name)
+    sides = [
+        end
+        for end in (x > 0.7 * WIDTH, x <= 0.7 * WIDTH)
+        if (x - ASIDE - width > 0 if end else x + ASIDE + width < WIDTH)
+    ]
+    sides = sides or [x > WIDTH / 2]
+    lines = sorted(range(-FURTHEST, FURTHEST + 1), key=abs)
+    places = [(line, end) for line in lines for end in sides if 0 < y - 6 + line * LINE <= HEIGHT]
+    places = places or [(0, sides[0])]
+    for line, end in places:
+        own = _box(x, y - 6 + line * LINE, width, end)
+        if not any(_overlap(own, other) for other in taken):
+            break
+    else:
+        line, end = places[0]
+        own = _box(x, y - 6 + line * LINE, width, end)
+    taken.append(own)
+    return Label(x + (-ASIDE if end else ASIDE), y - 6 + line * LINE, end, line != 0)
+
+
+def _box(x: float, baseline: float, width: float, end: bool) -> Box:
+    left = x - ASIDE - width if end else x + ASIDE
+    return left, baseline - LINE + 3, left + width, baseline + 3
+
+
+def _overlap(one: Box, other: Box) -> bool:
+    return one[0] < other[2] and other[0] < one[2] and one[1] < other[3] and other[1] < one[3]
 
 
 def _range(pairs: Sequence[Sequence[float]]) -> tuple[float, float]:
