@@ -82,7 +82,8 @@ def _job_arguments(rest: Sequence[str], parsed: Arguments, settings: Settings) -
         found.append("cluster.address=auto")
     place = settings.run.dir
     swept = "run.dir" in keys and "--multirun" in parsed.flags and "," in place
-    if "://" not in place and not os.path.isabs(os.path.expanduser(place)) and not swept:
+    said = next((o.partition("=")[2] for o in reversed(parsed.overrides) if o.startswith("run.dir=")), place)
+    if "://" not in place and not os.path.isabs(said) and not swept:
         absolute = os.path.abspath(place)
         found = [argument for argument in found if not argument.startswith("run.dir=")]
         found.append(f"run.dir={quoted(absolute)}")

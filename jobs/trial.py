@@ -14,6 +14,7 @@ from alphatoken.jobs.config import groups, load
 from alphatoken.jobs.points import expand, point_name
 from alphatoken.jobs.replay import recorded_configuration
 from alphatoken.jobs.session import Session
+from alphatoken.jobs.typed import typed_path
 from alphatoken.pipeline.mask.layout import is_finished, summary_of
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.manifest import NAME
@@ -31,7 +32,8 @@ def of_the_run(overrides: Sequence[str], recorded: Mapping[str, Any] | None) -> 
     ``recorded``: of --from. Raises SettingsWrong.
     """
     own = [_as_list(override) for override in overrides if not _is_mask(override)]
-    place = next((o.partition("=")[2] for o in reversed(own) if o.startswith("run.dir=")), RunSettings().dir)
+    typed = typed_path(own, "run.dir")
+    place = RunSettings().dir if typed is None else typed
     if recorded is None and place and Storage(place).exists(NAME):
         recorded = recorded_configuration(f"{place.rstrip('/')}/{NAME}")
         recorded.setdefault("run", {})["dir"] = place
@@ -98,7 +100,7 @@ def _swept(overrides: Sequence[str]) -> dict[str, MaskSettings | None]:
         pairs = [override.partition("=")[::2] for override in overrides]
         name = mask.name if given else "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in pairs)
         return {name: replace(mask, name=name)}
-    found = {}
+    found: dict[str, MaskSettings | None] = {}
     for point in points:
         mask, name = load(point.overrides).mask, point_name(point.swept)
         name = f"{mask.name}_{name}" if any(one.startswith("mask.name=") for one in point.overrides) else name

@@ -35,13 +35,22 @@ def as_read(overrides: Sequence[str], defaults: Mapping[str, Any]) -> list[str]:
     return [_as_read(override, defaults) for override in overrides]
 
 
+def typed_path(overrides: Sequence[str], key: str) -> str | None:
+    """The path that the last override of ``key`` says, as it is read; None where there is none."""
+    found = [value for own, _, value in (override.partition("=") for override in overrides) if own.lstrip("+") == key]
+    return _at_home(found[-1]) if found else None
+
+
+def _at_home(value: str) -> str:
+    return os.path.expanduser(value) if value.startswith("~/") else value
+
+
 def _as_read(override: str, defaults: Mapping[str, Any]) -> str:
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
     if not equals or not value or name not in defaults or value.startswith(NOTATION):
         return override
-    if value.startswith("~/"):
-        value = os.path.expanduser(value)
+    value = _at_home(value)
     parsed = _parsed(f"{key}={value}")
     if parsed is None and "," in value:  # which of its parts is meant cannot be known
         return override
