@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.utils.checkpoint import checkpoint
 
-BLOCK = 128
+BLOCK = 64  # queries: twice as many leave the cache with rows of 2,048 tokens, and cost a third more
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,12 +111,14 @@ class Attended:
             return logits.masked_fill_(~part, floor) if part.dtype == torch.bool else logits.add_(part)
         if not self.causal:
             return logits
+        first = low if self.window is not None else max(low, start)  # keys before are seen by every query of the span
         queries = torch.arange(start, stop, device=logits.device)[:, None]
-        keys = torch.arange(low, high, device=logits.device)[None, :]
+        keys = torch.arange(first, high, device=logits.device)[None, :]
         hidden = keys > queries
         if self.window is not None:
             hidden |= keys <= queries - self.window
-        return logits.masked_fill_(hidden, floor)
+        logits[..., first - low :].masked_fill_(hidden, floor)
+        return logits
 
     def output(self) -> torch.Tensor:
         """(batch, length, heads, size); probabilities are recomputed in the backward pass."""
