@@ -37,8 +37,8 @@ def load(overrides: Sequence[str], recorded: Mapping[str, Any] | None = None) ->
     stray = stray_words(overrides, keys(Settings))
     problems += dict.fromkeys(stray.values())
     overrides = [override for place, override in enumerate(overrides) if place not in stray]
-    typed = dict(zip(as_read(overrides, defaults(Settings)), overrides, strict=True))  # as read -> as typed
-    good = list(typed)
+    good = as_read(overrides, defaults(Settings), texts(Settings))
+    typed = dict(zip(good, overrides, strict=True))
     composed = _compose(good, recorded)
     if isinstance(composed, str):
         alone = {override: _compose([override], recorded) for override in good}
@@ -126,7 +126,9 @@ def _reason(error: BaseException, overrides: Sequence[str]) -> str:
 def legible(reason: str) -> str:
     """What Hydra's parser says, in words of the command line."""
     if any(said in reason for said in GRAMMAR):
-        return f"it cannot be read: is a bracket or a quote left open? ({reason})"
+        return (
+            f"it cannot be read: is a bracket or a quote left open, or does a path need quotes of its own? ({reason})"
+        )
     return reason
 
 
@@ -156,6 +158,19 @@ def groups() -> dict[str, list[str]]:
 def defaults(kind: Any) -> dict[str, Any]:
     """Every configuration key -> default."""
     return {key: value for key, (value, _) in keys(kind).items()}
+
+
+def texts(kind: Any, prefix: str = "") -> set[str]:
+    """The keys whose values are text, also where it looks like a number."""
+    found: set[str] = set()
+    instance = kind()
+    for f in fields(kind):
+        value, name = getattr(instance, f.name), f"{prefix}{f.name}"
+        if is_dataclass(value):
+            found |= texts(type(value), f"{name}.")
+        elif f.type in (str, str | None, "str", "str | None"):
+            found.add(name)
+    return found
 
 
 def keys(kind: Any, prefix: str = "") -> dict[str, tuple[Any, str]]:

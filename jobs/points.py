@@ -17,7 +17,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from alphatoken.jobs.config import defaults, legible
+from alphatoken.jobs.config import defaults, legible, texts
 from alphatoken.jobs.typed import as_read, stray_words
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.settings import Settings
@@ -56,7 +56,7 @@ def expand(overrides: Sequence[str]) -> list[Point]:
     try:
         with initialize_config_module("alphatoken.conf", version_base="1.3"):
             parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-            for override in parser.parse_overrides(as_read(overrides, defaults(Settings))):
+            for override in parser.parse_overrides(as_read(overrides, defaults(Settings), texts(Settings))):
                 key = override.get_key_element()
                 choices[key] = _values(override)
                 if override.is_sweep_override():

@@ -11,15 +11,14 @@ from rich.console import Console
 from rich.table import Table
 
 from alphatoken.jobs.config import groups, load
-from alphatoken.jobs.points import expand, point_name
+from alphatoken.jobs.points import Swept, expand, point_name
 from alphatoken.jobs.replay import recorded_configuration
 from alphatoken.jobs.session import Session
-from alphatoken.jobs.typed import typed_path
 from alphatoken.pipeline.mask.layout import is_finished, summary_of
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.manifest import NAME
 from alphatoken.pipeline.run.storage import Storage
-from alphatoken.pipeline.settings import MaskSettings, RunSettings, Settings
+from alphatoken.pipeline.settings import MaskSettings, Settings
 
 TITLES = {"margin": "margin", "reward_accuracy": "preferred", "retention_loss": "retention"}
 WIDE = 110  # columns of a terminal that hold both tables with each candidate in one line
@@ -32,13 +31,20 @@ def of_the_run(overrides: Sequence[str], recorded: Mapping[str, Any] | None) -> 
     ``recorded``: of --from. Raises SettingsWrong.
     """
     own = [_as_list(override) for override in overrides if not _is_mask(override)]
-    typed = typed_path(own, "run.dir")
-    place = RunSettings().dir if typed is None else typed
+    place = _place([override for override in own if override.lstrip("+").startswith("run.dir=")])
     if recorded is None and place and Storage(place).exists(NAME):
         recorded = recorded_configuration(f"{place.rstrip('/')}/{NAME}")
         recorded.setdefault("run", {})["dir"] = place
         recorded.pop("trial", None)  # of the trial before
     return load(own, recorded or None)
+
+
+def _place(overrides: Sequence[str]) -> str:
+    """The run directory that the last of ``overrides`` says; empty where it is wrong, which is said with all else."""
+    try:
+        return load(overrides[-1:]).run.dir
+    except SettingsWrong:
+        return ""
 
 
 def execute(session: Session) -> None:
@@ -96,14 +102,17 @@ def _swept(overrides: Sequence[str]) -> dict[str, MaskSettings | None]:
         if "without a sweep" not in str(error):
             raise
         mask = load(overrides).mask
-        given = any(override.startswith("mask.name=") for override in overrides)
-        pairs = [override.partition("=")[::2] for override in overrides]
-        name = mask.name if given else "_".join(f"{key.rpartition('.')[2]}-{value}" for key, value in pairs)
+        pairs = [override.lstrip("+").partition("=")[::2] for override in overrides]
+        given = any(key == "mask.name" for key, _ in pairs)
+        name = mask.name if given else point_name([Swept(key, value) for key, value in pairs])
         return {name: replace(mask, name=name)}
     found: dict[str, MaskSettings | None] = {}
     for point in points:
         mask, name = load(point.overrides).mask, point_name(point.swept)
-        name = f"{mask.name}_{name}" if any(one.startswith("mask.name=") for one in point.overrides) else name
+        if any(one.key == "mask.name" for one in point.swept):
+            name = mask.name
+        elif any(one.lstrip("+").startswith("mask.name=") for one in point.overrides):
+            name = f"{mask.name}_{name}"
         found[name] = replace(mask, name=name)
     return found
 
@@ -266,7 +275,9 @@ def _is_given(override: str) -> bool:
 def _as_list(override: str) -> str:
     """``trial.rho=0.5,0.7`` as the list that it means; also of trial.masks."""
     key, _, value = override.partition("=")
-    is_open = key in ("trial.rho", "trial.masks") and value and not value.startswith("[") and not value.endswith(",")
+    is_open = (
+        key in ("trial.rho", "trial.masks") and "," in value and not value.startswith("[") and not value.endswith(",")
+    )
     return f"{key}=[{value}]" if is_open else override
 
 

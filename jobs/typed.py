@@ -24,39 +24,39 @@ NOTATION = ("[", "{", "'", '"', "$")
 def quoted(value: object) -> str:
     """A value for Hydra's grammar, in which a backslash means itself but before a quotation mark."""
     text = str(value)
-    if all(c.isalnum() or c in "/._-" for c in text):
+    if text.isascii() and all(c.isalnum() or c in "/._-" for c in text):
         return text
+    return _in_quotes(text)
+
+
+def _in_quotes(text: str) -> str:
     text = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
     return f"'{text}'"
 
 
-def as_read(overrides: Sequence[str], defaults: Mapping[str, Any]) -> list[str]:
-    """``overrides`` with values that Hydra reads as they were meant. ``defaults``: of every key; others' values stay."""
-    return [_as_read(override, defaults) for override in overrides]
+def as_read(overrides: Sequence[str], defaults: Mapping[str, Any], texts: Collection[str]) -> list[str]:
+    """``overrides`` with values that Hydra reads as they were meant.
+
+    ``defaults``: of every key; others' values stay. ``texts``: keys whose values are text, also where it looks like a number.
+    """
+    return [_as_read(override, defaults, texts) for override in overrides]
 
 
-def typed_path(overrides: Sequence[str], key: str) -> str | None:
-    """The path that the last override of ``key`` says, as it is read; None where there is none."""
-    found = [value for own, _, value in (override.partition("=") for override in overrides) if own.lstrip("+") == key]
-    return _at_home(found[-1]) if found else None
-
-
-def _at_home(value: str) -> str:
-    return os.path.expanduser(value) if value.startswith("~/") else value
-
-
-def _as_read(override: str, defaults: Mapping[str, Any]) -> str:
+def _as_read(override: str, defaults: Mapping[str, Any], texts: Collection[str]) -> str:
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
     if not equals or not value or name not in defaults or value.startswith(NOTATION):
         return override
-    value = _at_home(value)
+    if value.startswith("~/"):
+        value = os.path.expanduser(value)
     parsed = _parsed(f"{key}={value}")
     if parsed is None and "," in value:  # which of its parts is meant cannot be known
         return override
     if parsed is None:
         value = quoted(value)
     one = parsed is None or (not parsed.is_sweep_override() and isinstance(parsed.value(), str | int | float))
+    if parsed is not None and one and name in texts and not isinstance(parsed.value(), str):
+        value = _in_quotes(value)  # 1.10 is a revision, and no number
     return f"{key}=[{value}]" if one and isinstance(defaults[name], list) else f"{key}={value}"
 
 

@@ -14,6 +14,7 @@ import torch
 from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.prepare.reader import retention_rows, validation_rows
 from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.remedies import anew
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings.objectives import RETENTION, objective_of
 
@@ -35,7 +36,8 @@ def rows_of_objectives(run: Run) -> dict[str, Sequences]:
         rows = retention_rows(run)
         if rows is None:
             raise RunFailed(
-                "prepared/ has no rows of data.retention: make them with `alphatoken run run.overwrite=prepare`"
+                "prepared/ has no rows of data.retention: make them, "
+                f"{anew(run.storage.root, 'prepare', f'data.retention={run.settings.data.retention} ')}"
             )
         found[RETENTION] = rows
     return found

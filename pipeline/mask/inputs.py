@@ -12,6 +12,7 @@ from alphatoken.data_schemas import KEPT, masks_schema, named, preference_masks_
 from alphatoken.pipeline.mask.always_keep import always_keep_ids
 from alphatoken.pipeline.mask.rehearsed import as_rehearsed, is_rehearsed
 from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.remedies import anew
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import MaskSettings
 
@@ -52,13 +53,17 @@ class MaskInputs:
     made_with: dict[str, str]
 
 
+def needs_values(run: Run) -> bool:
+    """Whether the mask that is asked for is made of values/, and not of prepared/ alone."""
+    return run.manifest.pairs or bool(_resolved(run).columns()) or is_rehearsed(_value_inputs(run))
+
+
 def mask_inputs(run: Run) -> MaskInputs:
     """Raises SettingsWrong for what cannot be made of these values, and RunFailed where a stage before is not done."""
     asked, manifest = run.settings.mask, run.manifest
     prepared = manifest.require("prepare", "mask")
-    needs_values = manifest.pairs or bool(_resolved(run).columns()) or is_rehearsed(_value_inputs(run))
-    values = manifest.require("value", "mask") if needs_values else None
-    rehearsed = is_rehearsed(_value_inputs(run)) and needs_values
+    values = manifest.require("value", "mask") if needs_values(run) else None
+    rehearsed = is_rehearsed(_value_inputs(run)) and values is not None
     settings = as_rehearsed(asked, _value_inputs(run)) if rehearsed else asked
     drift = manifest.stage("anchor").get("inputs", {}).get("anchor.drift")
     there = tuple(_value_inputs(run).get("columns", ())) if values else ()
@@ -97,7 +102,8 @@ def _check(run: Run, settings: MaskSettings, there: tuple[str, ...], drift: str 
     scores = run.manifest.content["configuration"].get("valuation", {}).get("scores", [])
     problems += settings.unknown(there)
     problems += [
-        f"{one} and value anew with `alphatoken run run.overwrite=value`" for one in settings.missing(there, scores)
+        f"{one} and value anew, {anew(run.storage.root, 'value', f'{remedy} ')}"
+        for one, remedy in ((one, one.rpartition(": set ")[2]) for one in settings.missing(there, scores))
     ]
     if problems:
         raise SettingsWrong(problems)

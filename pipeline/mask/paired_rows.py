@@ -22,6 +22,7 @@ from alphatoken.data_schemas import (
 from alphatoken.pipeline.maths.masking import RANDOM, Bools, Floats, Ints
 from alphatoken.pipeline.maths.uniform import uniform
 from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.remedies import again, anew
 from alphatoken.pipeline.run.run import Run
 
 IGNORED = -100
@@ -82,10 +83,10 @@ class PairedParts:
         seconds = run.storage.footers("values", parts, values["fingerprint"]) if there else {}
         for part in parts:
             if part not in firsts:
-                raise unfinished("prepare", f"prepared/{part}")
+                raise unfinished(run.storage.root, "prepare", f"prepared/{part}")
             rows = firsts[part].rows
             if there and part not in seconds:
-                raise unfinished("value", f"values/{part}")
+                raise unfinished(run.storage.root, "value", f"values/{part}")
             if there and seconds[part].rows != rows:
                 raise _damaged("value", f"values/{part}", f"has {seconds[part].rows} rows, prepared/{part} has {rows}")
             self.rows[part] = rows
@@ -204,11 +205,9 @@ def _refuse(stage: str, name: str, row: int, wrong: npt.NDArray[np.bool_], reaso
 
 def _damaged(stage: str, name: str, reason: str) -> RunFailed:
     joint = ", " if reason.startswith("row ") else " "
-    return RunFailed(f"{name}{joint}{reason}: make it anew with `alphatoken run run.overwrite={stage}`")
+    return RunFailed(f"{name}{joint}{reason}: make it anew, {anew('RUN', stage)}")
 
 
-def unfinished(stage: str, name: str) -> RunFailed:
+def unfinished(root: str, stage: str, name: str) -> RunFailed:
     """Of a part that its stage does not take for finished either, and so makes again."""
-    return RunFailed(
-        f"{name} is missing, damaged or of another run: `alphatoken {stage} --from RUN/run.json run.dir=RUN` makes it again"
-    )
+    return RunFailed(f"{name} is missing, damaged or of another run: {again(root, stage)}")

@@ -15,10 +15,11 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREFERENCE_REFERENCE
 from alphatoken.pipeline.mask.layout import mask_part
-from alphatoken.pipeline.mask.paired_rows import PairedParts, PairedRows, unfinished
+from alphatoken.pipeline.mask.paired_rows import PairedParts, PairedRows
 from alphatoken.pipeline.mask.worker import Tally, Written, mask_columns
 from alphatoken.pipeline.maths.masking import sums_by_row
 from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.remedies import anew
 from alphatoken.pipeline.run.storage import PartWriter, Storage
 
 TEXTS = ("prompt", *BRANCHES)
@@ -42,7 +43,7 @@ def write_pairs_part(
     first = parts[BRANCHES[0]]
     expected = first.rows[part]
     if storage.rows_of(f"reference/{part}", reference) != expected:
-        raise unfinished("value", f"reference/{part}")
+        raise _damaged(part, "is missing, damaged or of another run")
     sides = [parts[b].part(part, columns[b], with_input_ids=True) for b in BRANCHES]
     texts = first.tables(f"prepared/{part}", PREFERENCE_PREPARED, ["id", *TEXTS], "prepare")
     logps = [parts[b].tables(f"reference/{part}", PREFERENCE_REFERENCE, ["id", "logps"], "value") for b in BRANCHES]
@@ -85,4 +86,4 @@ def _branch(
 
 
 def _damaged(part: str, reason: str) -> RunFailed:
-    return RunFailed(f"reference/{part} {reason}: make it anew with `alphatoken run run.overwrite=value`")
+    return RunFailed(f"reference/{part} {reason}: make it anew, {anew('RUN', 'value')}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from alphatoken.pipeline.mask.inputs import needs_values
 from alphatoken.pipeline.mask.layout import is_finished
 from alphatoken.pipeline.plan.share import UPSTREAM, stage_inputs
 from alphatoken.pipeline.run.fingerprint import differences, digest
@@ -41,7 +42,8 @@ def resume_state(run: Run) -> dict[str, dict[str, Any]]:
         else:
             found[stage] = {"state": "continues", **_progress(run, stage)}
     mask = f"mask/{settings.mask.name}"
-    reached = all(state["state"] in ("done", "skipped") for state in found.values())  # else it is made of what comes
+    made_of = found.values() if needs_values(run) else [found["prepare"]]
+    reached = all(state["state"] in ("done", "skipped") for state in made_of)  # else it is made of what comes
     done = reached and manifest.done(mask) and is_finished(run.storage, settings.mask.name)
     state = "overwritten" if "mask" in anew else "done" if done else "new"
     found["mask"] = {"state": state, "name": settings.mask.name}

@@ -9,6 +9,7 @@ from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.prepare.held_out import RETENTION
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.noted import Footer
+from alphatoken.pipeline.run.remedies import again
 from alphatoken.pipeline.run.run import Run
 
 
@@ -22,7 +23,7 @@ def prepared_parts(run: Run) -> dict[str, Footer]:
     found = run.storage.footers("prepared", parts, prepared["fingerprint"])
     for part in parts:
         if part not in found:
-            raise RunFailed(f"prepared/{part} is missing or damaged: run `alphatoken prepare` again")
+            raise RunFailed(f"prepared/{part} is missing or damaged: {again(run.storage.root, 'prepare')}")
     return found
 
 
@@ -60,7 +61,7 @@ def retention_rows(run: Run) -> Sequences | None:
         return None
     name = f"prepared/{RETENTION}.parquet"
     if run.storage.rows_of(name, prepared["fingerprint"]) is None:
-        raise RunFailed(f"{name} is missing or damaged: run `alphatoken prepare` again")
+        raise RunFailed(f"{name} is missing or damaged: {again(run.storage.root, 'prepare')}")
     return sequences_of(run.storage.read_table(name, PREPARED))
 
 

@@ -43,7 +43,7 @@ def by_id(reading: Reading, ids: Collection[str], window: Window) -> list[RowCon
         if not missing:
             break
     numbers = {name: int(name) for name in missing if name.isdecimal() and int(name) < reading.total}
-    found += _by_number(reading, set(numbers.values()), window)
+    found += _by_number(reading, set(numbers.values()) - {row.number for row in found}, window)
     missing -= numbers.keys()
     if missing:
         raise RunFailed(f"no row has the id {', '.join(sorted(missing))}; ids here are like {', '.join(some)}")

@@ -16,6 +16,7 @@ from alphatoken.pipeline.mask.rehearsed import is_rehearsed
 from alphatoken.pipeline.maths.masking import Bools, Floats
 from alphatoken.pipeline.report.shown_masks import ShownMask, values_of
 from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.remedies import mask_again
 from alphatoken.pipeline.run.run import Run
 
 ROWS_AT_ONCE = 1024  # a divisor of the rows of a row group, so that masks, which are read by themselves, are cut alike
@@ -116,8 +117,7 @@ class Reading:
                 name = next(iter(mask.places.values())).file(part)
                 if self.run.storage.rows_of(name, fingerprint) != rows:
                     raise RunFailed(
-                        f"{name} is missing, damaged or of another run: remove masks/{mask.name} and run "
-                        f"`alphatoken mask mask.name={mask.name}` again"
+                        f"{name} is missing, damaged or of another run: {mask_again(self.run.storage.root, mask.name)}"
                     )
 
 

@@ -182,7 +182,7 @@ def _line(mask: ShownMask, branch: str, found: _Found, shown: Sequence[ShownMask
         "agreement": agreement,
         "parts": contributions(summary),
         "threshold": summary["threshold"],
-        "grouped": mask.grouped is not None,
+        "grouped": summary["thresholds"] is not None,
     }
 
 

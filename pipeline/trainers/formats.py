@@ -16,6 +16,7 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import LOSS_WEIGHT
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.remedies import mask_anew
 from alphatoken.pipeline.trainers.columns import count_kept, lengths, loss_mask, shifted
 from alphatoken.pipeline.trainers.hf_disk import write_hf
 from alphatoken.pipeline.trainers.numpy_arrays import write_olmo
@@ -166,6 +167,6 @@ def _compare_with_summary(source: MaskSource, counted: dict[str, int]) -> None:
     wrong = [f"{counted[name]:,} {name} and not {count:,}" for name, count in told.items() if counted[name] != count]
     if wrong:
         raise RunFailed(
-            f"the shards of mask {source.name} hold {' and '.join(wrong)}, as its summary.json says: make it anew with "
-            "run.overwrite=mask"
+            f"the shards of mask {source.name} hold {' and '.join(wrong)}, as its summary.json says: "
+            f"{mask_anew(source.storage.root, source.name)}"
         )

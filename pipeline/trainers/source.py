@@ -12,6 +12,7 @@ from alphatoken.data_schemas import BRANCHES, LOSS_WEIGHT, SchemaMismatch, check
 from alphatoken.pipeline.mask.layout import finished_masks, mask_part, open_part, require_shards, summary_of
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.manifest import NAME, Manifest
+from alphatoken.pipeline.run.remedies import mask_anew
 from alphatoken.pipeline.run.storage import Storage
 
 ROWS_AT_ONCE = 64  # of which each may have tens of thousands of tokens
@@ -59,7 +60,7 @@ class MaskSource:
                 yield from file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns)
             except (pa.ArrowException, SchemaMismatch, OSError) as error:
                 reason = " ".join(str(error).split())
-                raise RunFailed(f"{reason}: make the mask anew with run.overwrite=mask") from error
+                raise RunFailed(f"{reason}: {mask_anew(self.storage.root, self.name)}") from error
 
 
 def open_mask(run: str, name: str) -> MaskSource:

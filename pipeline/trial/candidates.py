@@ -17,6 +17,7 @@ from alphatoken.pipeline.run.fingerprint import digest
 
 Labels = list[npt.NDArray[np.int32]]  # of every row of the sample
 
+LEAST_SHARED = 20  # percent: below, one percent more is a mask of another size
 UNTOUCHED, FULL, FIRST = "untouched", "full", "full but first tokens"
 
 
@@ -64,7 +65,8 @@ def random_sizes(percents: Iterable[int]) -> dict[int, int]:
     """The size of the random mask that stands beside masks of each size: their own, or one percent more."""
     found: dict[int, int] = {}
     for percent in sorted(percents, reverse=True):
-        found[percent] = percent + 1 if found.get(percent + 1) == percent + 1 else percent
+        shared = percent >= LEAST_SHARED and found.get(percent + 1) == percent + 1
+        found[percent] = percent + 1 if shared else percent
     return found
 
 

@@ -18,6 +18,7 @@ from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.prepare.held_out import PAIRS, TRIAL
 from alphatoken.pipeline.prepare.reader import branches_of, prepared_rows, sequences_of
 from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.remedies import mask_again
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.trial.candidates import Labels
 
@@ -68,7 +69,7 @@ def mask_labels(run: Run, mask: str, places: dict[str, list[int]], sample: Seque
     for part, rows in places.items():
         name = mask_part(mask, part)
         if run.storage.rows_of(name, fingerprint) is None:
-            raise RunFailed(f"{name} is missing, damaged or of other rows: make it anew with run.overwrite=mask")
+            raise RunFailed(f"{name} is missing, damaged or of other rows: {mask_again(run.storage.root, mask)}")
         try:
             with open_part(run.storage, mask, part) as file:
                 tables.append(file.read(columns=names).select(names).take(rows))

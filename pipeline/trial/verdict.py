@@ -163,6 +163,8 @@ def _sentence(lines: Sequence[Line], unit: str) -> tuple[str, str]:
     own = {line.name: line for line in lines}
     full = own[FULL]
     tried = [line for line in lines if line.kind in ("mask", "first")]
+    if full.seeds > 1:  # one of which a single fine-tune has numbers says nothing
+        tried = [line for line in tried if line.to_full and line.to_full.spread is not None]
     better = [line for line in tried if line.to_full and line.to_full.exceeds and line.to_full.mean < 0]
     untouched = own.get(UNTOUCHED)
     if untouched and full.adaptation[0] >= untouched.adaptation[0] and not better:

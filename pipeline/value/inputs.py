@@ -7,6 +7,7 @@ from typing import Any
 from alphatoken.data_schemas import PREFERENCE_REFERENCE, REFERENCE, named, preference_values_schema, values_schema
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model, of_policy
+from alphatoken.pipeline.run.remedies import anew
 from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.worker import Reference
@@ -71,20 +72,22 @@ def checked_anchor(run: Run) -> dict[str, Any]:
     for key, now in (("model.dtype", run.settings.model.dtype), ("model.revision", run.settings.model.revision)):
         if inputs[key] != now:
             problems.append(
-                f"{key}={now}, but the anchors were made with {inputs[key]}: make them with `alphatoken run run.overwrite=anchor`"
+                f"{key}={now}, but the anchors were made with {inputs[key]}: make others, "
+                f"{anew(run.storage.root, 'anchor', f'{key}={now} ')}"
             )
     there, asked = (one.get("model.lower_dtype", "as model.dtype") for one in (inputs, run.settings.lower_inputs))
     if there != asked:
         problems.append(
-            f"model.lower_dtype: {asked}, but the anchors were made with {there}: make them with `alphatoken run run.overwrite=anchor`"
+            f"model.lower_dtype: {asked}, but the anchors were made with {there}: make others, "
+            f"{anew(run.storage.root, 'anchor', f'model.lower_dtype={run.settings.model.lower_dtype} ')}"
         )
     looks_at_it = valuation.rehearsed or valuation.reference_loss or run.manifest.pairs
     if looks_at_it and inputs["reference"] != of_model(models.reference):
         problems.append(f"model.reference={models.reference} is not the reference that the anchors were made with")
     if inputs["anchor.drift"] == "rehearsal" and not valuation.rehearsed:
         problems.append(
-            f"the anchors of {run.storage.root} were made for valuation.schedule=rehearsal: make others with `alphatoken run "
-            "run.overwrite=anchor`"
+            f"the anchors of {run.storage.root} were made for valuation.schedule=rehearsal: make others, "
+            f"{anew(run.storage.root, 'anchor', f'valuation.schedule={valuation.schedule} ')}"
         )
     if problems:
         raise SettingsWrong(problems)

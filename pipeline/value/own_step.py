@@ -11,6 +11,7 @@ from alphatoken.pipeline.anchor.own_step import PLACE, TOKENS
 from alphatoken.pipeline.anchor.tensors import mapped_tensors
 from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.remedies import anew
 from alphatoken.pipeline.run.storage import Storage
 
 
@@ -35,8 +36,8 @@ class OwnStepValues:
             own = slice(self.starts[row], self.starts[row + 1])
             if own.stop - own.start != inside.sum():
                 raise RunFailed(
-                    f"anchors/ has values of other rows than row {row} of prepared/: make it anew with `alphatoken run "
-                    "run.overwrite=anchor`"
+                    f"anchors/ has values of other rows than row {row} of prepared/: make them anew, "
+                    f"{anew('RUN', 'anchor')}"
                 )
             for name in self.objectives:
                 values = np.zeros(len(labels), np.float32)

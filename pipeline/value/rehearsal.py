@@ -32,6 +32,7 @@ from alphatoken.pipeline.prepare.reader import prepared_rows
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import of_model
 from alphatoken.pipeline.run.progress import Task
+from alphatoken.pipeline.run.remedies import anew
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
@@ -54,7 +55,7 @@ def rehearse(run: Run) -> None:
     if weighed and "fisher" not in anchor["counts"]:
         raise SettingsWrong(
             ["valuation.rehearsal.stability_weight needs a Fisher, which the anchors were made without: make "
-             "them anew with `alphatoken run run.overwrite=anchor`, or set valuation.rehearsal.stability_weight=0"]
+             f"others, {anew(run.storage.root, 'anchor')}, or set valuation.rehearsal.stability_weight=0"]
         )  # fmt: skip
     prepared = run.manifest.stage("prepare")["fingerprint"]
     inputs = value_inputs(run.settings, models, prepared, anchor["fingerprint"], pairs=False)

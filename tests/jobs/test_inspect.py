@@ -93,6 +93,7 @@ def test_a_row_is_found_by_the_number_that_it_is_shown_with(storage, inspect):
         "row-3",
         "row-20",
     ]
+    assert sum("data/file.jsonl" in line for line in inspect(storage.root, "--row", "3", "--row", "row-3")[1]) == 1
     status, _, err = inspect(storage.root, "--row", "1000000")
     assert status == 1 and "no row has the id 1000000" in err
 

@@ -65,10 +65,12 @@ def test_narrower_lower_layers_are_among_the_inputs_of_a_run(tmp_path, capfd, po
     assert main(["run", *own]) == 0
     before = pq.read_table(tmp_path / "run/values").column("loss").to_pylist()
     assert main(["value", *own, "model.lower_dtype=bfloat16"]) == 2
+    said = capfd.readouterr().err
     assert (
-        "model.lower_dtype: bfloat16 below the last 1 layers, but the anchors were made with as model.dtype: make them with "
-        "`alphatoken run run.overwrite=anchor`"
-    ) in capfd.readouterr().err
+        "model.lower_dtype: bfloat16 below the last 1 layers, but the anchors were made with as model.dtype: make"
+        in said
+    )
+    assert f"run.dir={tmp_path}/run model.lower_dtype=bfloat16 run.overwrite=anchor`" in said
     assert main(["run", *own, "model.lower_dtype=bfloat16", "run.overwrite=anchor"]) == 0, capfd.readouterr().err
     after = pq.read_table(tmp_path / "run/values").column("loss").to_pylist()
     one, other = (torch.tensor([x for row in rows for x in row]) for rows in (before, after))

@@ -1,12 +1,16 @@
 """What is typed is read as it was meant, and words that set nothing are said with what was meant."""
 
+import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
 from alphatoken.jobs.config import load
 from alphatoken.jobs.points import expand
+from alphatoken.jobs.trial import of_the_run
 from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.settings import Settings
 
 
 @pytest.mark.parametrize(
@@ -21,6 +25,8 @@ from alphatoken.pipeline.run.failure import SettingsWrong
         "it\\'s.jsonl",
         "s3://b/x.jsonl?v=1",
         "naïve#1.jsonl",
+        "müller.jsonl",
+        "данные/строки.jsonl",
     ],
 )
 def test_a_path_is_taken_as_it_stands(name):
@@ -40,6 +46,17 @@ def test_one_value_is_a_list_of_one():
     assert load(["data.train=[a.jsonl,b.jsonl]"]).data.train == ["a.jsonl", "b.jsonl"]
 
 
+def test_text_that_looks_like_a_number_stays_text():
+    settings = load(["model.revision=1.10", "run.dir=007", "mask.name=1e3"])
+    assert (settings.model.revision, settings.run.dir, settings.mask.name) == ("1.10", "007", "1e3")
+    assert load(["model.revision=null"]).model.revision is None and load(["mask.rho=0.30"]).mask.rho == 0.3
+
+
+def test_the_last_of_repeated_keys_holds():
+    assert load(["mask.rho=0.3", "mask.rho=0.4", "mask.rho=0.3"]).mask.rho == 0.3
+    assert load(["mask=noise", "mask=paper", "mask=noise"]).mask == load(["mask=noise"]).mask
+
+
 def test_a_sweep_reads_paths_as_a_run_does():
     points = expand(["data.train=train(1).jsonl", "mask.rho=0.3,0.5"])
     assert [load(point.overrides).data.train for point in points] == ["train(1).jsonl"] * 2
@@ -57,7 +74,7 @@ def test_a_sweep_reads_paths_as_a_run_does():
         ("mask.weights={code: 1}", ["mask.weights={code: 1}: no blanks inside, or the whole in quotes: 'mask.weights={code: 1}'"]),
         ("paper seed=1", ["paper: not a setting: give key=value", "seed=1: no such key; did you mean run.seed?"]),
         ("data.train=my file.jsonl", ["in quotes what has a blank: 'data.train=my file.jsonl'"]),
-        ("trial.masks=[noise", ["trial.masks=[noise: it cannot be read: is a bracket or a quote left open?"]),
+        ("trial.masks=[noise", ["trial.masks=[noise: it cannot be read: is a bracket or a quote left open"]),
         ("mask.rho=0.5)", ["mask.rho=0.5): Value '0.5)' of type 'str' could not be converted to Float"]),
         ("mask.rho=0.5,0.7)", ["mask.rho=0.5,0.7): it cannot be read"]),
     ],
@@ -72,6 +89,16 @@ def test_a_slip_is_said_in_the_words_of_the_command_line(words, said):
             assert all(own in problem for own, problem in zip(said, problems, strict=True)), problems
         elif "no blank" in said[0]:
             assert said[0] in problems[0]
+
+
+@pytest.mark.parametrize("name", ["s t", "s'(1)", "'s t'"])
+def test_a_trial_finds_its_run_however_it_is_typed(tmp_path, name):
+    place = tmp_path / name.strip("'") if name == "'s t'" else tmp_path / name
+    place.mkdir()
+    configuration = {**asdict(Settings()), "valuation": {**asdict(Settings())["valuation"], "layers": 1}}
+    (place / "run.json").write_text(json.dumps({"configuration": configuration, "stages": {}}))
+    typed = f"run.dir='{place}'" if name == "'s t'" else f"run.dir={place}"
+    assert of_the_run([typed], None).valuation.layers == 1
 
 
 def test_words_of_the_terminal_reach_it(alphatoken, tmp_path: Path):

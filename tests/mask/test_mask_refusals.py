@@ -160,7 +160,9 @@ def test_a_column_that_is_not_there_is_refused_with_the_one_key_to_set(tmp_path,
         mask(storage, **settings_of(text))
     (said,) = error.value.problems
     assert said.startswith(f"mask.{text.split()[-1].replace('True', 'true')} needs the column ")
-    assert said.endswith(f": set {remedy} and value anew with `alphatoken run run.overwrite=value`")
+    assert f": set {remedy} and value anew, `alphatoken run --from " in said and said.endswith(
+        f" {remedy} run.overwrite=value`"
+    )
     assert any(f"needs the column {name}, which values/ does not have" in said for name in needed)
     assert not storage.exists("masks") and not Manifest(storage).stage("mask/default")
     mask(write_run(tmp_path / "whole")[0], **settings_of(text))

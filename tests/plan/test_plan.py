@@ -233,7 +233,10 @@ def test_the_plan_needs_no_weights_and_says_what_resume_would_skip(alphatoken, t
 
     assert alphatoken("run", *same)[0] == 0
     plans = [json.loads(alphatoken("plan", *same, *more, "--json")[1]) for more in ([], ["data.max_length=200"])]
-    assert [plan["resume"]["mask"]["state"] for plan in plans] == ["done", "new"]  # of other rows it would be another mask
+    assert [plan["resume"]["mask"]["state"] for plan in plans] == [
+        "done",
+        "new",
+    ]  # of other rows it would be another mask
 
 
 def test_the_plan_shows_no_bar_of_a_library(tmp_path, policy, train_file):

@@ -26,7 +26,7 @@ def test_labels_of_a_crowd_stand_apart(seed):
     dots = [(dot.x - DOT, dot.y - DOT, dot.x + DOT, dot.y + DOT) for dot in found]
     assert not any(_overlap(box, dot) for box, dot in itertools.product(boxes, dots))
     assert all(
-        0 <= box[0] and box[2] <= WIDTH and 0 <= dot.label.y <= HEIGHT for box, dot in zip(boxes, found, strict=True)
+        box[0] >= 0 and box[2] <= WIDTH and 0 <= dot.label.y <= HEIGHT for box, dot in zip(boxes, found, strict=True)
     )
     assert [dot.wins for dot in found].count(True) == 1 and found[-1].label.away is False
 

@@ -31,6 +31,7 @@ def test_masks_of_one_size_share_a_random_one_and_names_do_not_clash_on_disk():
 def test_masks_within_a_percent_share_the_larger_random_one():
     assert random_sizes({50, 51, 70, 90}) == {51: 51, 50: 51, 70: 70, 90: 90}
     assert random_sizes({49, 50, 51}) == {51: 51, 50: 51, 49: 49}  # never two percent apart
+    assert random_sizes({1, 2}) == {2: 2, 1: 1}  # one percent more is twice as many
     found = {one.name: one for one in candidates({"a": (0.503, "x"), "b": (0.511, "y"), "all": (1.0, "w")})}
     assert found["a"].random == found["b"].random == 51 and found["all"].random == 100
     assert [one.name for one in found.values() if one.kind == "random"] == [random_name(51)]

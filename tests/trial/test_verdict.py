@@ -68,6 +68,12 @@ def test_one_seed_judges_nothing():
     assert next(line for line in verdict.lines if line.name == "m").to_full.spread is None
 
 
+def test_a_mask_with_numbers_of_one_seed_is_not_judged_among_three():
+    rows = [m for m in found(**BASE, m=[1.05, 1.25, 1.45], n=[0.2, 0.3, 0.4]) if m.candidate != "n" or m.seed == 0]
+    verdict = judge(rows, PERCENTS, seen=False)
+    assert "One seed" not in verdict.sentence and "the best, mask m" in verdict.sentence
+
+
 def test_a_gentler_mask_is_named_where_none_learns_more():
     rows = found(**BASE, m=[1.01, 1.19, 1.4])
     rows = [measured(m.candidate, m.seed, m.adaptation, 0.02 if m.candidate == "m" else 0.1) for m in rows]
