@@ -18,7 +18,7 @@ from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.prepare.held_out import PAIRS, TRIAL
 from alphatoken.pipeline.prepare.reader import branches_of, prepared_rows, sequences_of
 from alphatoken.pipeline.run.failure import RunFailed
-from alphatoken.pipeline.run.remedies import mask_again
+from alphatoken.pipeline.run.remedies import mask_again, mask_anew
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.trial.candidates import Labels
 
@@ -74,15 +74,15 @@ def mask_labels(run: Run, mask: str, places: dict[str, list[int]], sample: Seque
             with open_part(run.storage, mask, part) as file:
                 tables.append(file.read(columns=names).select(names).take(rows))
         except (pa.ArrowException, OSError, KeyError, IndexError) as error:
-            raise _other_rows(mask) from error
+            raise _other_rows(run, mask) from error
     whole_mask = pa.concat_tables(tables)
     found = [np.asarray(row.values, np.int32) for column in names for row in whole_mask.column(column)]
     if len(found) != len(sample):
-        raise _other_rows(mask)
+        raise _other_rows(run, mask)
     for own, whole in zip(found, sample.labels, strict=True):
         theirs = np.asarray(whole, np.int32)
         if len(own) != len(theirs) or not np.isin(own[own != theirs], (IGNORED,)).all():
-            raise _other_rows(mask)
+            raise _other_rows(run, mask)
     if all((row == IGNORED).all() for row in found):
         raise RunFailed(
             f"mask {mask} keeps no token of the {whole_mask.num_rows} rows that were drawn: set a larger trial.examples, or leave it out "
@@ -91,8 +91,8 @@ def mask_labels(run: Run, mask: str, places: dict[str, list[int]], sample: Seque
     return found
 
 
-def _other_rows(mask: str) -> RunFailed:
-    return RunFailed(f"mask {mask} is not a mask of prepared/: make it anew with run.overwrite=mask")
+def _other_rows(run: Run, mask: str) -> RunFailed:
+    return RunFailed(f"mask {mask} is not a mask of prepared/: {mask_anew(run.storage.root, mask)}")
 
 
 def held_out_rows(run: Run) -> HeldOut:

@@ -43,6 +43,7 @@ from alphatoken.pipeline.value.rehearsal_worker import Group, LaneResult, LaneTa
 
 PLACE = "values/rehearsal"  # what is needed until values/ is complete
 STATE = f"{PLACE}/state.safetensors"
+STABILITY = "valuation.rehearsal.stability_weight"
 
 
 def rehearse(run: Run) -> None:
@@ -54,8 +55,8 @@ def rehearse(run: Run) -> None:
     weighed = valuation.rehearsal.stability_weight > 0
     if weighed and "fisher" not in anchor["counts"]:
         raise SettingsWrong(
-            ["valuation.rehearsal.stability_weight needs a Fisher, which the anchors were made without: make "
-             f"others, {anew(run.storage.root, 'anchor')}, or set valuation.rehearsal.stability_weight=0"]
+            [f"{STABILITY} needs a Fisher, which the anchors were made without: make others, "
+             f"{anew(run.storage.root, 'anchor', f'{STABILITY}={valuation.rehearsal.stability_weight} ')}, or set {STABILITY}=0"]
         )  # fmt: skip
     prepared = run.manifest.stage("prepare")["fingerprint"]
     inputs = value_inputs(run.settings, models, prepared, anchor["fingerprint"], pairs=False)

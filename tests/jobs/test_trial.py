@@ -175,7 +175,11 @@ def test_what_cannot_be_tried_is_refused_in_a_line(alphatoken, run, tmp_path, ma
     # A mask of other rows: a part that another run has left.
     part = next((run / "masks/default/data").glob("*.parquet"))
     part.write_bytes(next((made / "prepared").glob("part-*.parquet")).read_bytes())
-    refused(1, "run.overwrite=mask", "trial.masks=default")
+    own = ["--from", f"{run}/masks/default/summary.json", f"run.dir={run}"]
+    refused(1, f"`alphatoken mask {' '.join(own)}` makes it again", "trial.masks=default")
+    before = part.read_bytes()
+    assert alphatoken("mask", *own)[0] == 0 and part.read_bytes() != before  # as it says
+    part.write_bytes(before)
     shutil.rmtree(run / "masks")
     refused(1, "run `alphatoken mask` first")
     found, _, err = alphatoken("trial", f"run.dir={tmp_path}/none")
