@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from alphatoken.jobs.cli import COMMANDS
-from alphatoken.jobs.config import groups, keys
+from alphatoken.jobs.config import groups
+from alphatoken.jobs.keys import keys
 from alphatoken.jobs.tool_arguments import ToolArguments
-from alphatoken.pipeline.settings import Settings
 
 # In bash `=` begins a word; what is completed here is the whole of key=value, and what bash has taken already is cut off.
 BASH = """\
@@ -58,11 +58,8 @@ def execute(arguments: Sequence[str]) -> int:
 def script(shell: str) -> str:
     """The script with every command in it, the options of each, and where settings mean something their keys and choices."""
     words = [f"{group}={choice}" for group, choices in groups().items() for choice in choices]
-    every, case = (
-        " ".join([*words, *(f"{key}=" for key in keys(Settings))]),
-        FISH_CASE if shell == "fish" else BASH_CASE,
-    )
-    known = every if shell == "fish" else "$keys"
+    every = " ".join([*words, *(f"{key}=" for key in keys())])
+    case, known = (FISH_CASE, every) if shell == "fish" else (BASH_CASE, "$keys")
     cases = [case % (name, " ".join(_of(name) + [known] * COMMANDS[name].reads_settings)) for name in COMMANDS]
     filled = SCRIPTS[shell].replace("@COMMANDS@", " ".join(COMMANDS)).replace("@KEYS@", every)
     return filled.replace("@CASES@", "\n".join(cases))

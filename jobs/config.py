@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, is_dataclass
 from importlib.resources import files
 from typing import Any
 
@@ -14,15 +13,11 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from alphatoken.jobs.keys import keys
 from alphatoken.jobs.suggestion import OWN_VALUE, near, siblings
-from alphatoken.jobs.typed import as_read, stray_words
+from alphatoken.jobs.typed import as_read, legible, stray_words
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.settings import Settings
-
-GRAMMAR = (  # what Hydra's parser says of what it cannot read
-    "no viable alternative", "mismatched input", "extraneous input", "NoViableAlt", "token recognition", "missing '",
-    "Error parsing override",
-)  # fmt: skip
 
 
 def load(overrides: Sequence[str], recorded: Mapping[str, Any] | None = None) -> Settings:
@@ -34,10 +29,10 @@ def load(overrides: Sequence[str], recorded: Mapping[str, Any] | None = None) ->
     problems = []
     if missing := _asked_for(overrides):
         problems = [f"missing: {', '.join(sorted(missing))}"]
-    stray = stray_words(overrides, keys(Settings))
+    stray = stray_words(overrides)
     problems += dict.fromkeys(stray.values())
     overrides = [override for place, override in enumerate(overrides) if place not in stray]
-    good = as_read(overrides, defaults(Settings), texts(Settings))
+    good = as_read(overrides)
     typed = dict(zip(good, overrides, strict=True))
     composed = _compose(good, recorded)
     if isinstance(composed, str):
@@ -123,15 +118,6 @@ def _reason(error: BaseException, overrides: Sequence[str]) -> str:
     return legible(text)
 
 
-def legible(reason: str) -> str:
-    """What Hydra's parser says, in words of the command line."""
-    if any(said in reason for said in GRAMMAR):
-        return (
-            f"it cannot be read: is a bracket or a quote left open, or does a path need quotes of its own? ({reason})"
-        )
-    return reason
-
-
 def _no_such_key(key: str) -> str:
     known = keys(Settings)
     return f"no such key{near(key, known)}{siblings(key, known)}"
@@ -152,35 +138,4 @@ def groups() -> dict[str, list[str]]:
         if directory.is_dir() and not directory.name.startswith("_"):
             names = [entry.name for entry in directory.iterdir() if entry.name.endswith(".yaml")]
             found[directory.name] = sorted(name.removesuffix(".yaml") for name in names)
-    return found
-
-
-def defaults(kind: Any) -> dict[str, Any]:
-    """Every configuration key -> default."""
-    return {key: value for key, (value, _) in keys(kind).items()}
-
-
-def texts(kind: Any, prefix: str = "") -> set[str]:
-    """The keys whose values are text, also where it looks like a number."""
-    found: set[str] = set()
-    instance = kind()
-    for f in fields(kind):
-        value, name = getattr(instance, f.name), f"{prefix}{f.name}"
-        if is_dataclass(value):
-            found |= texts(type(value), f"{name}.")
-        elif f.type in (str, str | None, "str", "str | None"):
-            found.add(name)
-    return found
-
-
-def keys(kind: Any, prefix: str = "") -> dict[str, tuple[Any, str]]:
-    """Every configuration key -> (default, help text)."""
-    found: dict[str, tuple[Any, str]] = {}
-    instance = kind()
-    for f in fields(kind):
-        value, name = getattr(instance, f.name), f"{prefix}{f.name}"
-        if is_dataclass(value):
-            found.update(keys(type(value), f"{name}."))
-        else:
-            found[name] = (value, f.metadata.get("help", ""))
     return found

@@ -10,7 +10,8 @@ import sys
 import textwrap
 from collections.abc import Mapping, Sequence
 
-from alphatoken.jobs.config import groups, keys
+from alphatoken.jobs.config import groups
+from alphatoken.jobs.keys import keys
 from alphatoken.jobs.suggestion import COMMON, near
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.settings import Settings

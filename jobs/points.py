@@ -17,10 +17,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
-from alphatoken.jobs.config import defaults, legible, texts
-from alphatoken.jobs.typed import as_read, stray_words
+from alphatoken.jobs.typed import as_read, legible, stray_words
 from alphatoken.pipeline.run.failure import SettingsWrong
-from alphatoken.pipeline.settings import Settings
 
 LONGEST_NAME = 100
 
@@ -48,7 +46,7 @@ class Point:
 
 def expand(overrides: Sequence[str]) -> list[Point]:
     """All points, in Hydra's order. Raises SettingsWrong for an override that cannot be read or swept over."""
-    if stray := stray_words(overrides, defaults(Settings)):
+    if stray := stray_words(overrides):
         raise SettingsWrong(list(dict.fromkeys(stray.values())))
     GlobalHydra.instance().clear()
     choices: dict[str, list[str]] = {}
@@ -56,7 +54,7 @@ def expand(overrides: Sequence[str]) -> list[Point]:
     try:
         with initialize_config_module("alphatoken.conf", version_base="1.3"):
             parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
-            for override in parser.parse_overrides(as_read(overrides, defaults(Settings), texts(Settings))):
+            for override in parser.parse_overrides(as_read(overrides)):
                 key = override.get_key_element()
                 choices[key] = _values(override)
                 if override.is_sweep_override():
@@ -84,6 +82,14 @@ def _values(override: Override) -> list[str]:
     if not values:
         raise SettingsWrong([f"{override.input_line}: the sweep is empty"])
     return values
+
+
+def mask_name(point: Point, own: Sequence[Swept], given: str) -> str:
+    """mask.name of the mask of a point, ``given`` where nothing is swept: the swept one, else the name of ``own`` after what was typed."""
+    if any(one.key == "mask.name" for one in point.swept):
+        return given
+    typed = any(override.partition("=")[0].lstrip("+") == "mask.name" for override in point.overrides)
+    return f"{given}_{point_name(own)}" if typed else point_name(own)
 
 
 def point_name(swept: Sequence[Swept]) -> str:

@@ -20,7 +20,7 @@ from rich.table import Table
 from alphatoken.data_schemas import COMPONENTS
 from alphatoken.jobs.config import load
 from alphatoken.jobs.mask_sweep import BegunPoint, begin, make_all
-from alphatoken.jobs.points import Point, Swept, expand, point_name
+from alphatoken.jobs.points import Point, Swept, expand, mask_name, point_name
 from alphatoken.jobs.session import Session
 from alphatoken.jobs.start_anew import start_anew
 from alphatoken.pipeline.mask.comparison import ComparedMask, MaskPlace, branches_of, compare
@@ -75,9 +75,7 @@ def sweep_points(
     if double:
         run, name = sorted(double)[0]
         raise SettingsWrong(
-            [
-                f"several points of the sweep would write {run}/masks/{name}: give each a mask.name of its own, or one to all"
-            ]
+            [f"several points of the sweep would write {run}/masks/{name}: give each its own mask.name, or one to all"]
         )
     return points, failures
 
@@ -95,15 +93,13 @@ def _placed(composed: Sequence[tuple[Point, Settings]], every: Sequence[Point]) 
     )
     placed = []
     for point, settings in composed:
-        given = {override.partition("=")[0].lstrip("+") for override in point.overrides}
         above = _of_kind(point, masks=False)
         own = tuple(one for one in point.swept if _is_mask(one) or not several_upstream)
         if several_upstream and "run.dir" not in {one.key for one in point.swept}:
             place = f"{settings.run.dir.rstrip('/')}/{point_name(above)}"
             settings = replace(settings, run=replace(settings.run, dir=place))
-        if own and several_masks and "mask.name" not in {one.key for one in point.swept}:
-            name = point_name(own)
-            name = f"{settings.mask.name}_{name}" if "mask.name" in given else name
+        if own and several_masks:
+            name = mask_name(point, own, settings.mask.name)
             settings = replace(settings, mask=replace(settings.mask, name=name))
         placed.append(SweepPoint(point.name, settings, point.overrides))
     return placed

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from alphatoken.jobs.config import groups, load
-from alphatoken.jobs.points import Swept, expand, point_name
+from alphatoken.jobs.points import Swept, expand, mask_name, point_name
 from alphatoken.jobs.replay import recorded_configuration
 from alphatoken.jobs.session import Session
 from alphatoken.pipeline.mask.layout import is_finished, summary_of
@@ -108,11 +108,8 @@ def _swept(overrides: Sequence[str]) -> dict[str, MaskSettings | None]:
         return {name: replace(mask, name=name)}
     found: dict[str, MaskSettings | None] = {}
     for point in points:
-        mask, name = load(point.overrides).mask, point_name(point.swept)
-        if any(one.key == "mask.name" for one in point.swept):
-            name = mask.name
-        elif any(one.lstrip("+").startswith("mask.name=") for one in point.overrides):
-            name = f"{mask.name}_{name}"
+        mask = load(point.overrides).mask
+        name = mask_name(point, point.swept, mask.name)
         found[name] = replace(mask, name=name)
     return found
 
@@ -275,9 +272,7 @@ def _is_given(override: str) -> bool:
 def _as_list(override: str) -> str:
     """``trial.rho=0.5,0.7`` as the list that it means; also of trial.masks."""
     key, _, value = override.partition("=")
-    is_open = (
-        key in ("trial.rho", "trial.masks") and "," in value and not value.startswith("[") and not value.endswith(",")
-    )
+    is_open = key in ("trial.rho", "trial.masks") and "," in value and value[0] != "[" and value[-1] != ","
     return f"{key}=[{value}]" if is_open else override
 
 

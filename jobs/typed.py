@@ -15,10 +15,15 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 
+from alphatoken.jobs.keys import keys, texts
 from alphatoken.jobs.suggestion import near
 
 # Begins a list, a mapping, a quoted text or an interpolation: it is Hydra's as it stands.
 NOTATION = ("[", "{", "'", '"', "$")
+GRAMMAR = (  # what Hydra's parser says of what it cannot read
+    "no viable alternative", "mismatched input", "extraneous input", "NoViableAlt", "token recognition", "missing '",
+    "Error parsing override",
+)  # fmt: skip
 
 
 def quoted(value: object) -> str:
@@ -34,18 +39,16 @@ def _in_quotes(text: str) -> str:
     return f"'{text}'"
 
 
-def as_read(overrides: Sequence[str], defaults: Mapping[str, Any], texts: Collection[str]) -> list[str]:
-    """``overrides`` with values that Hydra reads as they were meant.
-
-    ``defaults``: of every key; others' values stay. ``texts``: keys whose values are text, also where it looks like a number.
-    """
-    return [_as_read(override, defaults, texts) for override in overrides]
+def as_read(overrides: Sequence[str]) -> list[str]:
+    """``overrides`` with values that Hydra reads as they were meant; those of keys that do not exist stay."""
+    known, text = keys(), texts()
+    return [_as_read(override, known, text) for override in overrides]
 
 
-def _as_read(override: str, defaults: Mapping[str, Any], texts: Collection[str]) -> str:
+def _as_read(override: str, known: Mapping[str, tuple[Any, str]], text: Collection[str]) -> str:
     key, equals, value = override.partition("=")
     name = key.lstrip("+~")
-    if not equals or not value or name not in defaults or value.startswith(NOTATION):
+    if not equals or not value or name not in known or value.startswith(NOTATION):
         return override
     if value.startswith("~/"):
         value = os.path.expanduser(value)
@@ -55,9 +58,9 @@ def _as_read(override: str, defaults: Mapping[str, Any], texts: Collection[str])
     if parsed is None:
         value = quoted(value)
     one = parsed is None or (not parsed.is_sweep_override() and isinstance(parsed.value(), str | int | float))
-    if parsed is not None and one and name in texts and not isinstance(parsed.value(), str):
+    if parsed is not None and one and name in text and not isinstance(parsed.value(), str):
         value = _in_quotes(value)  # 1.10 is a revision, and no number
-    return f"{key}=[{value}]" if one and isinstance(defaults[name], list) else f"{key}={value}"
+    return f"{key}=[{value}]" if one and isinstance(known[name][0], list) else f"{key}={value}"
 
 
 def _parsed(override: str) -> Override | None:
@@ -67,8 +70,18 @@ def _parsed(override: str) -> Override | None:
         return None
 
 
-def stray_words(overrides: Sequence[str], known: Collection[str]) -> dict[int, str]:
+def legible(reason: str) -> str:
+    """What Hydra's parser says, in words of the command line."""
+    if any(said in reason for said in GRAMMAR):
+        return (
+            f"it cannot be read: is a bracket or a quote left open, or does a path need quotes of its own? ({reason})"
+        )
+    return reason
+
+
+def stray_words(overrides: Sequence[str]) -> dict[int, str]:
     """Place -> what is wrong with it, of the words of a command line that set nothing; mostly a blank made them."""
+    known = keys()
     found: dict[int, str] = {}
     for place, word in enumerate(overrides):
         before = overrides[place - 1] if place else ""

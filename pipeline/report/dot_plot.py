@@ -61,47 +61,29 @@ def dot_plot(summary: Mapping[str, Any]) -> DotPlot:
         title = f"{line['name']}: loss {loss:.4f} ± {loss_spread:.4f}, divergence {moved:.4f} ± {moved_spread:.4f}"
         drawn.append((line, x, HEIGHT - y, dx, dy, title))
     taken: list[Box] = [(x - DOT, y - DOT, x + DOT, y + DOT) for _, x, y, *_ in drawn]
-    dots = [
-        Dot(
-            line["name"],
-            line["kind"],
-            line["name"] == summary["winner"],
-            x,
-            y,
-            dx,
-            dy,
-            title,
-            _placed(line["name"], x, y, taken),
-        )
-        for line, x, y, dx, dy, title in drawn
-    ]
+    dots = []
+    for line, x, y, dx, dy, title in drawn:
+        name, label = line["name"], _placed(line["name"], x, y, taken)
+        dots.append(Dot(name, line["kind"], name == summary["winner"], x, y, dx, dy, title, label))
     return DotPlot(tuple(dots), losses, divergences)
 
 
 def _placed(name: str, x: float, y: float, taken: list[Box]) -> Label:
     """The place nearest to the dot where the label covers none of ``taken``, to which it is added; else beside the dot."""
     width = LETTER * len(name)
-    sides = [
-        end
-        for end in (x > 0.7 * WIDTH, x <= 0.7 * WIDTH)
-        if (x - ASIDE - width > 0 if end else x + ASIDE + width < WIDTH)
-    ]
-    sides = sides or [x > WIDTH / 2]
-    lines = sorted(range(-FURTHEST, FURTHEST + 1), key=abs)
-    places = [(line, end) for line in lines for end in sides if 0 < y - 6 + line * LINE <= HEIGHT]
-    places = places or [(0, sides[0])]
-    for line, end in places:
-        own = _box(x, y - 6 + line * LINE, width, end)
-        if not any(_overlap(own, other) for other in taken):
-            break
-    else:
-        line, end = places[0]
-        own = _box(x, y - 6 + line * LINE, width, end)
-    taken.append(own)
-    return Label(x + (-ASIDE if end else ASIDE), y - 6 + line * LINE, end, line != 0)
+    usual = x > 0.7 * WIDTH  # whether it ends at the dot, there being no room on the right
+    room = {True: x - ASIDE - width > 0, False: x + ASIDE + width < WIDTH}
+    sides = [end for end in (usual, not usual) if room[end]] or [x > WIDTH / 2]
+    baselines = [y - 6 + line * LINE for line in sorted(range(-FURTHEST, FURTHEST + 1), key=abs)]
+    places = [(baseline, end) for baseline in baselines if 0 < baseline <= HEIGHT for end in sides]
+    places = places or [(baselines[0], sides[0])]
+    free = (place for place in places if not any(_overlap(_box(x, width, *place), other) for other in taken))
+    baseline, end = next(free, places[0])
+    taken.append(_box(x, width, baseline, end))
+    return Label(x + (-ASIDE if end else ASIDE), baseline, end, baseline != baselines[0])
 
 
-def _box(x: float, baseline: float, width: float, end: bool) -> Box:
+def _box(x: float, width: float, baseline: float, end: bool) -> Box:
     left = x - ASIDE - width if end else x + ASIDE
     return left, baseline - LINE + 3, left + width, baseline + 3
 

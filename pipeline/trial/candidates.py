@@ -46,23 +46,23 @@ class Candidate:
         return range(1 if self.kind == "untouched" else count)
 
 
-def candidates(masks: Mapping[str, tuple[float, str]]) -> list[Candidate]:
-    """``masks``: name -> fraction that it keeps, identity. Masks within one percent share a random one, of the larger size."""
+def candidates(masks: Mapping[str, float]) -> list[Candidate]:
+    """``masks``: name -> fraction that it keeps; what tells them apart is for ``twins``. See ``random_sizes``."""
     found = [
         Candidate(UNTOUCHED, "untouched", 0, UNTOUCHED),
         Candidate(FULL, "full", 100, FULL),
         Candidate(FIRST, "first", 100, FIRST),
     ]
-    beside = random_sizes({percent_of(kept) for kept, _ in masks.values()} - {100})
-    for name, (kept, identity) in masks.items():
+    beside = random_sizes({percent_of(kept) for kept in masks.values()} - {100})
+    for name, kept in masks.items():
         percent = percent_of(kept)
-        found.append(Candidate(name, "mask", percent, identity, beside.get(percent, 100)))
+        found.append(Candidate(name, "mask", percent, "", beside.get(percent, 100)))
     sizes = sorted(set(beside.values()))
     return found + [Candidate(random_name(size), "random", size, f"random {size}", size) for size in sizes]
 
 
 def random_sizes(percents: Iterable[int]) -> dict[int, int]:
-    """The size of the random mask that stands beside masks of each size: their own, or one percent more."""
+    """The size of the random mask that stands beside masks of each size: their own, of neighbours the larger one's."""
     found: dict[int, int] = {}
     for percent in sorted(percents, reverse=True):
         shared = percent >= LEAST_SHARED and found.get(percent + 1) == percent + 1

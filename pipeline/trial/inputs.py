@@ -69,9 +69,7 @@ def trial_inputs(run: Run) -> TrialInputs:
     prepared = manifest.require("prepare", "trial")
     names, notes = chosen_masks(run)
     held_out, retention = held_out_rows(run), retention_of(run)
-    summaries = {name: summary_of(run.storage, name) for name in names}
-    identities = {name: manifest.stage(f"mask/{name}")["fingerprint"] for name in names}
-    tried = candidates({name: (summaries[name]["kept_fraction"], identities[name]) for name in names})
+    tried = candidates({name: summary_of(run.storage, name)["kept_fraction"] for name in names})
     prompts = prompts_of(run, held_out, own.prompts)
     costs, scored, rate, measured = _costs_and_rate(run)
     if own.train == "lora" and (stacked := adapted(all_layers(scored.model))[1]):

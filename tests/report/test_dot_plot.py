@@ -21,7 +21,7 @@ def test_labels_of_a_crowd_stand_apart(seed):
     for dot in found:
         beside = dot.label.x + (8 if dot.label.end else -8)
         assert beside == pytest.approx(dot.x)
-        boxes.append(_box(dot.x, dot.label.y, 6.6 * len(dot.name), dot.label.end))
+        boxes.append(_box(dot.x, 6.6 * len(dot.name), dot.label.y, dot.label.end))
     assert not any(_overlap(a, b) for a, b in itertools.combinations(boxes, 2))
     dots = [(dot.x - DOT, dot.y - DOT, dot.x + DOT, dot.y + DOT) for dot in found]
     assert not any(_overlap(box, dot) for box, dot in itertools.product(boxes, dots))

@@ -22,7 +22,7 @@ ROWS = Sequences(
 
 
 def test_masks_of_one_size_share_a_random_one_and_names_do_not_clash_on_disk():
-    found = candidates({"a": (0.502, "x"), "b": (0.498, "y"), "full": (0.9, "z"), "all": (1.0, "w")})
+    found = candidates({"a": 0.502, "b": 0.498, "full": 0.9, "all": 1.0})
     assert [one.name for one in found if one.kind == "random"] == [random_name(50), random_name(90)]
     assert len({one.directory for one in found}) == len(found)
     assert [len(one.seeds(3)) for one in found[:2]] == [1, 3]
@@ -32,7 +32,7 @@ def test_masks_within_a_percent_share_the_larger_random_one():
     assert random_sizes({50, 51, 70, 90}) == {51: 51, 50: 51, 70: 70, 90: 90}
     assert random_sizes({49, 50, 51}) == {51: 51, 50: 51, 49: 49}  # never two percent apart
     assert random_sizes({1, 2}) == {2: 2, 1: 1}  # one percent more is twice as many
-    found = {one.name: one for one in candidates({"a": (0.503, "x"), "b": (0.511, "y"), "all": (1.0, "w")})}
+    found = {one.name: one for one in candidates({"a": 0.503, "b": 0.511, "all": 1.0})}
     assert found["a"].random == found["b"].random == 51 and found["all"].random == 100
     assert [one.name for one in found.values() if one.kind == "random"] == [random_name(51)]
 
@@ -41,14 +41,14 @@ def test_masks_that_leave_the_same_share_their_files():
     whole = [np.asarray(row, np.int32) for row in ROWS.labels]
     less = [without_first(row) for row in whole]
     masks = {"a": whole, "b": less, "c": [row.copy() for row in whole]}
-    found = {one.name: one for one in twins(candidates({name: (0.5, name) for name in masks}), masks)}
+    found = {one.name: one for one in twins(candidates(dict.fromkeys(masks, 0.5)), masks)}
     assert found["c"].twin == "a" and found["c"].directory == found["a"].directory != found["b"].directory
     assert found["c"].identity == found["a"].identity != found["b"].identity
     assert found["a"].twin is found["b"].twin is None and found["full"].identity == "full"
 
 
 def test_random_labels_are_drawn_anew_for_each_seed_and_of_the_size_asked_for():
-    one, *_ = (c for c in candidates({"a": (0.5, "x")}) if c.kind == "random")
+    one, *_ = (c for c in candidates({"a": 0.5}) if c.kind == "random")
     first, again, other = (labels_of(one, ROWS, seed, {}) for seed in (1, 1, 2))
     assert kept_tokens(first) == kept_tokens(other) == 130  # of 260
     assert all(np.array_equal(a, b) for a, b in zip(first, again, strict=True))
