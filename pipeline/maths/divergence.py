@@ -15,11 +15,11 @@ import torch
 from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import ScoredLayers, decoder_layers
-from alphatoken.pipeline.maths.head import chunk_rows, head_of, vocabulary_of
+from alphatoken.pipeline.maths.head import CACHE_BYTES, chunk_rows, head_of, vocabulary_of
 from alphatoken.pipeline.maths.learners import Learner, Weights
 from alphatoken.pipeline.maths.trial import Entering, add_by_row
 
-COPIES = 6  # of a chunk's logits that are held at once
+COPIES = 2  # of a chunk's logits that are held at once: the reference's and the model's
 
 
 class ReferencePredictions:
@@ -71,12 +71,22 @@ class ReferencePredictions:
                 part = slice(start, start + rows)
                 # One after the other: both may be the head of one model, and it may have learned.
                 with head_of(self.reference, self.outputs) as head:
-                    before = _log_probabilities(head(theirs[part]))
+                    before = head(theirs[part])
                 with learner.holding(weights), head_of(scored, outputs) as head:
-                    now = _log_probabilities(head(own[part]))
-                found.append((before.exp() * (before - now)).sum(dim=1))
+                    now = head(own[part])
+                found.append(_divergence(before, now))
             add_by_row(sums, counts, torch.cat(found) if found else own.new_zeros(0), batch, group)
         return sums, counts
+
+
+def _divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
+    """KL (n,) of two sets of logits (n, V); a few rows at a time, which fit the cache."""
+    rows = max(1, CACHE_BYTES // (4 * before.shape[1]))
+    found = []
+    for theirs, own in zip(before.split(rows), now.split(rows), strict=True):
+        log_p = _log_probabilities(theirs)
+        found.append((log_p.exp() * (log_p - _log_probabilities(own))).sum(dim=1))
+    return torch.cat(found)
 
 
 def _log_probabilities(logits: torch.Tensor) -> torch.Tensor:

@@ -152,23 +152,18 @@ def read_head(
             if weight is None:
                 with torch.set_grad_enabled(backward):
                     logits = head(part.requires_grad_(backward))
-                own = logits.detach()
-                work = own.to(torch.promote_types(own.dtype, torch.float32), copy=True)
+                work = logits.detach().clone()  # the head may need its own once more on the way back
                 if start == 0:  # before the head runs again for the derivative
                     weight = plain_weight(part, logits)
             else:
-                own = _product(part, weight, memory, "logits")
-                work = own.to(torch.promote_types(own.dtype, torch.float32))
+                work = _product(part, weight, memory, "logits")
             if weight is None:
                 derived = {name: _derived(head, part, tangent) for name, tangent in tangents.items()}
             else:
                 derived = {name: _product(tangent, weight, memory, name) for name, tangent in tangents.items()}
-            found.append(_read(work, wanted, readings, derived, memory))
+            found.append(_read(work, wanted, readings, derived, memory, backward))
             if backward:
-                errors = work.to(own.dtype)
-                gradients.append(
-                    errors @ weight if weight is not None else torch.autograd.grad(logits, part, errors)[0]
-                )
+                gradients.append(work @ weight if weight is not None else torch.autograd.grad(logits, part, work)[0])
     return torch.cat(found, dim=1), torch.cat(gradients) if backward else None
 
 
@@ -190,25 +185,31 @@ def _read(
     readings: Sequence[Reading],
     moved: Mapping[str, torch.Tensor],
     memory: HeadMemory,
+    backward: bool,
 ) -> torch.Tensor:
-    """Readings (readings, n) of logits (n, vocabulary), which become their own errors, softmax - one-hot.
+    """Readings (readings, n) of logits (n, vocabulary), in at least float32; with ``backward`` the logits become their own
+    errors, softmax - one-hot, else whatever is left there.
 
-    A few rows at a time, so that what one step leaves in the cache the next one finds there.
+    A few rows at a time, so that what one step leaves in the cache the next one finds there: logits of 16 bits are read
+    and written once, and are wide nowhere else.
     """
-    found = logits.new_empty(len(readings), len(targets))
-    step = max(1, CACHE_BYTES // (logits.shape[1] * logits.element_size()))
+    wide = logits.new_empty(0, dtype=torch.promote_types(logits.dtype, torch.float32))
+    found = wide.new_empty(len(readings), len(targets))
+    step = max(1, CACHE_BYTES // (logits.shape[1] * wide.element_size()))
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
-        shifted, wanted = logits[rows], targets[rows]
-        probability, scratch = (memory.take(name, len(wanted), logits.shape[1], logits) for name in ("p", "scratch"))
+        own, wanted = logits[rows], targets[rows]
+        probability, scratch = (memory.take(name, *own.shape, wide) for name in ("p", "scratch"))
+        shifted = own if own.dtype == wide.dtype else memory.take("shifted", *own.shape, wide).copy_(own)
         shifted.sub_(shifted.amax(dim=1, keepdim=True))
         total = torch.exp(shifted, out=probability).sum(dim=1, keepdim=True)
         probability.div_(total)
-        some = {name: derivative[rows].to(logits.dtype) for name, derivative in moved.items()}
+        some = {name: derivative[rows].to(wide.dtype) for name, derivative in moved.items()}
         predictions = Predictions(wanted, shifted, total, probability, some, scratch)
         for index, reading in enumerate(readings):
             found[index, rows] = reading(predictions)
-        shifted.copy_(probability).scatter_add_(1, wanted[:, None], -torch.ones_like(total))
+        if backward:
+            own.copy_(probability.scatter_add_(1, wanted[:, None], -torch.ones_like(total)))
     return found
 
 
