@@ -24,7 +24,7 @@ from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.learners import ScoredWeights
 from alphatoken.pipeline.maths.outer_sums import OuterSum
-from alphatoken.pipeline.maths.simulated import Descent, SimulatedRun, Taped
+from alphatoken.pipeline.maths.simulated import Descent, SimulatedRun, Taped, Tensors
 from alphatoken.pipeline.maths.trial import Entering, Fit, entering_hidden, held_out_losses
 from alphatoken.pipeline.maths.unroll import Adjoint, Swept, loss_gradient, sweep
 from alphatoken.pipeline.prepare.tokenize import Example
@@ -55,11 +55,23 @@ class Runs:
         return Entering(rows, made.__getitem__)
 
     def trained(
-        self, order: Sequence[Sequence[int]], without: Token | None = None, tape: list[Taped] | None = None
+        self,
+        order: Sequence[Sequence[int]],
+        tape: list[Taped] | None = None,
+        states: list[Tensors] | None = None,
+        without: Token | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The weights at the end of the run over the rows of ``order``, without the loss of one token; fills ``tape``."""
-        run = SimulatedRun(self.start, self.descent)
-        for rows in order:
+        """The weights at the end of the run over the rows of ``order``; fills ``tape`` and ``states``, of before each step.
+
+        ``without``: leaves out the loss of one token; goes on from ``states``, which the run on every token has filled.
+        """
+        first = 0
+        if without is not None and states:  # until then the runs are the same
+            first = next(step for step, rows in enumerate(order) if without[0] in rows)
+        run = SimulatedRun(self.start, self.descent, (first, states[first]) if first and states else None)
+        for rows in order[first:]:
+            if without is None and states is not None:
+                states.append({name: tensor.clone() for name, tensor in run.state().items()})
             batch, from_below = self.train.batch(rows, self.scored)
             if without is not None and without[0] in rows:
                 batch.labels[list(rows).index(without[0]), without[1]] = IGNORED
@@ -100,9 +112,11 @@ class Runs:
 
     def effects(self, order: Sequence[Sequence[int]], tokens: Sequence[Token]) -> torch.Tensor:
         """(n,): what leaving each token out of the run costs, nats."""
-        whole = self.loss(self.trained(order))
+        states: list[Tensors] = []
+        whole = self.loss(self.trained(order, states=states))
         print(f"validation loss {self.loss(self.start):.4f} nats, at the end of the run {whole:.4f}", flush=True)
-        return torch.tensor([self.loss(self.trained(order, token)) - whole for token in tokens], dtype=torch.float64)
+        left_out = [self.loss(self.trained(order, states=states, without=token)) for token in tokens]
+        return torch.tensor(left_out, dtype=torch.float64) - whole
 
 
 def tokens_of(batch: Batch, rows: Sequence[int]) -> list[Token]:
