@@ -23,10 +23,11 @@ UNTOUCHED, FULL, FIRST = "untouched", "full", "full but first tokens"
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """``kind``: untouched | full | first | random | mask. ``identity``: what decides its labels, for a fingerprint.
+    """``kind``: untouched | full | first | random | mask. ``identity``: what decides its labels; of a mask a digest of them,
+    which ``known_by_labels`` makes.
 
     ``percent``: of the response tokens that it keeps, in whole percent; ``random``: that of the random mask beside it.
-    ``twin``: a mask that leaves the same of the sample, whose fine-tunes are its own.
+    ``twin``: an earlier mask that leaves the same of the sample, and so has the same fine-tunes.
     """
 
     name: str
@@ -38,8 +39,8 @@ class Candidate:
 
     @property
     def directory(self) -> str:
-        """Of its files below trial/fine-tunes/; a mask may be called as the others are."""
-        return f"mask-{self.twin or self.name}" if self.kind == "mask" else f"{self.kind}-{self.percent}"
+        """Of its files below trial/fine-tunes/: the same for masks that leave the same, in whatever order they are named."""
+        return f"mask-{self.identity[:16]}" if self.kind == "mask" else f"{self.kind}-{self.percent}"
 
     def seeds(self, count: int) -> range:
         """The untouched model has no order of rows."""
@@ -47,7 +48,7 @@ class Candidate:
 
 
 def candidates(masks: Mapping[str, float]) -> list[Candidate]:
-    """``masks``: name -> fraction that it keeps; what tells them apart is for ``twins``. See ``random_sizes``."""
+    """``masks``: name -> fraction that it keeps; what tells them apart is for ``known_by_labels``. See ``random_sizes``."""
     found = [
         Candidate(UNTOUCHED, "untouched", 0, UNTOUCHED),
         Candidate(FULL, "full", 100, FULL),
@@ -70,7 +71,7 @@ def random_sizes(percents: Iterable[int]) -> dict[int, int]:
     return found
 
 
-def twins(tried: Sequence[Candidate], masks: Mapping[str, Labels]) -> list[Candidate]:
+def known_by_labels(tried: Sequence[Candidate], masks: Mapping[str, Labels]) -> list[Candidate]:
     """``tried`` with masks known by what they leave of the sample; where two leave the same, the later one is a twin."""
     first: dict[str, str] = {}
     found = []

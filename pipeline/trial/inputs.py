@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,8 +19,8 @@ from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
-from alphatoken.pipeline.trial.budget import CPU_RATE, DEVICE_RATE, Extent, Lengths, extent, lengths_of
-from alphatoken.pipeline.trial.candidates import Candidate, Labels, candidates, twins
+from alphatoken.pipeline.trial.budget import CPU_RATE, DEVICE_RATE, Extent, Lengths, extent, lengths_of, trial_flops
+from alphatoken.pipeline.trial.candidates import Candidate, Labels, candidates, known_by_labels
 from alphatoken.pipeline.trial.rows import (
     HeldOut,
     drawn_rows,
@@ -115,7 +115,10 @@ def trial_inputs(run: Run) -> TrialInputs:
         **({"retention": digest(retention.ids)} if retention else {}),
         **({"valuation.beta": settings.valuation.beta} if manifest.pairs else {}),
     }
-    tried = twins(tried, masks)
+    tried = known_by_labels(tried, masks)
+    if any(one.twin for one in tried):  # what twins cost is not spent
+        kept = [one.percent / 100 for one in tried if not one.twin for _ in one.seeds(own.seeds)]
+        far = replace(far, flops=trial_flops(costs, own, lengths, far.steps, far.examples, kept))
     notes += [f"mask {one.name} leaves what {one.twin} leaves, and shares its fine-tunes" for one in tried if one.twin]
     return TrialInputs(
         tried, masks, sample, manifest.pairs, held_out, retention, prompts, far, rate, measured, common, digest(model),

@@ -6,11 +6,11 @@ from alphatoken.pipeline.maths.batch import IGNORED, Sequences
 from alphatoken.pipeline.trial.candidates import (
     candidates,
     kept_tokens,
+    known_by_labels,
     labels_of,
     random_labels,
     random_name,
     random_sizes,
-    twins,
     without_first,
 )
 
@@ -22,7 +22,8 @@ ROWS = Sequences(
 
 
 def test_masks_of_one_size_share_a_random_one_and_names_do_not_clash_on_disk():
-    found = candidates({"a": 0.502, "b": 0.498, "full": 0.9, "all": 1.0})
+    labels = {name: [np.asarray([i], np.int32)] for i, name in enumerate(["a", "b", "full", "all"])}
+    found = known_by_labels(candidates({"a": 0.502, "b": 0.498, "full": 0.9, "all": 1.0}), labels)
     assert [one.name for one in found if one.kind == "random"] == [random_name(50), random_name(90)]
     assert len({one.directory for one in found}) == len(found)
     assert [len(one.seeds(3)) for one in found[:2]] == [1, 3]
@@ -41,7 +42,7 @@ def test_masks_that_leave_the_same_share_their_files():
     whole = [np.asarray(row, np.int32) for row in ROWS.labels]
     less = [without_first(row) for row in whole]
     masks = {"a": whole, "b": less, "c": [row.copy() for row in whole]}
-    found = {one.name: one for one in twins(candidates(dict.fromkeys(masks, 0.5)), masks)}
+    found = {one.name: one for one in known_by_labels(candidates(dict.fromkeys(masks, 0.5)), masks)}
     assert found["c"].twin == "a" and found["c"].directory == found["a"].directory != found["b"].directory
     assert found["c"].identity == found["a"].identity != found["b"].identity
     assert found["a"].twin is found["b"].twin is None and found["full"].identity == "full"
