@@ -98,12 +98,14 @@ class Manifest:
         fingerprint = digest(inputs)
         record = self.stage(stage)
         if record and record["fingerprint"] != fingerprint:
-            base = stage.split("/")[0]
-            remedy = f"choose another run.dir, or start anew from here with run.overwrite={base}"
-            if base == "mask":
+            base, _, mask = stage.partition("/")
+            remedy, settings = f"choose another run.dir, or start anew from here with run.overwrite={base}", NAME
+            if mask:
                 remedy = "choose another mask.name, or make all masks of the run anew with run.overwrite=mask"
+                if self.storage.exists(f"masks/{mask}/summary.json"):
+                    settings = f"masks/{mask}/summary.json"
             lines = mismatch(stage, record, inputs, without_secrets(dict(about or {})))
-            own = f"; --from {self.storage.path(NAME)} starts from its own settings"
+            own = f"; --from {self.storage.path(settings)} starts from its own settings"
             raise SettingsWrong([*lines, f"{self.storage.root} holds {stage} of other settings: {remedy}{own}"])
         if not record:
             record = {"fingerprint": fingerprint, "inputs": inputs, "state": "running", "seconds": 0.0, "counts": {}}

@@ -102,6 +102,7 @@ def test_a_second_sweep_is_told_apart_by_the_mask_name_that_is_given(alphatoken,
     again = ["mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.3,0.5", "mask.score=random"]
     status, _, err = alphatoken(*again)
     assert status == 1 and "choose another mask.name" in err
+    assert f"--from {tmp_path}/masks/rho-0.3/summary.json starts from its own settings" in err
     status, out, err = alphatoken(*again, "mask.name=drawn")
     assert status == 0 and "drawn_rho-0.3" in out, err
     made = {p.parent.name for p in (tmp_path / "masks").glob("*/summary.json")}
