@@ -26,5 +26,6 @@ def keys(kind: Any = Settings) -> dict[str, tuple[Any, str]]:
 
 
 def texts() -> set[str]:
-    """The keys whose values are text, also where it looks like a number."""
-    return {name for name, field, _ in _all(Settings) if field.type in (str, str | None, "str", "str | None")}
+    """The keys whose values are text or a list of text, also where it looks like a number."""
+    kinds = (str, str | None, list[str])
+    return {name for name, field, _ in _all(Settings) if field.type in kinds}

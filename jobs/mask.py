@@ -6,8 +6,8 @@ from dataclasses import asdict
 from typing import Any
 
 from alphatoken.jobs.session import Session
-from alphatoken.jobs.typed import quoted
 from alphatoken.pipeline.settings import MaskSettings
+from alphatoken.pipeline.settings.spelling import overrides, quoted
 
 OTHERS = (0.3, 0.7, 0.5)  # of which one is proposed as the next mask's rho
 
@@ -59,13 +59,7 @@ def _overrides(settings: MaskSettings) -> list[str]:
     """What makes another mask of the same kind, but for rho and name: all that is not the default."""
     usual, own = asdict(MaskSettings()), asdict(settings)
     changed = {key: value for key, value in own.items() if value != usual[key] and key not in ("rho", "name")}
-    lists = {key: f"[{','.join(map(quoted, value))}]" for key, value in changed.items() if isinstance(value, list)}
-    dicts = {
-        key: f"{{{', '.join(f'{name}: {one}' for name, one in value.items())}}}"
-        for key, value in changed.items()
-        if isinstance(value, dict)
-    }
-    return [f"mask.{key}={value}" for key, value in {**changed, **lists, **dicts}.items()]
+    return overrides({f"mask.{key}": value for key, value in changed.items()})
 
 
 if __name__ == "__main__":

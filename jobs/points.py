@@ -57,6 +57,7 @@ def expand(overrides: Sequence[str]) -> list[Point]:
             for override in parser.parse_overrides(as_read(overrides)):
                 key = override.get_key_element()
                 choices[key] = _values(override)
+                swept = [one for one in swept if one != key]  # the last of repeated keys holds
                 if override.is_sweep_override():
                     swept.append(key)
     except HydraException as error:
@@ -85,7 +86,7 @@ def _values(override: Override) -> list[str]:
 
 
 def mask_name(point: Point, own: Sequence[Swept], given: str) -> str:
-    """mask.name of the mask of a point, ``given`` where nothing is swept: the swept one, else the name of ``own`` after what was typed."""
+    """mask.name of the mask of a point: the swept one, else the name of ``own``, the swept keys, after what was typed."""
     if any(one.key == "mask.name" for one in point.swept):
         return given
     typed = any(override.partition("=")[0].lstrip("+") == "mask.name" for override in point.overrides)

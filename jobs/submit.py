@@ -24,9 +24,9 @@ from alphatoken.jobs.cli import COMMANDS, Arguments, parse, settings_of
 from alphatoken.jobs.config import load
 from alphatoken.jobs.job_api import connect
 from alphatoken.jobs.packing import what_is_packed
-from alphatoken.jobs.typed import quoted
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong, first_line
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.spelling import quoted
 
 PARTS = ("jobs", "pipeline", "conf", "data_schemas")
 PASSED_ON = ("HF_HUB_OFFLINE", "HF_HOME", "ALPHATOKEN_CACHE", "MLFLOW_TRACKING_URI", "WANDB_MODE", "WANDB_PROJECT")

@@ -61,8 +61,10 @@ def execute_auto(session: Session) -> None:
     names = list(session.settings.trial.masks) or [own.name, *(name for name in AUTO if name != own.name)]
     asked = {name: _named(session, name) for name in names}
     summary = try_masks(session, made_masks(session, _at_each_rho(session, asked, names), optional=AUTO))
+    chosen = write_chosen(session, summary)
+    session.manifest.record({"mask": own})  # which was asked for, and not what came of it
     tell(summary)
-    print(f"mask:  {session.storage.path('masks')}/{write_chosen(session, summary)}")
+    print(f"mask:  {session.storage.path('masks')}/{chosen}")
 
 
 def check_names(session: Session) -> None:
@@ -81,6 +83,9 @@ def try_masks(session: Session, names: Sequence[str]) -> dict[str, Any]:
     session.change(replace(settings, trial=replace(settings.trial, masks=list(names))), session.overrides)
     summary = make_trial(session.run)
     note_winner(session.run, summary)
+    session.manifest.record(
+        {"trial": settings.trial}
+    )  # as it was asked for, so that it can be asked for again elsewhere
     return summary
 
 
@@ -102,14 +107,19 @@ def _swept(overrides: Sequence[str]) -> dict[str, MaskSettings | None]:
         if "without a sweep" not in str(error):
             raise
         mask = load(overrides).mask
-        pairs = [override.lstrip("+").partition("=")[::2] for override in overrides]
-        given = any(key == "mask.name" for key, _ in pairs)
-        name = mask.name if given else point_name([Swept(key, value) for key, value in pairs])
+        last = dict(
+            override.lstrip("+").partition("=")[::2] for override in overrides
+        )  # the last of repeated keys holds
+        name = mask.name if "mask.name" in last else point_name([Swept(*pair) for pair in last.items()])
         return {name: replace(mask, name=name)}
     found: dict[str, MaskSettings | None] = {}
     for point in points:
         mask = load(point.overrides).mask
         name = mask_name(point, point.swept, mask.name)
+        if name in found:
+            raise SettingsWrong(
+                [f"several points of the sweep have mask.name={name}: leave mask.name out of the sweep"]
+            )
         found[name] = replace(mask, name=name)
     return found
 

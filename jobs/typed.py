@@ -7,16 +7,16 @@ as the one.
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import ChoiceSweep, Override
 from hydra.errors import HydraException
 
 from alphatoken.jobs.keys import keys, texts
 from alphatoken.jobs.suggestion import near
+from alphatoken.pipeline.settings.spelling import in_quotes, quoted
 
 # Begins a list, a mapping, a quoted text or an interpolation: it is Hydra's as it stands.
 NOTATION = ("[", "{", "'", '"', "$")
@@ -24,19 +24,6 @@ GRAMMAR = (  # what Hydra's parser says of what it cannot read
     "no viable alternative", "mismatched input", "extraneous input", "NoViableAlt", "token recognition", "missing '",
     "Error parsing override",
 )  # fmt: skip
-
-
-def quoted(value: object) -> str:
-    """A value for Hydra's grammar, in which a backslash means itself but before a quotation mark."""
-    text = str(value)
-    if text.isascii() and all(c.isalnum() or c in "/._-" for c in text):
-        return text
-    return _in_quotes(text)
-
-
-def _in_quotes(text: str) -> str:
-    text = re.sub(r"(\\+)(?='|$)", r"\1\1", text).replace("'", "\\'")
-    return f"'{text}'"
 
 
 def as_read(overrides: Sequence[str]) -> list[str]:
@@ -58,9 +45,20 @@ def _as_read(override: str, known: Mapping[str, tuple[Any, str]], text: Collecti
     if parsed is None:
         value = quoted(value)
     one = parsed is None or (not parsed.is_sweep_override() and isinstance(parsed.value(), str | int | float))
-    if parsed is not None and one and name in text and not isinstance(parsed.value(), str):
-        value = _in_quotes(value)  # 1.10 is a revision, and no number
+    if parsed is not None and name in text:
+        value = _as_text(parsed, value)
     return f"{key}=[{value}]" if one and isinstance(known[name][0], list) else f"{key}={value}"
+
+
+def _as_text(parsed: Override, value: str) -> str:
+    """``value`` of a key of texts, with quotes where Hydra would read something else: 1.10 is a revision, and no number."""
+    if not parsed.is_sweep_override():
+        return in_quotes(value) if isinstance(parsed.value(), int | float) else value
+    sweep = parsed.value()
+    if not isinstance(sweep, ChoiceSweep) or not sweep.simple_form or any(mark in value for mark in NOTATION):
+        return value
+    return ",".join(in_quotes(one) if isinstance(read, int | float) else one
+                    for one, read in zip(value.split(","), sweep.list, strict=True))  # fmt: skip
 
 
 def _parsed(override: str) -> Override | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.remedies import anew
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import MaskSettings
+from alphatoken.pipeline.settings.spelling import overrides
 
 PLAIN_ALIGNMENT = (
     "values were taken at one model by plain alignment: a fine-tune on such a mask ended worse than on a random one, on the "
@@ -102,11 +104,20 @@ def _check(run: Run, settings: MaskSettings, there: tuple[str, ...], drift: str 
     scores = run.manifest.content["configuration"].get("valuation", {}).get("scores", [])
     problems += settings.unknown(there)
     problems += [
-        f"{one} and value anew, {anew(run.storage.root, 'value', f'{remedy} ')}"
-        for one, remedy in ((one, one.rpartition(": set ")[2]) for one in settings.missing(there, scores))
+        f"{reason}: set {' '.join(overrides(remedy))} and value anew, {anew(run.storage.root, _first_anew(run, remedy), remedy)}"
+        for reason, remedy in settings.missing(there, scores)
     ]
     if problems:
         raise SettingsWrong(problems)
+
+
+def _first_anew(run: Run, remedy: Mapping[str, Any]) -> str:
+    """The first stage that is another with these settings."""
+    if not run.manifest.stage("anchor") and {"anchor.direction", "valuation.exact"} & remedy.keys():
+        return "prepare"  # which holds out what directions are made of
+    if not run.manifest.stage("anchor") and "paper" in remedy.get("valuation.scores", []):
+        return "prepare"
+    return "anchor" if "anchor.direction" in remedy else "value"
 
 
 def _notes(run: Run, settings: MaskSettings, always: np.ndarray, drift: str | None, rehearsed: bool) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ import torch
 from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import ScoredLayers, decoder_layers
-from alphatoken.pipeline.maths.head import CACHE_BYTES, chunk_rows, head_of, vocabulary_of
+from alphatoken.pipeline.maths.head import chunk_rows, head_of, rows_in_cache, vocabulary_of
 from alphatoken.pipeline.maths.learners import Learner, Weights
 from alphatoken.pipeline.maths.trial import Entering, add_by_row
 
@@ -81,7 +81,7 @@ class ReferencePredictions:
 
 def _divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
     """KL (n,) of two sets of logits (n, V); a few rows at a time, which fit the cache."""
-    rows = max(1, CACHE_BYTES // (4 * before.shape[1]))
+    rows = rows_in_cache(before)
     found = []
     for theirs, own in zip(before.split(rows), now.split(rows), strict=True):
         log_p = _log_probabilities(theirs)

@@ -24,6 +24,7 @@ from alphatoken.pipeline.maths.tangents import dual_level, tangent_of
 CHUNK_BYTES = 128 << 20
 PROBE_ROWS = 16  # positions that go through the model's own head
 CACHE_BYTES = 1 << 20  # of logits that are worked on at a time: half of a usual second-level cache
+DEVICE_CACHE_BYTES = 32 << 20  # on an accelerator, where each piece costs a launch per operation
 
 
 class HeadedModel(Protocol):
@@ -66,6 +67,12 @@ def head_of(scored: HeadedModel, outputs: Any) -> Iterator[Callable[[torch.Tenso
 def chunk_rows(model: Any, hidden: torch.Tensor) -> int:
     """Rows of hidden states per chunk, so that one chunk of logits takes at most CHUNK_BYTES."""
     return max(16, CHUNK_BYTES // (vocabulary_of(model) * max(4, hidden.element_size())))
+
+
+def rows_in_cache(logits: torch.Tensor) -> int:
+    """How many rows of logits (n, V) to work on at a time, in at least float32."""
+    held = CACHE_BYTES if logits.device.type == "cpu" else DEVICE_CACHE_BYTES
+    return max(1, held // (logits.shape[1] * max(4, logits.element_size())))
 
 
 def vocabulary_of(model: Any) -> int:
@@ -195,12 +202,12 @@ def _read(
     """
     wide = logits.new_empty(0, dtype=torch.promote_types(logits.dtype, torch.float32))
     found = wide.new_empty(len(readings), len(targets))
-    step = max(1, CACHE_BYTES // (logits.shape[1] * wide.element_size()))
+    step = rows_in_cache(logits)
     for start in range(0, len(targets), step):
         rows = slice(start, start + step)
         own, wanted = logits[rows], targets[rows]
-        probability, scratch = (memory.take(name, *own.shape, wide) for name in ("p", "scratch"))
-        shifted = own if own.dtype == wide.dtype else memory.take("shifted", *own.shape, wide).copy_(own)
+        probability, scratch = (memory.take(name, len(own), own.shape[1], wide) for name in ("p", "scratch"))
+        shifted = own if own.dtype == wide.dtype else memory.take("shifted", len(own), own.shape[1], wide).copy_(own)
         shifted.sub_(shifted.amax(dim=1, keepdim=True))
         total = torch.exp(shifted, out=probability).sum(dim=1, keepdim=True)
         probability.div_(total)

@@ -111,12 +111,16 @@ class Manifest:
             record = {"fingerprint": fingerprint, "inputs": inputs, "state": "running", "seconds": 0.0, "counts": {}}
             record |= {"about": without_secrets(dict(about))} if about else {}
         self.content["stages"][stage] = record
-        recorded = {**_plain(self.resolved), **self.content["configuration"], **_plain(configuration)}
-        self.content["configuration"] = without_secrets(recorded)
         if "data" in configuration:
             self.content["directory"] = os.getcwd()  # what relative paths of the configuration are relative to
-        self._write()
+        self.record(configuration)
         return fingerprint
+
+    def record(self, configuration: Mapping[str, Any]) -> None:
+        """Write these groups as those that the run was last asked for."""
+        recorded = {**_plain(self.resolved), **self.content["configuration"], **_plain(configuration)}
+        self.content["configuration"] = without_secrets(recorded)
+        self._write()
 
     def forget(self, stage: str) -> None:
         """Let the next ``begin`` start a stage that may be done again with other inputs; its files are left to the caller."""

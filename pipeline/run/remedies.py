@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
+
+from alphatoken.pipeline.settings.spelling import overrides, quoted
 
 
 def again(root: str, stage: str) -> str:
@@ -10,9 +13,10 @@ def again(root: str, stage: str) -> str:
     return f"`alphatoken {stage} {_own(root, 'run.json')}` makes it again"
 
 
-def anew(root: str, stage: str, more: str = "") -> str:
-    """Of what was made otherwise: a stage and all that follow; ``more``: overrides to add."""
-    return f"`alphatoken run {_own(root, 'run.json')} {more}run.overwrite={stage}`"
+def anew(root: str, stage: str, more: Mapping[str, object] | None = None) -> str:
+    """Of what was made otherwise: a stage and all that follow; ``more``: key -> value, to be set on the way."""
+    added = "".join(f"{shlex.quote(override)} " for override in overrides(more or {}))
+    return f"`alphatoken run {_own(root, 'run.json')} {added}run.overwrite={stage}`"
 
 
 def mask_again(root: str, name: str) -> str:
@@ -26,4 +30,4 @@ def mask_anew(root: str, name: str) -> str:
 
 
 def _own(root: str, settings: str) -> str:
-    return f"--from {shlex.quote(f'{root}/{settings}')} {shlex.quote(f'run.dir={root}')}"
+    return f"--from {shlex.quote(f'{root}/{settings}')} {shlex.quote(f'run.dir={quoted(root)}')}"

@@ -223,29 +223,29 @@ class MaskSettings:
         asked = {"mask.weights": self.weighed, "mask.require": self.required}
         return [line for key, names in asked.items() for line in unknown_names(key, names, there, self.score)]
 
-    def missing(self, there: Collection[str], scores: Collection[str]) -> list[str]:
-        """Why these settings cannot be met by values with the columns ``there``, one sentence for each key to set.
+    def missing(self, there: Collection[str], scores: Collection[str]) -> list[tuple[str, dict[str, Any]]]:
+        """Why these settings cannot be met by values with the columns ``there``, one sentence for each remedy: what to set.
 
         ``scores``: of valuation.scores, which ``there`` come from.
         """
         if self.unknown(there):
             return []  # said by that
-        remedies: dict[str, str] = {}
-        for column, asked in self.columns().items():
-            if column not in there:
-                remedies.setdefault(_asks_for(column, scores), f"{asked} needs the column {column}")
+        found: list[tuple[str, dict[str, Any]]] = []
         other = [s for s, columns in MASK_SCORES.items() if set(columns) <= set(there)]
         known = f" (values/ has what mask.score={', '.join(other)} need)"
-        return [f"{reason}, which values/ does not have{known}: set {remedy}" for remedy, reason in remedies.items()]
+        for column, asked in self.columns().items():
+            remedy = _asks_for(column, scores)
+            if column not in there and all(remedy != one for _, one in found):
+                found.append((f"{asked} needs the column {column}, which values/ does not have{known}", remedy))
+        return found
 
 
-def _asks_for(column: str, scores: Collection[str]) -> str:
-    """The setting with which values/ has ``column``."""
+def _asks_for(column: str, scores: Collection[str]) -> dict[str, Any]:
+    """The settings with which values/ has ``column``."""
     if column.endswith(UNROLLED):
-        return "anchor=unrolled valuation.schedule=own_step"
+        return {"anchor.direction": "unrolled", "valuation.schedule": "own_step"}
     if column in EXACT:
-        return "valuation.exact=true"
+        return {"valuation.exact": True}
     if column == REFERENCE_LOSS:
-        return "valuation.reference_loss=true"
-    wanted = [score for score, columns in SCORES.items() if score in scores or column in columns]
-    return f"valuation.scores=[{','.join(wanted)}]"
+        return {"valuation.reference_loss": True}
+    return {"valuation.scores": [score for score, columns in SCORES.items() if score in scores or column in columns]}

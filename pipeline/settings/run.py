@@ -14,6 +14,7 @@ from alphatoken.pipeline.settings.objectives import RETENTION, objective_of
 from alphatoken.pipeline.settings.option import at_least, one_of, option
 from alphatoken.pipeline.settings.plan import PlanSettings
 from alphatoken.pipeline.settings.rehearsal import contradictions
+from alphatoken.pipeline.settings.spelling import overrides
 from alphatoken.pipeline.settings.trial import TrialSettings
 from alphatoken.pipeline.settings.valuation import DIRECTED, ValuationSettings
 
@@ -171,7 +172,11 @@ class Settings:
             return []  # said already
         there = self.columns
         mask = self.mask.resolved(pairs or self.valuation.rehearsed, self.anchor.drift, there)
-        return mask.unknown(there) + mask.missing(there, self.valuation.scores)
+        missing = [
+            f"{reason}: set {' '.join(overrides(remedy))}"
+            for reason, remedy in mask.missing(there, self.valuation.scores)
+        ]
+        return mask.unknown(there) + missing
 
     def anchor_problems(self, pairs: bool) -> list[str]:
         """Why the anchors cannot be made; ``pairs``: whether the data is of preference."""

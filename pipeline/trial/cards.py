@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from alphatoken.pipeline.mask.card import card
-from alphatoken.pipeline.mask.layout import is_finished, mask_card, mask_place, open_part, summary_of
+from alphatoken.pipeline.mask.layout import has_shards, is_finished, mask_card, mask_place, open_part, summary_of
 from alphatoken.pipeline.mask.stage import make_mask
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import MaskSettings
@@ -17,7 +17,7 @@ from alphatoken.pipeline.trial.inputs import CHOSEN, masks_of
 
 def note_winner(run: Run, summary: Mapping[str, Any]) -> None:
     """Write the sentence into the card of the mask that has won, and take it out of every other."""
-    for name in masks_of(run):
+    for name in (one for one in masks_of(run) if has_shards(run.storage, one)):
         _write_card(run, name, summary["sentence"] if name == summary["winner"] else None)
 
 

@@ -74,8 +74,11 @@ class HiddenStates:
         try:
             if not self._map[row]:
                 state = make(row).to("cpu", STORED).contiguous()
-                content = state.view(torch.uint8).numpy().tobytes()
-                os.pwrite(self._file, content, self._first + self._starts[row])
+                content = memoryview(state.view(torch.uint8).numpy().tobytes())
+                start = self._first + self._starts[row]
+                while content:  # a disk that is nearly full takes a part, and only then says so
+                    written = os.pwrite(self._file, content, start)
+                    content, start = content[written:], start + written
                 os.pwrite(self._file, b"\x01", row)  # only now it is there
         finally:
             fcntl.lockf(self._file, fcntl.LOCK_UN, 1, row)

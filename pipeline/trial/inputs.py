@@ -30,6 +30,7 @@ from alphatoken.pipeline.trial.rows import (
     prompts_of,
     sample_of,
 )
+from alphatoken.pipeline.trial.verdict import SUMMARY
 
 CHOSEN = "chosen"  # the mask that trial.auto writes
 
@@ -40,8 +41,8 @@ class TrialInputs:
 
     ``pairs``: whether an example is two sequences, see rows.py. ``retention``: rows of data.retention, where there are any.
 
-    ``prompts``: rows whose prompts the reference completes. ``rate``: operations per second, of all workers together;
-    ``measured``: whether the run has shown it. ``notes``: what to know beforehand.
+    ``basis``: of all that ``extent`` goes on with once a trial is there. ``prompts``: rows whose prompts the reference completes.
+    ``rate``: operations per second, of all workers together; ``measured``: whether the run has shown it. ``notes``: what to know beforehand.
     """
 
     candidates: list[Candidate]
@@ -52,6 +53,7 @@ class TrialInputs:
     retention: Sequences | None
     prompts: Sequences
     extent: Extent
+    basis: str
     rate: float
     measured: bool
     common: dict[str, Any]
@@ -87,11 +89,6 @@ def trial_inputs(run: Run) -> TrialInputs:
         lengths_of(retention.input_ids, retention.labels) if retention else (),
         manifest.pairs,
     )
-    kept = [one.percent / 100 for one in tried for _ in one.seeds(own.seeds)]
-    far = extent(costs, own, lengths, available, kept, rate)
-    places = drawn_rows(run, far.examples)
-    sample = sample_of(run, places)
-    masks = {name: mask_labels(run, name, places, sample) for name in names}
     models = run.models
     model = {
         "reference": of_model(models.reference),
@@ -109,21 +106,39 @@ def trial_inputs(run: Run) -> TrialInputs:
         "policy": of_model(models.policy),
         "valuation.layers": settings.valuation.layers,
         "held_out": digest(held_out.rows.ids),
-        "examples": far.examples,
-        "steps": far.steps,
         **own.fingerprinted(),
         **({"retention": digest(retention.ids)} if retention else {}),
         **({"valuation.beta": settings.valuation.beta} if manifest.pairs else {}),
     }
+    basis = digest({**common, "examples": own.examples, "steps": own.steps})
+    kept = [one.percent / 100 for one in tried for _ in one.seeds(own.seeds)]
+    if before := _extent_before(run, basis):
+        examples, steps = before
+        far = Extent(examples, steps, trial_flops(costs, own, lengths, steps, examples, kept))
+    else:
+        far = extent(costs, own, lengths, available, kept, rate)
+    common |= {"examples": far.examples, "steps": far.steps}
+    places = drawn_rows(run, far.examples)
+    sample = sample_of(run, places)
+    masks = {name: mask_labels(run, name, places, sample) for name in names}
     tried = known_by_labels(tried, masks)
     if any(one.twin for one in tried):  # what twins cost is not spent
         kept = [one.percent / 100 for one in tried if not one.twin for _ in one.seeds(own.seeds)]
         far = replace(far, flops=trial_flops(costs, own, lengths, far.steps, far.examples, kept))
     notes += [f"mask {one.name} leaves what {one.twin} leaves, and shares its fine-tunes" for one in tried if one.twin]
     return TrialInputs(
-        tried, masks, sample, manifest.pairs, held_out, retention, prompts, far, rate, measured, common, digest(model),
+        tried, masks, sample, manifest.pairs, held_out, retention, prompts, far, basis, rate, measured, common, digest(model),
         tuple(notes),
     )  # fmt: skip
+
+
+def _extent_before(run: Run, basis: str) -> tuple[int, int] | None:
+    """Examples and steps of the trial that is there, if it was one of the same: what ``auto`` comes to depends on how many masks
+    there are, and those that come later are to be compared with these."""
+    if not run.storage.exists(SUMMARY):
+        return None
+    found = run.storage.read_json(SUMMARY)
+    return (found["examples"], found["steps"]) if found.get("basis") == basis else None
 
 
 def chosen_masks(run: Run) -> tuple[list[str], list[str]]:

@@ -201,6 +201,7 @@ def _summary(run: Run, inputs: TrialInputs, verdict: Verdict) -> dict[str, Any]:
         "layers": run.settings.valuation.layers,
         "steps": inputs.extent.steps,
         "examples": inputs.extent.examples,
+        "basis": inputs.basis,
         "pairs": inputs.pairs,
         "held_out_rows": inputs.held_out.count,
         "retention_rows": len(inputs.retention) if inputs.retention else 0,

@@ -101,7 +101,8 @@ def judge(found: Sequence[Measured], beside: Mapping[str, int], seen: bool, pair
         raise ValueError("full has no numbers")
     lines = [_line(name, by_name, beside) for name in by_name]
     lines.sort(key=lambda line: line.adaptation[0])
-    winner, sentence = _sentence(lines, "nats per pair" if pairs else "nats per token")
+    several = len({one.seed for one in found}) > 1
+    winner, sentence = _sentence(lines, "nats per pair" if pairs else "nats per token", several)
     return Verdict(tuple(lines), winner, f"{sentence} ({SEEN})." if seen else f"{sentence}.", failed)
 
 
@@ -158,14 +159,16 @@ def _mean_and_half_range(numbers: Sequence[float]) -> tuple[float, float]:
     return float(np.mean(numbers)), float(np.ptp(numbers)) / 2
 
 
-def _sentence(lines: Sequence[Line], unit: str) -> tuple[str, str]:
-    """The winner, and what to do, without the full stop; ``unit``: of adaptation."""
+def _sentence(lines: Sequence[Line], unit: str, several: bool) -> tuple[str, str]:
+    """The winner, and what to do, without the full stop; ``unit``: of adaptation; ``several``: whether there were several seeds."""
     own = {line.name: line for line in lines}
     full = own[FULL]
     tried = [line for line in lines if line.kind in ("mask", "first")]
     if full.seeds > 1:  # one of which a single fine-tune has numbers says nothing
         tried = [line for line in tried if line.to_full and line.to_full.spread is not None]
     better = [line for line in tried if line.to_full and line.to_full.exceeds and line.to_full.mean < 0]
+    if several and not any(line.to_full and line.to_full.spread is not None for line in tried):
+        return FULL, "Too few fine-tunes have numbers to judge any mask by; try a smaller trial.learning_rate"
     untouched = own.get(UNTOUCHED)
     if untouched and full.adaptation[0] >= untouched.adaptation[0] and not better:
         return FULL, (

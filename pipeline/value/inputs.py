@@ -10,6 +10,7 @@ from alphatoken.pipeline.run.fingerprint import digest, of_model, of_policy
 from alphatoken.pipeline.run.remedies import anew
 from alphatoken.pipeline.run.run import Models, Run
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.spelling import spelled
 from alphatoken.pipeline.value.worker import Reference
 
 REHEARSAL_KEYS = ("rho", "stability_weight", "batch_size", "learning_rate", "refresh")
@@ -69,17 +70,18 @@ def checked_anchor(run: Run) -> dict[str, Any]:
         problems.append(
             f"valuation.layers={valuation.layers}, but the anchors were made for {inputs['valuation.layers']}"
         )
-    for key, now in (("model.dtype", run.settings.model.dtype), ("model.revision", run.settings.model.revision)):
+    own = run.settings.model
+    for key, now, first in (("model.dtype", own.dtype, "anchor"), ("model.revision", own.revision, "prepare")):
         if inputs[key] != now:
             problems.append(
-                f"{key}={now}, but the anchors were made with {inputs[key]}: make others, "
-                f"{anew(run.storage.root, 'anchor', f'{key}={now} ')}"
+                f"{key}={spelled(now)}, but the anchors were made with {spelled(inputs[key])}: make others, "
+                f"{anew(run.storage.root, first, {key: now})}"
             )
     there, asked = (one.get("model.lower_dtype", "as model.dtype") for one in (inputs, run.settings.lower_inputs))
     if there != asked:
         problems.append(
             f"model.lower_dtype: {asked}, but the anchors were made with {there}: make others, "
-            f"{anew(run.storage.root, 'anchor', f'model.lower_dtype={run.settings.model.lower_dtype} ')}"
+            f"{anew(run.storage.root, 'anchor', {'model.lower_dtype': run.settings.lower_dtype})}"
         )
     looks_at_it = valuation.rehearsed or valuation.reference_loss or run.manifest.pairs
     if looks_at_it and inputs["reference"] != of_model(models.reference):
@@ -87,7 +89,7 @@ def checked_anchor(run: Run) -> dict[str, Any]:
     if inputs["anchor.drift"] == "rehearsal" and not valuation.rehearsed:
         problems.append(
             f"the anchors of {run.storage.root} were made for valuation.schedule=rehearsal: make others, "
-            f"{anew(run.storage.root, 'anchor', f'valuation.schedule={valuation.schedule} ')}"
+            f"{anew(run.storage.root, 'anchor', {'valuation.schedule': valuation.schedule})}"
         )
     if problems:
         raise SettingsWrong(problems)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from alphatoken.pipeline.trial import budget
 from tests.conftest import SMALL, write_rows
 from tests.jobs.trial_files import results, summary
 
@@ -93,6 +94,18 @@ def test_a_trial_goes_on_and_a_mask_that_comes_later_costs_its_own_fine_tunes_al
     assert status == 0 and "done already" not in err  # other settings take the place of those before
 
 
+def test_a_mask_that_comes_later_is_tried_on_as_many_examples_as_those_before(alphatoken, run, monkeypatch):
+    own = [one for one in QUICK if "examples" not in one and "steps" not in one]
+    assert alphatoken("trial", f"run.dir={run}", *own, "trial.seeds=1")[0] == 0
+    before = summary(run)
+    assert before["steps"] == 20 and before["examples"] > 4
+    monkeypatch.setattr(budget, "FEWEST_STEPS", 2)
+    monkeypatch.setattr(budget, "SECONDS", 0)  # nothing fits any more
+    status, _, err = alphatoken("trial", f"run.dir={run}", *own, "trial.seeds=1", "trial.masks=[default,paper]")
+    assert status == 0 and "5 of 7 fine-tunes are done already" in err, err
+    assert [summary(run)[key] for key in ("steps", "examples")] == [before[key] for key in ("steps", "examples")]
+
+
 def test_masks_that_leave_the_same_tokens_are_fine_tuned_on_once(alphatoken, run):
     assert alphatoken("mask", f"run.dir={run}", "mask.name=again")[0] == 0
     status, out, err = alphatoken("trial", f"run.dir={run}", *QUICK, "trial.masks=[default,again]")
@@ -148,6 +161,10 @@ def test_auto_ends_with_the_winner_as_chosen(alphatoken, tmp_path, policy, train
         assert whole["sentence"] in " ".join((source / "README.md").read_text().split())
     else:
         assert chosen["settings"]["score"] == "full"
+    recorded = json.loads((place / "run.json").read_text())[
+        "configuration"
+    ]  # what was asked for, to be asked for again
+    assert recorded["mask"]["name"] == "default" and recorded["trial"]["masks"] == [] and recorded["trial"]["auto"]
     html = (place / "report/index.html").read_text()
     assert ">Trial</h2>" in html and html.count("<circle") == len(whole["lines"]) - 1
     status, _, err = alphatoken("run", *arguments, "data.validation=10", "trial.auto=true")

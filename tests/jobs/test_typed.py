@@ -8,9 +8,10 @@ import pytest
 
 from alphatoken.jobs.config import load
 from alphatoken.jobs.points import expand
-from alphatoken.jobs.trial import of_the_run
+from alphatoken.jobs.trial import _swept, of_the_run
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.spelling import overrides
 
 
 @pytest.mark.parametrize(
@@ -50,6 +51,32 @@ def test_text_that_looks_like_a_number_stays_text():
     settings = load(["model.revision=1.10", "run.dir=007", "mask.name=1e3"])
     assert (settings.model.revision, settings.run.dir, settings.mask.name) == ("1.10", "007", "1e3")
     assert load(["model.revision=null"]).model.revision is None and load(["mask.rho=0.30"]).mask.rho == 0.3
+
+
+def test_text_that_looks_like_a_number_stays_text_in_sweeps_and_lists():
+    points = expand(["mask.name=1.10,1.20,x", "mask.rho=0.5"])
+    assert [load(point.overrides).mask.name for point in points] == ["1.10", "1.20", "x"]
+    assert load(["trial.masks=1.10"]).trial.masks == ["1.10"] and load(["trial.rho=0.50"]).trial.rho == [0.5]
+    kept = ["12", "true", "eos", 5, "it's", "1_0", "-.5e3"]
+    (override,) = overrides({"mask.always_keep": kept})
+    assert load([override]).mask.always_keep == kept
+    several = {
+        "model.revision": None,
+        "valuation.exact": True,
+        "mask.weights": {"code": 1, "a b": 0.5},
+        "run.dir": "a,b",
+    }
+    settings = load(overrides(several))
+    assert settings.model.revision is None and settings.valuation.exact and settings.run.dir == "a,b"
+    assert settings.mask.weights == {"code": 1, "a b": 0.5}
+
+
+def test_the_last_of_repeated_sweeps_holds_in_names_as_well():
+    points = expand(["mask.rho=0.1,0.2", "mask.rho=0.3,0.5"])
+    assert [point.name for point in points] == ["rho-0.3", "rho-0.5"]
+    assert set(_swept(["mask.rho=0.3", "mask.rho=0.5"])) == {"rho-0.5"}
+    with pytest.raises(SettingsWrong, match=r"several points of the sweep have mask.name=a"):
+        _swept(["mask.name=a,b", "mask.rho=0.3,0.5"])
 
 
 def test_the_last_of_repeated_keys_holds():

@@ -1,6 +1,7 @@
 """What the mask stage refuses, and what it says."""
 
 import math
+import shlex
 import shutil
 
 import pyarrow as pa
@@ -160,12 +161,26 @@ def test_a_column_that_is_not_there_is_refused_with_the_one_key_to_set(tmp_path,
         mask(storage, **settings_of(text))
     (said,) = error.value.problems
     assert said.startswith(f"mask.{text.split()[-1].replace('True', 'true')} needs the column ")
-    assert f": set {remedy} and value anew, `alphatoken run --from " in said and said.endswith(
-        f" {remedy} run.overwrite=value`"
-    )
+    assert f": set {remedy} and value anew, `alphatoken run --from " in said
+    typed = shlex.quote(remedy)  # a shell reads brackets
+    assert said.endswith(f" {typed} run.overwrite=value`")
     assert any(f"needs the column {name}, which values/ does not have" in said for name in needed)
     assert not storage.exists("masks") and not Manifest(storage).stage("mask/default")
     mask(write_run(tmp_path / "whole")[0], **settings_of(text))
+
+
+def test_what_holds_out_other_rows_or_simulates_a_run_is_made_from_there_on(tmp_path):
+    storage, *_ = write_run(tmp_path, columns=("loss", "entropy"))
+    with pytest.raises(SettingsWrong) as error:
+        mask(storage, score="unrolled")
+    (said,) = error.value.problems
+    assert "set anchor.direction=unrolled valuation.schedule=own_step and value anew" in said
+    assert said.endswith(" anchor.direction=unrolled valuation.schedule=own_step run.overwrite=anchor`")
+    del (manifest := Manifest(storage)).content["stages"]["anchor"]  # a run without directions
+    manifest._write()
+    for score in ("paper", "exact", "unrolled"):
+        with pytest.raises(SettingsWrong, match=r"run.overwrite=prepare`"):
+            mask(storage, score=score)
 
 
 def test_columns_are_asked_for_beside_those_that_are_there_in_their_order(tmp_path):

@@ -379,6 +379,30 @@ def test_a_head_that_is_one_matrix_and_one_that_is_not_give_what_autograd_gives(
         assert torch.allclose(gradient, torch.autograd.grad(wanted.sum(), leaf)[0], rtol=1e-10, atol=1e-14)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_logits_of_16_bits_are_read_in_float32_and_their_errors_rounded_once(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = model_of(family, seed=1, dtype=torch.bfloat16).requires_grad_(False)
+    scored, batch = scored_layers(policy, LAYERS), sequences([25, 16, 21], 3).batch()
+    monkeypatch.setattr(head, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(head, "CACHE_BYTES", 61 * 4 * 3)  # chunks of several pieces
+    positions = batch.predicting()
+    outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
+    hidden, targets = outputs.last_hidden_state.flatten(0, 1)[positions], batch.labels.flatten()[positions + 1]
+    (losses,), gradient = head.read_head(scored, outputs, hidden, targets, [head.Predictions.losses])
+    (again,), _ = head.read_head(scored, outputs, hidden, targets, [head.Predictions.losses], backward=False)
+    leaf = hidden.detach().requires_grad_(True)
+    with head.head_of(scored, outputs) as function:
+        logits = function(leaf)
+    wide = logits.float()
+    assert torch.equal(losses, again) and losses.dtype == torch.float32
+    assert torch.allclose(losses, F.cross_entropy(wide, targets, reduction="none"), rtol=1e-5, atol=1e-6)
+    errors = (wide.softmax(dim=-1) - F.one_hot(targets, wide.shape[1])).bfloat16()
+    wanted = torch.autograd.grad(logits, leaf, errors)[0]
+    assert (gradient - wanted).float().norm() < 1e-2 * wanted.float().norm()
+
+
 @pytest.mark.parametrize("derived", [False, True])
 def test_a_head_that_is_one_matrix_goes_through_the_model_once(derived: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where a derivative is read: the first positions show what the head is, all others are one product."""

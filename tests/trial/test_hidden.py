@@ -1,6 +1,7 @@
 """Hidden states that the workers of a node share: made once, whole or not there, and gone with the last user."""
 
 import gc
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,15 @@ def test_rows_are_made_once_within_the_bound_and_are_the_same_beyond(place, boun
     del states
     gc.collect()
     assert not files(place)
+
+
+def test_a_disk_that_takes_a_part_of_a_row_gets_the_rest(place, monkeypatch):
+    whole = os.pwrite
+    monkeypatch.setattr(os, "pwrite", lambda file, content, start: whole(file, content[:5], start))
+    states = HiddenStates("n", [row + 3 for row in range(ROWS)], WIDTH, BYTES)
+    states.fill(range(ROWS), state)
+    for row in range(ROWS):
+        assert torch.equal(states.get(row, state), state(row).to(torch.bfloat16))
 
 
 def test_processes_share_the_work_and_the_last_one_removes_the_file(place):

@@ -109,6 +109,15 @@ def test_a_fine_tune_that_failed_is_named_and_the_others_stand():
         judge([measured(FULL, 0, 0.0, failed="NaN"), measured("m", 0, 1.0)], PERCENTS, seen=False)
 
 
+def test_of_several_seeds_of_which_one_has_numbers_no_mask_is_judged():
+    failed = [measured(FULL, seed, 0.0, failed="NaN") for seed in (1, 2)]
+    verdict = judge([measured(FULL, 0, 1.0), *failed, *found(m=[0.9, 1.0, 1.1])], PERCENTS, seen=False)
+    assert verdict.winner == FULL and verdict.sentence.startswith("Too few fine-tunes have numbers")
+    failed = [measured("m", seed, 0.0, failed="NaN") for seed in (1, 2)]
+    verdict = judge([*found(**BASE), measured("m", 0, 0.9), *failed], PERCENTS, seen=False)
+    assert verdict.sentence.startswith("Too few fine-tunes have numbers")
+
+
 def test_the_error_over_rows_is_that_of_redrawn_rows():
     """Against the spread of the same mean over many sets of rows of the same kind."""
     rng = np.random.default_rng(0)
