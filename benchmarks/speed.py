@@ -218,13 +218,13 @@ def pairwise_rows(validation: int, train: int) -> None:
         row(what, tokens / wall, f"{wall / ours.wall:.1f} times ours", f"{cpu / ours.cpu:.1f} in CPU time; {note}")
 
 
-def memory_of(length: int) -> float:
+def memory_of(length: int, scores: Sequence[str] = ALL) -> float:
     """Peak memory in MB of one sequence, half of it response, beyond what was resident before."""
     model, _ = load_example()
     ids = torch.randint(0, model.config.vocab_size, (1, length), generator=torch.Generator().manual_seed(0))
     labels = ids.clone()
     labels[:, : length // 2] = -100
-    valuer = TokenValuer(model, directions_of(model), LAYERS, WINDOW)
+    valuer = TokenValuer(model, directions_of(model), LAYERS, WINDOW, scores=scores)
     valuer.value(Batch(ids[:, :64], labels[:, -64:], torch.tensor([64])))
     forget_peak()
     before = resident("VmRSS")
@@ -262,9 +262,10 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--memory-of", type=int, help="a sequence length: what each row of memory runs")
+    parser.add_argument("--scores", nargs="+", default=ALL, help="with --memory-of; default: every column")
     options = parser.parse_args()
     if options.memory_of:
-        print(memory_of(options.memory_of))
+        print(memory_of(options.memory_of, options.scores))
         return
     print(f"Machine: {machine()}\n")
     print(f"| SmolLM2-135M, float32, K={LAYERS}, W={WINDOW} | tokens/s | ratio | |\n|---|---|---|---|", flush=True)
