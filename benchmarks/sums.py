@@ -1,11 +1,12 @@
-"""What the driver of the anchor stage holds while sums are made: `python -m benchmarks.sums --gigabytes 0.1 0.5`.
+"""What a driver holds while sums are made: `python -m benchmarks.sums --gigabytes 0.1 0.5`, of the anchor stage.
 
 Models with random weights whose three scored layers take so many gigabytes in float32, and a few short rows: Fisher and
 validation gradient are summed over a part for each eight of them and divided by the root of the Fisher (anchor.precondition=adam), so that
 every sum is made, added up, written and used. `--before DIR` runs the same command with the code of another checkout, in turn.
 Memory is what no file stands behind (RssAnon), read every 50 ms: of the driver, above what it had when Ray was up; of the
 largest worker, all of it. Where the machine has less than 2 GB left the run is ended and the row says so. `--alone` adds up
-eight parts and writes their sum in this process, without Ray or a model: seconds and this process's own memory.
+eight parts and writes their sum in this process, without Ray or a model: seconds and this process's own memory. `--rehearsal`:
+the value stage with valuation.schedule=rehearsal instead, a few steps over as many rows, saved after every second one.
 """
 
 from __future__ import annotations
@@ -91,8 +92,9 @@ def anonymous(process: psutil.Process) -> int:
     return 0
 
 
-def watched(command: Sequence[str], code: Path, stage_begun: Path) -> Peak:
-    """Run ``python -m`` with the code of a checkout; ``stage_begun``: a file that says that summing has begun."""
+def watched(command: Sequence[str], code: Path, place: Path, stage_begun: str) -> Peak:
+    """Run ``python -m`` with the code of a checkout; ``stage_begun``: pattern of a file below ``place`` that says that summing
+    has begun."""
     environment = {**os.environ, "PYTHONPATH": str(code), "PYTHONUNBUFFERED": "1"}
     peak, started = Peak(), time.perf_counter()
     with tempfile.TemporaryFile("w+") as said:
@@ -102,7 +104,7 @@ def watched(command: Sequence[str], code: Path, stage_begun: Path) -> Peak:
         driver = psutil.Process(process.pid)
         while process.poll() is None:
             now = anonymous(driver)
-            if not peak.start and stage_begun.exists():
+            if not peak.start and any(place.glob(stage_begun)):
                 peak.start = now
             peak.driver = max(peak.driver, now)
             children = driver.children(recursive=True)
@@ -119,8 +121,8 @@ def watched(command: Sequence[str], code: Path, stage_begun: Path) -> Peak:
     return peak
 
 
-def measure(model: Path, rows: Path, place: Path, code: Path, workers: int, count: int) -> Peak:
-    """Prepare, then the anchor stage watched."""
+def measure(model: Path, rows: Path, place: Path, code: Path, workers: int, count: int, rehearsal: bool) -> Peak:
+    """Prepare, then the anchor stage watched, or with ``rehearsal`` the value stage."""
     common = [
         f"run.dir={place}", f"model.policy={model}", f"data.train={rows}", f"data.validation={count}",
         "mask.stability_weight=0", "cluster.inline_below=0", f"cluster.workers={workers}", "cluster.cpus_per_worker=1",
@@ -129,8 +131,18 @@ def measure(model: Path, rows: Path, place: Path, code: Path, workers: int, coun
         "anchor.drift=none", "anchor.precondition=adam", f"anchor.fisher.prompts={count}", "anchor.fisher.max_new_tokens=4",
         f"valuation.layers={SCORED}",
     ]  # fmt: skip
-    watched(["alphatoken.jobs", "prepare", *common, *anchor], code, place / "none")
-    return watched(["alphatoken.jobs", "anchor", *common, *anchor], code, place / "anchors/partial")
+    if rehearsal:
+        common.remove("mask.stability_weight=0")
+        anchor = [
+            "valuation=rehearsal", "valuation.rehearsal.batch_size=8", "valuation.rehearsal.save_every=2",
+            "valuation.tokens_per_batch=16", f"anchor.fisher.prompts={count}", "anchor.fisher.max_new_tokens=4",
+            f"valuation.layers={SCORED}",
+        ]  # fmt: skip
+    watched(["alphatoken.jobs", "prepare", *common, *anchor], code, place, "none")
+    found = watched(["alphatoken.jobs", "anchor", *common, *anchor], code, place, "anchors/partial")
+    if not rehearsal:
+        return found
+    return watched(["alphatoken.jobs", "value", *common, *anchor], code, place, "logs/value-*.log")
 
 
 def alone(place: Path, gigabytes: float) -> None:
@@ -168,6 +180,7 @@ def main() -> None:
         "--place", type=Path, help="a directory with room for 20 times as much (default: a temporary one)"
     )
     parser.add_argument("--alone", action="store_true", help="add up and write in this process, and nothing else")
+    parser.add_argument("--rehearsal", action="store_true", help="the value stage of a rehearsal")
     options = parser.parse_args()
     if options.alone:
         for gigabytes in options.gigabytes:
@@ -184,8 +197,9 @@ def main() -> None:
             make_rows(place / "rows.jsonl", 3 * options.rows)
             for name, code in {**codes, "this": HERE}.items():
                 found = measure(
-                    place / "model", place / "rows.jsonl", place / "run", code, options.workers, options.rows
-                )
+                    place / "model", place / "rows.jsonl", place / "run", code, options.workers, options.rows,
+                    options.rehearsal,
+                )  # fmt: skip
                 subprocess.run(["rm", "-rf", str(place / "run")], check=True)
                 said = found.ended or f"{found.seconds:.0f}"
                 print(f"| {weights:.2f} GB | {name} | {found.driver / 1e6:,.0f} MB | "

@@ -61,22 +61,7 @@ class SumFile:
 
     def pieces(self) -> list[Piece]:
         """What the file consists of, in the order in which it is written; from the shapes alone."""
-        found: list[Piece] = []
-        small: list[Slice] = []
-        held = 0
-        for name in sorted(self.shapes):
-            shape = self.shapes[name]
-            rows, row = rows_of(shape), row_bytes(shape)
-            if held + rows * row > self.piece_bytes and small:
-                found.append(tuple(small))
-                small, held = [], 0
-            if rows * row <= self.piece_bytes:
-                small.append(Slice(name, 0, rows))
-                held += rows * row
-                continue
-            step = max(1, self.piece_bytes // row)
-            found += [(Slice(name, start, min(rows, start + step)),) for start in range(0, rows, step)]
-        return [*found, tuple(small)] if small else found
+        return pieces_of(self.shapes, self.piece_bytes)
 
     def summed(self, storage: Storage, piece: Piece) -> list[np.ndarray]:
         """The numbers of one piece, an array per slice."""
@@ -99,6 +84,26 @@ class SumFile:
                 total = found if term.weight is None else found.mul_(term.weight)
         assert total is not None
         return total
+
+
+def pieces_of(shapes: Shapes, piece_bytes: int, whole: bool = False) -> list[Piece]:
+    """Tensors of these shapes in the order of their names, cut into pieces of at most ``piece_bytes``, but for a single row
+    that has more; ``whole``: but for a single tensor, since none is cut."""
+    found: list[Piece] = []
+    small: list[Slice] = []
+    held = 0
+    for name in sorted(shapes):
+        rows, row = rows_of(shapes[name]), row_bytes(shapes[name])
+        if held + rows * row > piece_bytes and small:
+            found.append(tuple(small))
+            small, held = [], 0
+        if rows * row <= piece_bytes:
+            small.append(Slice(name, 0, rows))
+            held += rows * row
+            continue
+        step = rows if whole else max(1, piece_bytes // row)
+        found += [(Slice(name, start, min(rows, start + step)),) for start in range(0, rows, step)]
+    return [*found, tuple(small)] if small else found
 
 
 def tree_sum(files: Sequence[TensorFile], one: Slice) -> torch.Tensor:

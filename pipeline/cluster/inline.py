@@ -83,7 +83,8 @@ class InlinePool:
     def __init__(self, make: Callable[..., Worker], arguments: dict[str, Any], cpus: int, debug: bool) -> None:
         self.make, self.arguments, self.cpus, self.debug = make, arguments, cpus, debug
         self.worker: Worker | None = None
-        self.store: Callable[[Any], Shared] | None = None
+        self.store: Callable[[Any], Shared] = Here
+        self.several = False
         self.threads = torch.get_num_threads()
 
     def __enter__(self) -> InlinePool:
@@ -134,10 +135,6 @@ class InlinePool:
                 raise RunFailed(told_set_aside(set_aside, THE_REST_WAS_LEFT))
         if set_aside:
             raise RunFailed(told_set_aside(set_aside, THE_REST_IS_DONE))
-
-    def share(self, value: Any) -> Here:
-        """The value itself."""
-        return Here(value)
 
     def _tried(self, payload: Any, task: Task) -> tuple[str, Any]:
         worker = self.worker

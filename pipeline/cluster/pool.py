@@ -28,7 +28,8 @@ class WorkerPool:
     ) -> None:  # fmt: skip
         self.arguments, self.timeout, self.debug = arguments, timeout, debug
         self.hosts = Hosts(make, arguments, resources, idle)
-        self.store: Callable[[Any], Shared] | None = InStore if resources.workers > 1 else None
+        self.store: Callable[[Any], Shared] = InStore
+        self.several = resources.workers > 1
 
     def __enter__(self) -> WorkerPool:
         return self
@@ -51,10 +52,6 @@ class WorkerPool:
         set aside, with the reasons.
         """
         ShardLoop(self.hosts, Work(shards, payload, done, task), self.timeout, self.debug).run()
-
-    def share(self, value: Any) -> InStore:
-        """A value in the object store of the cluster."""
-        return InStore(value)
 
 
 class InStore:

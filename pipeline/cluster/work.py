@@ -80,12 +80,13 @@ class Shared(Protocol):
 class Pool(Protocol):
     """Workers made by the same factory with ``arguments``, until the end of the ``with`` block.
 
-    ``store``: called by a worker, keeps a value where the other workers can read it, so that a shard's result can name it
-    without its passing through the driver; None where one worker is all there are.
+    ``store`` keeps a value where all workers can read it: a worker calls it, so that a shard's result can name the value
+    without its passing through the driver, or the driver does. ``several``: whether there may be more than one worker.
     """
 
     arguments: dict[str, Any]
-    store: Callable[[Any], Shared] | None
+    store: Callable[[Any], Shared]
+    several: bool
 
     def __enter__(self) -> Pool:
         """Begin; workers are made when there is work."""
@@ -104,9 +105,6 @@ class Pool(Protocol):
         ``payload(shard)`` is made when the shard is handed out. Raises RunFailed at once when a worker reports an error that
         would come again, and at the end when shards had to be set aside, with the reasons.
         """
-
-    def share(self, value: Any) -> Shared:
-        """A value for all workers of this pool."""
 
 
 def caught(work: Callable[[], Any]) -> tuple[str, Any]:

@@ -139,7 +139,7 @@ class OverParts:
                 work.take(work.do(self.storage, self.sources, tuple(rows), task.advance, self.threads))
                 return
             several = {group[0]: group for group in grouped(rows, ROWS_PER_TASK)}
-            shared = self.pool.share(work)
+            shared = self.pool.store(work)
             self.pool.run(
                 [Shard(name, branches * sum(rows[part] for part in group)) for name, group in several.items()],
                 lambda shard: PartsTask(shard.name, several[shard.name], shared),

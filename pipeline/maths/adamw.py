@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import torch
 
@@ -31,18 +31,24 @@ class ScoredAdamW:
         """The weights as they are now, by parameter name; not copies."""
         return {name: master.detach() for name, master in self._masters.items()}
 
-    def step(self, gradient: Mapping[str, torch.Tensor], tokens: int, factor: float) -> float:
+    def step(
+        self, gradient: Mapping[str, torch.Tensor], tokens: int, factor: float, norm: float | None = None
+    ) -> float:
         """One step along ``gradient`` / ``tokens``, clipped to norm 1, at ``factor`` times the learning rate.
 
-        Returns the norm before clipping.
+        ``norm``: that of the whole gradient, of which this is a part; None: this is all of it. Returns the norm before
+        clipping.
         """
         for name, master in self._masters.items():
             master.grad = gradient[name].to(master.dtype) / max(1, tokens)
-        norm = torch.nn.utils.clip_grad_norm_(self._masters.values(), 1.0)
+        if norm is None:
+            norm = float(torch.nn.utils.clip_grad_norm_(self._masters.values(), 1.0))
+        else:
+            torch.nn.utils.clip_grads_with_norm_(self._masters.values(), 1.0, torch.tensor(norm))
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate * factor
         self._optimizer.step()
-        return float(norm)
+        return norm
 
     def state(self) -> dict[str, torch.Tensor]:
         """Masters and both moments, float32, by ``<kind>/<parameter name>``; after the first step."""
@@ -58,6 +64,11 @@ class ScoredAdamW:
             master.copy_(state[f"master/{name}"])
             moments = {moment: state[f"{moment}/{name}"].to(master.device).clone() for moment in MOMENTS}
             self._optimizer.state[master] = {"step": torch.tensor(float(steps)), **moments}
+
+
+def norm_of(norms: Iterable[float]) -> float:
+    """The norm of a gradient whose parameters, float32, have these norms, in their order: what `ScoredAdamW.step` returns."""
+    return float(torch.linalg.vector_norm(torch.tensor(list(norms))))
 
 
 def _at_least_float(tensor: torch.Tensor) -> torch.Tensor:

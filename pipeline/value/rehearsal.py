@@ -1,30 +1,25 @@
 """value with valuation.schedule=rehearsal: the paper's closed loop over the data, on the scored modules alone.
 
-The driver holds the course: masters and moments of the scored weights, the directions, and the values so far. Workers
-hold the model and nothing of the course: for each step they get the weights through Ray's object store and give back
-values, then sums of gradients, lane by lane. So a lost worker costs its lanes, and a lost driver the steps since the
-last save under values/rehearsal/, which is removed when values/ is complete.
+Workers hold the model, and the course (weights, moments, directions, sums of gradients) lies in the store in pieces that
+they make (rehearsal_course.py); the driver has names and norms, and the values so far, which lie on its disk. A lost worker
+costs its lanes where the store has nothing of it; a lost driver, and what the store has lost, the steps since the last save
+under values/rehearsal/, which is removed when values/ is complete.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
-import torch
 
 from alphatoken.data_schemas import COMPONENTS
-from alphatoken.pipeline.anchor.places import FISHER
-from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors, write_tensors
+from alphatoken.pipeline.anchor.tensors import counts_of
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
-from alphatoken.pipeline.cluster.work import Pool, Shard, Shared
+from alphatoken.pipeline.cluster.work import Lost, Pool, Shared
 from alphatoken.pipeline.cluster.worker_log import logged
-from alphatoken.pipeline.maths.adamw import ScoredAdamW
-from alphatoken.pipeline.maths.directions import fisher_drift
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.rehearsal import kept_in_batch, lanes_of, without_masked
 from alphatoken.pipeline.maths.warmup import schedule
@@ -38,11 +33,12 @@ from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.settings.run import NO_PAIRS
 from alphatoken.pipeline.value.inputs import checked_anchor, value_inputs
+from alphatoken.pipeline.value.rehearsal_course import Course
+from alphatoken.pipeline.value.rehearsal_pieces import PLACE, STATE
 from alphatoken.pipeline.value.rehearsal_rows import RehearsedRows
 from alphatoken.pipeline.value.rehearsal_worker import Group, LaneResult, LaneTask, RehearsalWorker
 
-PLACE = "values/rehearsal"  # what is needed until values/ is complete
-STATE = f"{PLACE}/state.safetensors"
+LOST_IN_A_ROW = 5  # times that the course is begun again from one save
 STABILITY = "valuation.rehearsal.stability_weight"
 
 
@@ -75,13 +71,12 @@ def rehearse(run: Run) -> None:
         "reference": replace(source, path=models.reference) if apart else None,
     }  # fmt: skip
     resources = run.cluster.model_resources()
-    data = RehearsedRows(storage, list(rows), run.settings)
+    data = RehearsedRows(storage, rows, run.settings)
     with (
         run.cluster.pool(logged("value", RehearsalWorker), arguments, resources) as pool,
         run.progress.task("value: rehearsal", data.tokens, "tokens") as task,
-        _one_thread(),
     ):
-        counts = _Rehearsal(storage, run.settings, fingerprint, data, pool, task).run()
+        counts, again = _whole(lambda: _Rehearsal(storage, run.settings, fingerprint, data, pool, task), task)
     data.write(storage, fingerprint)
     seconds = time.monotonic() - started
     run.manifest.finish(
@@ -93,7 +88,29 @@ def rehearse(run: Run) -> None:
     run.progress.say(
         f"value: rehearsed {data.tokens:,} tokens in {data.steps:,} steps and {seconds:.0f} s; validation loss "
         f"{first:.4f} nats at the first refresh, {last:.4f} at the last"
+        + (f"; went back to a save {again} times, for what was lost with a worker" if again else "")
     )
+
+
+def _whole(made: Callable[[], _Rehearsal], task: Task) -> tuple[dict[str, Any], int]:
+    """What the manifest records, and how often the course had to go back to its last save. Raises RunFailed."""
+    again, in_a_row, before = 0, 0, -1
+    while True:
+        rehearsal = made()
+        try:
+            return rehearsal.run(), again
+        except Lost as error:
+            step = rehearsal.saves[-1]
+            again, in_a_row, before = again + 1, in_a_row + 1 if step == before else 1, step
+            if in_a_row >= LOST_IN_A_ROW:
+                raise RunFailed(
+                    f"the rehearsal has lost what its workers had made {in_a_row} times since step {step} ({error}): set a "
+                    "smaller valuation.rehearsal.save_every, and run the same command again, it goes on from there"
+                ) from error
+            what = "its last save" if step else "its beginning"
+            task.progress.warn(
+                f"value: what a lost worker had made is gone ({error}): the rehearsal goes back to step {step}, {what}"
+            )
 
 
 class _Rehearsal:
@@ -104,14 +121,14 @@ class _Rehearsal:
     ) -> None:
         self.storage, self.own, self.fingerprint = storage, settings.valuation.rehearsal, fingerprint
         self.data, self.pool, self.task = data, pool, task
+        self.course = Course(pool, task, fingerprint, self.own.stability_weight > 0)
+        self.saves = [0]
         budget = settings.valuation.tokens_per_batch
         # Not from the device's memory, which may differ from one start to the next.
         self.budget = budget if isinstance(budget, int) else CPU_TOKENS
         self.validation = data.validation_groups(self.budget)
         self.losses: list[float] = []  # on the validation set, at every refresh
-        self.directions: dict[str, dict[str, torch.Tensor]] = {}
-        self.directed = -1
-        self.shared_directions: Shared | None = None
+        self.directed = -1  # the step at which the directions were made
 
     def run(self) -> dict[str, Any]:
         """Go through all steps; returns what the manifest records."""
@@ -138,55 +155,32 @@ class _Rehearsal:
         }
 
     def _start(self) -> int:
-        """The step to begin with; weights and moments are as before it."""
-        policy = self._weights_of("policy")
-        self.reference = self._weights_of("reference") if self.pool.arguments["reference"] else policy
-        weighed = self.own.stability_weight > 0
-        self.fisher = read_tensors(self.storage, FISHER) if weighed else {}
+        """The step to begin with; the course is as before it."""
         saved = counts_of(self.storage, STATE, self.fingerprint)
         if saved is None or not self.data.read(self.storage, PLACE, saved["saves"], self.fingerprint):
-            self.adamw, self.saves = ScoredAdamW(policy, self.own.learning_rate), [0]
+            self.task.at(0)
+            self.course.begin(0, False)
             return 0
-        step, state = saved["saves"][-1], read_tensors(self.storage, STATE)
-        self.adamw = ScoredAdamW(policy, self.own.learning_rate, (step, state))
         self.saves, self.losses = saved["saves"], saved["losses"]
-        for key, tensor in state.items():
-            kind, _, name = key.partition("/")
-            if kind in ("adaptation", "stability"):
-                self.directions.setdefault(kind, {})[name] = tensor
-        if self.directions:
-            self._share_directions(step)
-        self.task.advance(sum(len(self.data.input_ids(row)) for s in range(step) for row in self.data.batch(s)))
+        step = self.saves[-1]
+        if self._directed_by_state(step):
+            self.directed = step
+        self.task.at(sum(len(self.data.input_ids(row)) for s in range(step) for row in self.data.batch(s)))
+        self.course.begin(step, self._directed_by_state(step))
         self.task.progress.say(f"value: the rehearsal goes on from step {step} of {self.data.steps}")
         return step
 
-    def _weights_of(self, model: str) -> dict[str, torch.Tensor]:
-        """Scored weights in the order of their names, in which they are added up as well."""
-        found: list[LaneResult] = []
-        self._each([LaneTask(model, model)], [0], found.append)
-        return _tensors(found[0])
+    def _directed_by_state(self, step: int) -> bool:
+        """Whether the state before ``step`` has the directions; else they are made anew at it."""
+        return step % self.own.refresh != 0
 
     def _step(self, step: int) -> None:
         """Value, threshold within the batch, masked step."""
         data, own = self.data, self.own
-        weights = self.pool.share({name: master.numpy() for name, master in self.adamw.masters().items()})
         if step % own.refresh == 0:
-            self._refresh(step, weights)
+            self._refresh(step)
         rows_of = self._lanes(step)
-        lanes = [[data.group(rows) for rows in lane] for lane in rows_of]
-        base = LaneTask("values", step=step, weights=weights, directed=self.directed, directions=self.shared_directions)
-        valued = iter(zip(lanes, rows_of, strict=True))
-
-        def put(result: LaneResult) -> None:
-            lane, some = next(valued)
-            for index, (rows, columns) in enumerate(zip(some, result.columns, strict=True)):
-                for place, row in enumerate(rows):
-                    data.put(row, columns[:, place])
-                hidden = result.hidden[index]
-                lane[index] = replace(lane[index], hidden=None if hidden is None else self.pool.share(hidden))
-
-        units = [sum(len(ids) for group in lane for ids in group.input_ids) for lane in lanes]
-        self._each(_tasks(base, lanes), units, put)
+        lanes = self._valued(step, rows_of)
         self._decide(data.batch(step))
         if step + 1 == data.steps:
             return  # no value would see the weights
@@ -195,12 +189,26 @@ class _Rehearsal:
              for group, rows in zip(groups, some, strict=True)]
             for groups, some in zip(lanes, rows_of, strict=True)
         ]  # fmt: skip
-        total, tokens, _ = self._summed(LaneTask("gradient", step=step, weights=weights), masked)
-        norm = self.adamw.step(total, tokens, schedule(step, data.steps))
-        if not np.isfinite(norm):
-            raise RunFailed(
-                f"the gradient of step {step} is not finite: set a smaller valuation.rehearsal.learning_rate"
-            )
+        total, tokens, _, _ = self._summed("gradient", step, masked)
+        gradient = self.course.mean(step, total, tokens)
+        del total  # of the store's room it takes a sum for each lane
+        self.course.move(step, *gradient, schedule(step, data.steps))
+
+    def _valued(self, step: int, rows_of: Sequence[Sequence[Sequence[int]]]) -> list[list[Group]]:
+        """Find the values of a step's rows; returns its lanes with their hidden states."""
+        data = self.data
+        lanes = [[data.group(rows) for rows in lane] for lane in rows_of]
+
+        def put(number: int, result: LaneResult) -> None:
+            for rows, columns in zip(rows_of[number], result.columns, strict=True):
+                for place, row in enumerate(rows):
+                    data.put(row, columns[:, place])
+            (lanes[number],) = _with_hidden([lanes[number]], result.hidden)
+
+        units = [sum(len(ids) for group in lane for ids in group.input_ids) for lane in lanes]
+        base = replace(self._task("values", step), directed=self.directed, directions=tuple(self.course.directions))
+        self._each(base, [[lane] for lane in lanes], put, units)
+        return lanes
 
     def _decide(self, batch: Sequence[int]) -> None:
         """The threshold among the response tokens of one batch."""
@@ -215,30 +223,15 @@ class _Rehearsal:
             self.data.kept(row)[inside] = kept[start:stop]
             start = stop
 
-    def _refresh(self, step: int, weights: Shared) -> None:
+    def _refresh(self, step: int) -> None:
         """Both directions at the present weights; the validation set's lower layers run for the first of them alone."""
-        hidden: list[Any] = []
-        task = LaneTask("direction", step=step, weights=weights)
-        total, tokens, loss = self._summed(task, self.validation, hidden)
+        total, tokens, loss, hidden = self._summed("direction", step, self.validation)
         if not tokens:
             raise RunFailed("the validation set has no response token: give other rows with data.validation")
-        found = iter(hidden)
-        self.validation = [
-            [group if (new := next(found)) is None else replace(group, hidden=self.pool.share(new)) for group in lane]
-            for lane in self.validation
-        ]
-        now = self.adamw.masters()
-        self.directions = {"adaptation": {name: tensor / tokens for name, tensor in total.items()}}
-        self.directions["stability"] = {
-            name: fisher_drift(self.fisher[name], now[name], self.reference[name]) if self.fisher else torch.zeros_like(w)
-            for name, w in now.items()
-        }  # fmt: skip
+        self.validation = _with_hidden(self.validation, hidden)
+        self.course.direct(step, total, tokens)
         self.losses.append(loss / tokens)
-        self._share_directions(step)
-
-    def _share_directions(self, step: int) -> None:
-        named = {kind: {name: t.numpy() for name, t in some.items()} for kind, some in self.directions.items()}
-        self.directed, self.shared_directions = step, self.pool.share(named)
+        self.directed = step
 
     def _lanes(self, step: int) -> list[list[list[int]]]:
         """Row numbers of the step's groups, by lane."""
@@ -247,66 +240,38 @@ class _Rehearsal:
         return [[[batch[i] for i in group] for group in lane] for lane in lanes]
 
     def _summed(
-        self, base: LaneTask, lanes: Sequence[Sequence[Group]], hidden: list[Any] | None = None
-    ) -> tuple[dict[str, torch.Tensor], int, float]:
-        """The gradient over the lanes, added in their order; tokens and loss. ``hidden``: is given that of each group."""
-        total: dict[str, torch.Tensor] = {}
-        counts: list[tuple[int, float]] = []
+        self, what: str, step: int, lanes: Sequence[Sequence[Group]]
+    ) -> tuple[list[Sequence[Shared]], int, float, list[Shared | None]]:
+        """Sums of the gradient to be added up in their order, by piece; tokens, loss, and the hidden states of the groups."""
+        found: list[LaneResult] = []
+        # One worker adds up all lanes by itself, so that it holds one sum and not one for each.
+        several = [[lane] for lane in lanes] if self.pool.several else [lanes]
+        self._each(self._task(what, step), several, lambda number, result: found.append(result))
+        hidden = [one for result in found for one in result.hidden]
+        loss = sum(loss for result in found for loss in result.losses)
+        return [result.total for result in found], sum(result.tokens for result in found), loss, hidden
 
-        def add(result: LaneResult) -> None:
-            for name, tensor in _tensors(result).items():
-                total[name] = total[name].add_(tensor) if name in total else tensor
-            counts.append((result.tokens, result.loss))
-            if hidden is not None:
-                hidden.extend(result.hidden)
+    def _task(self, what: str, step: int) -> LaneTask:
+        course = self.course
+        return LaneTask(what, step, tuple(course.masters), tuple(course.pieces), course.store)
 
-        self._each(_tasks(base, lanes), [0] * len(lanes), add)
-        return total, sum(tokens for tokens, _ in counts), sum(loss for _, loss in counts)
-
-    def _each(self, tasks: Sequence[LaneTask], units: Sequence[int], take: Callable[[LaneResult], None]) -> None:
-        """Run lanes; ``take`` gets each result as soon as it is that of the next lane."""
-        waiting: dict[str, LaneResult] = {}
-        names = [task.part for task in tasks]
-        following = iter(names)
-        expected: str | None = next(following)
-
-        def done(shard: Shard, result: LaneResult) -> None:
-            nonlocal expected
-            waiting[shard.name] = result
-            while expected in waiting:
-                take(waiting.pop(expected))
-                expected = next(following, None)
-
-        of_name = dict(zip(names, tasks, strict=True))
-        shards = [Shard(name, size) for name, size in zip(names, units, strict=True)]
-        self.pool.run(shards, lambda shard: of_name[shard.name], done, self.task)
+    def _each(
+        self, base: LaneTask, lanes: Sequence[Sequence[Sequence[Group]]], take: Callable[[int, LaneResult], None],
+        units: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        """Run ``base`` with each of ``lanes``."""
+        names = [f"step {base.step} {base.what} {number}" for number in range(len(lanes))]
+        self.course.in_order.run(names, lambda i: replace(base, part=names[i], lanes=lanes[i]), take, units)
 
     def _save(self, step: int) -> None:
         """The values since the last save, then the state, which names all saves."""
         self.data.save(self.storage, PLACE, (self.saves[-1], step), self.fingerprint)
-        self.saves.append(step)
-        state = self.adamw.state()
-        if step % self.own.refresh:  # else they are made anew
-            state |= {f"{kind}/{name}": t for kind, some in self.directions.items() for name, t in some.items()}
-        counts = {"saves": self.saves, "losses": self.losses}
-        write_tensors(self.storage, STATE, state, carried(self.fingerprint, counts))
+        saves = [*self.saves, step]
+        self.course.save(step, self._directed_by_state(step), {"saves": saves, "losses": self.losses})
+        self.saves = saves
 
 
-def _tasks(base: LaneTask, lanes: Sequence[Sequence[Group]]) -> list[LaneTask]:
-    return [replace(base, part=f"step {base.step} {base.what} {i}", groups=groups) for i, groups in enumerate(lanes)]
-
-
-def _tensors(result: LaneResult) -> dict[str, torch.Tensor]:
-    """Copies, in the order of the names."""
-    return {name: torch.tensor(result.total[name]) for name in sorted(result.total)}
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """The driver's own sums must not depend on how many threads its machine would give it."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
+def _with_hidden(lanes: Sequence[Sequence[Group]], hidden: Sequence[Shared | None]) -> list[list[Group]]:
+    """The groups with the hidden states that were found for them."""
+    found = iter(hidden)
+    return [[group if (new := next(found)) is None else replace(group, hidden=new) for group in lane] for lane in lanes]

@@ -1,12 +1,14 @@
 """The rows of a rehearsal: prepared examples in the order in which they have their turn, and what was found for them.
 
-All of it is in the driver's memory, about 30 bytes per token: the order is drawn over the whole data set, and a part of
-values/ is complete only when the last of its rows has had its turn.
+The order is drawn over the whole data set, and a part of values/ is complete only when the last of its rows has had its
+turn, so that all of it is needed until the end: 9 bytes per token and 4 per column of values/, in files on the driver's disk
+that it maps. What is in memory are the batch and, of every row, its id, its place and its turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +21,7 @@ from alphatoken.pipeline.maths.batch import IGNORED
 from alphatoken.pipeline.maths.masking import Bools, Floats
 from alphatoken.pipeline.maths.rehearsal import lanes_of
 from alphatoken.pipeline.prepare.draw import draw_order
+from alphatoken.pipeline.run.on_disk import on_disk, zeros_on_disk
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 from alphatoken.pipeline.value.rehearsal_worker import Group
@@ -27,25 +30,23 @@ Tokens = npt.NDArray[np.int32]
 
 
 class RehearsedRows:
-    """Rows are numbered over all parts, from 0. Their order is drawn with run.seed."""
+    """Rows are numbered over all parts, from 0. Their order is drawn with run.seed. ``parts``: part -> its rows."""
 
-    def __init__(self, storage: Storage, parts: Sequence[str], settings: Settings) -> None:
+    def __init__(self, storage: Storage, parts: Mapping[str, int], settings: Settings) -> None:
         self.parts, self.batch_size = parts, settings.valuation.rehearsal.batch_size
         self.columns = settings.valuation.columns
         self.schema = values_schema(self.columns, rehearsed=True)
-        tables = [storage.read_table(f"prepared/{part}", PREPARED) for part in parts]
-        self.sizes = [table.num_rows for table in tables]
-        self._read = _Sequences(pa.concat_tables(tables))
-        self.rows, self.tokens = len(self._read.ids), int(self._read.offsets[-1])
+        self._read = _Sequences.of_parts(storage, [f"prepared/{part}" for part in parts])
+        self.rows, self.tokens = sum(parts.values()), int(self._read.offsets[-1])
         self.steps = -(-self.rows // self.batch_size)
-        self.order = list(draw_order(self.rows, settings.run.seed))
-        self._values = np.zeros((len(self.columns), self.tokens), np.float32)
-        self._kept = np.zeros(self.tokens, np.bool_)
+        self.order = np.fromiter(draw_order(self.rows, settings.run.seed), np.int64, self.rows)
+        self._values = [zeros_on_disk(np.float32, self.tokens) for _ in self.columns]
+        self._kept = zeros_on_disk(np.bool_, self.tokens)
         self._storage = storage
 
     def batch(self, step: int) -> list[int]:
         """The rows that have their turn at ``step``."""
-        return self.order[step * self.batch_size : (step + 1) * self.batch_size]
+        return self._rows_of((step, step + 1))
 
     def input_ids(self, row: int) -> Tokens:
         """(length,)."""
@@ -65,12 +66,13 @@ class RehearsedRows:
 
     def column(self, name: str, row: int) -> Floats:
         """(length,)."""
-        return self._values[self.columns.index(name), self._read.of(row)]
+        return self._values[self.columns.index(name)][self._read.of(row)]
 
     def put(self, row: int, columns: Floats) -> None:
         """``columns`` (columns of values/, at least length): the row's values, with padding."""
         place = self._read.of(row)
-        self._values[:, place] = columns[:, : place.stop - place.start]
+        for target, column in zip(self._values, columns, strict=True):
+            target[place] = column[: place.stop - place.start]
 
     def group(self, rows: Sequence[int]) -> Group:
         """Rows of one pass."""
@@ -78,7 +80,7 @@ class RehearsedRows:
 
     def validation_groups(self, budget: int) -> list[list[Group]]:
         """The validation set by lane and pass."""
-        read = _Sequences(self._storage.read_table("prepared/validation.parquet", PREPARED))
+        read = _Sequences.of_parts(self._storage, ["prepared/validation.parquet"])
         lanes = lanes_of(np.diff(read.offsets).tolist(), budget)
         return [[read.group(group) for group in lane] for lane in lanes]
 
@@ -89,7 +91,7 @@ class RehearsedRows:
     def write(self, storage: Storage, fingerprint: str) -> None:
         """Write the parts of values/."""
         start = 0
-        for part, size in zip(self.parts, self.sizes, strict=True):
+        for part, size in self.parts.items():
             storage.write_table(f"values/{part}", self._table(range(start, start + size)), fingerprint)
             start += size
 
@@ -117,24 +119,48 @@ class RehearsedRows:
         return True
 
     def _rows_of(self, steps: tuple[int, int]) -> list[int]:
-        return self.order[steps[0] * self.batch_size : steps[1] * self.batch_size]
+        return self.order[steps[0] * self.batch_size : steps[1] * self.batch_size].tolist()
 
     def _table(self, rows: Sequence[int]) -> pa.Table:
         places = [self._read.of(row) for row in rows]
         offsets = np.concatenate([[0], np.cumsum([p.stop - p.start for p in places])]).astype(np.int32)
-        ids = pa.array([self._read.ids[row] for row in rows], pa.string())
+        ids = pa.array(self._read.names(rows), pa.string())
         lists = [_lists(offsets, (column[p] for p in places), column.dtype) for column in (*self._values, self._kept)]
         return pa.Table.from_arrays([ids, *lists], schema=self.schema)
 
 
+@dataclass(frozen=True, slots=True)
 class _Sequences:
-    """A prepared table as flat arrays; ``offsets`` (rows + 1,)."""
+    """Rows of prepared tables as flat arrays, those of tokens on disk. ``ids`` (rows,), ``offsets`` (rows + 1,)."""
 
-    def __init__(self, table: pa.Table) -> None:
-        self.ids: list[str] = table.column("id").to_pylist()
-        lengths = pc.list_value_length(table.column("input_ids")).to_numpy()
-        self.offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-        self.input_ids, self.labels = (_flat(table.column(name)) for name in ("input_ids", "labels"))
+    ids: pa.ChunkedArray
+    offsets: npt.NDArray[np.int64]
+    input_ids: Tokens
+    labels: Tokens
+
+    @classmethod
+    def of_parts(cls, storage: Storage, parts: Sequence[str]) -> _Sequences:
+        """All rows of ``parts``, one after the other."""
+        ids: list[pa.Array] = []
+        lengths: list[npt.NDArray] = []
+
+        def flat(column: str, see: Callable[[pa.Array], None] = lambda _: None) -> Iterable[Tokens]:
+            for part in parts:
+                for rows in storage.read_batches(part, PREPARED, columns=[column]):
+                    see(rows.column(0))
+                    yield rows.column(0).flatten().to_numpy()
+
+        for part in parts:
+            ids += [rows.column(0) for rows in storage.read_batches(part, PREPARED, columns=["id"])]
+        input_ids = on_disk(
+            np.int32, flat("input_ids", lambda rows: lengths.append(pc.list_value_length(rows).to_numpy()))
+        )
+        offsets = np.concatenate([[0], np.cumsum(np.concatenate(lengths))] if lengths else [[0]]).astype(np.int64)
+        return cls(pa.chunked_array(ids, pa.string()), offsets, input_ids, on_disk(np.int32, flat("labels")))
+
+    def names(self, rows: Sequence[int]) -> list[str]:
+        """Their ids."""
+        return self.ids.take(pa.array(rows, pa.int64())).to_pylist()
 
     def of(self, row: int) -> slice:
         """The place of a row's tokens."""
@@ -143,14 +169,7 @@ class _Sequences:
     def group(self, rows: Sequence[int]) -> Group:
         """Rows of one pass."""
         places = [self.of(row) for row in rows]
-        return Group(
-            [self.ids[row] for row in rows], [self.input_ids[p] for p in places], [self.labels[p] for p in places]
-        )
-
-
-def _flat(column: pa.ChunkedArray) -> Tokens:
-    chunks = [chunk.flatten().to_numpy() for chunk in column.chunks]
-    return np.concatenate(chunks) if chunks else np.zeros(0, np.int32)
+        return Group(self.names(rows), [self.input_ids[p] for p in places], [self.labels[p] for p in places])
 
 
 def _lists(offsets: npt.NDArray[np.int32], rows: Iterable[Any], dtype: np.dtype) -> pa.ListArray:
