@@ -88,7 +88,7 @@ class PairedParts:
             if there and part not in seconds:
                 raise unfinished(run.storage.root, "value", f"values/{part}")
             if there and seconds[part].rows != rows:
-                raise _damaged("value", f"values/{part}", f"has {seconds[part].rows} rows, prepared/{part} has {rows}")
+                raise damaged("value", f"values/{part}", f"has {seconds[part].rows} rows, prepared/{part} has {rows}")
             self.rows[part] = rows
 
     def all(self, columns: Sequence[str]) -> Iterator[PairedRows]:
@@ -142,7 +142,7 @@ class PairedParts:
                     held.append(batch)
                     missing -= batch.num_rows
         except (pa.ArrowException, OSError, SchemaMismatch) as error:
-            raise _damaged(stage, name, f"cannot be read ({' '.join(str(error).split())})") from error
+            raise damaged(stage, name, f"cannot be read ({' '.join(str(error).split())})") from error
         if held:
             yield pa.Table.from_batches(held).combine_chunks()
 
@@ -193,17 +193,18 @@ def _lengths(column: pa.ListArray) -> npt.NDArray[np.int32]:
 def _flat(column: pa.ListArray, name: str, stage: str, row: int) -> npt.NDArray[Any]:
     flat = column.flatten()
     if flat.null_count:
-        raise _damaged(stage, name, f"has empty list elements in the {len(column)} rows from row {row} on")
+        raise damaged(stage, name, f"has empty list elements in the {len(column)} rows from row {row} on")
     return flat.to_numpy(zero_copy_only=not pa.types.is_boolean(flat.type))
 
 
 def _refuse(stage: str, name: str, row: int, wrong: npt.NDArray[np.bool_], reason: str) -> None:
     """Raise RunFailed for the first of the rows that is wrong."""
     if wrong.any():
-        raise _damaged(stage, name, f"row {row + int(wrong.argmax())}: {reason}")
+        raise damaged(stage, name, f"row {row + int(wrong.argmax())}: {reason}")
 
 
-def _damaged(stage: str, name: str, reason: str) -> RunFailed:
+def damaged(stage: str, name: str, reason: str) -> RunFailed:
+    """Of a part that its stage takes for finished, and that is wrong all the same."""
     joint = ", " if reason.startswith("row ") else " "
     return RunFailed(f"{name}{joint}{reason}: make it anew, {anew('RUN', stage)}")
 

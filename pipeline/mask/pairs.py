@@ -15,11 +15,9 @@ import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREFERENCE_REFERENCE
 from alphatoken.pipeline.mask.layout import mask_part
-from alphatoken.pipeline.mask.paired_rows import PairedParts, PairedRows
+from alphatoken.pipeline.mask.paired_rows import PairedParts, PairedRows, damaged, unfinished
 from alphatoken.pipeline.mask.worker import Tally, Written, mask_columns
 from alphatoken.pipeline.maths.masking import sums_by_row
-from alphatoken.pipeline.run.failure import RunFailed
-from alphatoken.pipeline.run.remedies import anew
 from alphatoken.pipeline.run.storage import PartWriter, Storage
 
 TEXTS = ("prompt", *BRANCHES)
@@ -43,7 +41,7 @@ def write_pairs_part(
     first = parts[BRANCHES[0]]
     expected = first.rows[part]
     if storage.rows_of(f"reference/{part}", reference) != expected:
-        raise _damaged(part, "is missing, damaged or of another run")
+        raise unfinished(storage.root, "value", f"reference/{part}")
     sides = [parts[b].part(part, columns[b], with_input_ids=True) for b in BRANCHES]
     texts = first.tables(f"prepared/{part}", PREFERENCE_PREPARED, ["id", *TEXTS], "prepare")
     logps = [parts[b].tables(f"reference/{part}", PREFERENCE_REFERENCE, ["id", "logps"], "value") for b in BRANCHES]
@@ -57,7 +55,7 @@ def write_pairs_part(
             )
         for chosen, rejected, text, *stored in zip(*sides, texts, *logps, strict=True):
             if any(theirs["id"] != text["id"] for theirs in stored):
-                raise _damaged(part, "has other ids than prepared/")
+                raise damaged("value", f"reference/{part}", "has other ids than prepared/")
             for mask, file, tally in zip(masks, files, tallies, strict=True):
                 made = {column: text[column] for column in TEXTS}
                 for branch, rows, theirs in zip(BRANCHES, (chosen, rejected), stored, strict=True):
@@ -77,13 +75,9 @@ def _branch(
     theirs = logps.combine_chunks()
     starts = theirs.offsets.to_numpy()
     if not np.array_equal(starts - starts[0], rows.token_offsets()):
-        raise _damaged(part, f"has {branch}_logps that are not as long as labels")
+        raise damaged("value", f"reference/{part}", f"has {branch}_logps that are not as long as labels")
     flat = theirs.flatten().to_numpy().astype(np.float64)
     for over, which in (("", kept), ("_all", rows.response)):
         summed = sums_by_row(np.where(which, flat, 0.0), rows.token_offsets())
         columns[f"ref_{branch}_logps{over}"] = pa.array(summed.astype(np.float32))
     return columns
-
-
-def _damaged(part: str, reason: str) -> RunFailed:
-    return RunFailed(f"reference/{part} {reason}: make it anew, {anew('RUN', 'value')}")

@@ -42,7 +42,8 @@ class TrialInputs:
     ``pairs``: whether an example is two sequences, see rows.py. ``retention``: rows of data.retention, where there are any.
 
     ``basis``: of all that ``extent`` goes on with once a trial is there. ``prompts``: rows whose prompts the reference completes.
-    ``rate``: operations per second, of all workers together; ``measured``: whether the run has shown it. ``notes``: what to know beforehand.
+    ``rate``: operations per second, of all workers together; ``measured``: whether the run has shown it. ``notes``: what to know
+    beforehand.
     """
 
     candidates: list[Candidate]

@@ -50,9 +50,13 @@ def rehearse(run: Run) -> None:
     anchor, valuation = checked_anchor(run), run.settings.valuation
     weighed = valuation.rehearsal.stability_weight > 0
     if weighed and "fisher" not in anchor["counts"]:
+        held_out = run.manifest.stage("prepare")["counts"].get("fisher_rows", 0)  # for a Fisher
+        first, wanted = "anchor" if held_out else "prepare", {
+            STABILITY: valuation.rehearsal.stability_weight, "valuation.schedule": "rehearsal", "anchor.drift": "auto",
+        }  # fmt: skip
         raise SettingsWrong(
             [f"{STABILITY} needs a Fisher, which the anchors were made without: make others, "
-             f"{anew(run.storage.root, 'anchor', f'{STABILITY}={valuation.rehearsal.stability_weight} ')}, or set {STABILITY}=0"]
+             f"{anew(run.storage.root, first, wanted)}, or set {STABILITY}=0"]
         )  # fmt: skip
     prepared = run.manifest.stage("prepare")["fingerprint"]
     inputs = value_inputs(run.settings, models, prepared, anchor["fingerprint"], pairs=False)

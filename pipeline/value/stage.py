@@ -57,15 +57,15 @@ def make_values(run: Run) -> None:
     rows = {part: footer.rows for part, footer in prepared_as.items()}
     before = run.storage.footers("values", rows, fingerprint)
     missing = [part for part in rows if part not in before or before[part].rows != rows[part]]
-    if run.manifest.done("value") and not missing:
+    reference = reference_inputs(run) if pairs or valuation.reference_loss else None
+    compared = run.storage.footers("reference", rows, reference.fingerprint) if reference else prepared_as
+    if run.manifest.done("value") and not missing and compared.keys() >= rows.keys():
         run.progress.say("value: done already")
         return
     if len(missing) < len(rows):
         run.progress.say(f"value: {len(rows) - len(missing)} of {len(rows)} shards are complete already")
     kind: Kind = Pairs(valuation.beta) if pairs else Supervised()
-    reference = None
-    if pairs or valuation.reference_loss:
-        reference = reference_inputs(run)
+    if reference:
         make_reference(run, kind, reference, prepared_as)
         there = run.storage.footers("reference", rows, reference.fingerprint)
         missing = [part for part in rows if part in missing or part not in there or there[part].rows != rows[part]]

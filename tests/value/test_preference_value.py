@@ -181,9 +181,16 @@ def test_value_goes_on_where_a_reference_part_is_missing(alphatoken, preference_
     manifest = json.loads((preference_run / "run.json").read_text())
     manifest["stages"]["value"]["state"] = "running"
     (preference_run / "run.json").write_text(json.dumps(manifest))
-    status, _, err = alphatoken(
+    asked = [
         "value", f"run.dir={preference_run}", f"model.policy={policy}", f"model.reference={reference}",
         f"data.train={pairs_file}", *SMALL, *PREFERENCE,
-    )  # fmt: skip
+    ]  # fmt: skip
+    status, _, err = alphatoken(*asked)
     assert status == 0 and "2 of 3 shards are complete already" in err, err
     assert [file.read_bytes() for file in files] == before
+    files[1].unlink()  # of a finished stage, and of the reference alone
+    status, _, err = alphatoken("mask", f"run.dir={preference_run}", "mask.name=other")
+    assert status == 1 and f"reference/{files[1].name} is missing" in err and "run.overwrite" not in err, err
+    status, _, err = alphatoken(*asked)
+    assert status == 0 and "3 of 3 shards are complete already" in err, err
+    assert [file.read_bytes() for file in files] == before and alphatoken(*asked)[2].count("value: done already") == 1
