@@ -40,6 +40,7 @@ from tests.mask.synthetic_run import (
     contents,
     mask,
     masks,
+    name_models,
     run_of,
     write_run,
 )
@@ -366,6 +367,20 @@ def test_the_card_says_which_score_decided(tmp_path):
         assert [other for other, text in said.items() if text in card] == [
             other for other in said if said[other] == said[score]
         ], score
+
+
+def test_the_card_names_the_models_and_the_length_that_a_trainer_needs(tmp_path):
+    """The number also stands where it is typed: TRL cuts at 1,024 tokens, axolotl and others at what they are given."""
+    storage, prepared, _ = write_run(tmp_path, (30, 0, 20), longest=800)
+    name_models(storage, ["/home/somebody/checkpoints/step-100/", "org/a-model"], "org/a-tokenizer")
+    mask(storage)
+    card, lengths = (tmp_path / "masks/default/README.md").read_text(), [len(row["input_ids"]) for row in prepared]
+    over = sum(length > 1024 for length in lengths)
+    assert 0 < over < len(lengths) and max(lengths) > 1024
+    assert f"| longest row | {max(lengths):,} tokens; {over} rows have more than 1,024 |" in card
+    assert f"longest row ({max(lengths)})" in card and f"--max_length {max(lengths)}\n" in card
+    assert "| model | `step-100, org/a-model` |" in card and "| tokenizer | `org/a-tokenizer` |" in card
+    assert "somebody" not in card  # a card may leave this machine
 
 
 @pytest.mark.parametrize("score", ["information", "entropy", "loss", "random"])
