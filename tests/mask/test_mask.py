@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from alphatoken.data_schemas import COMPONENTS, SCHEMA_KEY, values_schema
+from alphatoken.jobs.cli import main
 from alphatoken.pipeline.mask.left_out import first_of_responses
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.mask.stage import ROWS_AT_ONCE, make_mask
@@ -638,6 +639,18 @@ def test_examples_that_keep_nothing_but_what_is_always_kept_are_counted_and_said
     without = mask(storage, score="paper", rho=0.02, name="none", always_keep=[])
     assert without["rows_with_only_always_kept"] == 0
     assert not any("keep nothing but" in note for note in without["notes"])
+
+
+def test_by_default_no_short_answer_is_left_with_its_end_alone(tmp_path):
+    """Facts of one to three tokens: among all tokens many an answer has none of the best, and would teach to end alone."""
+    storage, prepared, _ = write_run(tmp_path, (200, 100), longest=5)
+    answers = [[label for label in row["labels"] if label != -100] for row in prepared]
+    empty = sum(answer == [EOS] for answer in answers)
+    assert main(["mask", f"run.dir={tmp_path}"]) == 0
+    left = [{label for label in row["labels"] if label != -100} for row in masks(storage)]
+    assert sum(labels == {EOS} for labels in left) == empty
+    assert all(labels - {EOS} for answer, labels in zip(answers, left, strict=True) if len(answer) > 1)
+    assert mask(storage, min_kept=1, name="one")["rows_with_only_always_kept"] > empty + 0.1 * len(prepared)
 
 
 def test_the_summary_has_the_columns_that_values_have(tmp_path):
