@@ -241,8 +241,14 @@ def test_wrong_arguments_are_said_before_anything_is_written(run, more, said, ca
 
 
 def test_other_wrong_places(tmp_path, pairs, capsys):
-    assert main(["export", str(tmp_path / "no"), "--to", "hf", "--out", str(tmp_path / "x")]) == 2
-    assert "there is no run here" in capsys.readouterr().err
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held/run.json").write_text("{}")
+    for command in (["export", "--to", "hf", "--out", str(tmp_path / "x")], ["check-batch", "batch.pt"]):
+        for place, what in ((tmp_path / "no", "there is no such directory"), (tmp_path, "holds no run")):
+            assert main([command[0], str(place), *command[1:]]) == 1
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert f"{place}: {what}" in said and said.endswith("or run `alphatoken run` first")
+            assert (f"runs beside it: {tmp_path}/held: give the directory" in said) == (place != tmp_path)
     assert main(["export", str(pairs), "--to", "olmo", "--out", str(tmp_path / "x")]) == 2
     assert "no place for preference pairs; these have: hf, jsonl" in capsys.readouterr().err
 
