@@ -22,7 +22,7 @@ def parser() -> ToolArguments:
     parser.add_argument("run", metavar="RUN")
     parser.add_argument("--mask", default=MASK)
     parser.add_argument("--to", required=True, choices=list(FORMATS))
-    parser.add_argument("--out", help="default: RUN/export/MASK-FORMAT")
+    parser.add_argument("--out", help="default: RUN/export/MASK-FORMAT, of jsonl data.jsonl in it")
     return parser
 
 
@@ -46,4 +46,4 @@ def _place(run: str, mask: str, to: str) -> str:
     """Where the files go without --out. Raises SettingsWrong for a run that is not on this disk."""
     if "://" in run:
         raise SettingsWrong(["alphatoken export: a run in an object store needs a place for the files: give --out"])
-    return f"{run}/export/{mask}-{to}" + (".jsonl" if to == "jsonl" else "")
+    return f"{run}/export/{mask}-{to}" + ("/data.jsonl" if to == "jsonl" else "")

@@ -15,8 +15,9 @@ from alphatoken.pipeline.report.reading import Reading
 from alphatoken.pipeline.report.shown_masks import ShownMask, finished, shown_masks
 from alphatoken.pipeline.report.terminal import Colours, Shown, print_rows
 from alphatoken.pipeline.report.texts import Texts
-from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
-from alphatoken.pipeline.run.manifest import NAME, Manifest
+from alphatoken.pipeline.run.failure import SettingsWrong
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.presence import require_run
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
@@ -80,9 +81,7 @@ def _masks(run: Run, asked: argparse.Namespace) -> list[ShownMask]:
 
 def _run(directory: str) -> Run:
     storage = Storage(directory)
-    if not storage.exists(NAME):
-        what = f"there is no {NAME} in it" if storage.exists("") else "there is no such directory"
-        raise RunFailed(f"{directory}: {what}; give the directory of a run")
+    require_run(storage, directory)
     return Run(storage, Manifest(storage), Settings(), Progress())
 
 

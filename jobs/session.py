@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from difflib import SequenceMatcher
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
 from alphatoken.pipeline.cluster.choice import is_inline, make_cluster
-from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.lock import RunLock
 from alphatoken.pipeline.run.manifest import NAME, Manifest
+from alphatoken.pipeline.run.presence import require_run
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.run.run import Models, Run, Workers
 from alphatoken.pipeline.run.run_log import RunLog
@@ -23,8 +23,6 @@ from alphatoken.pipeline.settings import Settings
 
 if TYPE_CHECKING:
     from alphatoken.pipeline.plan.shards import Extent  # with torch
-
-MOST_NAMED = 4  # runs in a line
 
 
 class Session:
@@ -48,15 +46,7 @@ class Session:
 
     def require_run(self) -> None:
         """Raise RunFailed where run.dir holds no run, with those that lie beside it."""
-        if self.storage.exists(NAME):
-            return
-        asked = self.settings.run.dir
-        what = "holds no run" if self.storage.exists("") else "there is no such directory"
-        beside = [] if "://" in asked else [str(one.parent) for one in Path(asked).parent.glob(f"*/{NAME}")]
-        near = sorted(beside, key=lambda run: (-SequenceMatcher(None, run, asked).ratio(), run))
-        more = f" and {len(near) - MOST_NAMED:,} more" if len(near) > MOST_NAMED else ""
-        there = f"; runs beside it: {', '.join(near[:MOST_NAMED])}{more}" if near else ""
-        raise RunFailed(f"run.dir={asked}: {what}{there}: give the run.dir of a run, or run `alphatoken run` first")
+        require_run(self.storage, self.settings.run.dir, "run.dir=")
 
     def claim(self) -> None:
         """Become the only one that writes to the run directory; for every command that does, before it starts.

@@ -8,7 +8,7 @@ each example's id.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ from alphatoken.pipeline.mask.layout import (
 )  # fmt: skip
 from alphatoken.pipeline.mask.passes import Asking, Found
 from alphatoken.pipeline.mask.rehearsed import NOTE
+from alphatoken.pipeline.mask.remarks import WARNED, each_once, mask_label
 from alphatoken.pipeline.mask.thresholds import OverDataSet, PerTokenId, Within, some_tokens
 from alphatoken.pipeline.mask.together import Planned, decide_together
 from alphatoken.pipeline.mask.worker import LOWEST, Decider, Tally
@@ -101,6 +102,8 @@ def make_masks(begun: Sequence[BegunMask]) -> list[dict[str, Any]]:
         decided = decide_together(planned, missing[0].rows_at_once)
         for one, (deciders, tallies) in zip(missing, decided, strict=True):
             made[one.stage] = _finish(one, deciders, tallies, (time.monotonic() - started) / len(missing))
+        for remark in each_once(noted for one in missing for noted in _noted(made[one.stage])):
+            missing[0].run.progress.once(f"{remark.masks}: {remark.text}")
     return [one.done if one.done is not None else made[one.stage] for one in begun]
 
 
@@ -114,15 +117,19 @@ def _finish(one: BegunMask, deciders: dict[str, Decider], tallies: dict[str, Tal
     run, inputs, name = one.run, one.inputs, one.inputs.settings.name
     _forget_earlier_shards(run, name)
     summaries = {branch: _summary(inputs, deciders[branch], tallies[branch]) for branch in deciders}
-    for branch, found in summaries.items():
-        for note in found["notes"]:
-            run.progress.once(f"{f'mask {branch}'.rstrip()}: {note}")
     summary = _of_pairs(summaries) if run.manifest.pairs else summaries[""]
     run.storage.write_bytes(mask_card(name), card(summary, inputs.schema, one.fingerprint).encode())
     run.storage.write_json(mask_summary(name), summary)
     told = ("rows", "response_tokens", "kept_tokens", "kept_fraction")
     run.manifest.finish(one.stage, seconds, **{key: summary[key] for key in told})
     return summary
+
+
+def _noted(summary: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The mask by name, of pairs with the branch, and each of its notes."""
+    for branch, found in summary.get("branches", {"": summary}).items():
+        for note in found["notes"]:
+            yield mask_label(summary["name"], branch), note
 
 
 def _is_whole(run: Run, name: str, fingerprint: str) -> bool:
@@ -173,7 +180,7 @@ def _summary(inputs: MaskInputs, decider: Decider, tally: Tally) -> dict[str, An
 
 def _in_order(notes: list[str]) -> list[str]:
     """Warnings first."""
-    return sorted(notes, key=lambda note: not note.startswith("WARNING"))
+    return sorted(notes, key=lambda note: not note.startswith(WARNED))
 
 
 def _what_happened(inputs: MaskInputs, decider: Decider, tally: Tally, counts: dict[str, Any]) -> list[str]:
@@ -201,7 +208,7 @@ def _what_happened(inputs: MaskInputs, decider: Decider, tally: Tally, counts: d
     only = counts["rows_with_only_always_kept"]
     if only > ONLY_ALWAYS_WORTH_SAYING * counts["rows"]:
         notes.append(
-            f"WARNING: {only:,} of {counts['rows']:,} examples keep nothing but the tokens of mask.always_keep, and teach "
+            f"{WARNED}{only:,} of {counts['rows']:,} examples keep nothing but the tokens of mask.always_keep, and teach "
             "nothing but to end: mask.min_kept=0.2 keeps a fifth of each answer at least, mask.scope=example mask.rho of each",
         )
     return notes

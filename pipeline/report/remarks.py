@@ -7,10 +7,9 @@ from dataclasses import dataclass
 
 from alphatoken.pipeline.mask.inputs import PLAIN_ALIGNMENT
 from alphatoken.pipeline.mask.rehearsed import is_rehearsed
+from alphatoken.pipeline.mask.remarks import WARNED, each_once, mask_label
 from alphatoken.pipeline.report.shown_masks import ShownMask
 from alphatoken.pipeline.run.manifest import Manifest
-
-WARNED = "WARNING: "  # how notes of a mask begin that are one
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,18 +28,18 @@ def remarks(manifest: Manifest, masks: Sequence[ShownMask]) -> Remarks:
         warnings.append(f"{len(left_out)} matrices of the scored layers are not scored: {', '.join(left_out)}.")
     if anchor.get("drift") == "none" and not is_rehearsed(manifest.stage("value").get("inputs", {})):
         notes.append("There is no drift, so that stability values are zero.")
-    names: dict[str, list[str]] = {}
+    noted = []
     for mask in masks:
         for branch, summary in mask.summaries.items():
-            of = f"{mask.name} ({branch})" if branch else mask.name
+            own = summary["notes"]
             if empty := summary["rows_with_nothing_kept"]:
-                names.setdefault(f"{empty:,} examples have no kept token", []).append(of)
-            for note in summary["notes"]:
-                names.setdefault(note, []).append(of)
-    for note, of_masks in names.items():
-        warned, text = note.startswith(WARNED), note.removeprefix(WARNED)
-        sentence = f"{'Mask' if len(of_masks) == 1 else 'Masks'} {', '.join(of_masks)}: {text}."
-        (warnings if warned or text == PLAIN_ALIGNMENT or text[0].isdigit() else notes).append(sentence)
+                own = [f"{empty:,} examples have no kept token", *own]
+            noted += [(mask_label(mask.name, branch), note) for note in own]
+    for remark in each_once(noted):
+        text = remark.first.removeprefix(WARNED)
+        warned = text != remark.first or text == PLAIN_ALIGNMENT or text[0].isdigit()
+        sentence = f"{remark.masks[0].upper()}{remark.masks[1:]}: {remark.text.removeprefix(WARNED)}."
+        (warnings if warned else notes).append(sentence)
     return Remarks(tuple(warnings), tuple(notes))
 
 

@@ -90,7 +90,8 @@ FORMATS = {
     ),
     "jsonl": Format(
         "one file of `input_ids, labels, len`: instructlab-training", _jsonl, write_jsonl,
-        "instructlab-training: TrainingArgs(process_data=False, data_output_dir=...), which reads data.jsonl there: {out}",
+        'instructlab-training: TrainingArgs(process_data=False, data_path="", data_output_dir="{out.parent}"), which reads the '
+        "file by the name of data.jsonl alone",
     ),
     "shifted": Format(
         "Parquet with `shifted_labels` at the predicting position: nemo-automodel, and loops that do not shift",

@@ -11,7 +11,8 @@ import pyarrow as pa
 from alphatoken.data_schemas import BRANCHES, LOSS_WEIGHT, SchemaMismatch, check, masks_schema, preference_masks_schema
 from alphatoken.pipeline.mask.layout import finished_masks, mask_part, open_part, require_shards, summary_of
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
-from alphatoken.pipeline.run.manifest import NAME, Manifest
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.run.presence import require_run
 from alphatoken.pipeline.run.remedies import mask_anew
 from alphatoken.pipeline.run.storage import Storage
 
@@ -66,11 +67,10 @@ class MaskSource:
 def open_mask(run: str, name: str) -> MaskSource:
     """A mask of the run directory ``run`` (path or URI).
 
-    Raises SettingsWrong where there is no such run or mask, and RunFailed where its shards are not to be found.
+    Raises SettingsWrong where there is no such mask, and RunFailed where there is no run or its shards are not to be found.
     """
     storage = Storage(run)
-    if not storage.exists(NAME):
-        raise SettingsWrong([f"{run}: there is no run here (no {NAME}): give the directory that holds masks/"])
+    require_run(storage, run)
     manifest = Manifest(storage)
     done = finished_masks(storage, manifest)
     if name not in done:

@@ -39,6 +39,12 @@ def prose(text: str) -> str:
     return re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
 
 
+def sections(text: str) -> dict[str, str]:
+    """Anchor -> what stands under its heading, down to the next one of any depth."""
+    found = re.findall(r"^#+ (.+)\n((?:(?!#+ ).*\n?)*)", prose(text), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-"): below for heading, below in found}
+
+
 def commands(text: str) -> list[list[str]]:
     """The words of every command in the bash blocks of a page, as bash splits and expands them."""
     found: list[list[str]] = []

@@ -30,7 +30,7 @@ def run(tmp_path_factory):
 
 def test_every_block_runs_as_it_stands(run):
     place, *_ = run
-    assert len(PYTHON) == 4
+    assert len(PYTHON) == 5
     for block in PYTHON:
         done = subprocess.run([sys.executable, "-c", block], cwd=place, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
@@ -66,19 +66,45 @@ def test_duckdbs_answer_is_the_plain_mean(run):
         assert times == means[token][0] and mean == pytest.approx(means[token][1], rel=1e-6)
 
 
-def test_polars_answer_is_the_plain_share(run):
-    place, prepared, _, rows = run
-    (block,) = (one for one in PYTHON if "pl.concat" in one)
-    made = block.replace("print(", "answer = (", 1) + "print(answer.to_dicts())"
-    done = subprocess.run([sys.executable, "-c", made], cwd=place, capture_output=True, text=True)
+def test_each_of_the_questions_is_asked_of_the_values():
+    _, section = PAGE.split("## Three questions to the values\n")
+    asked = re.findall(r"^```python\n(.*?)^```$", section, flags=re.MULTILINE | re.DOTALL)
+    libraries = [re.search(r"^import (duckdb|polars|pandas)\b", block, re.MULTILINE) for block in asked]
+    assert [found and found[1] for found in libraries] == ["duckdb", "polars", "pandas"]
+    assert all("RUN/values/part-*.parquet" in block for block in asked)
+
+
+def answer_of(place, marked: str, made: str):
+    """What the block of the page prints, as Python's own objects; ``made``: a method of the table that gives them."""
+    (block,) = (one for one in PYTHON if marked in one)
+    code = re.sub(r"^print\((.*)\)\n\Z", rf"print((\1).{made})", block, flags=re.MULTILINE)
+    assert code != block
+    done = subprocess.run([sys.executable, "-c", code], cwd=place, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    found = {row["position"]: (row["kept"], row["tokens"]) for row in eval(done.stdout)}  # what this test has printed
+    return eval(done.stdout)  # what this test has printed
+
+
+def test_polars_answer_is_the_plain_mean_and_share(run):
+    place, prepared, values, rows = run
+    found = {
+        row["position"]: (row["information"], row["kept"], row["tokens"])
+        for row in answer_of(place, "import polars as pl\n\nprepared", "to_dicts()")
+    }
     wanted = defaultdict(list)
-    for row, kept in zip(prepared, rows, strict=True):
-        inside = [k != -100 for label, k in zip(row["labels"], kept["labels"], strict=True) if label != -100]
+    for row, value, kept in zip(prepared, values, rows, strict=True):
+        own = zip(row["labels"], value["information"], kept["labels"], strict=True)
+        inside = [(information, k != -100) for label, information, k in own if label != -100]
         for position, one in enumerate(inside):
             wanted[position].append(one)
-    assert found == {p: (pytest.approx(np.mean(v)), len(v)) for p, v in wanted.items()}
+    assert found == {p: (*map(pytest.approx, np.mean(v, axis=0)), len(v)) for p, v in wanted.items()}
+
+
+def test_pandas_answer_is_the_plain_sum(run):
+    place, _, values, _ = run
+    found = answer_of(place, "glob", "to_dict('records')")
+    sums = {row["id"]: sum(row["information"]) for row in values}
+    assert [row["information"] for row in found] == pytest.approx(sorted(sums.values(), reverse=True)[:20], rel=1e-5)
+    assert all(row["information"] == pytest.approx(sums[row["id"]], rel=1e-5) for row in found)
 
 
 def test_the_table_of_the_sweep_is_complete(run):

@@ -14,7 +14,7 @@ from alphatoken.jobs.points import expand
 from alphatoken.jobs.trial import of_the_run
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.settings import Settings
-from tests.docs.pages import PAGES, ROOT, blocks, commands, name_of, prose
+from tests.docs.pages import PAGES, ROOT, blocks, commands, name_of, prose, sections
 
 EVERY_PAGE = pytest.mark.parametrize("page", PAGES, ids=name_of)
 GENERATED = {"docs/models.md"}  # a table of sentences that recur
@@ -110,11 +110,14 @@ def test_every_test_that_a_page_names_is_there(page):
 
 
 @EVERY_PAGE
-def test_every_link_to_a_file_leads_somewhere(page):
+def test_every_link_leads_to_a_file_and_to_a_heading_of_it(page):
     text = prose(page.read_text(encoding="utf-8"))
     for target in re.findall(r"\]\(([^)\s]+)\)", text):
-        if "://" not in target and not target.startswith("#"):
-            assert (page.parent / target.partition("#")[0]).is_file(), target
+        if "://" not in target:
+            file, _, anchor = target.partition("#")
+            place = page.parent / file if file else page
+            assert place.is_file(), target
+            assert not anchor or anchor in sections(place.read_text(encoding="utf-8")), target
 
 
 @EVERY_PAGE

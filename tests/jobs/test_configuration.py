@@ -152,6 +152,22 @@ def test_the_kuberay_manifest_is_a_rayjob_with_matching_containers():
     assert all(isinstance(v, str) for pod in pods for v in pod["rayStartParams"].values())
 
 
+def test_the_kuberay_manifest_asks_for_a_token():
+    cluster = yaml.safe_load((JOBS / "kuberay-rayjob.yaml").read_text())["spec"]["rayClusterSpec"]
+    assert cluster["authOptions"] == {
+        "mode": "token"
+    }  # of the CRD of KubeRay 1.5.1; none before Ray 2.52 knows a token
+
+
+def test_the_launchers_nodes_have_the_users_token_and_ask_for_it():
+    content = yaml.safe_load((JOBS / "ray-cluster.yaml").read_text())
+    token = "~/.ray/auth_token"  # where Ray looks for it without being told
+    assert content["file_mounts"][token] == token
+    for when in ("head_start_ray_commands", "worker_start_ray_commands"):
+        starts = [line for line in content[when] if "ray start" in line]
+        assert len(starts) == 1 and starts[0].startswith("RAY_AUTH_MODE=token ray start "), when
+
+
 def test_the_slurm_script_starts_ray_on_every_node_and_returns_the_stages_status(tmp_path):
     script = JOBS / "slurm.sh"
     assert subprocess.run(["bash", "-n", script]).returncode == 0

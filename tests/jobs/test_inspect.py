@@ -183,9 +183,9 @@ def test_what_is_wrong_is_said_with_the_choices(storage, inspect, arguments, sta
 
 def test_a_directory_that_is_no_run_is_said(inspect, tmp_path):
     status, _, err = inspect(tmp_path / "none")
-    assert status == 1 and f"{tmp_path}/none: there is no such directory; give the directory of a run" in err
+    assert status == 1 and f"{tmp_path}/none: there is no such directory: give the directory of a run" in err
     status, _, err = inspect(tmp_path)
-    assert status == 1 and "no run.json in it" in err
+    assert status == 1 and "holds no run" in err
 
 
 def test_help_lists_its_options_alone(capsys):

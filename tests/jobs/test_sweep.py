@@ -96,6 +96,30 @@ def test_a_failing_point_is_named_and_does_not_stop_the_others(alphatoken, tmp_p
     assert status == 2 and "mask.name" in err
 
 
+def test_what_masks_of_a_sweep_share_is_said_once_with_their_names(alphatoken, tmp_path):
+    storage, *_ = write_run(tmp_path)
+    points = "mask.score=paper", "mask.min_kept=0", "mask.rho=0.1,0.3,0.5"
+    status, _, err = alphatoken("mask", "-m", f"run.dir={tmp_path}", *points)
+    only = {
+        rho: storage.read_json(f"masks/rho-{rho}/summary.json")["rows_with_only_always_kept"] for rho in (0.1, 0.3, 0.5)
+    }
+    assert status == 0 and len(set(only.values())) == 3
+    named = ", ".join(f"rho-{rho} ({count} of 73)" for rho, count in only.items())
+    (line,) = (line for line in err.splitlines() if "keep nothing but" in line)
+    assert line.startswith(f"masks {named}: WARNING: examples keep nothing but the tokens of mask.always_keep")
+    _, _, err = alphatoken("mask", f"run.dir={tmp_path}", *points[:2], "mask.rho=0.2", "mask.name=one")
+    count = storage.read_json("masks/one/summary.json")["rows_with_only_always_kept"]
+    assert f"\nmask one: WARNING: {count} of 73 examples keep nothing but the tokens of mask.always_keep" in err
+
+
+def test_what_masks_of_several_runs_share_is_said_once(alphatoken, tmp_path):
+    for name in ("a", "b"):
+        write_run(tmp_path / name)
+    status, _, err = alphatoken("mask", "-m", f"run.dir={tmp_path}/a,{tmp_path}/b", "mask.score=full")
+    assert status == 0 and all((tmp_path / name / "masks/default/summary.json").is_file() for name in ("a", "b"))
+    assert err.count("mask default: mask.score=full keeps every response token") == 1
+
+
 def test_a_second_sweep_is_told_apart_by_the_mask_name_that_is_given(alphatoken, tmp_path):
     write_run(tmp_path)
     assert alphatoken("mask", "-m", f"run.dir={tmp_path}", "mask.rho=0.3,0.5")[0] == 0

@@ -53,7 +53,7 @@ def examples(
 
 def write_run(
     directory: Path, sizes=(40, 0, 33), seed: int = 0, stability: float = 1.0, columns=COLUMNS, drift="warmup",
-    anchor=None, **counts,
+    anchor=None, longest: int = 14, **counts,
 ):  # fmt: skip
     """A run directory as prepare and value leave it; returns storage, prepared rows and value rows.
 
@@ -70,7 +70,7 @@ def write_run(
         )
     rows: tuple[list, list] = ([], [])
     for part, size in zip(parts, sizes, strict=True):
-        prepared, values = examples(size, rng, first=len(rows[0]), stability=stability, columns=columns)
+        prepared, values = examples(size, rng, longest, first=len(rows[0]), stability=stability, columns=columns)
         storage.write_table(f"prepared/{part}", pa.Table.from_pylist(prepared, PREPARED), first)
         if columns:
             storage.write_table(f"values/{part}", pa.Table.from_pylist(values, values_schema(columns)), second)
@@ -81,6 +81,14 @@ def write_run(
         manifest.finish("anchor", 0.0)
         manifest.finish("value", 0.0)
     return storage, *rows
+
+
+def name_models(storage: Storage, policy: str | list[str], tokenizer: str) -> None:
+    """Record in the manifest what a run would, of models that are not there."""
+    content = Manifest(storage).content
+    content["configuration"]["model"] = {"policy": policy}
+    content["stages"]["prepare"]["counts"]["tokenizer"] = tokenizer
+    storage.write_json("run.json", content)
 
 
 def run_of(storage: Storage, progress: Progress | None = None, **settings) -> Run:

@@ -19,6 +19,7 @@ import yaml
 from rich.console import Console
 
 from alphatoken.data_schemas import COMPONENTS, SCHEMA_KEY, values_schema
+from alphatoken.jobs.cli import main
 from alphatoken.pipeline.mask.left_out import first_of_responses
 from alphatoken.pipeline.mask.paired_rows import PairedRows
 from alphatoken.pipeline.mask.stage import ROWS_AT_ONCE, make_mask
@@ -40,6 +41,7 @@ from tests.mask.synthetic_run import (
     contents,
     mask,
     masks,
+    name_models,
     run_of,
     write_run,
 )
@@ -368,6 +370,20 @@ def test_the_card_says_which_score_decided(tmp_path):
         ], score
 
 
+def test_the_card_names_the_models_and_the_length_that_a_trainer_needs(tmp_path):
+    """The number also stands where it is typed: TRL cuts at 1,024 tokens, axolotl and others at what they are given."""
+    storage, prepared, _ = write_run(tmp_path, (30, 0, 20), longest=800)
+    name_models(storage, ["/home/somebody/checkpoints/step-100/", "org/a-model"], "org/a-tokenizer")
+    mask(storage)
+    card, lengths = (tmp_path / "masks/default/README.md").read_text(), [len(row["input_ids"]) for row in prepared]
+    over = sum(length > 1024 for length in lengths)
+    assert 0 < over < len(lengths) and max(lengths) > 1024
+    assert f"| longest row | {max(lengths):,} tokens; {over} rows have more than 1,024 |" in card
+    assert f"longest row ({max(lengths)})" in card and f"--max_length {max(lengths)}\n" in card
+    assert "| model | `step-100, org/a-model` |" in card and "| tokenizer | `org/a-tokenizer` |" in card
+    assert "somebody" not in card  # a card may leave this machine
+
+
 @pytest.mark.parametrize("score", ["information", "entropy", "loss", "random"])
 def test_a_score_without_a_sign_and_the_rule_positive_is_said(tmp_path, score):
     storage, *_ = write_run(tmp_path)
@@ -623,6 +639,18 @@ def test_examples_that_keep_nothing_but_what_is_always_kept_are_counted_and_said
     without = mask(storage, score="paper", rho=0.02, name="none", always_keep=[])
     assert without["rows_with_only_always_kept"] == 0
     assert not any("keep nothing but" in note for note in without["notes"])
+
+
+def test_by_default_no_short_answer_is_left_with_its_end_alone(tmp_path):
+    """Facts of one to three tokens: among all tokens many an answer has none of the best, and would teach to end alone."""
+    storage, prepared, _ = write_run(tmp_path, (200, 100), longest=5)
+    answers = [[label for label in row["labels"] if label != -100] for row in prepared]
+    empty = sum(answer == [EOS] for answer in answers)
+    assert main(["mask", f"run.dir={tmp_path}"]) == 0
+    left = [{label for label in row["labels"] if label != -100} for row in masks(storage)]
+    assert sum(labels == {EOS} for labels in left) == empty
+    assert all(labels - {EOS} for answer, labels in zip(answers, left, strict=True) if len(answer) > 1)
+    assert mask(storage, min_kept=1, name="one")["rows_with_only_always_kept"] > empty + 0.1 * len(prepared)
 
 
 def test_the_summary_has_the_columns_that_values_have(tmp_path):

@@ -13,8 +13,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from alphatoken.data_schemas import BRANCHES, COMPONENTS, SCORES, preference_masks_schema, value_columns
+from alphatoken.pipeline.mask.stage import make_mask
 from alphatoken.pipeline.maths.preference import margin, masked_preference_loss, pair_weight
 from alphatoken.pipeline.maths.uniform import uniform
+from tests.mask.synthetic_run import name_models, run_of
+from tests.trainers.synthetic_pairs import write_pairs_run
 
 COLUMNS = [
     "prompt", "chosen", "rejected",
@@ -172,6 +175,19 @@ def test_the_card_and_the_same_command_again(alphatoken, preference_run):
     assert {
         file: file.read_bytes() for file in (preference_run / "masks/default").rglob("*") if file.is_file()
     } == before
+
+
+def test_the_card_names_the_models_and_how_long_each_branch_is(tmp_path):
+    storage = write_pairs_run(tmp_path, (30, 20), longest=2000)
+    name_models(storage, "./models/policy", "org/a-tokenizer")
+    make_mask(run_of(storage, score="information"))
+    card = (tmp_path / "masks/default/README.md").read_text()
+    lengths = [[len(row[f"{branch}_input_ids"]) for row in rows(tmp_path, "prepared")] for branch in BRANCHES]
+    longest, over = [max(own) for own in lengths], [sum(length > 1024 for length in own) for own in lengths]
+    assert len(set(longest)) == len(set(over)) == 2
+    assert f"| longest row, tokens | {longest[0]:,} | {longest[1]:,} |" in card
+    assert f"| rows of more than 1,024 tokens | {over[0]} | {over[1]} |" in card
+    assert "| model | `policy` | |" in card and "| tokenizer | `org/a-tokenizer` | |" in card
 
 
 def test_a_damaged_reference_part_is_named(alphatoken, preference_run):

@@ -8,6 +8,8 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from alphatoken.pipeline.run.manifest import Manifest
+from alphatoken.pipeline.trial.verdict import SUMMARY
 from tests.mask.synthetic_run import masks
 from tests.report.chromium import chromium, looking_at
 from tests.report.shown_run import HOSTILE, PLAIN, report_on, with_masks, write_shown
@@ -48,6 +50,55 @@ def hostile(tmp_path_factory):
 def pairs(tmp_path_factory):
     made = write_shown(tmp_path_factory.mktemp("pairs"), pairs=True)
     return report_on(with_masks(made, default={}, third={"rho": 0.3}))
+
+
+TRIED = {"full": (1.31, 0.042), "default": (1.27, 0.031), "paper": (1.29, 0.036)}
+
+
+@pytest.fixture(scope="module")
+def tried(tmp_path_factory):
+    """With a trial whose numbers are those of TRIED; of two masks and all tokens, and of a model that was left as it is."""
+    made = with_masks(write_shown(tmp_path_factory.mktemp("tried")), default={"min_kept": 1}, paper={"score": "paper"})
+    lines = [
+        {
+            "name": name,
+            "kind": "mask" if name != "full" else "full",
+            "adaptation": (loss, 0.004),
+            "retention": (moved, 0.001),
+        }
+        for name, (loss, moved) in TRIED.items()
+    ]
+    lines.append({"name": "untouched", "kind": "untouched", "adaptation": (2.5, 0.0), "retention": (0.0, 0.0)})
+    summary = {
+        "sentence": "Train on mask default.", "winner": "default", "lines": lines, "settings": {"train": "layers"},
+        "layers": 3, "steps": 12, "examples": 24, "pairs": False, "held_out_rows": 8, "retention_rows": 0,
+        "held_out_made_directions": False, "completions": 6,
+    }  # fmt: skip
+    made.write_json(SUMMARY, summary)
+    manifest = Manifest(made)
+    manifest.begin("trial", {}, {})
+    manifest.finish("trial", 0.0)
+    return report_on(made)
+
+
+@pytest.mark.parametrize("width", [400, 1200])
+def test_the_plot_of_a_trial_has_a_dot_with_its_name_where_each_mask_stands(browser, tried, width):
+    with looking_at(browser, tried, viewport={"width": width, "height": 800}) as page:
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
+        assert "Train on mask default." in page.locator("section[aria-labelledby=h-trial]").inner_text()
+        plot = page.locator("svg.trial")
+        frame = plot.locator("rect.frame").bounding_box()
+        dots = {dot.locator("title").text_content().split(":")[0]: dot for dot in plot.locator("g.dot").all()}
+        assert set(dots) == set(TRIED)  # the untouched model would push all others into a corner
+        boxes = {name: dot.locator("circle").bounding_box() for name, dot in dots.items()}
+        for name, box in boxes.items():
+            assert frame["x"] < box["x"] and box["x"] + box["width"] < frame["x"] + frame["width"], name
+            assert frame["y"] < box["y"] and box["y"] + box["height"] < frame["y"] + frame["height"], name
+            assert all(line.bounding_box()["x"] >= frame["x"] for line in dots[name].locator("line").all())
+        assert sorted(TRIED, key=lambda name: boxes[name]["x"]) == sorted(TRIED, key=lambda name: TRIED[name][0])
+        assert sorted(TRIED, key=lambda name: -boxes[name]["y"]) == sorted(TRIED, key=lambda name: TRIED[name][1])
+        assert plot.locator(".labels text").all_text_contents() == list(TRIED)
+        assert "wins" in dots["default"].get_attribute("class") and plot.locator("g.wins").count() == 1
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -131,6 +131,25 @@ def test_a_page_that_would_be_too_long_leaves_out_rows_and_counts_them(storage, 
     assert any(one["here"] < one["of"] for one in found["choices"])
 
 
+@pytest.mark.parametrize("pairs", [False, True])
+def test_masks_with_the_same_warning_share_one_sentence(tmp_path, pairs):
+    made = write_shown(tmp_path, lengths=range(1, 40), pairs=pairs)
+    many = with_masks(made, **{f"m{i}": {"score": "paper", "rho": 0.04 + 0.06 * i, "min_kept": 0} for i in range(5)})
+    (warning,) = re.findall(r"<li>(Mask[^<]*keep nothing but[^<]*)</li>", report_on(many, name="m0").read_text())
+    named = []
+    for name in (f"m{i}" for i in range(5)):
+        summary = many.read_json(f"masks/{name}/summary.json")
+        for branch, own in summary.get("branches", {"": summary}).items():
+            only = own["rows_with_only_always_kept"]
+            named += [f"{name} ({branch}) ({only} of 39)" if branch else f"{name} ({only} of 39)"] * (only > 0.02 * 39)
+    assert len(named) == (10 if pairs else 5)
+    more = ", 2 more" if pairs else ""
+    assert warning.startswith(
+        f"Masks {', '.join(named[:8])}{more}: examples keep nothing but the tokens of mask.always_keep"
+    )
+    assert warning.count("mask.min_kept=0.2") == 1
+
+
 def test_more_masks_than_a_page_shows_are_named(tmp_path):
     made = write_shown(tmp_path, lengths=range(1, 9))
     many = with_masks(made, **{f"m{i}": {"rho": 0.05 + 0.06 * i} for i in range(14)})

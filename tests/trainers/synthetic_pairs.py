@@ -19,7 +19,7 @@ from tests.mask.synthetic_run import EOS, part_names
 COLUMNS = ("information", "loss")
 
 
-def write_pairs_run(directory: Path, sizes=(9, 5), seed: int = 0) -> Storage:
+def write_pairs_run(directory: Path, sizes=(9, 5), seed: int = 0, longest: int = 12) -> Storage:
     storage, rng = Storage(str(directory)), np.random.default_rng(seed)
     manifest, parts = Manifest(storage), part_names(len(sizes))
     first = manifest.begin("prepare", {"seed": seed}, {})
@@ -36,7 +36,7 @@ def write_pairs_run(directory: Path, sizes=(9, 5), seed: int = 0) -> Storage:
             prepared = {"id": own, "prompt": "p", "chosen": "c", "rejected": "r", "source": f"f:{row}"}
             values, logps = {"id": own, "omega": 0.1}, {"id": own}
             for branch in BRANCHES:
-                answer = [*rng.integers(3, 60, int(rng.integers(2, 12))).tolist(), EOS]
+                answer = [*rng.integers(3, 60, int(rng.integers(2, longest))).tolist(), EOS]
                 ids, inside = [*prompt, *answer], np.array([0] * len(prompt) + [1] * len(answer))
                 prepared |= {f"{branch}_input_ids": ids, f"{branch}_labels": [-100] * len(prompt) + answer}
                 for column in COLUMNS:

@@ -17,6 +17,7 @@ from alphatoken.data_schemas import PREPARED
 from alphatoken.jobs.cli import main
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.storage import Storage
+from alphatoken.pipeline.trainers.formats import FORMATS
 from alphatoken.pipeline.trainers.rows import shifted_rows, skyrl_example
 from alphatoken.pipeline.trainers.verl_rows import MaskedRows
 from tests.mask.synthetic_run import EOS, ROOT, mask, masks, part_names, write_run
@@ -177,6 +178,29 @@ def test_olmo_arrays_hold_rows_end_to_end(run, rows, tmp_path):
     assert len(list((tmp_path / "out").iterdir())) == 6  # three files for each part that has rows
 
 
+@pytest.mark.parametrize("to", list(FORMATS))
+def test_without_a_place_the_files_lie_in_the_run_where_the_trainer_looks(tmp_path, capsys, to):
+    """The line that is printed is taken at its word: the place that a trainer is told to read holds what it reads."""
+    storage, *_ = write_run(tmp_path / "run", (5, 6))
+    mask(storage, name="half")
+    assert main(["export", str(tmp_path / "run"), "--mask", "half", "--to", to]) == 0
+    place, told = tmp_path / f"run/export/half-{to}", capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "run/export").iterdir()] == [f"half-{to}"]
+    reading = {
+        "hf": f"tokenized_path: {place} ", "jsonl": f'data_output_dir="{place}"', "shifted": f"path: {place}}}",
+        "loss_mask": f"data.train_files={place} ", "olmo": f"paths={place}/token_ids_part_*.npy ",
+    }[to]  # fmt: skip
+    assert reading in told
+    read = {
+        "hf": lambda: len(datasets.load_from_disk(str(place))),
+        "jsonl": lambda: len((place / "data.jsonl").read_text().splitlines()),
+        "shifted": lambda: len(shifted_rows(str(place))),
+        "loss_mask": lambda: len(MaskedRows(str(place), None, {})),
+        "olmo": lambda: sum(len(gzip.decompress(file.read_bytes()).splitlines()) for file in place.glob("token_ids_part_*.csv.gz")),
+    }[to]  # fmt: skip
+    assert read() == 11
+
+
 def test_pairs_have_every_column_once_per_branch(pairs, pair_rows, tmp_path):
     for to in ("hf", "jsonl", "shifted", "loss_mask"):
         export(pairs, tmp_path / to, to)
@@ -217,8 +241,14 @@ def test_wrong_arguments_are_said_before_anything_is_written(run, more, said, ca
 
 
 def test_other_wrong_places(tmp_path, pairs, capsys):
-    assert main(["export", str(tmp_path / "no"), "--to", "hf", "--out", str(tmp_path / "x")]) == 2
-    assert "there is no run here" in capsys.readouterr().err
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held/run.json").write_text("{}")
+    for command in (["export", "--to", "hf", "--out", str(tmp_path / "x")], ["check-batch", "batch.pt"]):
+        for place, what in ((tmp_path / "no", "there is no such directory"), (tmp_path, "holds no run")):
+            assert main([command[0], str(place), *command[1:]]) == 1
+            said = capsys.readouterr().err.splitlines()[-1]
+            assert f"{place}: {what}" in said and said.endswith("or run `alphatoken run` first")
+            assert (f"runs beside it: {tmp_path}/held: give the directory" in said) == (place != tmp_path)
     assert main(["export", str(pairs), "--to", "olmo", "--out", str(tmp_path / "x")]) == 2
     assert "no place for preference pairs; these have: hf, jsonl" in capsys.readouterr().err
 

@@ -6,6 +6,7 @@ import traceback
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pytest
 import torch
@@ -15,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from alphatoken.data_schemas import PREPARED, SCORES
 from alphatoken.pipeline.anchor.tensors import write_tensors
 from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
+from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS, TokenBatches
 from alphatoken.pipeline.cluster.work import Resources, Shard
-from alphatoken.pipeline.maths.batch import by_token_budget
+from alphatoken.pipeline.maths.batch import Sequences, by_token_budget
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.model_source import ModelSource, load_tokenizer
 from alphatoken.pipeline.maths.models import load_model
@@ -66,6 +67,24 @@ def test_padding_of_the_embedded_data_is_under_5_percent():
         assert len(groups) > 5
         padded = sum(len(group) * max(part[i] for i in group) for group in groups)
         assert 1 - sum(part) / padded < 0.05
+
+
+def test_progress_is_counted_in_tokens_after_every_batch_of_a_shard():
+    """A shard takes about a minute: counted at its end alone, a display would stand still as long."""
+    lengths = (9, 30, 14, 22, 11, 27, 16, 60, 51, 40)
+    tokens = [list(range(3, 3 + length)) for length in lengths]
+    events: list[tuple[str, int]] = []
+
+    def of_batch(batch):
+        events.append(("batch", int(batch.lengths.sum())))
+        return {"loss": np.zeros(batch.shape, np.float32)}
+
+    batches = TokenBatches(120, torch.device("cpu"))
+    batches.score(
+        Sequences([*map(str, lengths)], tokens, tokens), ["loss"], of_batch, lambda n: events.append(("told", n))
+    )
+    done, told = events[::2], events[1::2]
+    assert len(done) > 2 and [("told", count) for _, count in done] == told and sum(n for _, n in told) == sum(lengths)
 
 
 class _Waits(TorchDispatchMode):
