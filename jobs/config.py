@@ -13,7 +13,7 @@ from hydra.errors import HydraException
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from alphatoken.jobs.keys import keys
+from alphatoken.jobs.keys import keys, texts
 from alphatoken.jobs.suggestion import OWN_VALUE, near, siblings
 from alphatoken.jobs.typed import as_read, legible, stray_words
 from alphatoken.pipeline.run.failure import SettingsWrong
@@ -114,7 +114,9 @@ def _reason(error: BaseException, overrides: Sequence[str]) -> str:
     if key and "=" in overrides[0] and key not in keys(Settings) and ("." in key or "not in 'Settings'" in text):
         return _no_such_key(key)
     if text.startswith("Ambiguous value"):
-        return f"several values: -m tries each of them, {key or 'KEY'}=[{value or 'A,B'}] is a list"
+        is_text = key in texts() and not isinstance(keys(Settings)[key][0], list)
+        one = f"""'{key}="{value}"' is one text""" if is_text else f"{key or 'KEY'}=[{value or 'A,B'}] is a list"
+        return f"several values: -m tries each of them, {one}"
     return legible(text)
 
 

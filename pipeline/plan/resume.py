@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from alphatoken.pipeline.mask.inputs import needs_values
+from alphatoken.pipeline.mask.inputs import mask_inputs, needs_values
 from alphatoken.pipeline.mask.layout import is_finished
 from alphatoken.pipeline.plan.share import UPSTREAM, stage_inputs
+from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import differences, digest
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import STAGES
@@ -47,7 +48,18 @@ def resume_state(run: Run) -> dict[str, dict[str, Any]]:
     done = reached and manifest.done(mask) and is_finished(run.storage, settings.mask.name)
     state = "overwritten" if "mask" in anew else "done" if done else "new"
     found["mask"] = {"state": state, "name": settings.mask.name}
+    if state == "done" and (changed := _other_mask(run)):
+        found["mask"] |= {"state": "refused", "changed": changed, "remedy": "another mask.name, or run.overwrite=mask"}
     return found
+
+
+def _other_mask(run: Run) -> list[str]:
+    """What differs between the finished mask and the one of its name that is asked for."""
+    try:
+        asked = mask_inputs(run).fingerprinted
+    except SettingsWrong:  # which is said of the settings
+        return []
+    return [key for key, _, _ in differences(run.manifest.stage(f"mask/{run.settings.mask.name}")["inputs"], asked)]
 
 
 def _progress(run: Run, stage: str) -> dict[str, Any]:

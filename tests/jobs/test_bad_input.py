@@ -178,6 +178,8 @@ def test_several_values_without_m_name_the_sweep(alphatoken, tmp_path):
     status, _, err = alphatoken("mask", f"run.dir={tmp_path}/r", "mask.rho=0.3,0.5")
     assert status == 2 and "mask.rho=0.3,0.5: several values: -m tries each of them" in err
     assert "mask.rho=[0.3,0.5] is a list" in err
+    status, _, err = alphatoken("mask", "run.dir=/r/a,b")
+    assert status == 2 and """'run.dir="/r/a,b"' is one text""" in err, err
 
 
 def test_chat_data_without_a_template(alphatoken, tmp_path, train_file):

@@ -237,6 +237,9 @@ def test_the_plan_needs_no_weights_and_says_what_resume_would_skip(alphatoken, t
         "done",
         "new",
     ]  # of other rows it would be another mask
+    mask = json.loads(alphatoken("plan", *same, "mask.rho=0.3", "--json")[1])["resume"]["mask"]
+    assert mask["state"] == "refused" and mask["changed"] == ["mask"] and "another mask.name" in mask["remedy"]
+    assert alphatoken("run", *same, "mask.rho=0.3")[0] == 2
 
 
 def test_the_plan_shows_no_bar_of_a_library(tmp_path, policy, train_file):
