@@ -238,7 +238,7 @@ def test_the_plan_needs_no_weights_and_says_what_resume_would_skip(alphatoken, t
         "new",
     ]  # of other rows it would be another mask
     mask = json.loads(alphatoken("plan", *same, "mask.rho=0.3", "--json")[1])["resume"]["mask"]
-    assert mask["state"] == "refused" and mask["changed"] == ["mask"] and "another mask.name" in mask["remedy"]
+    assert mask["state"] == "refused" and mask["changed"] == ["mask.rho"] and "another mask.name" in mask["remedy"]
     assert alphatoken("run", *same, "mask.rho=0.3")[0] == 2
 
 
