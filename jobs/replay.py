@@ -27,7 +27,9 @@ def recorded_configuration(place: str) -> dict[str, Any]:
     manifest = _read(place, Storage(directory or "."), name)
     mask = manifest.get("settings") if isinstance(manifest, dict) and name == SUMMARY else None
     if mask is not None:
-        manifest = _read(place, Storage(f"{directory or '.'}/../.."), NAME)
+        # An object store knows no "..".
+        run = f"{directory or '.'}/../.." if "://" not in directory else directory.rsplit("/", 2)[0]
+        manifest = _read(place, Storage(run), NAME)
     configuration = manifest.get("configuration") if isinstance(manifest, dict) else None
     if not configuration:
         raise SettingsWrong(

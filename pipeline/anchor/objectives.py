@@ -37,7 +37,7 @@ def rows_of_objectives(run: Run) -> dict[str, Sequences]:
         if rows is None:
             raise RunFailed(
                 "prepared/ has no rows of data.retention: make them, "
-                f"{anew(run.storage.root, 'prepare', {'data.retention': run.settings.data.retention})}"
+                f"{anew(run.storage.place, 'prepare', {'data.retention': run.settings.data.retention})}"
             )
         found[RETENTION] = rows
     return found

@@ -104,7 +104,7 @@ def _check(run: Run, settings: MaskSettings, there: tuple[str, ...], drift: str 
     scores = run.manifest.content["configuration"].get("valuation", {}).get("scores", [])
     problems += settings.unknown(there)
     problems += [
-        f"{reason}: set {' '.join(overrides(remedy))} and value anew, {anew(run.storage.root, _first_anew(run, remedy), remedy)}"
+        f"{reason}: set {' '.join(overrides(remedy))} and value anew, {anew(run.storage.place, _first_anew(run, remedy), remedy)}"
         for reason, remedy in settings.missing(there, scores)
     ]
     if problems:

@@ -91,7 +91,7 @@ def require_shards(storage: Storage, name: str) -> None:
             f"{mask_data(name)}/: make it again, `alphatoken mask run.dir={storage.root} mask.name={name}` with the mask.* keys "
             "that its summary.json shows"
         )
-    raise RunFailed(f"{mask_data(name)}/ holds no shard: {mask_again(storage.root, name)}")
+    raise RunFailed(f"{mask_data(name)}/ holds no shard: {mask_again(storage.place, name)}")
 
 
 @contextmanager
@@ -100,11 +100,11 @@ def open_part(storage: Storage, name: str, part: str) -> Iterator[pq.ParquetFile
     require_shards(storage, name)
     place = mask_part(name, part)
     if not storage.exists(place):
-        raise RunFailed(f"{place} is missing: {mask_again(storage.root, name)}")
+        raise RunFailed(f"{place} is missing: {mask_again(storage.place, name)}")
     try:
         file = pq.ParquetFile(storage.path(place), filesystem=storage.fs)
     except pa.ArrowException as error:
         reason = " ".join(str(error).split())
-        raise RunFailed(f"{place} cannot be read ({reason}): {mask_again(storage.root, name)}") from error
+        raise RunFailed(f"{place} cannot be read ({reason}): {mask_again(storage.place, name)}") from error
     with file:
         yield file

@@ -83,10 +83,10 @@ class PairedParts:
         seconds = run.storage.footers("values", parts, values["fingerprint"]) if there else {}
         for part in parts:
             if part not in firsts:
-                raise unfinished(run.storage.root, "prepare", f"prepared/{part}")
+                raise unfinished(run.storage.place, "prepare", f"prepared/{part}")
             rows = firsts[part].rows
             if there and part not in seconds:
-                raise unfinished(run.storage.root, "value", f"values/{part}")
+                raise unfinished(run.storage.place, "value", f"values/{part}")
             if there and seconds[part].rows != rows:
                 raise damaged("value", f"values/{part}", f"has {seconds[part].rows} rows, prepared/{part} has {rows}")
             self.rows[part] = rows

@@ -41,7 +41,7 @@ def write_pairs_part(
     first = parts[BRANCHES[0]]
     expected = first.rows[part]
     if storage.rows_of(f"reference/{part}", reference) != expected:
-        raise unfinished(storage.root, "value", f"reference/{part}")
+        raise unfinished(storage.place, "value", f"reference/{part}")
     sides = [parts[b].part(part, columns[b], with_input_ids=True) for b in BRANCHES]
     texts = first.tables(f"prepared/{part}", PREFERENCE_PREPARED, ["id", *TEXTS], "prepare")
     logps = [parts[b].tables(f"reference/{part}", PREFERENCE_REFERENCE, ["id", "logps"], "value") for b in BRANCHES]

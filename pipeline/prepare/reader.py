@@ -23,7 +23,7 @@ def prepared_parts(run: Run) -> dict[str, Footer]:
     found = run.storage.footers("prepared", parts, prepared["fingerprint"])
     for part in parts:
         if part not in found:
-            raise RunFailed(f"prepared/{part} is missing or damaged: {again(run.storage.root, 'prepare')}")
+            raise RunFailed(f"prepared/{part} is missing or damaged: {again(run.storage.place, 'prepare')}")
     return found
 
 
@@ -61,7 +61,7 @@ def retention_rows(run: Run) -> Sequences | None:
         return None
     name = f"prepared/{RETENTION}.parquet"
     if run.storage.rows_of(name, prepared["fingerprint"]) is None:
-        raise RunFailed(f"{name} is missing or damaged: {again(run.storage.root, 'prepare')}")
+        raise RunFailed(f"{name} is missing or damaged: {again(run.storage.place, 'prepare')}")
     return sequences_of(run.storage.read_table(name, PREPARED))
 
 

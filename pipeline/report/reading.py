@@ -117,7 +117,7 @@ class Reading:
                 name = next(iter(mask.places.values())).file(part)
                 if self.run.storage.rows_of(name, fingerprint) != rows:
                     raise RunFailed(
-                        f"{name} is missing, damaged or of another run: {mask_again(self.run.storage.root, mask.name)}"
+                        f"{name} is missing, damaged or of another run: {mask_again(self.run.storage.place, mask.name)}"
                     )
 
 

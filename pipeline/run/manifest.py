@@ -105,7 +105,7 @@ class Manifest:
                 if self.storage.exists(f"masks/{mask}/summary.json"):
                     settings = f"masks/{mask}/summary.json"
             lines = mismatch(stage, record, inputs, without_secrets(dict(about or {})))
-            own = f"; --from {self.storage.path(settings)} starts from its own settings"
+            own = f"; --from {self.storage.place}/{settings} starts from its own settings"
             raise SettingsWrong([*lines, f"{self.storage.root} holds {stage} of other settings: {remedy}{own}"])
         if not record:
             record = {"fingerprint": fingerprint, "inputs": inputs, "state": "running", "seconds": 0.0, "counts": {}}

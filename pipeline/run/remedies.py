@@ -1,4 +1,4 @@
-"""Commands that make something of a run again, as they can be typed."""
+"""Commands that make something of a run again, as they can be typed; ``place``: of the run, as Storage has it."""
 
 from __future__ import annotations
 
@@ -8,26 +8,26 @@ from collections.abc import Mapping
 from alphatoken.pipeline.settings.spelling import overrides, quoted
 
 
-def again(root: str, stage: str) -> str:
+def again(place: str, stage: str) -> str:
     """Of what is missing or damaged, which the stage itself does not take for finished."""
-    return f"`alphatoken {stage} {_own(root, 'run.json')}` makes it again"
+    return f"`alphatoken {stage} {_own(place, 'run.json')}` makes it again"
 
 
-def anew(root: str, stage: str, more: Mapping[str, object] | None = None) -> str:
+def anew(place: str, stage: str, more: Mapping[str, object] | None = None) -> str:
     """Of what was made otherwise: a stage and all that follow; ``more``: key -> value, to be set on the way."""
     added = "".join(f"{shlex.quote(override)} " for override in overrides(more or {}))
-    return f"`alphatoken run {_own(root, 'run.json')} {added}run.overwrite={stage}`"
+    return f"`alphatoken run {_own(place, 'run.json')} {added}run.overwrite={stage}`"
 
 
-def mask_again(root: str, name: str) -> str:
+def mask_again(place: str, name: str) -> str:
     """Of a mask whose shards are missing; it keeps its settings."""
-    return f"`alphatoken mask {_own(root, f'masks/{name}/summary.json')}` makes it again"
+    return f"`alphatoken mask {_own(place, f'masks/{name}/summary.json')}` makes it again"
 
 
-def mask_anew(root: str, name: str) -> str:
+def mask_anew(place: str, name: str) -> str:
     """Of a mask whose shards are there and wrong."""
-    return f"remove {root}/masks/{name}/data, and {mask_again(root, name)}"
+    return f"remove {place}/masks/{name}/data, and {mask_again(place, name)}"
 
 
-def _own(root: str, settings: str) -> str:
-    return f"--from {shlex.quote(f'{root}/{settings}')} {shlex.quote(f'run.dir={quoted(root)}')}"
+def _own(place: str, settings: str) -> str:
+    return f"--from {shlex.quote(f'{place}/{settings}')} {shlex.quote(f'run.dir={quoted(place)}')}"

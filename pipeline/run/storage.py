@@ -33,14 +33,16 @@ class Storage:
     ``root`` is a local path or a URI that pyarrow.fs understands (``file://``, ``s3://``, ``gs://``). On a local disk
     a file is written beside its final place, flushed to the disk and renamed. For an object store it is put together
     in memory and uploaded as a whole: the store shows an object only when the upload is complete, and a failed upload
-    is begun again. Instances can be pickled. Raises OSError where the disk or the store refuses.
+    is begun again. ``place``: what somebody would type. Instances can be pickled. Raises OSError where the disk or the store refuses.
     """
 
     def __init__(self, root: str) -> None:
         if "://" in root:
             self.fs, self.root = pafs.FileSystem.from_uri(root)
+            self.place = root.rstrip("/")
         else:
             self.fs, self.root = pafs.LocalFileSystem(), str(Path(root).expanduser().resolve())
+            self.place = self.root
         self.local = isinstance(self.fs, pafs.LocalFileSystem)
 
     def path(self, name: str) -> str:

@@ -169,5 +169,5 @@ def _compare_with_summary(source: MaskSource, counted: dict[str, int]) -> None:
     if wrong:
         raise RunFailed(
             f"the shards of mask {source.name} hold {' and '.join(wrong)}, as its summary.json says: "
-            f"{mask_anew(source.storage.root, source.name)}"
+            f"{mask_anew(source.storage.place, source.name)}"
         )

@@ -61,7 +61,7 @@ class MaskSource:
                 yield from file.iter_batches(batch_size=ROWS_AT_ONCE, columns=columns)
             except (pa.ArrowException, SchemaMismatch, OSError) as error:
                 reason = " ".join(str(error).split())
-                raise RunFailed(f"{reason}: {mask_anew(self.storage.root, self.name)}") from error
+                raise RunFailed(f"{reason}: {mask_anew(self.storage.place, self.name)}") from error
 
 
 def open_mask(run: str, name: str) -> MaskSource:

@@ -69,7 +69,7 @@ def mask_labels(run: Run, mask: str, places: dict[str, list[int]], sample: Seque
     for part, rows in places.items():
         name = mask_part(mask, part)
         if run.storage.rows_of(name, fingerprint) is None:
-            raise RunFailed(f"{name} is missing, damaged or of other rows: {mask_again(run.storage.root, mask)}")
+            raise RunFailed(f"{name} is missing, damaged or of other rows: {mask_again(run.storage.place, mask)}")
         try:
             with open_part(run.storage, mask, part) as file:
                 tables.append(file.read(columns=names).select(names).take(rows))
@@ -92,7 +92,7 @@ def mask_labels(run: Run, mask: str, places: dict[str, list[int]], sample: Seque
 
 
 def _other_rows(run: Run, mask: str) -> RunFailed:
-    return RunFailed(f"mask {mask} is not a mask of prepared/: {mask_anew(run.storage.root, mask)}")
+    return RunFailed(f"mask {mask} is not a mask of prepared/: {mask_anew(run.storage.place, mask)}")
 
 
 def held_out_rows(run: Run) -> HeldOut:

@@ -75,13 +75,13 @@ def checked_anchor(run: Run) -> dict[str, Any]:
         if inputs[key] != now:
             problems.append(
                 f"{key}={spelled(now)}, but the anchors were made with {spelled(inputs[key])}: make others, "
-                f"{anew(run.storage.root, first, {key: now})}"
+                f"{anew(run.storage.place, first, {key: now})}"
             )
     there, asked = (one.get("model.lower_dtype", "as model.dtype") for one in (inputs, run.settings.lower_inputs))
     if there != asked:
         problems.append(
             f"model.lower_dtype: {asked}, but the anchors were made with {there}: make others, "
-            f"{anew(run.storage.root, 'anchor', {'model.lower_dtype': run.settings.lower_dtype})}"
+            f"{anew(run.storage.place, 'anchor', {'model.lower_dtype': run.settings.lower_dtype})}"
         )
     looks_at_it = valuation.rehearsed or valuation.reference_loss or run.manifest.pairs
     if looks_at_it and inputs["reference"] != of_model(models.reference):
@@ -89,7 +89,7 @@ def checked_anchor(run: Run) -> dict[str, Any]:
     if inputs["anchor.drift"] == "rehearsal" and not valuation.rehearsed:
         problems.append(
             f"the anchors of {run.storage.root} were made for valuation.schedule=rehearsal: make others, "
-            f"{anew(run.storage.root, 'anchor', {'valuation.schedule': valuation.schedule})}"
+            f"{anew(run.storage.place, 'anchor', {'valuation.schedule': valuation.schedule})}"
         )
     if problems:
         raise SettingsWrong(problems)

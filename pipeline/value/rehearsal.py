@@ -56,7 +56,7 @@ def rehearse(run: Run) -> None:
         }  # fmt: skip
         raise SettingsWrong(
             [f"{STABILITY} needs a Fisher, which the anchors were made without: make others, "
-             f"{anew(run.storage.root, first, wanted)}, or set {STABILITY}=0"]
+             f"{anew(run.storage.place, first, wanted)}, or set {STABILITY}=0"]
         )  # fmt: skip
     prepared = run.manifest.stage("prepare")["fingerprint"]
     inputs = value_inputs(run.settings, models, prepared, anchor["fingerprint"], pairs=False)

@@ -50,12 +50,12 @@ def test_another_setting_is_refused_by_the_first_stage_that_depends_on_it(alphat
     assert results(directory) == before
 
 
-@pytest.mark.parametrize("change", ["model.dtype=bfloat16", "model.revision=other"])
-def test_values_are_made_with_the_model_that_the_anchors_were_made_with(alphatoken, run, change):
+@pytest.mark.parametrize(("change", "first"), [("model.dtype=bfloat16", "anchor"), ("model.revision=other", "prepare")])
+def test_values_are_made_with_the_model_that_the_anchors_were_made_with(alphatoken, run, change, first):
     directory, same, _ = run
     before = results(directory)
     status, _, err = alphatoken("value", *same, change)
-    assert status == 2 and f"{change}, but the anchors were made with" in err and "run.overwrite=anchor" in err
+    assert status == 2 and f"{change}, but the anchors were made with" in err and f"run.overwrite={first}`" in err
     assert results(directory) == before
 
 
