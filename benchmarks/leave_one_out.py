@@ -61,17 +61,17 @@ class Runs:
         states: list[Tensors] | None = None,
         without: Token | None = None,
     ) -> dict[str, torch.Tensor]:
-        """The weights at the end of the run over the rows of ``order``; fills ``tape`` and ``states``, of before each step.
+        """The weights at the end of the run over the rows of ``order``; fills ``tape`` and ``states``, of before each step and at the end.
 
         ``without``: leaves out the loss of one token; goes on from ``states``, which the run on every token has filled.
         """
         first = 0
         if without is not None and states:  # until then the runs are the same
-            first = next(step for step, rows in enumerate(order) if without[0] in rows)
+            first = next((step for step, rows in enumerate(order) if without[0] in rows), len(order))
         run = SimulatedRun(self.start, self.descent, (first, states[first]) if first and states else None)
         for rows in order[first:]:
             if without is None and states is not None:
-                states.append({name: tensor.clone() for name, tensor in run.state().items()})
+                states.append(copied(run.state()))
             batch, from_below = self.train.batch(rows, self.scored)
             if without is not None and without[0] in rows:
                 batch.labels[list(rows).index(without[0]), without[1]] = IGNORED
@@ -81,6 +81,8 @@ class Runs:
             taped = run.step(total.total, len(losses))
             if tape is not None:
                 tape.append(taped)
+        if without is None and states is not None:
+            states.append(copied(run.state()))
         return run.masters()
 
     def loss(self, weights: dict[str, torch.Tensor]) -> float:
@@ -117,6 +119,11 @@ class Runs:
         print(f"validation loss {self.loss(self.start):.4f} nats, at the end of the run {whole:.4f}", flush=True)
         left_out = [self.loss(self.trained(order, states=states, without=token)) for token in tokens]
         return torch.tensor(left_out, dtype=torch.float64) - whole
+
+
+def copied(state: Tensors) -> Tensors:
+    """Tensors that a run no longer writes to."""
+    return {name: tensor.clone() for name, tensor in state.items()}
 
 
 def tokens_of(batch: Batch, rows: Sequence[int]) -> list[Token]:

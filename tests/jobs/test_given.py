@@ -1,6 +1,7 @@
 """`mask` takes values as they are: what it is told of earlier stages has to be what they were made with."""
 
 import json
+import shlex
 import shutil
 from pathlib import Path
 
@@ -168,11 +169,8 @@ def test_a_column_that_is_absent_is_refused_with_the_key_to_set(alphatoken, made
     run, _ = made
     status, out, err = alphatoken("mask", f"run.dir={run}", *overrides, "mask.name=absent")
     assert status == 2 and out == "" and len(err.strip().splitlines()) == 1, err
-    assert (
-        reason in err
-        and f"set {remedy} and value anew, `alphatoken run --from" in err
-        and f"{remedy} run.overwrite=value`" in err
-    )
+    assert reason in err and f"set {remedy} and value anew, `alphatoken run --from" in err
+    assert f" {shlex.quote(remedy)} run.overwrite=value`" in err  # a shell reads brackets
     assert "values/ has what mask.score=paper, loss, random, full need" in err
     assert not (run / "masks/absent").exists()
 

@@ -19,8 +19,7 @@ def planned(alphatoken, *arguments: str) -> dict:
 def measured_seconds_per_token() -> float:
     """Of the value stage over rows of the embedded example on a CPU, as docs/scaling.md has it of a run."""
     page = (ROOT / "docs/scaling.md").read_text(encoding="utf-8")
-    (seconds,) = re.findall(r"^\| value, s \| [\d.]+ \| ([\d.]+) \|", page, re.MULTILINE)
-    (tokens,) = re.findall(r"^\| tokens \| [\d,]+ \| ([\d,]+) \|", page, re.MULTILINE)
+    ((seconds, tokens),) = re.findall(r"took ([\d.]+) s for the values of ([\d,]+) tokens", page)
     return float(seconds) / int(tokens.replace(",", ""))
 
 
