@@ -83,9 +83,8 @@ def try_masks(session: Session, names: Sequence[str]) -> dict[str, Any]:
     session.change(replace(settings, trial=replace(settings.trial, masks=list(names))), session.overrides)
     summary = make_trial(session.run)
     note_winner(session.run, summary)
-    session.manifest.record(
-        {"trial": settings.trial}
-    )  # as it was asked for, so that it can be asked for again elsewhere
+    # As it was asked for, so that it can be asked for again elsewhere.
+    session.manifest.record({"trial": settings.trial})
     return summary
 
 
@@ -107,9 +106,8 @@ def _swept(overrides: Sequence[str]) -> dict[str, MaskSettings | None]:
         if "without a sweep" not in str(error):
             raise
         mask = load(overrides).mask
-        last = dict(
-            override.lstrip("+").partition("=")[::2] for override in overrides
-        )  # the last of repeated keys holds
+        # The last of repeated keys holds.
+        last = dict(override.lstrip("+").partition("=")[::2] for override in overrides)
         name = mask.name if "mask.name" in last else point_name([Swept(*pair) for pair in last.items()])
         return {name: replace(mask, name=name)}
     found: dict[str, MaskSettings | None] = {}

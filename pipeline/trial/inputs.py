@@ -113,19 +113,14 @@ def trial_inputs(run: Run) -> TrialInputs:
     }
     basis = digest({**common, "examples": own.examples, "steps": own.steps})
     kept = [one.percent / 100 for one in tried for _ in one.seeds(own.seeds)]
-    if before := _extent_before(run, basis):
-        examples, steps = before
-        far = Extent(examples, steps, trial_flops(costs, own, lengths, steps, examples, kept))
-    else:
-        far = extent(costs, own, lengths, available, kept, rate)
+    far = _extent_before(run, basis) or extent(costs, own, lengths, available, kept, rate)
     common |= {"examples": far.examples, "steps": far.steps}
     places = drawn_rows(run, far.examples)
     sample = sample_of(run, places)
     masks = {name: mask_labels(run, name, places, sample) for name in names}
     tried = known_by_labels(tried, masks)
-    if any(one.twin for one in tried):  # what twins cost is not spent
-        kept = [one.percent / 100 for one in tried if not one.twin for _ in one.seeds(own.seeds)]
-        far = replace(far, flops=trial_flops(costs, own, lengths, far.steps, far.examples, kept))
+    kept = [one.percent / 100 for one in tried if not one.twin for _ in one.seeds(own.seeds)]  # twins cost nothing
+    far = replace(far, flops=trial_flops(costs, own, lengths, far.steps, far.examples, kept))
     notes += [f"mask {one.name} leaves what {one.twin} leaves, and shares its fine-tunes" for one in tried if one.twin]
     return TrialInputs(
         tried, masks, sample, manifest.pairs, held_out, retention, prompts, far, basis, rate, measured, common, digest(model),
@@ -133,13 +128,13 @@ def trial_inputs(run: Run) -> TrialInputs:
     )  # fmt: skip
 
 
-def _extent_before(run: Run, basis: str) -> tuple[int, int] | None:
-    """Examples and steps of the trial that is there, if it was one of the same: what ``auto`` comes to depends on how many masks
+def _extent_before(run: Run, basis: str) -> Extent | None:
+    """That of the trial that is there, without its operations, if it was one of the same: what ``auto`` comes to depends on how many masks
     there are, and those that come later are to be compared with these."""
     if not run.storage.exists(SUMMARY):
         return None
     found = run.storage.read_json(SUMMARY)
-    return (found["examples"], found["steps"]) if found.get("basis") == basis else None
+    return Extent(found["examples"], found["steps"], 0) if found.get("basis") == basis else None
 
 
 def chosen_masks(run: Run) -> tuple[list[str], list[str]]:
