@@ -133,7 +133,10 @@ def _extent_before(run: Run, basis: str) -> Extent | None:
     there are, and those that come later are to be compared with these."""
     if not run.storage.exists(SUMMARY):
         return None
-    found = run.storage.read_json(SUMMARY)
+    try:
+        found = run.storage.read_json(SUMMARY)
+    except ValueError:  # overwritten: not what this program leaves
+        return None
     return Extent(found["examples"], found["steps"], 0) if found.get("basis") == basis else None
 
 
