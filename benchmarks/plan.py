@@ -15,13 +15,10 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
 from alphatoken.jobs.cli import main as alphatoken
 from alphatoken.pipeline.prepare.example import example_data
+from benchmarks.operations import counted
 from benchmarks.speed import machine
 
 ROWS = (12, 24, 48)
@@ -29,14 +26,6 @@ HELD_OUT = ["data.validation=8", "anchor.fisher.prompts=8", "anchor.fisher.max_n
 HELD_OUT_ROWS = 16
 DIRECTORIES = {"prepared": "prepared/*", "values": "values/*", "masks, each": "masks/default/data/*.parquet"}
 ANCHORS = ("anchors/*.safetensors", "anchors/*/*")
-_ATEN = torch.ops.aten
-# The counter does not know the CPU's fused kernel; its operations are those of the others.
-CPU_ATTENTION: dict[Any, Any] = {
-    _ATEN._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    _ATEN._scaled_dot_product_flash_attention_for_cpu_backward: lambda g, q, k, v, *_, **__: sdpa_backward_flop_count(
-        g, q, k, v
-    ),
-}
 
 
 def rows_file(place: Path, count: int) -> Path:
@@ -56,13 +45,14 @@ def command(environment: Mapping[str, str], *arguments: str) -> str:
     return done.stdout
 
 
-def counted(stage: str, settings: list[str]) -> int:
+def operations_of(stage: str, settings: list[str]) -> int:
     """Operations of one stage, run in this process."""
-    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        status = alphatoken([stage, *settings])
-    if status:
-        raise SystemExit(f"alphatoken {stage} ended with {status}")
-    return counter.get_total_flops()
+
+    def work() -> None:
+        if status := alphatoken([stage, *settings]):
+            raise SystemExit(f"alphatoken {stage} ended with {status}")
+
+    return counted(work)
 
 
 def size_of(run: Path, *patterns: str) -> int:
@@ -98,7 +88,7 @@ def compared(place: Path, rows: int, environment: Mapping[str, str], with_counte
         if status := alphatoken(["prepare", *again]):
             raise SystemExit(f"alphatoken prepare ended with {status}")
         for stage in ("anchor", "value"):
-            line(rows, f"{stage}, FLOPs", plan["flops"][stage]["flops"], counted(stage, again), ".3e")
+            line(rows, f"{stage}, FLOPs", plan["flops"][stage]["flops"], operations_of(stage, again), ".3e")
 
 
 def main() -> None:

@@ -7,6 +7,8 @@ Memory is what no file stands behind (RssAnon), read every 50 ms: of the driver,
 largest worker, all of it. Where the machine has less than 2 GB left the run is ended and the row says so. `--alone` adds up
 eight parts and writes their sum in this process, without Ray or a model: seconds and this process's own memory. `--rehearsal`:
 the value stage with valuation.schedule=rehearsal instead, a few steps over as many rows, saved after every second one.
+`--shards 10000`: all of `alphatoken run` instead, in bfloat16, over so many shards of a row each; the driver's peak is that of
+all stages.
 """
 
 from __future__ import annotations
@@ -121,8 +123,10 @@ def watched(command: Sequence[str], code: Path, place: Path, stage_begun: str) -
     return peak
 
 
-def measure(model: Path, rows: Path, place: Path, code: Path, workers: int, count: int, rehearsal: bool) -> Peak:
-    """Prepare, then the anchor stage watched, or with ``rehearsal`` the value stage."""
+def measure(
+    model: Path, rows: Path, place: Path, code: Path, workers: int, count: int, rehearsal: bool, shards: int
+) -> Peak:
+    """Prepare, then the anchor stage watched, or with ``rehearsal`` the value stage; with ``shards`` one run of all stages."""
     common = [
         f"run.dir={place}", f"model.policy={model}", f"data.train={rows}", f"data.validation={count}",
         "mask.stability_weight=0", "cluster.inline_below=0", f"cluster.workers={workers}", "cluster.cpus_per_worker=1",
@@ -138,6 +142,9 @@ def measure(model: Path, rows: Path, place: Path, code: Path, workers: int, coun
             "valuation.tokens_per_batch=16", f"anchor.fisher.prompts={count}", "anchor.fisher.max_new_tokens=4",
             f"valuation.layers={SCORED}",
         ]  # fmt: skip
+    if shards:
+        more = ["model.dtype=bfloat16", "data.shard_examples=1"]
+        return watched(["alphatoken.jobs", "run", *common, *anchor, *more], code, place, "run.json")
     watched(["alphatoken.jobs", "prepare", *common, *anchor], code, place, "none")
     found = watched(["alphatoken.jobs", "anchor", *common, *anchor], code, place, "anchors/partial")
     if not rehearsal:
@@ -181,6 +188,7 @@ def main() -> None:
     )
     parser.add_argument("--alone", action="store_true", help="add up and write in this process, and nothing else")
     parser.add_argument("--rehearsal", action="store_true", help="the value stage of a rehearsal")
+    parser.add_argument("--shards", type=int, default=0, help="a whole run, over so many rows and shards")
     options = parser.parse_args()
     if options.alone:
         for gigabytes in options.gigabytes:
@@ -194,11 +202,11 @@ def main() -> None:
         with tempfile.TemporaryDirectory(dir=options.place) as folder:
             place = Path(folder)
             weights = make_model(place / "model", gigabytes)
-            make_rows(place / "rows.jsonl", 3 * options.rows)
+            make_rows(place / "rows.jsonl", 2 * options.rows + (options.shards or options.rows))
             for name, code in {**codes, "this": HERE}.items():
                 found = measure(
                     place / "model", place / "rows.jsonl", place / "run", code, options.workers, options.rows,
-                    options.rehearsal,
+                    options.rehearsal, options.shards,
                 )  # fmt: skip
                 subprocess.run(["rm", "-rf", str(place / "run")], check=True)
                 said = found.ended or f"{found.seconds:.0f}"

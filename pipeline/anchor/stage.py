@@ -6,7 +6,6 @@ written as one file, and workers add the files up: the same bytes however many w
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.decoder import Coverage
 from alphatoken.pipeline.maths.model_source import ModelSource
+from alphatoken.pipeline.prepare.draw import drawn_rows
 from alphatoken.pipeline.prepare.reader import prepared_rows, sequences_of
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest
@@ -271,7 +271,7 @@ class _Anchor:
         parts = prepared_rows(self.run)
         schema, branch = (PREFERENCE_PREPARED, "chosen_") if self.run.manifest.pairs else (PREPARED, "")
         total = sum(parts.values())
-        chosen = sorted(random.Random(self.settings.run.seed).sample(range(total), min(count, total)))
+        chosen = drawn_rows(total, count, self.settings.run.seed)
         found, start = Sequences([], [], []), 0
         for part, size in parts.items():
             rows = [row - start for row in chosen if start <= row < start + size]

@@ -15,7 +15,7 @@ from ray.exceptions import RayError
 from alphatoken.pipeline.cluster.auth import about_token, token_hint
 from alphatoken.pipeline.cluster.host import kill
 from alphatoken.pipeline.cluster.pool import WorkerPool
-from alphatoken.pipeline.cluster.work import MOST_THREADS, Resources, Worker, cpus_here
+from alphatoken.pipeline.cluster.work import MOST_THREADS, Resources, Worker, cpus_here, gpus_said
 from alphatoken.pipeline.run.failure import RunFailed, first_line
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.settings import ClusterSettings
@@ -150,9 +150,11 @@ def check_gpus(asked: float, of_nodes: Sequence[float]) -> None:
     if asked <= most:
         return
     if not total:
-        remedy = "has no GPUs: start it with them (ray start --num-gpus=N), or leave cluster.gpus_per_worker out"
+        remedy = (
+            f"has {gpus_said(total)}: start it with them (ray start --num-gpus=N), or leave cluster.gpus_per_worker out"
+        )
     else:
-        held = f"has {total:g} GPUs" if len(of_nodes) == 1 else f"has {total:g} GPUs, at most {most:g} on one node"
+        held = f"has {gpus_said(total)}" + (f", at most {most:g} on one node" if len(of_nodes) > 1 else "")
         remedy = (
             f"{held}, and a worker lies on one node: set it to {most:g} at most, and for a model that is too large "
             "model.lower_dtype=int8 or int4, or model.offload=cpu"

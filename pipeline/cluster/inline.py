@@ -30,6 +30,7 @@ from alphatoken.pipeline.cluster.work import (
     caught,
     cpus_here,
     explained,
+    gpus_said,
     told_set_aside,
 )
 from alphatoken.pipeline.run.failure import RunFailed
@@ -63,9 +64,10 @@ class InlineCluster:
         found = (1.0 if has else 0.0) if isinstance(gpus, str) else gpus
         seen = torch.cuda.device_count() if has else 0
         if found > seen:
-            what = f"{seen} GPU(s)" if has else "no GPU"
             remedy = f"set it to {seen} at most" if has else "leave it out"
-            raise RunFailed(f"cluster.gpus_per_worker={gpus:g}: this machine has {what} that torch can use: {remedy}")
+            raise RunFailed(
+                f"cluster.gpus_per_worker={gpus:g}: this machine has {gpus_said(seen)} that torch can use: {remedy}"
+            )
         usual = 1 if found else max(1, min(MOST_THREADS, cpus_here()))
         return Resources(1, usual if isinstance(asked, str) else asked, found)
 

@@ -287,8 +287,7 @@ class ShardLoop:
                 self.task.progress.warn(f"a worker did not start within {limit}")
                 self._no_start(
                     host,
-                    f"no worker could be started within {limit}: the cluster must have "
-                    f"{self.hosts.resources.cpus} CPUs and {self.hosts.resources.gpus:g} GPUs free"
+                    f"no worker could be started within {limit}: the cluster must have {self.hosts.resources.each} free"
                     + (f" for each of {least} workers" if (least := self.hosts.resources.least or 1) > 1 else ""),
                 )
                 return

@@ -40,7 +40,12 @@ class Resources:
     @property
     def each(self) -> str:
         """What one takes, for messages."""
-        return f"{self.cpus} CPU{'s' * (self.cpus != 1)}" + (f" and {self.gpus:g} GPU" if self.gpus else "")
+        return f"{self.cpus} CPU{'s' * (self.cpus != 1)}" + (f" and {gpus_said(self.gpus)}" if self.gpus else "")
+
+
+def gpus_said(count: float) -> str:
+    """A number of GPUs in words, for messages; one worker may take a part of one."""
+    return f"{count:g} GPU{'s' * (count > 1)}" if count else "no GPU"
 
 
 @dataclass(frozen=True, slots=True)

@@ -88,7 +88,12 @@ class PairedParts:
             if there and part not in seconds:
                 raise unfinished(run.storage.place, "value", f"values/{part}")
             if there and seconds[part].rows != rows:
-                raise damaged("value", f"values/{part}", f"has {seconds[part].rows} rows, prepared/{part} has {rows}")
+                raise damaged(
+                    run.storage.place,
+                    "value",
+                    f"values/{part}",
+                    f"has {seconds[part].rows} rows, prepared/{part} has {rows}",
+                )
             self.rows[part] = rows
 
     def all(self, columns: Sequence[str]) -> Iterator[PairedRows]:
@@ -107,7 +112,7 @@ class PairedParts:
         else:
             values = self.tables(f"values/{part}", self.values, ["id", *stored], "value")
         for left, right in zip(prepared, values, strict=False):
-            rows = _paired(left, right, names, row, with_input_ids, stored)
+            rows = _paired(self.storage.place, left, right, names, row, with_input_ids, stored)
             if RANDOM in columns:
                 rows.components[RANDOM] = self._drawn(left, rows)
             yield rows
@@ -142,12 +147,15 @@ class PairedParts:
                     held.append(batch)
                     missing -= batch.num_rows
         except (pa.ArrowException, OSError, SchemaMismatch) as error:
-            raise damaged(stage, name, f"cannot be read ({' '.join(str(error).split())})") from error
+            raise damaged(
+                self.storage.place, stage, name, f"cannot be read ({' '.join(str(error).split())})"
+            ) from error
         if held:
             yield pa.Table.from_batches(held).combine_chunks()
 
 
 def _paired(
+    place: str,
     left: pa.Table,
     right: pa.Table | None,
     names: tuple[str, str],
@@ -155,28 +163,32 @@ def _paired(
     with_input_ids: bool,
     columns: Sequence[str],
 ) -> PairedRows:
-    """``row``: the number of the first row within the part, for messages."""
+    """``place``: of the run, and ``row``: the number of the first row within the part, both for messages."""
     labels = _column(left, "labels")
     lengths = _lengths(labels)
     input_ids = _column(left, "input_ids") if with_input_ids else None
     if input_ids is not None:
-        _refuse("prepare", names[0], row, _lengths(input_ids) != lengths, "labels is not as long as input_ids")
-    response = _flat(labels, names[0], "prepare", row) != IGNORED
+        _refuse(place, "prepare", names[0], row, _lengths(input_ids) != lengths, "labels is not as long as input_ids")
+    response = _flat(labels, place, names[0], "prepare", row) != IGNORED
     ends = np.concatenate([[0], np.cumsum(lengths)])
     offsets = np.concatenate([[0], np.cumsum(response)])[ends]
     components: dict[str, Floats] = {}
     if right is None:
         return PairedRows(offsets, labels, response, components, input_ids, left["id"])
     ids = left["id"].to_numpy(), right["id"].to_numpy()
-    _refuse("value", names[1], row, ids[0] != ids[1], f"the id is not that of {names[0]}")
+    _refuse(place, "value", names[1], row, ids[0] != ids[1], f"the id is not that of {names[0]}")
     for name in columns:
         column = _column(right, name)
-        _refuse("value", names[1], row, _lengths(column) != lengths, f"{name} is not as long as labels of {names[0]}")
-        flat = _flat(column, names[1], "value", row)
+        _refuse(
+            place, "value", names[1], row, _lengths(column) != lengths, f"{name} is not as long as labels of {names[0]}"
+        )
+        flat = _flat(column, place, names[1], "value", row)
         finite = np.isfinite(flat)
         if not finite.all():
             broken = np.searchsorted(ends, np.flatnonzero(~finite), side="right") - 1
-            _refuse("value", names[1], row, np.isin(np.arange(len(lengths)), broken), f"NaN or infinity in {name}")
+            _refuse(
+                place, "value", names[1], row, np.isin(np.arange(len(lengths)), broken), f"NaN or infinity in {name}"
+            )
         components[name] = flat[response]
     return PairedRows(offsets, labels, response, components, input_ids, left["id"])
 
@@ -190,25 +202,25 @@ def _lengths(column: pa.ListArray) -> npt.NDArray[np.int32]:
     return np.diff(column.offsets.to_numpy())
 
 
-def _flat(column: pa.ListArray, name: str, stage: str, row: int) -> npt.NDArray[Any]:
+def _flat(column: pa.ListArray, place: str, name: str, stage: str, row: int) -> npt.NDArray[Any]:
     flat = column.flatten()
     if flat.null_count:
-        raise damaged(stage, name, f"has empty list elements in the {len(column)} rows from row {row} on")
+        raise damaged(place, stage, name, f"has empty list elements in the {len(column)} rows from row {row} on")
     return flat.to_numpy(zero_copy_only=not pa.types.is_boolean(flat.type))
 
 
-def _refuse(stage: str, name: str, row: int, wrong: npt.NDArray[np.bool_], reason: str) -> None:
+def _refuse(place: str, stage: str, name: str, row: int, wrong: npt.NDArray[np.bool_], reason: str) -> None:
     """Raise RunFailed for the first of the rows that is wrong."""
     if wrong.any():
-        raise damaged(stage, name, f"row {row + int(wrong.argmax())}: {reason}")
+        raise damaged(place, stage, name, f"row {row + int(wrong.argmax())}: {reason}")
 
 
-def damaged(stage: str, name: str, reason: str) -> RunFailed:
+def damaged(place: str, stage: str, name: str, reason: str) -> RunFailed:
     """Of a part that its stage takes for finished, and that is wrong all the same."""
     joint = ", " if reason.startswith("row ") else " "
-    return RunFailed(f"{name}{joint}{reason}: make it anew, {anew('RUN', stage)}")
+    return RunFailed(f"{name}{joint}{reason}: make it anew, {anew(place, stage)}")
 
 
-def unfinished(root: str, stage: str, name: str) -> RunFailed:
+def unfinished(place: str, stage: str, name: str) -> RunFailed:
     """Of a part that its stage does not take for finished either, and so makes again."""
-    return RunFailed(f"{name} is missing, damaged or of another run: {again(root, stage)}")
+    return RunFailed(f"{name} is missing, damaged or of another run: {again(place, stage)}")

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from alphatoken.data_schemas import BRANCHES, PREFERENCE_PREPARED, PREFERENCE_REFERENCE
@@ -55,29 +56,32 @@ def write_pairs_part(
             )
         for chosen, rejected, text, *stored in zip(*sides, texts, *logps, strict=True):
             if any(theirs["id"] != text["id"] for theirs in stored):
-                raise damaged("value", f"reference/{part}", "has other ids than prepared/")
+                raise damaged(storage.place, "value", f"reference/{part}", "has other ids than prepared/")
+            for branch, rows, theirs in zip(BRANCHES, (chosen, rejected), stored, strict=True):
+                if not np.array_equal(_starts(theirs["logps"].combine_chunks()), rows.token_offsets()):
+                    reason = f"has {branch}_logps that are not as long as labels"
+                    raise damaged(storage.place, "value", f"reference/{part}", reason)
             for mask, file, tally in zip(masks, files, tallies, strict=True):
                 made = {column: text[column] for column in TEXTS}
                 for branch, rows, theirs in zip(BRANCHES, (chosen, rejected), stored, strict=True):
-                    made |= _branch(branch, mask, rows, theirs["logps"], tally[branch], part)
+                    made |= _branch(branch, mask, rows, theirs["logps"], tally[branch])
                 if file is not None:
                     file.write(pa.table([made[column] for column in mask.schema.names], schema=mask.schema))
             advance(len(chosen))
 
 
-def _branch(
-    branch: str, mask: Written, rows: PairedRows, logps: pa.ChunkedArray, tally: Tally, part: str
-) -> dict[str, Any]:
+def _branch(branch: str, mask: Written, rows: PairedRows, logps: pa.ChunkedArray, tally: Tally) -> dict[str, Any]:
     """The columns of one branch; its decisions are counted."""
     kept, weights = mask.deciders[branch].decide(rows, tally)
     names = [name.removeprefix(f"{branch}_") for name in mask.schema.names if name.startswith(f"{branch}_")]
     columns = dict(zip((f"{branch}_{n}" for n in names), mask_columns(rows, kept, weights, names), strict=True))
-    theirs = logps.combine_chunks()
-    starts = theirs.offsets.to_numpy()
-    if not np.array_equal(starts - starts[0], rows.token_offsets()):
-        raise damaged("value", f"reference/{part}", f"has {branch}_logps that are not as long as labels")
-    flat = theirs.flatten().to_numpy().astype(np.float64)
+    flat = logps.combine_chunks().flatten().to_numpy().astype(np.float64)
     for over, which in (("", kept), ("_all", rows.response)):
         summed = sums_by_row(np.where(which, flat, 0.0), rows.token_offsets())
         columns[f"ref_{branch}_logps{over}"] = pa.array(summed.astype(np.float32))
     return columns
+
+
+def _starts(column: pa.ListArray) -> npt.NDArray[np.int32]:
+    starts = column.offsets.to_numpy()
+    return starts - starts[0]

@@ -17,11 +17,10 @@ from alphatoken.pipeline.anchor.orders import check_examples, check_validation
 from alphatoken.pipeline.anchor.own_step import check_covered
 from alphatoken.pipeline.anchor.places import TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.summing import parts_of
-from alphatoken.pipeline.anchor.tape import kept_every, too_long
 from alphatoken.pipeline.anchor.worker import PROMPTS_PER_BATCH
 from alphatoken.pipeline.cluster.choice import is_inline
 from alphatoken.pipeline.cluster.token_batches import CPU_TOKENS
-from alphatoken.pipeline.maths.batch import Sequences, response_start
+from alphatoken.pipeline.maths.batch import Sequences, by_token_budget, response_start
 from alphatoken.pipeline.maths.costs import (
     DIRECTIONS,
     ModelCosts,
@@ -38,7 +37,6 @@ from alphatoken.pipeline.maths.costs import (
     rehearsal_flops,
     sampling_flops,
     shapes_of,
-    sweep_flops,
     value_floor,
     value_flops,
     value_memory,
@@ -51,6 +49,7 @@ from alphatoken.pipeline.plan.device_memory import device_memory, is_laid_out
 from alphatoken.pipeline.plan.devices import Here, device_here, device_hours
 from alphatoken.pipeline.plan.sample import Sample, sample_data
 from alphatoken.pipeline.plan.seconds import stage_seconds
+from alphatoken.pipeline.plan.simulated import scale_flops, unrolled_flops, warmup_flops
 from alphatoken.pipeline.plan.sizes import directions_bytes, file_sizes
 from alphatoken.pipeline.prepare.outcome import IGNORED
 from alphatoken.pipeline.prepare.pairs import Pair
@@ -91,7 +90,7 @@ def make_plan(run: Run) -> dict[str, Any]:
     drift = planned_drift(settings, models)
     budget = settings.valuation.tokens_per_batch
     budget = budget if isinstance(budget, int) else CPU_TOKENS
-    shapes = train_shapes(sample, budget)
+    shapes = train_shapes(sample, budget, int(settings.data.shard_examples))
     snapshots = settings.snapshots(drift)
     tokens, response = _tokens(sample.train), _response(sample.train)
     scale = sample.scale
@@ -236,12 +235,17 @@ def _held_shapes(examples: Sequence[Example], rows: int) -> Shapes:
     return shapes.times(rows / len(examples))
 
 
-def train_shapes(sample: Sample, budget: int) -> Shapes:
-    """The value stage's batches over all training examples."""
+def train_shapes(sample: Sample, budget: int, shard_examples: int) -> Shapes:
+    """The value stage's batches over all training examples, which do not reach from one shard into the next."""
     rows = Sequences(*([getattr(e, name) for e in sample.train] for name in ("id", "input_ids", "labels")))
     labels = (with_what_follows(rows, sample.overlap)[0] if sample.overlap else rows).labels
     predicting = sum(label != IGNORED for row in labels for label in row)
-    return budget_shapes([len(row) for row in rows.input_ids], predicting, budget).times(sample.scale)
+    inputs = {source: number for number, source in enumerate(dict.fromkeys(e.source for e in sample.train))}
+    shards: dict[int, list[int]] = {}
+    for example, ids in zip(sample.train, rows.input_ids, strict=True):
+        shards.setdefault(inputs[example.source] // shard_examples, []).append(len(ids))
+    batches = [(len(group), own[group[0]]) for own in shards.values() for group in by_token_budget(own, budget)]
+    return shapes_of(batches, predicting).times(sample.scale)
 
 
 def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, checkpoints: int = 1) -> dict[str, int]:
@@ -253,10 +257,11 @@ def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, 
         check_examples(sample.train_rows, anchor.unroll.batch_size)
         if settings.valuation.own_step:
             check_covered(sample.train_rows, anchor.unroll)
-        made, moved = unrolled_flops(m, sample, settings, drift), 0
+        objectives = len(rows_of_objectives(sample, settings)) + (drift != "none")
+        made, moved = unrolled_flops(m, sample, settings, objectives, loss_flops(m, validation)), 0
         gradients = anchor.unroll.orders
     else:
-        made, moved = 0, warmup_flops(m, sample.train, settings) if drift == "warmup" else 0
+        made, moved = 0, warmup_flops(m, sample, settings) if drift == "warmup" else 0
         gradients = anchor.points(drift, checkpoints)
     has_fisher = drift != "none" or settings.anchor.precondition != "none"
     found = {
@@ -266,6 +271,8 @@ def anchor_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str, 
         "validation_gradient": gradients * (ghost_flops(m, validation) + outer_flops(m, validation.predicting)),
         "guard": sum(guard_flops(m, _lengths(rows)) for rows in (sample.fisher if has_fisher else (), sample.train)),
     }
+    if anchor.scaled:
+        found["scale"] = scale_flops(m, sample, settings, settings.snapshots(drift, checkpoints))
     if (kept := retention_shapes(sample)) and settings.objectives:
         found["retention_gradient"] = gradients * (ghost_flops(m, kept) + outer_flops(m, kept.predicting))
     return {"flops": sum(found.values()), **found}
@@ -289,38 +296,6 @@ def fisher_flops(m: ModelCosts, prompts: Sequence[Example], new: int) -> int:
             shapes = budget_shapes([length + new for length in batch], len(batch) * new, TOKENS_PER_PASS)
             total += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
     return total
-
-
-def warmup_flops(m: ModelCosts, examples: Sequence[Example], settings: Settings) -> int:
-    """Steps on batches of sampled examples: a ghost pass and the sum of its outer products each."""
-    warmup = settings.anchor.warmup
-    steps = step_shapes(examples, warmup.steps, warmup.batch_size)
-    return sum(ghost_flops(m, shapes) + outer_flops(m, shapes.tokens) for shapes in steps)
-
-
-def step_shapes(examples: Sequence[Example], steps: int, batch_size: int) -> list[Shapes]:
-    """The batch of each step of a training run on sampled examples."""
-    found = []
-    for step in range(steps):
-        batch = [examples[(step * batch_size + i) % len(examples)] for i in range(batch_size)]
-        longest = max(len(example.input_ids) for example in batch)
-        found.append(shapes_of([(len(batch), longest)], _response(batch)))
-    return found
-
-
-def unrolled_flops(m: ModelCosts, sample: Sample, settings: Settings, drift: str) -> int:
-    """All orders: the run, where the tape keeps not every state the steps made again, the sweep back, the run without the
-    lowest tokens, and validation losses before, after and there. Raises SettingsWrong for a tape beyond its bound."""
-    unroll = settings.anchor.unroll
-    every = kept_every(unroll.steps, m.scored_stored, unroll.tape_bytes)
-    if every is None:
-        raise SettingsWrong([too_long(unroll.steps, m.scored_stored, unroll.tape_bytes)])
-    objectives, forward, sweep = len(rows_of_objectives(sample, settings)) + (drift != "none"), 0, 0
-    for shapes in step_shapes(sample.train, unroll.steps, unroll.batch_size):
-        forward += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
-        sweep += sweep_flops(m, shapes, objectives)
-    losses = 3 * loss_flops(m, validation_shapes(sample))
-    return unroll.orders * ((2 if every == 1 else 3) * forward + sweep + losses)
 
 
 def _split(sample: Sample) -> dict[str, int]:

@@ -28,7 +28,7 @@ SAMPLE = 512
 
 @dataclass(frozen=True, slots=True)
 class Sample:
-    """Tokenized rows in the order in which `prepare` draws them.
+    """Tokenized rows: of ``train`` in the order of their files, as `prepare` writes them; held out in that in which it draws.
 
     ``rows``: of data.train; ``train_inputs``: about how many of them are trained on; ``train_rows``: about how many examples
     those make, more where long rows are split; ``train``: a sample of these, of pairs both branches one after the other;
@@ -97,7 +97,8 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     if overlap is not None:  # rows that are trained on; those that are held out are cut
         several = _examples(lambda row, source: make.split(row, source, overlap), train, drawn, data)
     drawn_out = set(usable[:wanted])
-    trained = [made for row, made in enumerate(several) if made is not None and row not in drawn_out]
+    in_files = sorted(range(len(drawn)), key=drawn.__getitem__)
+    trained = [made for row in in_files if (made := several[row]) is not None and row not in drawn_out]
     if len(usable) < wanted or not trained:
         raise RunFailed(
             f"data.train: of {len(drawn)} sampled rows only {len(usable)} can be used, {wanted} are held out{because(refused)}"

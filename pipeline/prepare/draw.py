@@ -14,6 +14,11 @@ def draw_order(rows: int, seed: int) -> Iterator[int]:
         moved[other] = moved.get(index, index)
 
 
+def drawn_rows(rows: int, wanted: int, seed: int) -> list[int]:
+    """``wanted`` of ``range(rows)``, or all where there are fewer, in order: on what a warm-up or an unrolled run trains."""
+    return sorted(random.Random(seed).sample(range(rows), min(wanted, rows)))
+
+
 LEAST_TO_CUT = 8  # validation rows: with fewer, neither half would say anything
 
 

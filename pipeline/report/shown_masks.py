@@ -13,6 +13,7 @@ from alphatoken.pipeline.mask.layout import finished_masks
 from alphatoken.pipeline.mask.rehearsed import is_rehearsed
 from alphatoken.pipeline.mask.valuing import Valuing
 from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.run.remedies import first
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import MaskSettings
 from alphatoken.pipeline.settings.mask import WITHOUT_VALUES
@@ -54,7 +55,7 @@ def finished(run: Run) -> list[str]:
     """The names of the masks that are whole; some may have been removed since. Raises RunFailed where there is none."""
     names = finished_masks(run.storage, run.manifest)
     if not names:
-        raise RunFailed(f"there is no mask in {run.storage.root}: run `alphatoken mask` first")
+        raise RunFailed(f"there is no mask in {run.storage.root}: {first(run.storage.place, 'mask')}")
     return names
 
 

@@ -17,6 +17,7 @@ from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.mismatch import mismatch
 from alphatoken.pipeline.run.redaction import without_secrets
+from alphatoken.pipeline.run.remedies import first
 from alphatoken.pipeline.run.storage import MANIFEST, Storage
 from alphatoken.pipeline.settings import STAGES
 
@@ -68,7 +69,9 @@ class Manifest:
         """The record of a finished stage; raises RunFailed with the command to type when it is not finished."""
         if not self.done(stage):
             where = self.storage.root
-            raise RunFailed(f"{for_stage} needs {stage}, which is not done in {where}: run `alphatoken {stage}` first")
+            raise RunFailed(
+                f"{for_stage} needs {stage}, which is not done in {where}: {first(self.storage.place, stage)}"
+            )
         return self.stage(stage)
 
     def discard(self, first: str) -> None:

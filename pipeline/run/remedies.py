@@ -19,6 +19,11 @@ def anew(place: str, stage: str, more: Mapping[str, object] | None = None) -> st
     return f"`alphatoken run {_own(place, 'run.json')} {added}run.overwrite={stage}`"
 
 
+def first(place: str, stage: str) -> str:
+    """Of what a run has not got yet."""
+    return f"run `alphatoken {stage} {_own(place, 'run.json')}` first"
+
+
 def mask_again(place: str, name: str) -> str:
     """Of a mask whose shards are missing; it keeps its settings."""
     return f"`alphatoken mask {_own(place, f'masks/{name}/summary.json')}` makes it again"

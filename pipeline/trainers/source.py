@@ -13,7 +13,7 @@ from alphatoken.pipeline.mask.layout import finished_masks, mask_part, open_part
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.manifest import Manifest
 from alphatoken.pipeline.run.presence import require_run
-from alphatoken.pipeline.run.remedies import mask_anew
+from alphatoken.pipeline.run.remedies import first, mask_anew
 from alphatoken.pipeline.run.storage import Storage
 
 ROWS_AT_ONCE = 64  # of which each may have tens of thousands of tokens
@@ -74,7 +74,7 @@ def open_mask(run: str, name: str) -> MaskSource:
     manifest = Manifest(storage)
     done = finished_masks(storage, manifest)
     if name not in done:
-        there = f"there are {', '.join(done)}" if done else "there is none: run `alphatoken mask` first"
+        there = f"there are {', '.join(done)}" if done else f"there is none: {first(storage.place, 'mask')}"
         raise SettingsWrong([f"--mask {name}: {storage.root} has no such mask; {there}"])
     require_shards(storage, name)
     counts = manifest.stage("prepare")["counts"]

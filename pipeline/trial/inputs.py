@@ -17,6 +17,7 @@ from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.prepare.reader import retention_rows
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.fingerprint import digest, of_model
+from alphatoken.pipeline.run.remedies import first
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.trial.budget import CPU_RATE, DEVICE_RATE, Extent, Lengths, extent, lengths_of, trial_flops
@@ -145,7 +146,9 @@ def chosen_masks(run: Run) -> tuple[list[str], list[str]]:
     there, asked = masks_of(run), run.settings.trial.masks
     if not there:
         run.manifest.require("prepare", "trial")
-        raise RunFailed(f"trial needs a mask, and there is none in {run.storage.root}: run `alphatoken mask` first")
+        raise RunFailed(
+            f"trial needs a mask, and there is none in {run.storage.root}: {first(run.storage.place, 'mask')}"
+        )
     if unknown := [name for name in asked if name not in there]:
         raise SettingsWrong(
             [f"trial.masks={name}: there is no such mask in {run.storage.root}: {', '.join(there)}" for name in unknown]

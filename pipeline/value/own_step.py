@@ -19,7 +19,7 @@ class OwnStepValues:
     """``orders``: of the simulated runs; ``objectives``: those that have a column."""
 
     def __init__(self, storage: Storage, orders: int, objectives: Sequence[str]) -> None:
-        self.objectives = tuple(objectives)
+        self.place, self.objectives = storage.place, tuple(objectives)
         runs = [mapped_tensors(storage, PLACE.format(order=order)) for order in range(orders)]
         self.starts = np.concatenate([[0], np.cumsum(runs[0][TOKENS].numpy().astype(np.int64))])
         nothing = np.zeros(int(self.starts[-1]), np.float64)  # stability without a drift
@@ -37,7 +37,7 @@ class OwnStepValues:
             if own.stop - own.start != inside.sum():
                 raise RunFailed(
                     f"anchors/ has values of other rows than row {row} of prepared/: make them anew, "
-                    f"{anew('RUN', 'anchor')}"
+                    f"{anew(self.place, 'anchor')}"
                 )
             for name in self.objectives:
                 values = np.zeros(len(labels), np.float32)

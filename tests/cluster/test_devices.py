@@ -83,13 +83,13 @@ def test_fewer_devices_than_asked_for_is_a_line_with_a_remedy():
     check_gpus(2, [4, 2])
     check_gpus(0.5, [1])
     for asked, nodes, said in (
-        (1, [0, 0], "the cluster has no GPUs: start it with them .* or leave cluster.gpus_per_worker out"),
+        (1, [0, 0], "the cluster has no GPU: start it with them .* or leave cluster.gpus_per_worker out"),
         (
             5,
             [4, 3],
             "has 7 GPUs, at most 4 on one node, and a worker lies on one node: set it to 4 at most, .*offload=cpu",
         ),
-        (2, [1], "has 1 GPUs, and a worker lies on one node: set it to 1 at most"),
+        (2, [1], "has 1 GPU, and a worker lies on one node: set it to 1 at most"),
     ):
         with pytest.raises(RunFailed, match=f"cluster.gpus_per_worker={asked}: .*{said}"):
             check_gpus(asked, nodes)

@@ -101,7 +101,7 @@ def test_fewer_devices_than_asked_for_is_one_line_with_a_remedy(ray_cluster, tmp
 
 def test_too_few_workers_for_a_range_end_the_stage_in_one_line(ray_cluster, tmp_path):
     with (
-        pytest.raises(RunFailed, match="1 CPUs and 1 GPUs free for each of 2 workers"),
+        pytest.raises(RunFailed, match="1 CPU and 1 GPU free for each of 2 workers"),
         Progress(Console(quiet=True)) as progress,
         WorkerPool(Marked, {"directory": str(tmp_path)}, Resources(4, 1, 1.0, 2), 1.5, False) as pool,
         progress.task("marks", 1, "numbers") as task,

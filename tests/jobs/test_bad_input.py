@@ -290,7 +290,9 @@ def test_a_stage_before_its_time_names_the_one_to_run(alphatoken, tmp_path, poli
     assert alphatoken("prepare", *same)[0] == 0
     for stage, missing in (("value", "anchor"), ("mask", "value"), ("report", "mask")):
         status, _, err = alphatoken(stage, *same)
-        assert status == 1 and f"run `alphatoken {missing}` first" in err
+        own = f"--from {tmp_path}/r/run.json run.dir={tmp_path}/r"
+        assert status == 1 and f"run `alphatoken {missing} {own}` first" in err
+    assert alphatoken("anchor", *own.split())[0] == 0  # as it says
 
 
 def test_a_prepared_part_that_is_gone_is_no_empty_one(alphatoken, tmp_path, policy, train_file):

@@ -209,7 +209,7 @@ def test_what_cannot_be_tried_is_refused_in_a_line(alphatoken, run, tmp_path, ma
     assert alphatoken("mask", *own)[0] == 0 and part.read_bytes() != before  # as it says
     part.write_bytes(before)
     shutil.rmtree(run / "masks")
-    refused(1, "run `alphatoken mask` first")
+    refused(1, f"run `alphatoken mask --from {run}/run.json run.dir={run}` first")
     found, _, err = alphatoken("trial", f"run.dir={tmp_path}/none")
     assert found == 1 and "there is no such directory" in err.splitlines()[-1]
 
