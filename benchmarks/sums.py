@@ -7,8 +7,8 @@ Memory is what no file stands behind (RssAnon), read every 50 ms: of the driver,
 largest worker, all of it. Where the machine has less than 2 GB left the run is ended and the row says so. `--alone` adds up
 eight parts and writes their sum in this process, without Ray or a model: seconds and this process's own memory. `--rehearsal`:
 the value stage with valuation.schedule=rehearsal instead, a few steps over as many rows, saved after every second one.
-`--shards 10000`: all of `alphatoken run` instead, in bfloat16, over so many shards of a row each; the driver's peak is that of
-all stages.
+`--shards 10000`: all of `alphatoken run` instead, in bfloat16, over so many shards of a row each, with the direct path alone; the
+driver's peak is that of all stages.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def measure(
             f"valuation.layers={SCORED}",
         ]  # fmt: skip
     if shards:
-        more = ["model.dtype=bfloat16", "data.shard_examples=1"]
+        more = ["model.dtype=bfloat16", "data.shard_examples=1", "valuation.scores=[paper]", "valuation.window=0", "mask=paper"]
         return watched(["alphatoken.jobs", "run", *common, *anchor, *more], code, place, "run.json")
     watched(["alphatoken.jobs", "prepare", *common, *anchor], code, place, "none")
     found = watched(["alphatoken.jobs", "anchor", *common, *anchor], code, place, "anchors/partial")

@@ -95,6 +95,8 @@ def _told(counts: dict[str, Any], made: int, left_out: int) -> str:
     """How far the validation loss falls when the run leaves out the tokens of the lowest values, on both sets of rows."""
     own, other = (counts[f"{rows}_after"] - counts[f"{rows}_masked"] for rows in ("made", "left_out"))
     share = "none on the rows that made it" if not own > 0 else f"{other / own:.0%} of it"
+    if made + left_out < ENOUGH_VALIDATION:
+        share += f"; {left_out} rows are too few to go by, `alphatoken trial` has others"
     tape = "" if counts["tape_every"] == 1 else f"; every {counts['tape_every']}th state was kept"
     return (
         f"validation loss {counts['made_before']:.4f} to {counts['made_after']:.4f} nats; without the lowest tenth of the "

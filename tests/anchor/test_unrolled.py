@@ -181,6 +181,7 @@ def test_few_validation_rows_are_warned_of_and_the_fall_on_rows_left_out_is_told
     said = out + err
     assert "warning: 20 validation rows are few" in said
     assert "on the 18 rows that made the direction" in said and "on 2 others" in said
+    assert "; 2 rows are too few to go by, `alphatoken trial` has others)" in said
 
 
 def test_the_time_that_measuring_takes_is_part_of_the_total():
