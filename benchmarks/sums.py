@@ -143,7 +143,13 @@ def measure(
             f"valuation.layers={SCORED}",
         ]  # fmt: skip
     if shards:
-        more = ["model.dtype=bfloat16", "data.shard_examples=1", "valuation.scores=[paper]", "valuation.window=0", "mask=paper"]
+        more = [
+            "model.dtype=bfloat16",
+            "data.shard_examples=1",
+            "valuation.scores=[paper]",
+            "valuation.window=0",
+            "mask=paper",
+        ]
         return watched(["alphatoken.jobs", "run", *common, *anchor, *more], code, place, "run.json")
     watched(["alphatoken.jobs", "prepare", *common, *anchor], code, place, "none")
     found = watched(["alphatoken.jobs", "anchor", *common, *anchor], code, place, "anchors/partial")
