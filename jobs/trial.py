@@ -23,6 +23,7 @@ from alphatoken.pipeline.settings import MaskSettings, Settings
 TITLES = {"margin": "margin", "reward_accuracy": "preferred", "retention_loss": "retention"}
 WIDE = 110  # columns of a terminal that hold both tables with each candidate in one line
 AUTO = ("noise", "paper")  # presets that trial.auto tries beside the run's own mask
+AT_RHO = "_rho-"  # between a mask's name and the rho at which trial.rho has it
 
 
 def of_the_run(overrides: Sequence[str], recorded: Mapping[str, Any] | None) -> Settings:
@@ -60,7 +61,9 @@ def execute_auto(session: Session) -> None:
     own = session.settings.mask
     names = list(session.settings.trial.masks) or [own.name, *(name for name in AUTO if name != own.name)]
     asked = {name: _named(session, name) for name in names}
-    summary = try_masks(session, made_masks(session, _at_each_rho(session, asked, names), optional=AUTO))
+    wanted = _at_each_rho(session, asked, names)
+    optional = [name for name in wanted if name.partition(AT_RHO)[0] in AUTO]
+    summary = try_masks(session, made_masks(session, wanted, optional))
     chosen = write_chosen(session, summary)
     session.manifest.record({"mask": own})  # which was asked for, and not what came of it
     tell(summary)
@@ -68,7 +71,12 @@ def execute_auto(session: Session) -> None:
 
 
 def check_names(session: Session) -> None:
-    """Raise SettingsWrong for a mask of trial.masks that there will not be at the end of `run`."""
+    """Raise SettingsWrong for a mask that there will not be at the end of `run`, or that cannot be tried."""
+    mask = session.settings.mask
+    if mask.rule == "weight" and mask.name in (session.settings.trial.masks or [mask.name]):
+        raise SettingsWrong(
+            [f"trial.auto=true tries mask {mask.name}, whose mask.rule=weight leaves all labels: set trial.auto=false"]
+        )
     for name in session.settings.trial.masks:
         if name != session.settings.mask.name:
             _named(session, name)
@@ -141,17 +149,25 @@ def _at_each_rho(
     rhos = session.settings.trial.rho
     if not rhos:
         return dict(asked)
-    from alphatoken.pipeline.trial.inputs import masks_of
-
     found: dict[str, MaskSettings | None] = {}
-    for name in names or [one for one in masks_of(session.run) if "_rho-" not in one]:
+    for name in names or _to_vary(session):
         settings = asked.get(name)
         if settings is None:
             recorded = summary_of(session.storage, name)["settings"]
             settings = MaskSettings(**recorded)
         for rho in rhos:
-            found[f"{name}_rho-{rho}"] = replace(settings, rho=rho, name=f"{name}_rho-{rho}")
+            found[f"{name}{AT_RHO}{rho}"] = replace(settings, rho=rho, name=f"{name}{AT_RHO}{rho}")
     return found
+
+
+def _to_vary(session: Session) -> list[str]:
+    """The masks of the run that trial.rho is for: not those that it has made of others, and none that cannot be tried."""
+    from alphatoken.pipeline.trial.inputs import chosen_masks
+
+    there, notes = chosen_masks(session.run)
+    for note in notes:
+        session.progress.say(f"trial: {note}")
+    return [name for name in there if name.partition(AT_RHO)[0] not in there or AT_RHO not in name]
 
 
 def made_masks(session: Session, asked: Mapping[str, MaskSettings | None], optional: Sequence[str] = ()) -> list[str]:

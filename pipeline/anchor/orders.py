@@ -27,7 +27,8 @@ def check_validation(rows: int, objective: str = "adaptation") -> str | None:
         raise SettingsWrong(
             [
                 f"anchor.direction=unrolled with {rows} validation rows{of} fits them and not the task: give {key} at "
-                f"least {LEAST_VALIDATION}, better {ENOUGH_VALIDATION}, or set anchor.direction=gradient"
+                f"least {LEAST_VALIDATION} (with data.validation_trial=half twice that), better {ENOUGH_VALIDATION}, or set "
+                "anchor.direction=gradient"
             ]
         )
     if rows < ENOUGH_VALIDATION:

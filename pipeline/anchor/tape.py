@@ -73,6 +73,16 @@ class Tape:
         """Of the file of the run's whole state before a step."""
         return f"{self.place}/state-{step:05d}.safetensors"
 
+    def state_before(self, step: int) -> int:
+        """The last step up to ``step`` before which the whole state is there; 0 is the model's own. An earlier one than that of
+        ``every`` where the run was begun with another bound."""
+        there = (
+            at
+            for at in range(step, 0, -1)
+            if counts_of(self.storage, self.state_name(at), self.fingerprint) is not None
+        )
+        return next(there, 0)
+
     def put(self, step: int, taped: Taped) -> None:
         """Keep a step of an Adam run."""
         assert isinstance(taped.scale, dict)

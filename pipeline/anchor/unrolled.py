@@ -119,10 +119,16 @@ class UnrolledRun:
         forward = Saving(self.storage, f"{PARTIAL}/unroll-forward-{order:02d}.safetensors", fingerprint)
         marks = carried(fingerprint, {})
 
-        def again(begin: int, stop: int) -> None:
+        def again(first: int, stop: int) -> None:
+            begin = tape.state_before(first)
             start = (begin, read_tensors(self.storage, tape.state_name(begin))) if begin else None
+
+            def put(step: int, taped: Taped) -> None:
+                if step >= first or every == 1:
+                    tape.put(step, taped)
+
             simulate(
-                self.scored, SimulatedRun(self.start, self.descent, start), self.batches, self.kernel, tape.put, stop
+                self.scored, SimulatedRun(self.start, self.descent, start), self.batches, self.kernel, put, stop
             )  # fmt: skip
 
         tape = Tape(self.storage, order, fingerprint, self.start, steps, every, again)

@@ -38,6 +38,7 @@ from alphatoken.pipeline.run.run import Run
 
 ROWS_AT_ONCE = 256
 TIES_WORTH_SAYING = 0.01
+LESS_WORTH_SAYING = 0.01  # of a mean of soft weights
 ONLY_ALWAYS_WORTH_SAYING = 0.02  # of the examples
 
 
@@ -197,6 +198,11 @@ def _what_happened(inputs: MaskInputs, decider: Decider, tally: Tally, counts: d
         notes.append("mask.rule=positive keeps every value above 0: mask.rho and mask.scope are unused")
     elif settings.rule == "weight":
         notes.append("labels keep every response token: a trainer has to multiply each token's loss by loss_weight")
+        mean = tally.soft.as_json()["mean"]
+        if mean < settings.rho - LESS_WORTH_SAYING:
+            notes.append(
+                f"tokens that are left out weigh 0: the mean weight is {mean:.3f}, not mask.rho={settings.rho}"
+            )
     elif settings.scope in ("dataset", "token_id"):
         sizes = found.groups.sizes.tolist() if found.groups else [counts["response_tokens"]]
         settled = counts["kept_tokens"] - counts["kept_only_by_always_keep"] - counts["kept_only_by_min_kept"]

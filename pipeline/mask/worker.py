@@ -74,7 +74,8 @@ class Decider:
         always = rows.made(self.always_key, lambda: _among(rows, self.always))
         tally.lengths.add(np.diff(rows.token_offsets()))
         tally.left_out.add(rows.offsets, first, unstable, harmful, always)
-        inside = keep_flat(ranked, rows.offsets, threshold, always, _fewest(settings.min_kept, rows.offsets, always))
+        fewest = _fewest(settings.min_kept, rows.offsets, always)
+        inside = keep_flat(ranked, rows.offsets, threshold, always, fewest, never=harmful)
         columns = {
             name: rows.made(("moments", name), partial(ColumnMoments.of, rows.components[name]))
             for name in self.columns

@@ -267,16 +267,22 @@ def sums_by_row(numbers: npt.NDArray[Any], offsets: npt.NDArray[Any]) -> npt.NDA
 
 
 def keep_flat(
-    values: Floats, offsets: Ints, threshold: np.float32 | Floats, always: Bools, min_kept: int | Ints
+    values: Floats,
+    offsets: Ints,
+    threshold: np.float32 | Floats,
+    always: Bools,
+    min_kept: int | Ints,
+    never: Bools | None = None,
 ) -> Bools:
     """``keep`` for the response tokens of many examples; ``threshold`` is one number or one per token, ``min_kept`` one number
-    or one per example.
+    or one per example. ``never``: tokens that are not added either, so that fewer may be kept.
     """
     kept = (values >= threshold) | always
     missing = np.minimum(min_kept, np.diff(offsets)) - sums_by_row(kept, offsets)
     for example in np.flatnonzero(missing > 0):
         start, stop = offsets[example], offsets[example + 1]
-        others = start + np.flatnonzero(~kept[start:stop])
+        free = ~kept[start:stop] if never is None else ~(kept | never)[start:stop]
+        others = start + np.flatnonzero(free)
         best = np.argsort(-values[others], kind="stable")[: missing[example]]
         kept[others[best]] = True
     return kept

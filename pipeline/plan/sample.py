@@ -114,9 +114,10 @@ def sample_data(settings: Settings, policy: str) -> Sample:
         return pair(row, source).chosen if preference and is_pair(row, columns) else make(row, source)
 
     other, tasks = open_validation(data)
+    in_use: Sequence[int] = ()
     if other is not None:
-        validation_rows = len(halves(other.starts[-1], settings.run.seed)[0]) if is_half else other.starts[-1]
-
+        in_use = halves(other.starts[-1], settings.run.seed)[0] if is_half else range(other.starts[-1])
+        validation_rows = len(in_use)
         some = _examples(either, other, range(min(validation_rows, SAMPLE)), data)
         validation = [example for example in some if example is not None]
         if not validation:
@@ -130,13 +131,18 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     return Sample(
         total, inputs, round(inputs * len(flat) / len(trained)), tuple(sequences), tuple(flat) if preference else (),
         tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1,
-        {objective_of(task): _rows_in(other, names) for task, names in tasks.items()}, retention, retention_rows, train.remarks,
+        {objective_of(task): _rows_in(other, names, in_use) for task, names in tasks.items()}, retention, retention_rows, train.remarks,
         overlap, len(drawn),
     )  # fmt: skip
 
 
-def _rows_in(sources: Sources | None, names: Sequence[str]) -> int:
-    return sum(len(file.rows) for file in (sources.files if sources else ()) if file.name in names)
+def _rows_in(sources: Sources | None, names: Sequence[str], rows: Sequence[int]) -> int:
+    """How many of ``rows`` are of the files ``names``."""
+    if sources is None:
+        return 0
+    files = zip(sources.files, sources.starts[:-1], sources.starts[1:], strict=True)
+    own = [(start, stop) for file, start, stop in files if file.name in names]
+    return sum(start <= row < stop for row in rows for start, stop in own)
 
 
 def _retention(make: Callable[[Any, str], Example], data: DataSettings) -> tuple[tuple[Example, ...], int]:

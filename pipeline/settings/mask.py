@@ -216,11 +216,16 @@ class MaskSettings:
 
     def unknown(self, there: Collection[str]) -> list[str]:
         """Tasks that are asked for and have no columns in ``there``, one sentence each; of resolved settings."""
-        if self.require == "all":
+        if self.require == "all" and not names_in(there, "unrolled"):
             return [
                 "mask.require=all: values/ has no columns of tasks: give data.validation={task: FILE, ...} or data.retention=FILE"
             ]
         asked = {"mask.weights": self.weighed, "mask.require": self.required}
+        if self.required and not names_in(there, self.score) and names_in(there, "unrolled"):
+            return [
+                f"mask.require goes by values along directions, and values/ has those at own steps alone: mask.score={self.score} "
+                "cannot be used with it, set mask.score=unrolled"
+            ]
         return [line for key, names in asked.items() for line in unknown_names(key, names, there, self.score)]
 
     def missing(self, there: Collection[str], scores: Collection[str]) -> list[tuple[str, dict[str, Any]]]:

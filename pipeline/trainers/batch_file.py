@@ -45,11 +45,16 @@ def read_batch(file: Path) -> dict[str, Ints]:
 
 
 def batch_of(found: Mapping[str, Any], name: str = "the batch") -> dict[str, Ints]:
-    """The integer arrays of a batch in memory, tensors on the CPU or arrays; what is not in READ is left out.
+    """The integer arrays of a batch in memory, tensors on any device or arrays; what is not in READ is left out.
 
     Raises RunFailed, which calls it ``name``, for one without input_ids or anything that says what is in the loss.
     """
-    batch = {one: np.asarray(found[one]).astype(np.int64) for one in READ if found.get(one) is not None}
+    here = {
+        one: found[one].cpu() if hasattr(found[one], "cpu") else found[one]
+        for one in READ
+        if found.get(one) is not None
+    }
+    batch = {one: np.asarray(here[one]).astype(np.int64) for one in here}
     if "input_ids" not in batch or not any(one in batch for one in ("labels", *MASKS)):
         there = ", ".join(sorted(found)) or "nothing"
         raise RunFailed(f"{name}: needs input_ids and labels (or {', '.join(MASKS)}), and holds {there}")
@@ -75,7 +80,8 @@ def _loaded(file: Path) -> Mapping[str, Any]:
 def sequences_of(batch: Mapping[str, Ints]) -> list[Sequence]:
     """Cut a batch where its sequences end, padding left out.
 
-    Padding: where attention_mask is 0. Several sequences in one row are told apart by position_ids that start anew, by
+    Padding: where attention_mask is 0, and tokens of one id at the end that all stand at position 0 and have no label.
+    Several sequences in one row are told apart by position_ids that start anew, by
     an attention_mask that counts them, or by cu_seq_lens_q. A batch that has none of these has rows that are one
     sequence each, padding included. Raises RunFailed for arrays that do not fit together.
     """
@@ -91,6 +97,8 @@ def sequences_of(batch: Mapping[str, Ints]) -> list[Sequence]:
     found = []
     for row in range(len(ids)):
         (real,) = np.nonzero(attention[row])
+        if positions is not None:
+            real = _without_padding(real, positions[row], labels[row], ids[row])
         if not len(real):
             continue
         begins = np.diff(real, prepend=-2) != 1
@@ -104,6 +112,13 @@ def sequences_of(batch: Mapping[str, Ints]) -> list[Sequence]:
             where = real[start:stop]
             found.append(Sequence(row, int(where[0]), ids[row][where], labels[row][where]))
     return found
+
+
+def _without_padding(real: Ints, positions: Ints, labels: Ints, ids: Ints) -> Ints:
+    """Collators that flatten rows fill up to a multiple with tokens that each are at position 0."""
+    fills = (positions[real] == 0) & (labels[real] == IGNORED) & (ids[real] == ids[real[-1:]])
+    ends = len(real) - np.argmin(fills[::-1]) if not fills.all() else 0
+    return real[:ends]
 
 
 def _labels(batch: Mapping[str, Ints], ids: Ints) -> Ints:

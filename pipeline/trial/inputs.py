@@ -198,7 +198,10 @@ def _costs_and_rate(run: Run) -> tuple[ModelCosts, ScoredLayers, float, bool]:
 def _measured_rate(run: Run, costs: ModelCosts) -> float | None:
     """What the value stage's seconds say, its workers' start included; None where it was not run, or valued nothing."""
     record = run.manifest.stage("value")
-    tokens = record.get("counts", {}).get("tokens", 0)
+    counts = record.get("counts", {})
+    tokens = counts.get(
+        "timed_tokens", counts.get("tokens", 0)
+    )  # of a stage that was killed, those since then: as seconds are
     if not run.manifest.done("value") or not tokens or not record["seconds"]:
         return None
     valuation = run.settings.valuation

@@ -86,6 +86,22 @@ def checked_anchor(run: Run) -> dict[str, Any]:
     looks_at_it = valuation.rehearsed or valuation.reference_loss or run.manifest.pairs
     if looks_at_it and inputs["reference"] != of_model(models.reference):
         problems.append(f"model.reference={models.reference} is not the reference that the anchors were made with")
+    unrolled = run.settings.anchor.unroll
+    if valuation.own_step and inputs.get("valuation.schedule") != valuation.schedule:
+        problems.append(
+            f"valuation.schedule={valuation.schedule}, but the anchors of {run.storage.root} have no values at own steps: make "
+            f"others, {anew(run.storage.place, 'anchor', {'valuation.schedule': valuation.schedule})}"
+        )
+    elif valuation.own_step and inputs["anchor.unroll.orders"] != unrolled.orders:
+        problems.append(
+            f"anchor.unroll.orders={unrolled.orders}, but the anchors were made of {inputs['anchor.unroll.orders']}"
+        )
+    if valuation.looks_at_anchors and inputs.get("anchor.unroll.snapshots") == 0:
+        scores = {"valuation.scores": list(valuation.scores), "valuation.exact": valuation.exact}
+        problems.append(
+            f"valuation.scores={spelled(list(valuation.scores))} looks along directions, and the anchors were made without snapshots: "
+            f"make others, {anew(run.storage.place, 'anchor', scores)}"
+        )
     if inputs["anchor.drift"] == "rehearsal" and not valuation.rehearsed:
         problems.append(
             f"the anchors of {run.storage.root} were made for valuation.schedule=rehearsal: make others, "

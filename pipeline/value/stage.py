@@ -85,6 +85,7 @@ def make_values(run: Run) -> None:
         found.append(before[part].counts)
     whole = added_up(found)
     counts, engine = {key: whole[key] for key in COUNTED}, whole["engine"]
+    counts["timed_tokens"] = run.manifest.stage("value")["counts"].get("timed_tokens", 0) + sum(tokens.values())
     _finish(run, time.monotonic() - started, sum(rows.values()), counts, engine)
 
 

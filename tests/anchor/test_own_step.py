@@ -1,6 +1,7 @@
 """valuation.schedule=own_step through the command line, against training runs with one token's weight moved."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -141,6 +142,28 @@ def test_no_snapshot_is_made_that_no_score_looks_at_and_the_mask_takes_the_colum
         > 0
         > summary["columns"]["adaptation_unrolled"]["mean_masked"]
     )
+
+
+def test_values_are_not_taken_from_anchors_that_were_made_otherwise(alphatoken, run, common, tmp_path):
+    place = shutil.copytree(run, tmp_path / "run")
+
+    record = json.loads((place / "run.json").read_text())
+
+    def refused(made: dict, *overrides: str) -> str:
+        """``made``: how the anchors are said to be made, None: not said."""
+        inputs = {**record["stages"]["anchor"]["inputs"], **made}
+        inputs = {key: value for key, value in inputs.items() if made.get(key, key) is not None}
+        anchor = {**record["stages"]["anchor"], "inputs": inputs}
+        (place / "run.json").write_text(json.dumps({**record, "stages": {**record["stages"], "anchor": anchor}}))
+        untyped = [one for one in common if not one.startswith(("anchor.unroll", "valuation.scores"))]
+        status, _, err = alphatoken("value", f"run.dir={place}", *untyped, *(overrides or ["valuation.scores=[loss]"]))
+        assert status == 2 and "Traceback" not in err, err
+        return err
+
+    assert "anchor.unroll.orders=2, but the anchors were made of 3" in refused({"anchor.unroll.orders": 3})
+    line = refused({}, "valuation.scores=[paper,loss]")
+    assert "the anchors were made without snapshots: make others, `alphatoken run --from" in line
+    assert "have no values at own steps: make others" in refused({"valuation.schedule": None})
 
 
 def test_steps_that_train_on_a_row_again_add_up():

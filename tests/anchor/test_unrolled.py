@@ -28,6 +28,7 @@ UNROLLED = [
     "anchor=unrolled", "anchor.unroll.steps=6", "anchor.unroll.examples=16", "anchor.unroll.batch_size=4",
     "anchor.unroll.snapshots=2", "anchor.unroll.learning_rate=0.01", "data.shard_examples=20",
 ]  # fmt: skip
+WHOLE, BOUNDED = 10**9, 830_000  # bytes of the tape of 12 steps: each kept, and every fourth
 
 
 @pytest.fixture(scope="module")
@@ -89,13 +90,16 @@ def test_the_same_bytes_whatever_the_number_of_workers(made, workers):
 def test_the_same_bytes_whatever_the_bound_of_the_tape(made):
     """Of twelve steps every fourth state is kept, and the steps between are made again."""
     longer = ("anchor.unroll.steps=12", "anchor.unroll.orders=1")
-    whole, bounded = made(*longer), made(*longer, "anchor.unroll.tape_bytes=830000")
+    whole, bounded = made(*longer), made(*longer, f"anchor.unroll.tape_bytes={BOUNDED}")
     assert [counts(run)["order-00"]["tape_every"] for run in (whole, bounded)] == [1, 4]
     assert anchors(whole) == anchors(bounded)
 
 
+@pytest.mark.parametrize("bounds", [(WHOLE, WHOLE), (WHOLE, BOUNDED), (BOUNDED, WHOLE)])
 @pytest.mark.parametrize("half", ["forward", "sweep"])
-def test_a_killed_run_goes_on_from_its_last_saved_step(made, policy, tmp_path, monkeypatch, half):
+def test_a_killed_run_goes_on_from_its_last_saved_step_whatever_the_bound_of_the_tape_is_now(
+    made, policy, tmp_path, monkeypatch, half, bounds
+):
     """The task itself is cut off in the middle of a half, in this process, and begun again."""
     whole = made()
     shutil.copytree(whole, tmp_path / "run")
@@ -104,7 +108,7 @@ def test_a_killed_run_goes_on_from_its_last_saved_step(made, policy, tmp_path, m
         storage.remove(f"anchors/snapshot-{index:02d}")
     settings = Settings()
     unroll = replace(
-        settings.anchor.unroll, steps=6, examples=16, batch_size=4, snapshots=2, learning_rate=0.01
+        settings.anchor.unroll, steps=12, examples=16, batch_size=4, snapshots=2, learning_rate=0.01
     )  # fmt: skip
     settings = replace(
         settings,
@@ -112,7 +116,12 @@ def test_a_killed_run_goes_on_from_its_last_saved_step(made, policy, tmp_path, m
         valuation=replace(settings.valuation, layers=2, window=4, schedule="own_step"),
     )
     monkeypatch.setattr(saving.time, "monotonic", lambda: 0.0)  # saved at every step
-    worker = AnchorWorker(storage, ModelSource(str(policy)), settings, [2])
+
+    def worker_of(bound: int) -> AnchorWorker:
+        anchor = replace(settings.anchor, unroll=replace(unroll, tape_bytes=bound))
+        return AnchorWorker(storage, ModelSource(str(policy)), replace(settings, anchor=anchor), [2])
+
+    worker = worker_of(bounds[0])
     worker(AnchorTask("weights", "anchors/partial/reference.safetensors", NO_ROWS), lambda n: None)
     table = storage.read_table("prepared/part-00000-of-00002.parquet", PREPARED)
     held = Held.of(sequences_of(storage.read_table("prepared/validation.parquet", PREPARED)))
@@ -135,11 +144,13 @@ def test_a_killed_run_goes_on_from_its_last_saved_step(made, policy, tmp_path, m
         return advance
 
     with pytest.raises(Killed):
-        worker(task, until(4 if half == "forward" else 10))
+        worker(task, until(7 if half == "forward" else 16))
     assert counts_of(storage, f"anchors/partial/unroll-{half}-00.safetensors", "f") is not None
     done.clear()
+    worker = worker_of(bounds[1])
     again = worker(task, until(-1))
-    assert done[0] == (4 if half == "forward" else 6)
+    assert (again["tape_every"] > 1) == (bounds[1] == BOUNDED)
+    assert done[0] == (7 if half == "forward" else 12)
     assert sum(done) == units_of(unroll, {"adaptation": held})
     found = {i: load_file(tmp_path / f"run/anchors/partial/gradient-{i:02d}.safetensors") for i in range(2)}
     own_steps = load_file(tmp_path / "run/anchors/own-step-00.safetensors")
@@ -166,7 +177,9 @@ def test_a_wrong_request_is_refused_in_one_line_that_names_the_remedy(alphatoken
     assert "has fewer points" in refused("anchor.unroll.snapshots=7")
     assert "set anchor.precondition=none" in refused("anchor.precondition=kfac")
     assert "anchor.unroll.snapshots" in refused("anchor.snapshots=2", "anchor.drift=warmup")
-    assert "at least 16, better 100, or set anchor.direction=gradient" in refused(f"data.validation={validation_file}")
+    assert "at least 16 (with data.validation_trial=half twice that), better 100, or set anchor.dir" in refused(
+        f"data.validation={validation_file}"
+    )
     assert "needs at least" in refused("anchor.unroll.tape_bytes=100", status=1)
     assert "learning_rate" in (line := refused("anchor.unroll.learning_rate=1e30", status=1)) and "step 2 of 6" in line
     assert "there are 37 training examples" in refused(

@@ -131,6 +131,39 @@ def test_a_sweep_over_masks_is_made_on_the_way(alphatoken, run):
     assert kept["settings"]["rho"] == 0.4 and "One seed cannot judge" in out
 
 
+def test_rho_is_varied_of_every_mask_that_can_be_tried(alphatoken, run):
+    for more in (["mask.score=loss", "mask.rho=0.3", "mask.name=loss_rho-0.3"], ["mask.rule=weight", "mask.name=soft"]):
+        assert alphatoken("mask", f"run.dir={run}", *more)[0] == 0
+    arguments = ["trial", f"run.dir={run}", *QUICK, "trial.seeds=1"]
+    for rhos in ("0.5", "0.5,0.7"):  # what the first has made is not varied by the second
+        status, _, err = alphatoken(*arguments, f"trial.rho={rhos}")
+        assert status == 0 and "mask soft is left out: its soft weights" in err, err
+    made = {line["name"] for line in summary(run)["lines"]}
+    wanted = {f"{name}_rho-{rho}" for name in ("default", "loss_rho-0.3") for rho in (0.5, 0.7)}
+    assert wanted <= made and not any(name.count("_rho-") > 2 or name.startswith("soft") for name in made)
+
+
+def test_what_auto_cannot_try_is_said_before_any_stage(alphatoken, tmp_path, policy, train_file):
+    arguments = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, *QUICK]
+    status, _, err = alphatoken("run", *arguments, "data.validation=10", "trial.auto=true", "mask.rule=weight")
+    assert status == 2 and "trial.auto=true tries mask default, whose mask.rule=weight" in err
+    assert not (tmp_path / "r/prepared").exists()
+
+
+def test_auto_leaves_presets_out_that_the_values_do_not_allow_at_every_rho(alphatoken, tmp_path, policy, train_file):
+    arguments = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, *QUICK]
+    arguments += [
+        "data.validation=10",
+        "trial.auto=true",
+        "trial.seeds=1",
+        "trial.rho=0.5",
+        "valuation.scores=[entropy,loss]",
+    ]
+    status, _, err = alphatoken("run", *arguments, "mask.score=entropy")
+    assert status == 0 and "trial: mask paper_rho-0.5 is left out" in err, err
+    assert "default_rho-0.5" in {line["name"] for line in summary(tmp_path / "r")["lines"]}
+
+
 def test_rows_that_made_the_directions_are_said_beforehand_in_the_table_and_in_the_sentence(
     alphatoken, tmp_path, policy, train_file
 ):

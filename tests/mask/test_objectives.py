@@ -74,6 +74,17 @@ def test_a_token_that_harms_a_task_is_not_kept_whatever_its_value(tmp_path):
     assert (kept_of(storage, prepared, "eos")[always]).all() and (always & harmful).any()
 
 
+def test_no_harmful_token_is_kept_for_the_sake_of_min_kept(tmp_path):
+    storage, prepared, values = write_run(
+        tmp_path, columns=value_columns(("paper", "information", "loss"), objectives=TASKS)
+    )
+    harmful = np.any([flat(prepared, values, name) < 0 for name in TASKS], axis=0)
+    summary = mask(storage, require="all", always_keep=[])  # information, a fifth of each answer at least
+    assert summary["settings"]["min_kept"] == 0.2 and summary["left_out"]["harmful"] == harmful.sum()
+    kept = kept_of(storage, prepared)
+    assert kept.any() and not (kept & harmful).any()
+
+
 def test_values_at_own_steps_are_weighed_where_they_are_there(tmp_path):
     columns = value_columns(("loss",), objectives=TASKS, unrolled=True)
     storage, prepared, values = write_run(tmp_path, columns=columns)
@@ -94,6 +105,9 @@ def test_soft_weights_of_harmful_tokens_are_zero(tmp_path):
     weights = np.concatenate([np.array(m["loss_weight"])[np.array(p["labels"]) != -100] for m, p in rows])
     harmful = flat(prepared, values, "retention") < 0
     assert (weights[harmful] == 0).all() and (weights[~harmful] > 0).any()
+    summary = json.loads(storage.read_bytes("masks/default/summary.json"))
+    said = f"the mean weight is {summary['loss_weight']['mean']:.3f}, not mask.rho=0.5"
+    assert summary["loss_weight"]["mean"] < 0.4 and any(said in note for note in summary["notes"])
 
 
 def test_what_is_not_there_is_refused_with_a_suggestion(tmp_path):

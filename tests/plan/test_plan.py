@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -116,6 +117,26 @@ def test_an_unrolled_run_is_planned_with_its_tape_and_refused_as_the_run_would_b
     for wrong, remedy in (("data.validation=15", "at least 16"), ("anchor.unroll.tape_bytes=9", "needs at least")):
         status, _, err = alphatoken("plan", *common, wrong)
         assert status == 2 and remedy in err
+
+
+def test_of_tasks_that_are_halved_for_a_trial_the_rows_that_make_directions_are_planned(
+    alphatoken, tmp_path, policy, train_file
+):
+    lines = train_file.read_text().splitlines(keepends=True)
+    files = {"code": tmp_path / "a.jsonl", "maths": tmp_path / "b.jsonl"}
+    for number, file in enumerate(files.values()):
+        file.write_text("".join(lines[20 * number : 20 * number + 20]))
+    tasks = "data.validation={" + ", ".join(f"{name}: {file}" for name, file in files.items()) + "}"
+    common = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, tasks]
+    common.append("data.validation_trial=half")
+    status, out, err = alphatoken("plan", *common, "--json")
+    assert status == 0, err
+    planned = json.loads(out)["data"]
+    assert alphatoken("prepare", *common)[0] == 0
+    sources = pq.read_table(tmp_path / "r/prepared/validation.parquet")["source"].to_pylist()
+    found = {name: sum(source.startswith(str(file)) for source in sources) for name, file in files.items()}
+    assert planned["tasks"] == {f"adaptation_{name}": count for name, count in found.items()}
+    assert planned["validation_examples"] == len(sources) == 20 and len(set(found.values())) == 2
 
 
 def test_pairs_add_a_pass_of_the_reference_and_after_a_warm_up_one_of_the_policys_upper_layers(example):

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, DataCollatorWithFlattening
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
 from alphatoken.jobs.cli import main
 from alphatoken.pipeline.dpo import MaskedPreferenceCollator
+from alphatoken.pipeline.trainers.batch_file import batch_of
 from tests.mask.synthetic_run import mask, masks, write_run
 from tests.trainers.synthetic_pairs import write_pairs_run
 
@@ -174,6 +176,33 @@ def test_padding_on_the_left_and_padding_that_no_mask_shows(check, policy, data)
     assert status == 0 and "of no row (padding that no attention_mask shows" in said and "0 in the loss" in said, said
     batch["labels"][:, -1] = 5
     assert check(batch)[0] == 1
+
+
+def test_rows_that_are_joined_and_filled_up_to_a_multiple(check, data):
+    rows = [{name: data[i][name] for name in ("input_ids", "labels")} for i in range(5)]
+    size = sum(len(row["input_ids"]) for row in rows) + 1
+    batch = DataCollatorForLanguageModeling(pad_token_id=0, padding_free=True, pad_to_multiple_of=size + 6)(rows)
+    assert batch["position_ids"][0, -7:].tolist() == [0] * 7
+    status, said = check({name: value for name, value in batch.items() if isinstance(value, torch.Tensor)})
+    assert status == 0 and "5 whole rows" in said and "lost" not in said, said
+
+
+def test_a_batch_on_a_device_is_brought_to_the_cpu(data):
+    class OnDevice:
+        """A tensor of an accelerator, as numpy sees it."""
+
+        def __init__(self, values: list[int]) -> None:
+            self.values = values
+
+        def cpu(self) -> torch.Tensor:
+            return torch.tensor([self.values])
+
+        def __array__(self, *arguments: object, **more: object) -> np.ndarray:
+            raise TypeError("can't convert cuda:0 device type tensor to numpy")
+
+    row = data[0]
+    found = batch_of({name: OnDevice(row[name]) for name in ("input_ids", "labels")})
+    assert found["labels"].tolist() == [row["labels"]]
 
 
 def test_rows_joined_without_positions_see_each_other(check, data):
