@@ -167,7 +167,7 @@ def _to_vary(session: Session) -> list[str]:
     there, notes = chosen_masks(session.run)
     for note in notes:
         session.progress.say(f"trial: {note}")
-    return [name for name in there if name.partition(AT_RHO)[0] not in there or AT_RHO not in name]
+    return [name for name in there if name.rpartition(AT_RHO)[0] not in there]
 
 
 def made_masks(session: Session, asked: Mapping[str, MaskSettings | None], optional: Sequence[str] = ()) -> list[str]:
