@@ -97,9 +97,9 @@ def require_shards(storage: Storage, name: str) -> None:
 @contextmanager
 def open_part(storage: Storage, name: str, part: str) -> Iterator[pq.ParquetFile]:
     """The shard of a mask that belongs to ``part`` of prepared/. Raises RunFailed where it is missing or damaged."""
-    require_shards(storage, name)
     place = mask_part(name, part)
     if not storage.exists(place):
+        require_shards(storage, name)  # which lists a directory: not for every part
         raise RunFailed(f"{place} is missing: {mask_again(storage.place, name)}")
     try:
         file = pq.ParquetFile(storage.path(place), filesystem=storage.fs)
