@@ -24,13 +24,8 @@ UNCOUNTED: dict[Any, Any] = {  # formulas of the shapes
 }
 
 
-def counter() -> FlopCounterMode:
-    """As torch's, with formulas for what that passes over."""
-    return FlopCounterMode(display=False, custom_mapping=UNCOUNTED)
-
-
 def counted(work: Callable[[], object]) -> int:
     """Operations of the matrix products and attention that ``work`` does."""
-    with counter() as operations:
+    with FlopCounterMode(display=False, custom_mapping=UNCOUNTED) as operations:
         work()
     return operations.get_total_flops()
