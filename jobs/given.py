@@ -16,6 +16,7 @@ from alphatoken.pipeline.run.cache import cache_directory
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.redaction import without_secrets
 from alphatoken.pipeline.run.run import Run
+from alphatoken.pipeline.settings.spelling import spelled
 
 SUMMARY = "summary.json"
 
@@ -51,8 +52,8 @@ def refuse_other_settings(run: Run, overrides: Sequence[str], command: str = "ma
             continue
         if was != value and not (key in PLACES and _there(was, directory) == _there(value, os.getcwd())):
             problems.append(
-                f"{key}={value}: {command} takes the {what} that are there, which were made with {key}={was}; make others "
-                "with `alphatoken run` in another run.dir, or with run.overwrite"
+                f"{key}={spelled(value)}: {command} takes the {what} that are there, which were made with {key}={spelled(was)}; make "
+                "others with `alphatoken run` in another run.dir, or with run.overwrite"
             )
     if problems:
         raise SettingsWrong(problems)
@@ -68,7 +69,7 @@ def _of_the_mask(run: Run, key: str, value: Any) -> list[str]:
     if was == value or value in (None, "auto"):  # which stand for what is in the summary
         return []
     return [
-        f"{key}={value}: report shows the masks that are there, and masks/{name} was made with {key}={was}; make another "
+        f"{key}={spelled(value)}: report shows the masks that are there, and masks/{name} was made with {key}={spelled(was)}; make another "
         "with `alphatoken mask` and its own mask.name"
     ]
 

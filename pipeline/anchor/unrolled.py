@@ -23,7 +23,7 @@ from alphatoken.pipeline.maths.batch import IGNORED, Batch, Sequences, by_token_
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.maths.directions import fisher_drift
-from alphatoken.pipeline.maths.epochs import shuffled_epochs
+from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.forward import token_losses_of
 from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, SimulatedRun, Taped, Tensors, simulate
@@ -72,9 +72,9 @@ def points_of(steps: int, snapshots: int) -> list[int]:
     return [(2 * index + 1) * steps // (2 * snapshots) for index in range(snapshots)]
 
 
-def order_of(examples: int, wanted: int, seed: int, order: int) -> list[int]:
-    """``wanted`` indices of ``examples``: epochs, each in an order of its own, that depends on seed and ``order`` alone."""
-    return shuffled_epochs(examples, wanted, f"{seed} {order}")
+def rows_of_steps(examples: int, unroll: UnrollSettings, seed: int, order: int) -> list[list[int]]:
+    """Which of ``examples`` each step trains on: depends on seed and ``order`` alone."""
+    return row_order(examples, unroll.batch_size, unroll.steps, f"{seed} {order}")
 
 
 class UnrolledRun:
@@ -245,11 +245,8 @@ class UnrolledRun:
 
     def _make_batches(self, order: int) -> None:
         """Of every step the passes that make up its batch, and the examples in them."""
-        size, steps = self.unroll.batch_size, self.unroll.steps
-        drawn = order_of(len(self.examples), size * steps, self.settings.run.seed, order)
         self.batches, self.rows = [], []
-        for step in range(steps):
-            rows = drawn[step * size : (step + 1) * size]
+        for rows in rows_of_steps(len(self.examples), self.unroll, self.settings.run.seed, order):
             groups = _groups(self.examples.take(rows))
             self.batches.append([self._batch(self.examples.take([rows[i] for i in group])) for group in groups])
             self.rows.append([rows[i] for group in groups for i in group])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 from alphatoken.pipeline.anchor.places import TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.tape import kept_every, too_long
-from alphatoken.pipeline.anchor.unrolled import order_of
+from alphatoken.pipeline.anchor.unrolled import rows_of_steps
 from alphatoken.pipeline.maths.batch import IGNORED
 from alphatoken.pipeline.maths.costs import (
     DIRECTIONS,
@@ -54,9 +54,7 @@ def unrolled_flops(m: ModelCosts, sample: Sample, settings: Settings, objectives
     examples = drawn_examples(sample, own.examples, seed)
     forward = sweep = 0
     for order in range(own.orders):
-        drawn = order_of(len(examples), own.batch_size * own.steps, seed, order)
-        for step in range(own.steps):
-            rows = drawn[step * own.batch_size : (step + 1) * own.batch_size]
+        for rows in rows_of_steps(len(examples), own, seed, order):
             lengths = [len(examples[row].input_ids) for row in rows]
             shapes = budget_shapes(lengths, _response(examples, rows), TOKENS_PER_PASS)
             forward += _step_flops(m, shapes)

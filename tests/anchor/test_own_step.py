@@ -11,12 +11,13 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from alphatoken.pipeline.anchor.own_step import OwnSteps
-from alphatoken.pipeline.anchor.unrolled import Held, order_of
+from alphatoken.pipeline.anchor.unrolled import Held, rows_of_steps
 from alphatoken.pipeline.maths.batch import Batch, Sequences
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.simulated import Descent, SimulatedRun, Taped, simulate
 from alphatoken.pipeline.maths.unroll import Adjoint, loss_gradient, sweep
+from alphatoken.pipeline.settings.unroll import UnrollSettings
 from tests.conftest import SMALL
 from tests.maths.test_unroll import losses_of
 
@@ -54,9 +55,8 @@ class ByHand:
         prepared, held = rows_of((run / "prepared").glob("part-*")), rows_of([run / "prepared/validation.parquet"])
         self.model = AutoModelForCausalLM.from_pretrained(policy).eval().double()
         self.scored = scored_layers(self.model, LAYERS)
-        drawn = order_of(len(prepared), STEPS * SIZE, 0, order)
-        assert sorted(drawn) == list(range(40))
-        self.rows = [drawn[t * SIZE : (t + 1) * SIZE] for t in range(STEPS)]
+        self.rows = rows_of_steps(len(prepared), UnrollSettings(steps=STEPS, batch_size=SIZE), 0, order)
+        assert sorted(row for rows in self.rows for row in rows) == list(range(40))
         self.batches = [[one(prepared[row]) for row in rows] for rows in self.rows]
         everything = Sequences(*([row[name] for row in held] for name in ("id", "input_ids", "labels")))
         made = Held.of(everything).made

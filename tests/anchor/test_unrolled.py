@@ -15,13 +15,14 @@ from alphatoken.pipeline.anchor import saving
 from alphatoken.pipeline.anchor.stage import NO_ROWS
 from alphatoken.pipeline.anchor.tape import kept_every, least_bytes, tape_bytes
 from alphatoken.pipeline.anchor.tensors import counts_of
-from alphatoken.pipeline.anchor.unrolled import HALVES, Held, order_of, points_of, steps_to_measure, units_of
+from alphatoken.pipeline.anchor.unrolled import HALVES, Held, points_of, rows_of_steps, steps_to_measure, units_of
 from alphatoken.pipeline.anchor.worker import AnchorTask, AnchorWorker
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.prepare.reader import sequences_of
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
+from alphatoken.pipeline.settings.unroll import UnrollSettings
 from tests.conftest import SMALL
 
 UNROLLED = [
@@ -217,6 +218,8 @@ def test_the_tape_fits_its_bound():
 
 def test_points_are_the_middles_of_equal_parts_and_orders_are_epochs_of_their_own():
     assert points_of(27, 5) == [2, 8, 13, 18, 24] and points_of(1, 1) == [0] and points_of(6, 6) == list(range(6))
-    one, other = (order_of(10, 25, 0, order) for order in (0, 1))
-    assert one != other and one == order_of(10, 25, 0, 0) != order_of(10, 25, 1, 0)
-    assert sorted(one[:10]) == sorted(one[10:20]) == list(range(10)) and len(one) == 25
+    unroll = UnrollSettings(steps=5, batch_size=5)
+    one, other, again, seeded = (rows_of_steps(10, unroll, *own) for own in ((0, 0), (0, 1), (0, 0), (1, 0)))
+    assert one != other and one == again != seeded and [len(rows) for rows in one] == [5] * 5
+    drawn = sum(one, [])
+    assert sorted(drawn[:10]) == sorted(drawn[10:20]) == list(range(10))

@@ -28,6 +28,15 @@ def test_thirty_killed_drivers_give_the_bytes_of_a_calm_run(tmp_path, inputs, ca
     assert contents(tmp_path / "run") == calm
 
 
+def test_killed_drivers_of_a_run_that_cuts_its_own_shards_give_the_bytes_of_a_calm_one(tmp_path, inputs):
+    """With data.shard_examples=auto, which every attempt has to settle as the first one did."""
+    own = [*(one for one in inputs if not one.startswith("data.shard_examples=")), "data.shard_examples=auto"]
+    calm = calm_run(tmp_path / "calm", own)
+    told = without_ray(10, 8, "run", f"run.dir={tmp_path}/run", *own)
+    assert told["kills"] == 10 and told["unfinished"] >= 6 and told["status"] == 0
+    assert contents(tmp_path / "run") == calm
+
+
 def test_killed_drivers_and_machines_with_ray_go_on_with_the_same_command(tmp_path, inputs, calm):
     """In turn the driver alone, as by a user, and everything below it at once, as when a machine goes away."""
     draw, run = random.Random(7), tmp_path / "run"

@@ -48,8 +48,8 @@ def test_equal_keys_and_groups_are_accepted(alphatoken, made, equal):
     ("other", "said"),
     [
         (["valuation.window=9"], "valuation.window=9: mask takes the values that are there, which were made with valuation.window=4"),
-        (["valuation.scores=[paper,loss,entropy]"], "which were made with valuation.scores=['paper', 'loss']"),
-        (["valuation.exact=true"], "valuation.exact=True: mask takes the values that are there"),
+        (["valuation.scores=[paper,loss,entropy]"], "which were made with valuation.scores=[paper,loss]"),
+        (["valuation.exact=true"], "valuation.exact=true: mask takes the values that are there"),
         (["++valuation.layers=3"], "valuation.layers=3: mask takes the values"),
         (["anchor.drift=none", "mask.stability_weight=0"], "which were made with anchor.drift=auto"),
         (["anchor.warmup.steps=9"], "anchor.warmup.steps=9: mask takes the values"),
@@ -95,6 +95,7 @@ def test_of_an_experiment_the_groups_that_it_chooses_are_looked_at_too(alphatoke
         ("anchor", "data.max_length=7", "data.max_length=7: anchor takes the rows that are there, which were made with"),
         ("value", "data.max_length=7", "data.max_length=7: value takes the rows and anchors that are there"),
         ("value", "anchor.warmup.steps=9", "which were made with anchor.warmup.steps=2"),
+        ("value", "anchor.unroll.layers=2", "which were made with anchor.unroll.layers=null"),
         ("report", "valuation.window=9", "valuation.window=9: report takes the values and masks that are there"),
         ("report", "mask.rho=0.3", "mask.rho=0.3: report shows the masks that are there, and masks/default was made with mask.rho=0.5"),
         ("report", "mask.name=none", "mask.name=none: there is no such mask in"),
