@@ -10,6 +10,7 @@ from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaLis
 
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, collate
 from alphatoken.pipeline.maths.placement import device_of
+from alphatoken.pipeline.maths.position_table import positions_of
 
 
 @torch.no_grad()
@@ -24,19 +25,22 @@ def sample_completions(
     """Generate one completion per prompt, all in one batch; returns prompt + completion with the completion as labels.
 
     ``prompts``: unpadded token ids. Sampling is from the model's own distribution (no top-k, no top-p) at
-    ``temperature``, from torch's global generator: seed it first. A completion ends with its end-of-sequence token.
+    ``temperature``, from torch's global generator: seed it first. A completion ends with its end-of-sequence token. Where the
+    model's table of positions ends sooner than ``max_new_tokens`` after the longest prompt, all completions end there.
     ``step``: called after every token of all completions, at most ``max_new_tokens`` times.
     """
     device = device_of(model)
     pad = eos[0] if eos else 0
     longest = max(len(p) for p in prompts)
+    end = positions_of(model, longest + max_new_tokens)
+    new = max_new_tokens if end is None else max(1, end - longest)
     ids = torch.full((len(prompts), longest), pad, dtype=torch.int64, device=device)
     mask = torch.zeros_like(ids)
     for row, prompt in enumerate(prompts):  # padded on the left, as generation wants it
         ids[row, longest - len(prompt) :] = torch.tensor(prompt, device=device)
         mask[row, longest - len(prompt) :] = 1
     config = GenerationConfig(
-        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=new,
         eos_token_id=list(eos) or None, pad_token_id=pad, use_cache=True,
     )  # fmt: skip
     was_training, defaults = model.training, model.generation_config

@@ -1,21 +1,14 @@
-"""How many positions a model has of its own: a learned or fixed table ends, and a longer row finds no entry in it.
-
-Rotary positions are computed for any length; there the configuration's number says only what the model was trained on.
-"""
+"""Whether a model's table of positions (maths/position_table.py) ends before the longest row, told without its weights."""
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from torch import nn
 
 from alphatoken.pipeline.maths.model_source import ModelSource, load_config
 from alphatoken.pipeline.maths.models import auto_class
+from alphatoken.pipeline.maths.position_table import named_positions, positions_of
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.remote import here
-
-_NAMES = ("max_position_embeddings", "n_positions", "n_ctx", "max_seq_len", "max_sequence_length")
 
 
 def own_positions(source: ModelSource, wanted: int) -> int | None:
@@ -25,8 +18,7 @@ def own_positions(source: ModelSource, wanted: int) -> int | None:
     names a smaller number. Raises SettingsWrong for a model that cannot be built so.
     """
     config = load_config(here(source, weights=False))
-    text = config.get_text_config()
-    named = {n for name in _NAMES if isinstance(n := getattr(text, name, None), int) and 0 < n < wanted}
+    named = named_positions(config, wanted)
     if not named:
         return None
     try:
@@ -40,18 +32,4 @@ def own_positions(source: ModelSource, wanted: int) -> int | None:
                 f"({reason}): set data.max_length={min(named)}"
             ]
         ) from error
-    return min(named & _tables(model), default=None)
-
-
-def _tables(model: nn.Module) -> set[int]:
-    """Positions that a table of the model could hold; also those of tables of other things."""
-    words: Any = model.get_input_embeddings()  # type: ignore[operator]  # an nn.Module to mypy
-    found = set()
-    for module in model.modules():
-        if isinstance(module, nn.Embedding) and module is not words:
-            before = getattr(module, "offset", 0)  # OPT: entries that stand for no position
-            found.add(module.num_embeddings - (before if isinstance(before, int) else 0))
-    for name, buffer in model.named_buffers():  # GPT-J: angles of rotary positions, in a table nevertheless
-        if "pos" in name.rpartition(".")[2] and buffer.dim() == 2:
-            found.add(buffer.shape[0])
-    return found
+    return positions_of(model, wanted)
