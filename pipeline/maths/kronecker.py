@@ -71,7 +71,7 @@ def kfac(
     values_b, vectors_b = torch.linalg.eigh(b / count)
     curvature = values_b.clamp(min=0)[:, :, None] * values_a.clamp(min=0)[:, None, :]  # (experts, d_out, d_in)
     damped = curvature + damping * curvature.mean()
-    moved = vectors_b @ ((vectors_b.mT @ matrix @ vectors_a) / damped) @ vectors_a.mT
+    moved = vectors_b @ _quotient(vectors_b.mT @ matrix @ vectors_a, damped) @ vectors_a.mT
     moved = moved if linear.experts else moved[0]
     return _matrix(moved, linear).float().contiguous()
 
@@ -79,7 +79,12 @@ def kfac(
 def adam(direction: torch.Tensor, fisher: torch.Tensor, damping: float) -> torch.Tensor:
     """M / (sqrt(F) + c), elementwise in float32; c = ``damping`` times the mean of sqrt(F)."""
     root = fisher.float().sqrt()
-    return direction.float() / (root + damping * root.mean())
+    return _quotient(direction.float(), root + damping * root.mean())
+
+
+def _quotient(direction: torch.Tensor, curvature: torch.Tensor) -> torch.Tensor:
+    """Elementwise; 0 where the direction is 0: a weight that does not enter the loss has neither slope nor curvature."""
+    return torch.where(direction == 0, 0.0, direction / curvature)
 
 
 def _matrix(tensor: torch.Tensor, linear: LinearMap) -> torch.Tensor:

@@ -9,6 +9,8 @@ from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.kronecker import KroneckerFactors, adam, kfac
 from alphatoken.pipeline.maths.linear_maps import LinearMap
+from alphatoken.pipeline.maths.outer_sums import OuterSum
+from benchmarks.models.small import build, model_types
 from tests.maths.comparison import sequences
 from tests.maths.tiny_models import model_of
 
@@ -82,3 +84,18 @@ def test_large_damping_leaves_the_direction_and_small_damping_whitens() -> None:
 def test_adam_divides_by_the_root_of_the_second_moment() -> None:
     found = adam(torch.tensor([2.0, -2.0, 0.0]), torch.tensor([1.0, 9.0, 4.0]), 0.5)
     torch.testing.assert_close(found, torch.tensor([2.0 / 2.0, -2.0 / 4.0, 0.0]))  # mean root 2, damped by 1
+
+
+def test_weights_that_do_not_enter_the_loss_have_a_direction_of_zeros() -> None:
+    """The indexer of sparse attention chooses what is seen, and no error comes back through a choice."""
+    model = build(next(kind for kind in model_types() if kind.name == "deepseek_v32"))
+    scored, batch = scored_layers(model, 1), sequences([9, 12], 3, vocabulary=30).batch()
+    factors, fisher, gradient = KroneckerFactors(scored), OuterSum(scored, squared=True), OuterSum(scored)
+    for visitor in (factors, fisher, gradient):
+        ghost_pass(scored, batch, visitor)
+    outside = [linear for linear in scored.maps if not gradient.total[linear.name].any()]
+    assert 0 < len(outside) < len(scored.maps)
+    for linear in scored.maps:
+        slope = gradient.total[linear.name]
+        for found in (adam(slope, fisher.total[linear.name], 0.1), kfac(slope, factors.total, linear, 0.1)):
+            assert bool(torch.isfinite(found).all()) and bool(found.any()) == (linear not in outside)
