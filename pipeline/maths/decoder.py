@@ -141,7 +141,9 @@ def scored_layers(model: nn.Module, layers: int) -> ScoredLayers:
     if (wrong := apart(model, list(stack[first:]))) is not None:
         raise UnsupportedModel(f"{type(model).__name__}: {wrong}")
     below = {id(parameter) for layer in stack[:first] for parameter in layer.parameters()}
-    found = [linear for linear in found if id(linear.parameter) not in below]  # a block that a lower layer uses as well
+    uses = Counter(id(linear.parameter) for linear in found)
+    # A block that several layers use, lower ones or scored ones, has one weight for all of them and no single input.
+    found = [linear for linear in found if id(linear.parameter) not in below and uses[id(linear.parameter)] == 1]
     structure = ScoredLayers(
         model, decoder_of(model), tuple(stack[first:]), tuple(stack[:first]), tuple(found), Coverage(0, 0, (), 0)
     )

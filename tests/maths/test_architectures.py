@@ -14,6 +14,7 @@ from alphatoken.pipeline.maths.decoder import UnsupportedModel, scored_layers
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.valuer import TokenValuer
+from benchmarks.models.small import build, model_types
 from benchmarks.models.weights import randomised
 from tests.maths import pairwise
 from tests.maths.comparison import (
@@ -251,6 +252,23 @@ class _AddsInPlace(nn.Module):
         found = self.inner(hidden)
         found += hidden
         return found
+
+
+@pytest.mark.parametrize("layers", [2, 3, 4])
+def test_a_block_that_several_layers_share_is_left_out_and_what_is_scored_has_its_whole_gradient(layers: int) -> None:
+    model = build(
+        next(kind for kind in model_types() if kind.name == "zamba")
+    )  # layers 1 and 3 have one attention block
+    scored, batch = scored_layers(model, layers), sequences([9, 12], 3, vocabulary=30).batch()
+    assert len({id(linear.parameter) for linear in scored.maps}) == len(scored.maps) > 0
+    assert any("shared" in name for name in scored.coverage.left_out) and scored.coverage.fraction < 1
+    gradient = OuterSum(scored)
+    ghost_pass(scored, batch, gradient)
+    parameters = [linear.parameter.requires_grad_() for linear in scored.maps]
+    logits = model(batch.input_ids).logits[:, :-1].flatten(0, 1)
+    F.cross_entropy(logits, batch.labels[:, 1:].flatten(), reduction="sum").backward()
+    for linear, parameter in zip(scored.maps, parameters, strict=True):
+        torch.testing.assert_close(gradient.total[linear.name], parameter.grad, rtol=1e-6, atol=1e-9)
 
 
 def test_a_layer_may_write_to_what_a_map_returned() -> None:
