@@ -80,12 +80,16 @@ class ReferencePredictions:
 
 
 def _divergence(before: torch.Tensor, now: torch.Tensor) -> torch.Tensor:
-    """KL (n,) of two sets of logits (n, V); a few rows at a time, which fit the cache."""
+    """KL (n,) of two sets of logits (n, V); a few rows at a time, which fit the cache.
+
+    A token that cannot follow (a logit of minus infinity) adds nothing; infinity where the model alone rules one out.
+    """
     rows = rows_in_cache(before)
     found = []
     for theirs, own in zip(before.split(rows), now.split(rows), strict=True):
         log_p = _log_probabilities(theirs)
-        found.append((log_p.exp() * (log_p - _log_probabilities(own))).sum(dim=1))
+        p = log_p.exp()
+        found.append((p * (log_p - _log_probabilities(own)).masked_fill_(p == 0, 0.0)).sum(dim=1))
     return torch.cat(found)
 
 

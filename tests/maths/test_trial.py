@@ -23,8 +23,8 @@ LENGTHS = [9, 14, 6, 11, 17]
 KERNEL, LAYERS, BUDGET = "sdpa", 2, 30
 
 
-def sequences(lengths: list[int], seed: int) -> Sequences:
-    made = comparison.sequences(lengths, seed)
+def sequences(lengths: list[int], seed: int, vocabulary: int = 61) -> Sequences:
+    made = comparison.sequences(lengths, seed, vocabulary)
     return Sequences([f"row-{i}" for i in range(len(lengths))], made.ids, made.labels)
 
 
@@ -128,6 +128,24 @@ def test_divergence_is_that_of_whole_distributions_over_completions(
     assert counts.tolist() == [sum(label != IGNORED for label in labels[1:]) for labels in completions.labels]
     untouched = held.divergences(ScoredWeights(scored), scored.weights(), entered)[0]
     assert untouched.abs().max() < 1e-9 if same else untouched.min() > 1e-3
+
+
+def test_a_token_that_cannot_follow_adds_nothing_to_the_divergence() -> None:
+    """Logits of minus infinity, as of rows of a head that stand for no token: as of a vocabulary that ends before."""
+    allowed, found = 55, []
+    completions = Entering(sequences(LENGTHS, seed=4, vocabulary=allowed))
+    for ruled_out in (True, False):
+        model = model_of("llama")
+        if ruled_out:
+            bias = torch.where(torch.arange(61) < allowed, 0.0, -torch.inf)
+            model.lm_head.register_forward_hook(lambda module, args, logits, bias=bias: logits + bias)
+        else:
+            model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[:allowed].detach().clone())
+        scored = scored_layers(model, LAYERS)
+        moved = {name: 1.1 * weight for name, weight in scored.weights().items()}
+        reference = ReferencePredictions(scored, completions, KERNEL, BUDGET)
+        found.append(reference.divergences(ScoredWeights(scored), moved, completions)[0].tolist())
+    assert found[0] == pytest.approx(found[1], abs=1e-9) and min(found[0]) > 1e-3
 
 
 def test_the_order_of_rows_depends_on_the_seed_and_every_row_has_its_turn() -> None:
