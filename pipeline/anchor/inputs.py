@@ -26,7 +26,15 @@ def drift_of(settings: Settings, models: Models) -> str:
             return "none"
         return "rehearsal" if of_model(policy) == of_model(reference) else "checkpoint"
     if drift == "auto":
-        return "warmup" if of_model(policy) == of_model(reference) else "checkpoint"
+        drift = "warmup" if of_model(policy) == of_model(reference) else "checkpoint"
+        if drift == "checkpoint" and settings.anchor.snapshots > 1:
+            raise SettingsWrong(
+                [
+                    f"anchor.snapshots={settings.anchor.snapshots}: snapshots are points of a warm-up, and with model.reference "
+                    "beside model.policy the drift is that of the two checkpoints: set anchor.drift=warmup or anchor.snapshots=1"
+                ]
+            )
+        return drift
     if drift == "checkpoint" and of_model(policy) == of_model(reference):
         raise SettingsWrong(
             [

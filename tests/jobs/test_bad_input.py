@@ -126,6 +126,15 @@ def test_the_least_stable_need_stability_and_room(alphatoken, tmp_path, override
     assert len(err.strip().splitlines()) == 1
 
 
+def test_snapshots_are_of_a_warm_up_and_refused_where_there_is_none(
+    alphatoken, tmp_path, policy, reference, train_file
+):
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    status, _, err = alphatoken("run", *same, f"model.reference={reference}", "anchor.snapshots=3")
+    assert status == 2 and "set anchor.drift=warmup or anchor.snapshots=1" in err.splitlines()[-1], err
+    assert len(err.strip().splitlines()) == 1 and not (tmp_path / "r/prepared").exists()
+
+
 def test_no_drift_is_fine_without_a_stability_weight(alphatoken, tmp_path, policy, train_file):
     status, _, err = alphatoken(
         "run", f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4",
