@@ -18,7 +18,7 @@ from alphatoken.pipeline.maths.attention_blocks import BLOCK
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers, stored
 from alphatoken.pipeline.maths.guard import FEW, KEPT, SHORT
-from alphatoken.pipeline.maths.head import CHUNK_BYTES
+from alphatoken.pipeline.maths.head import CHUNK_BYTES, vocabulary_of
 from alphatoken.pipeline.maths.linear_maps import is_stacked_experts
 from alphatoken.pipeline.maths.models import auto_class
 
@@ -50,19 +50,31 @@ def model_costs(model: nn.Module, layers: int) -> tuple[ModelCosts, ScoredLayers
     """Read the sizes off a causal language model of transformers; raises UnsupportedModel."""
     scored = scored_layers(model, layers)
     config: Any = scored.model.config.get_text_config()  # type: ignore[union-attr, operator]  # an nn.Module to mypy
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    groups = getattr(config, "num_key_value_heads", None) or heads
+    attention, value_width = _attention_widths(config)
     head: Any = scored.model.get_output_embeddings()  # type: ignore[operator]  # as above
+    logits = vocabulary_of(scored.model) * config.hidden_size if head is None else head.weight.numel()
     widths = sum(sum(m.parameter.shape[-2:]) for m in scored.maps if not m.experts)
     widths += sum(_active_experts(config) * sum(m.parameter.shape[-2:]) for m in scored.maps if m.experts)
     costs = ModelCosts(
         parameters=sum(p.numel() for p in scored.model.parameters()), lower=_active(scored.lower, config),
-        scored=_active(scored.layers, config), scored_stored=scored.coverage.scored, head=head.weight.numel(),
-        attention=heads * size, lower_layers=len(scored.lower), scored_layers=len(scored.layers), widths=widths,
-        value_width=groups * size,
+        scored=_active(scored.layers, config), scored_stored=scored.coverage.scored, head=logits,
+        attention=attention, lower_layers=len(scored.lower), scored_layers=len(scored.layers), widths=widths,
+        value_width=value_width,
     )  # fmt: skip
     return costs, scored
+
+
+def _attention_widths(config: Any) -> tuple[int, int]:
+    """Heads * head size of one layer, and the outputs of its value projection; the mean where layers differ (Gemma 4), 0 where
+    the configuration names no heads (state-space models)."""
+    layers = list(config.per_layer_config) if getattr(config, "is_heterogeneous", False) else [config]
+    found = []
+    for one in layers:
+        heads = getattr(one, "num_attention_heads", None) or 0
+        size = getattr(one, "head_dim", None) or one.hidden_size // max(1, heads)
+        found.append((heads * size, (getattr(one, "num_key_value_heads", None) or heads) * size if heads else 0))
+    attention, values = (round(sum(widths) / len(found)) for widths in zip(*found, strict=True))
+    return attention, values
 
 
 def _active(layers: Iterable[nn.Module], config: Any) -> int:
@@ -288,4 +300,5 @@ def value_memory(
 def meta_model(config: Any, dtype: torch.dtype) -> nn.Module:
     """The model of a configuration without storage for its weights."""
     with torch.device("meta"):
-        return auto_class(config).from_config(config, dtype=dtype)
+        model = auto_class(config).from_config(config, dtype=dtype)
+    return model.to("meta")  # some make a parameter of random numbers that they have drawn on the host
