@@ -1,6 +1,7 @@
 """What is said of numbers: paired differences, spreads, one sentence."""
 
 import math
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -116,6 +117,31 @@ def test_of_several_seeds_of_which_one_has_numbers_no_mask_is_judged():
     failed = [measured("m", seed, 0.0, failed="NaN") for seed in (1, 2)]
     verdict = judge([*found(**BASE), measured("m", 0, 0.9), *failed], PERCENTS, seen=False)
     assert verdict.sentence.startswith("Too few fine-tunes have numbers")
+
+
+def test_the_winner_is_the_one_with_the_largest_paired_difference_though_a_seed_of_another_has_failed():
+    """Of m the seed with the highest losses is missing, so that its mean is the lowest of all."""
+    rows = [*found(**BASE, m=[0.97, 1.17], n=[0.9, 1.1, 1.3]), measured("m", 2, 0.0, failed="NaN at step 3")]
+    verdict = judge(rows, PERCENTS, seen=False)
+    assert [line.name for line in verdict.lines][0] == "m" and verdict.winner == "n"
+    assert verdict.sentence.startswith("Train on mask n: it ends 0.1000")
+    rows = [*found(**BASE, m=[1.04, 1.24], n=[1.01, 1.21, 1.41]), measured("m", 2, 0.0, failed="NaN at step 3")]
+    assert "the best, mask n, ends +0.0100" in judge(rows, PERCENTS, seen=False).sentence
+
+
+def test_the_spread_is_two_standard_errors_over_rows_and_retention_has_its_own_difference():
+    one, other = (
+        {s: measured(name, s, 1.0, retention) for s in range(2)} for name, retention in (("m", 0.3), (FULL, 0.1))
+    )
+    gaps = np.array([1.0, 2.0, 4.0, 9.0])
+    tokens = [1, 1, 1, 1]
+    one = {s: replace(m, row_losses=gaps.tolist(), row_tokens=tokens) for s, m in one.items()}
+    other = {s: replace(m, row_losses=[0.0] * 4, row_tokens=tokens) for s, m in other.items()}
+    apart = difference(one, other)
+    assert apart.mean == gaps.mean() and apart.spread == pytest.approx(2 * gaps.std(ddof=1) / 4**0.5)
+    verdict = judge([*one.values(), *other.values()], PERCENTS, seen=False)
+    moved = next(line.moved for line in verdict.lines if line.name == "m")
+    assert moved.mean == pytest.approx(0.2) and moved.spread == 0 and moved.exceeds
 
 
 def test_the_error_over_rows_is_that_of_redrawn_rows():
