@@ -33,6 +33,7 @@ def execute(session: Session) -> None:
 
 def check(session: Session) -> None:
     """Raise SettingsWrong for what no stage has to run to know."""
+    from alphatoken.pipeline.anchor.coverage import refuse_unscored
     from alphatoken.pipeline.anchor.inputs import drift_of
     from alphatoken.pipeline.value.inputs import check_reference
 
@@ -41,6 +42,8 @@ def check(session: Session) -> None:
     check_reference(session.settings, session.run.models)
     if session.settings.valuation.needs_directions:
         drift_of(session.settings, session.run.models)
+        if not session.manifest.done("anchor"):
+            refuse_unscored(session.run)
     if session.settings.trial.auto:
         trial.check_names(session)
 

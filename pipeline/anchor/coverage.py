@@ -4,9 +4,32 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from alphatoken.pipeline.maths.costs import meta_model
 from alphatoken.pipeline.maths.decoder import Coverage, ScoredLayers, UnsupportedModel, decoder_layers, scored_layers
-from alphatoken.pipeline.run.failure import RunFailed
+from alphatoken.pipeline.maths.model_source import ModelSource, load_config
+from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
+from alphatoken.pipeline.run.remote import here
+from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.settings import Settings
+
+
+def refuse_unscored(run: Run) -> None:
+    """Raise SettingsWrong for a policy whose configuration tells that it cannot be scored, too few layers among the reasons.
+
+    No weights are loaded. Code of a checkpoint's own is left to the worker that loads the model.
+    """
+    own, asked = run.settings.model, (run.settings.valuation.layers, run.settings.anchor_layers)
+    if own.trust_remote_code:
+        return
+    source = ModelSource(run.models.policy, own.revision)
+    try:
+        model = meta_model(load_config(here(source, weights=False)), torch.float32)
+        for layers in dict.fromkeys(asked):
+            scored_layers(model, layers_of(model, layers))
+    except UnsupportedModel as error:
+        raise SettingsWrong([f"model.policy: {error}"]) from error
 
 
 def checked_layers(model: Any, settings: Settings, layers: int | str | None = None) -> ScoredLayers:

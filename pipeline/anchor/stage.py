@@ -49,6 +49,8 @@ def make_anchors(run: Run) -> None:
         raise SettingsWrong(wrong)
     settings = run.settings
     check_devices(run)
+    if not manifest.done("anchor"):  # before the manifest takes down what nothing can be made with
+        coverage_report.refuse_unscored(run)
     drift = drift_of(settings, models)
     inputs = anchor_inputs(settings, models, prepared["inputs"], drift)
     configuration = {"model": settings.model, "anchor": settings.anchor}

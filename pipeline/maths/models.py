@@ -14,10 +14,12 @@ from transformers import (
     PreTrainedModel,
 )
 from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 )
 
+from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, adapter_base, load_config, reading
 from alphatoken.pipeline.maths.placement import Placement
 from alphatoken.pipeline.maths.spread import Spread
@@ -58,9 +60,13 @@ def load_model(source: ModelSource, device: torch.device | Placement) -> PreTrai
 def auto_class(config: Any) -> Any:
     """The auto class of transformers that a checkpoint's configuration asks for: image-text-to-text or causal LM.
 
-    A type that is both is what its ``architectures`` say, but for those whose image-text class does not run.
+    A type that is both is what its ``architectures`` say, but for those whose image-text class does not run. Raises
+    UnsupportedModel for a type that is neither, as an encoder-decoder is.
     """
     kind = config.model_type
+    text, own_code = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING, getattr(config, "auto_map", None)
+    if not text and not own_code and kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise UnsupportedModel(f"{kind} is no decoder-only language model that transformers knows: give a causal LM")
     if kind in TEXT_ALONE or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
         return AutoModelForCausalLM
     image_text = MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES[kind]

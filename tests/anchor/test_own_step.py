@@ -190,7 +190,7 @@ def test_what_cannot_be_valued_at_its_own_step_is_refused(alphatoken, common, tm
     assert "valuation.schedule=own_step valuation.scores=[loss]" in refused(
         2, "valuation.schedule=static", "valuation.scores=[paper,loss]"
     )
-    assert "has 3 decoder layers" in refused(1, "anchor.unroll.layers=4", "run.overwrite=prepare")
+    assert "has 3 decoder layers" in refused(2, "anchor.unroll.layers=4", "run.overwrite=prepare")
 
 
 def test_plan_states_the_cost_of_more_layers(alphatoken, common, tmp_path):

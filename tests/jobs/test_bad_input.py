@@ -4,9 +4,9 @@ import json
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, T5Config
 
-from tests.conftest import SMALL, chat_row, save_model, write_rows
+from tests.conftest import SMALL, chat_row, save_model, save_tokenizer, write_rows
 
 
 def test_wrong_keys_types_and_groups_are_all_said_at_once(alphatoken, tmp_path):
@@ -74,6 +74,33 @@ def test_a_mask_of_a_column_that_the_run_will_not_have_is_refused_before_anythin
     status, _, err = alphatoken("run", *same, *overrides)
     assert status == 2 and remedy in err and len(err.strip().splitlines()) == 1, err
     assert not (tmp_path / "r/prepared").exists()
+
+
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_more_layers_than_the_model_has_are_refused_before_anything_is_made(
+    alphatoken, tmp_path, policy, train_file, command
+):
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    status, _, err = alphatoken(command, *same, "valuation.layers=99")
+    assert status == 2 and "valuation.layers=99, but LlamaForCausalLM has 3 decoder layers" in err
+    assert len(err.strip().splitlines()) == 1 and not (tmp_path / "r/prepared").exists()
+
+
+def test_anchor_leaves_no_trace_of_layers_that_the_model_does_not_have(alphatoken, tmp_path, policy, train_file):
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
+    assert alphatoken("prepare", *same)[0] == 0
+    status, _, err = alphatoken("anchor", *same, "valuation.layers=99")
+    assert status == 2 and "has 3 decoder layers" in err
+    assert "anchor" not in json.loads((tmp_path / "r/run.json").read_text())["stages"]
+
+
+def test_an_encoder_decoder_is_refused_in_a_short_line_before_anything_is_made(alphatoken, tmp_path, train_file):
+    save_tokenizer(tmp_path / "t5")
+    T5Config(vocab_size=320, d_model=16, d_ff=32, num_layers=2, num_heads=2, d_kv=8).save_pretrained(tmp_path / "t5")
+    same = [f"run.dir={tmp_path}/r", f"model.policy={tmp_path}/t5", f"data.train={train_file}", *SMALL]
+    status, _, err = alphatoken("run", *same)
+    assert status == 2 and "model.policy: t5 is no decoder-only language model" in err and len(err) < 200
+    assert len(err.strip().splitlines()) == 1 and not (tmp_path / "r/prepared").exists()
 
 
 def test_a_reference_loss_needs_two_models(alphatoken, tmp_path, policy, train_file):
