@@ -20,6 +20,7 @@ from alphatoken.pipeline.settings.valuation import DIRECTED, ValuationSettings
 
 STAGES = ("prepare", "anchor", "value", "mask")
 LEVELS = ("warning", "info", "debug")
+MOST_SEED = 2**32 - 1  # what is made of it, for the random masks of a trial as well, fits into the 64 bits of torch
 NO_PAIRS = "valuation.schedule=rehearsal is not available for preference pairs: set valuation.schedule=static"
 
 
@@ -42,6 +43,8 @@ class RunSettings:
             [] if self.dir.strip("/") or not self.dir else [f"run.dir={self.dir}: is the whole disk, give a directory"]
         )
         found += at_least("run.seed", self.seed, 0)
+        if self.seed > MOST_SEED:
+            found.append(f"run.seed={self.seed}: must be at most {MOST_SEED}")
         found += one_of("run.tracker", self.tracker, ("none", "mlflow", "wandb"))
         if self.overwrite is not None:
             found += one_of("run.overwrite", self.overwrite, STAGES)
