@@ -16,7 +16,9 @@ import pyarrow.parquet as pq
 
 from alphatoken.data_schemas import check
 from alphatoken.pipeline.run.attempts import insist
+from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.noted import Footer, Listed, believed
+from alphatoken.pipeline.run.redaction import redacted
 from alphatoken.pipeline.run.spool import Spool
 
 FINGERPRINT_KEY = b"alphatoken.fingerprint"
@@ -33,12 +35,18 @@ class Storage:
     ``root`` is a local path or a URI that pyarrow.fs understands (``file://``, ``s3://``, ``gs://``). On a local disk
     a file is written beside its final place, flushed to the disk and renamed. For an object store it is put together
     in memory and uploaded as a whole: the store shows an object only when the upload is complete, and a failed upload
-    is begun again. ``place``: what somebody would type. Instances can be pickled. Raises OSError where the disk or the store refuses.
+    is begun again. ``place``: what somebody would type. Instances can be pickled.
+    Raises OSError where the disk or the store refuses, and SettingsWrong for a URI that cannot be read.
     """
 
     def __init__(self, root: str) -> None:
         if "://" in root:
-            self.fs, self.root = pafs.FileSystem.from_uri(root)
+            try:
+                self.fs, self.root = pafs.FileSystem.from_uri(root)
+            except pa.ArrowInvalid as error:
+                raise SettingsWrong(
+                    [f"{redacted(root)}: {redacted(str(error))}: give a directory or a URI such as s3://bucket/run"]
+                ) from error
             self.place = root.rstrip("/")
         else:
             self.fs, self.root = pafs.LocalFileSystem(), str(Path(root).expanduser().resolve())

@@ -104,6 +104,13 @@ def test_an_encoder_decoder_is_refused_in_a_short_line_before_anything_is_made(a
     assert len(err.strip().splitlines()) == 1 and not (tmp_path / "r/prepared").exists()
 
 
+@pytest.mark.parametrize("place", ["foo://x/y", "file:///tmp/with blank"])
+def test_a_run_directory_that_is_no_uri_is_refused_in_a_line(alphatoken, place):
+    status, out, err = alphatoken("run", f"run.dir={place}")
+    assert status == 2 and out == "" and f"{place}: " in err and "give a directory or a URI" in err
+    assert len(err.strip().splitlines()) == 1 and "debug=true" not in err
+
+
 def test_a_reference_loss_needs_two_models(alphatoken, tmp_path, policy, train_file):
     same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
     status, _, err = alphatoken("run", *same, f"model.reference={policy}", "valuation.reference_loss=true")
