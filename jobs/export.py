@@ -9,6 +9,7 @@ from pathlib import Path
 from alphatoken.jobs.tool_arguments import ToolArguments
 from alphatoken.pipeline.run.failure import SettingsWrong
 from alphatoken.pipeline.run.redaction import redacted
+from alphatoken.pipeline.run.remote import is_remote
 
 MASK = "default"
 
@@ -33,7 +34,7 @@ def execute(arguments: Sequence[str]) -> int:
     from alphatoken.pipeline.trainers.source import open_mask
 
     given = parser().parse_args(list(arguments))
-    out = Path(given.out or _place(given.run, given.mask, given.to)).expanduser()
+    out = Path(_on_disk(given.out or _place(given.run, given.mask, given.to))).expanduser()
     made = export(open_mask(given.run, given.mask), given.to, out)
     share = made.kept / made.tokens if made.tokens else 0.0
     print(f"files: {redacted(str(out))}")
@@ -42,8 +43,16 @@ def execute(arguments: Sequence[str]) -> int:
     return 0
 
 
+def _on_disk(place: str) -> str:
+    """``place`` as a path. Raises SettingsWrong for one in an object store, which no trainer of these formats reads."""
+    path = place.removeprefix("file://")
+    if "://" in path:
+        raise SettingsWrong([f"--out {redacted(place)}: is not on this disk: give a path, and copy from there"])
+    return path
+
+
 def _place(run: str, mask: str, to: str) -> str:
     """Where the files go without --out. Raises SettingsWrong for a run that is not on this disk."""
-    if "://" in run:
+    if is_remote(run):
         raise SettingsWrong(["alphatoken export: a run in an object store needs a place for the files: give --out"])
     return f"{run}/export/{mask}-{to}" + ("/data.jsonl" if to == "jsonl" else "")

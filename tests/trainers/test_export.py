@@ -201,6 +201,11 @@ def test_without_a_place_the_files_lie_in_the_run_where_the_trainer_looks(tmp_pa
     assert read() == 11
 
 
+def test_a_file_uri_is_a_place_on_this_disk(run, rows, tmp_path):
+    assert main(["export", f"file://{run}", "--to", "jsonl", "--out", f"file://{tmp_path}/x.jsonl"]) == 0
+    assert len((tmp_path / "x.jsonl").read_text().splitlines()) == len(rows)
+
+
 def test_pairs_have_every_column_once_per_branch(pairs, pair_rows, tmp_path):
     for to in ("hf", "jsonl", "shifted", "loss_mask"):
         export(pairs, tmp_path / to, to)
@@ -231,6 +236,7 @@ def test_pairs_have_every_column_once_per_branch(pairs, pair_rows, tmp_path):
         ),
         (["--to", "jsonl", "--out", "x", "--mask", "soft"], "loss_weight finds a place in: hf"),
         (["--to", "hf", "--out", "{run}"], "is there already"),
+        (["--to", "shifted", "--out", "s3://bucket/x"], "--out s3://bucket/x: is not on this disk: give a path"),
     ],
 )
 def test_wrong_arguments_are_said_before_anything_is_written(run, more, said, capsys, tmp_path, monkeypatch):
