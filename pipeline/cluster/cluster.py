@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -19,6 +20,8 @@ from alphatoken.pipeline.cluster.work import MOST_THREADS, Resources, Worker, cp
 from alphatoken.pipeline.run.failure import RunFailed, first_line
 from alphatoken.pipeline.run.progress import Progress
 from alphatoken.pipeline.settings import ClusterSettings
+
+KNOCK_SECONDS = 20.0
 
 
 class Cluster:
@@ -71,8 +74,9 @@ class Cluster:
                 self._start_here()
             else:
                 self._say(f"joining the Ray cluster at {address}")
+                _knock(address)
                 ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-        except (ConnectionError, RayError, ValueError, RuntimeError) as error:
+        except (OSError, RayError, ValueError, RuntimeError) as error:
             raise RunFailed(_no_ray(address, error)) from error
         self.started = True
 
@@ -160,6 +164,13 @@ def check_gpus(asked: float, of_nodes: Sequence[float]) -> None:
             "model.lower_dtype=int8 or int4, or model.offload=cpu"
         )
     raise RunFailed(f"cluster.gpus_per_worker={asked:g}: the cluster {remedy}")
+
+
+def _knock(address: str) -> None:
+    """Raise OSError where nothing listens at ``host:port``: Ray itself knocks there for a quarter of an hour."""
+    host, colon, port = address.rpartition(":")
+    if colon and port.isdecimal() and "/" not in host:
+        socket.create_connection((host.strip("[]"), int(port)), KNOCK_SECONDS).close()
 
 
 def _takes_too_long(error: Exception) -> bool:

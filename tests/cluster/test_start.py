@@ -1,6 +1,8 @@
 """A local Ray that does not start: it is said that it starts, tried once more, and given up with a remedy."""
 
 import io
+import socket
+import time
 
 import pytest
 import ray
@@ -44,3 +46,16 @@ def test_what_does_not_start_is_given_up_with_a_remedy(monkeypatch):
             RunFailed, match=r"a local Ray cannot be started: .*cluster\.address=inline runs without Ray"
         ):
             started(monkeypatch, *errors)
+
+
+def test_an_address_where_nothing_listens_is_said_at_once(monkeypatch):
+    """Ray itself asks there for a quarter of an hour, and says nothing that names the key."""
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{taken.getsockname()[1]}"  # bound, and not listened to
+        cluster = Cluster(ClusterSettings(address=address), False)
+        begun = time.monotonic()
+        with pytest.raises(RunFailed, match=f"cluster.address={address}: Ray cannot be reached: .*refused"):
+            cluster.start()
+    assert time.monotonic() - begun < 10
