@@ -9,7 +9,7 @@ from typing import Any
 from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel, load_config, load_tokenizer
 from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import draw_order, halves
-from alphatoken.pipeline.prepare.inputs import checked_overlap, fisher_prompts, is_preference, open_validation
+from alphatoken.pipeline.prepare.inputs import checked_overlap, fisher_prompts, open_data
 from alphatoken.pipeline.prepare.pairs import Pair, PairMaker, is_pair
 from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeats_prompt, without_prompt
@@ -79,8 +79,8 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     columns = data.columns.given()
     positions = own_positions(source, data.max_length)
     arguments = tokenizer, data.max_length, data.chat_template, columns, vocabulary, positions
-    train = open_sources("data.train", data.train)
-    preference = is_preference(settings, train)
+    raw = open_data(settings)
+    train, preference = raw.train, raw.preference
     make, pair = ExampleMaker(*arguments), PairMaker(*arguments)
     total = train.starts[-1]
     if not total:
@@ -113,7 +113,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     def either(row: Any, source: str) -> Example:
         return pair(row, source).chosen if preference and is_pair(row, columns) else make(row, source)
 
-    other, tasks = open_validation(data)
+    other, tasks = raw.validation, raw.tasks
     in_use: Sequence[int] = ()
     if other is not None:
         in_use = halves(other.starts[-1], settings.run.seed)[0] if is_half else range(other.starts[-1])
@@ -131,7 +131,8 @@ def sample_data(settings: Settings, policy: str) -> Sample:
     return Sample(
         total, inputs, round(inputs * len(flat) / len(trained)), tuple(sequences), tuple(flat) if preference else (),
         tuple(validation), validation_rows, tuple(held[split:]), unusable, len(drawn) == total and parts == 1,
-        {objective_of(task): _rows_in(other, names, in_use) for task, names in tasks.items()}, retention, retention_rows, train.remarks,
+        {objective_of(task): _rows_in(other, names, in_use) for task, names in tasks.items()}, retention, retention_rows,
+        (*raw.about_columns, *train.remarks),
         overlap, len(drawn),
     )  # fmt: skip
 

@@ -11,6 +11,7 @@ from alphatoken.pipeline.maths.model_source import ModelSource, UnreadableModel,
 from alphatoken.pipeline.prepare.columns import PREFERENCE, filled, row_kind
 from alphatoken.pipeline.prepare.decoding import decode
 from alphatoken.pipeline.prepare.draw import part_of
+from alphatoken.pipeline.prepare.named_columns import named_columns
 from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.sources import Source, Sources, open_sources
 from alphatoken.pipeline.run.failure import SettingsWrong
@@ -32,7 +33,8 @@ class RawData:
 
     ``validation``: None where its rows are held out of ``train``. ``trial``: rows of data.validation_trial that are files of
     their own, else None. ``retention``: of data.retention, else None. ``preference``: whether the rows of ``train`` are
-    pairs. ``tasks``: task -> names of its files, where data.validation has tasks.
+    pairs. ``tasks``: task -> names of its files, where data.validation has tasks. ``about_columns``: what is to be said of
+    data.columns.
     """
 
     train: Sources
@@ -41,18 +43,23 @@ class RawData:
     retention: Sources | None
     preference: bool
     tasks: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    about_columns: tuple[str, ...] = ()
+
+    @property
+    def sources(self) -> tuple[Sources, ...]:
+        """What there is, data.train first."""
+        return tuple(one for one in (self.train, self.validation, self.trial, self.retention) if one)
 
     @property
     def remarks(self) -> tuple[str, ...]:
         """What is to be said of how the files were read, a line each."""
-        sources = (self.train, self.validation, self.trial, self.retention)
-        return tuple(line for one in sources if one for line in one.remarks)
+        return (*self.about_columns, *(line for one in self.sources for line in one.remarks))
 
 
 def open_data(settings: Settings) -> RawData:
     """The files of data.train, data.validation, data.validation_trial and data.retention, opened.
 
-    Raises SettingsWrong for what is not there or not of one kind.
+    Raises SettingsWrong for what is not there or not of one kind, columns that data.columns names among it.
     """
     train = open_sources("data.train", settings.data.train)
     validation, tasks = open_validation(settings.data)
@@ -60,7 +67,8 @@ def open_data(settings: Settings) -> RawData:
     trial = None if kept in (None, HALF) else open_sources("data.validation_trial", kept)
     asked = settings.data.retention
     retention = None if asked is None else open_sources("data.retention", asked)
-    return RawData(train, validation, trial, retention, is_preference(settings, train), tasks)
+    raw = RawData(train, validation, trial, retention, is_preference(settings, train), tasks)
+    return replace(raw, about_columns=named_columns(settings.data.columns.given(), raw.sources))
 
 
 def open_validation(data: DataSettings) -> tuple[Sources | None, dict[str, tuple[str, ...]]]:

@@ -111,6 +111,28 @@ def test_a_run_directory_that_is_no_uri_is_refused_in_a_line(alphatoken, place):
     assert len(err.strip().splitlines()) == 1 and "debug=true" not in err
 
 
+@pytest.mark.parametrize("command", ["run", "plan"])
+def test_a_column_that_no_row_has_is_refused_and_another_shape_is_not_read_instead(
+    alphatoken, tmp_path, policy, command
+):
+    rows = [chat_row(i) | {"question": f"the fox {i}", "answer": "a lazy dog"} for i in range(30)]
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", *SMALL, "data.validation=4"]
+    same.append(f"data.train={write_rows(tmp_path / 'rows.jsonl', rows)}")
+    status, _, err = alphatoken(command, *same, "data.columns.prompt=qestion", "data.columns.completion=answer")
+    assert status == 2 and "data.columns.prompt=qestion: no row has such a column" in err and "'question'" in err
+    assert len(err.strip().splitlines()) == 1 and not (tmp_path / "r/prepared").exists()
+
+
+def test_a_column_that_later_rows_may_have_is_said_and_not_refused(alphatoken, tmp_path, policy):
+    rows = [{"prompt": "the fox", "completion": f" jumps over {i}"} for i in range(4100)]
+    same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", *SMALL, "data.validation=4", "data.shard_examples=1000"]
+    same.append(f"data.train={write_rows(tmp_path / 'rows.jsonl', rows)}")
+    status, _, err = alphatoken("prepare", *same, "data.columns.system=persona")
+    assert (
+        status == 0 and "data.columns.system=persona: none of the first 4,096 rows of a file has such a column" in err
+    )
+
+
 def test_a_reference_loss_needs_two_models(alphatoken, tmp_path, policy, train_file):
     same = [f"run.dir={tmp_path}/r", f"model.policy={policy}", f"data.train={train_file}", *SMALL, "data.validation=4"]
     status, _, err = alphatoken("run", *same, f"model.reference={policy}", "valuation.reference_loss=true")
