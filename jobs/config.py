@@ -114,10 +114,26 @@ def _reason(error: BaseException, overrides: Sequence[str]) -> str:
     if key and "=" in overrides[0] and key not in keys(Settings) and ("." in key or "not in 'Settings'" in text):
         return _no_such_key(key)
     if text.startswith("Ambiguous value"):
-        is_text = key in texts() and not isinstance(keys(Settings)[key][0], list)
-        one = f"""'{key}="{value}"' is one text""" if is_text else f"{key or 'KEY'}=[{value or 'A,B'}] is a list"
-        return f"several values: -m tries each of them, {one}"
+        return f"several values: -m tries each of them, {_as_one(key, value)}"
     return legible(text)
+
+
+def _as_one(key: str, value: str) -> str:
+    """How ``value``, which has a comma, is given as one: what the key does not take is not offered."""
+    if key in texts() and not isinstance(keys(Settings)[key][0], list):
+        return f"""'{key}="{value}"' is one text"""
+    if not key or _taken(key, f"[{value}]"):
+        return f"{key or 'KEY'}=[{value or 'A,B'}] is a list"
+    point = value.replace(",", ".", 1)
+    if value.startswith("0,") and _taken(key, point):
+        return f"{key}={point} is a number"
+    return f"{key}={value.partition(',')[0]} is one"
+
+
+def _taken(key: str, value: str) -> bool:
+    """Whether nothing is wrong with a value alone, beside the defaults."""
+    made = _compose([f"{key}={value}"], None)
+    return not isinstance(made, str) and not any(problem.startswith(f"{key}=") for problem in made.problems())
 
 
 def _no_such_key(key: str) -> str:

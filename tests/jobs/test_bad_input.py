@@ -243,7 +243,15 @@ def test_a_model_directory_that_is_not_there_is_not_taken_for_a_hub_id(alphatoke
 def test_several_values_without_m_name_the_sweep(alphatoken, tmp_path):
     status, _, err = alphatoken("mask", f"run.dir={tmp_path}/r", "mask.rho=0.3,0.5")
     assert status == 2 and "mask.rho=0.3,0.5: several values: -m tries each of them" in err
-    assert "mask.rho=[0.3,0.5] is a list" in err
+    assert "mask.rho=0.3 is one" in err and "is a list" not in err
+    for typed, remedy in (
+        ("mask.rho=0,5", "mask.rho=0.5 is a number"),
+        ("trial.rho=0.5,0.7,[", "it cannot be read"),
+        ("data.train=/a.jsonl,/b.jsonl", "data.train=[/a.jsonl,/b.jsonl] is a list"),
+        ("model.policy=a,b", "model.policy=[a,b] is a list"),
+    ):
+        status, _, err = alphatoken("config", typed)
+        assert status == 2 and remedy in err, err
     status, _, err = alphatoken("mask", "run.dir=/r/a,b")
     assert status == 2 and """'run.dir="/r/a,b"' is one text""" in err, err
 
