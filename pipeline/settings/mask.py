@@ -23,6 +23,7 @@ MASK_SCORES: dict[str, tuple[str, ...]] = {
 }
 WITHOUT_VALUES = ("random", "full")
 LONG_ANSWER = 32  # tokens
+LONGEST_NAME = 200  # characters: file systems take 255, and a file beside it has more than the name
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,8 @@ class MaskSettings:
             found.append(f"mask.min_kept={self.min_kept}: must be at least 0, and above 1 a whole number of tokens")
         if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._=,+-]*", self.name):
             found.append(f"mask.name={self.name}: letters, digits and . _ = , + - only, since it names a directory")
+        elif len(self.name) > LONGEST_NAME:
+            found.append(f"mask.name: {len(self.name)} characters, and a directory's name has {LONGEST_NAME} at most")
         for column in self.extra_columns:
             found += one_of("mask.extra_columns", column, MASK_EXTRA_COLUMNS)
         for token in self.always_keep:

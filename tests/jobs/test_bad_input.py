@@ -34,6 +34,7 @@ def test_wrong_keys_types_and_groups_are_all_said_at_once(alphatoken, tmp_path):
 ONE_LINE = [
     (["valuation.scores=[paper,magic]"], "valuation.scores=magic: must be one of paper, information, loss, entropy"),
     (["mask.score=magic"], "mask.score=magic: must be one of auto, paper, information, entropy, loss, excess_loss"),
+    ([f"mask.name={'x' * 300}"], "mask.name: 300 characters, and a directory's name has 200 at most"),
     (["run.seed=20261130153000"], "run.seed=20261130153000: must be at most 4294967295"),
     (["mask=magic"], "mask=magic: no such choice; choices: full, half, information, noise, paper, random"),
     (["valuation=magic"], "valuation=magic: no such choice; choices: alphatoken, direct, paper, rehearsal"),
