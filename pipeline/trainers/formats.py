@@ -148,7 +148,12 @@ def export(source: MaskSource, format_name: str, out: Path) -> Exported:
             yield chosen.columns(batch, source)
 
     shards = (Shard(source.shard(part), tables(part)) for part in source.parts)
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsWrong(
+            [f"--out {out}: no directory can be made at {out.parent} ({error.strerror}): give another place"]
+        ) from error
     unfinished = out.with_name(f".{out.name}.{uuid.uuid4().hex}.tmp")
     try:
         chosen.write(shards, source, unfinished)

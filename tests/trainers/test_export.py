@@ -236,6 +236,8 @@ def test_pairs_have_every_column_once_per_branch(pairs, pair_rows, tmp_path):
         ),
         (["--to", "jsonl", "--out", "x", "--mask", "soft"], "loss_weight finds a place in: hf"),
         (["--to", "hf", "--out", "{run}"], "is there already"),
+        (["--to", "jsonl", "--out", "{run}/run.json/x"], "/run.json (File exists): give another place"),
+        (["--to", "hf", "--out", "{run}/run.json/x/y"], "/run.json/x (Not a directory): give another place"),
         (["--to", "shifted", "--out", "s3://bucket/x"], "--out s3://bucket/x: is not on this disk: give a path"),
     ],
 )
