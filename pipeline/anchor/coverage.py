@@ -18,7 +18,7 @@ from alphatoken.pipeline.settings import Settings
 def refuse_unscored(run: Run) -> None:
     """Raise SettingsWrong for a policy whose configuration tells that it cannot be scored, too few layers among the reasons.
 
-    No weights are loaded. Code of a checkpoint's own is left to the worker that loads the model.
+    No weights are loaded. A model that cannot be told by that, as one with code of its own, is left to the worker that loads it.
     """
     own, asked = run.settings.model, (run.settings.valuation.layers, run.settings.anchor_layers)
     if own.trust_remote_code:
@@ -30,6 +30,8 @@ def refuse_unscored(run: Run) -> None:
             scored_layers(model, layers_of(model, layers))
     except UnsupportedModel as error:
         raise SettingsWrong([f"model.policy: {error}"]) from error
+    except Exception:  # what a model class does on the meta device is its own, and no reason to refuse it
+        return
 
 
 def checked_layers(model: Any, settings: Settings, layers: int | str | None = None) -> ScoredLayers:

@@ -44,7 +44,7 @@ class TrialInputs:
 
     ``basis``: of all that ``extent`` goes on with once a trial is there. ``prompts``: rows whose prompts the reference completes.
     ``rate``: operations per second, of all workers together; ``measured``: whether the run has shown it. ``notes``: what to know
-    beforehand.
+    beforehand. ``alone``: how many last layers learn where lower ones do not, else 0.
     """
 
     candidates: list[Candidate]
@@ -61,6 +61,7 @@ class TrialInputs:
     common: dict[str, Any]
     completions_fingerprint: str
     notes: tuple[str, ...]
+    alone: int
 
     def fingerprint(self, candidate: Candidate, seed: int) -> str:
         """Of one fine-tune: a mask that comes later leaves the others as they are."""
@@ -125,7 +126,7 @@ def trial_inputs(run: Run) -> TrialInputs:
     notes += [f"mask {one.name} leaves what {one.twin} leaves, and shares its fine-tunes" for one in tried if one.twin]
     return TrialInputs(
         tried, masks, sample, manifest.pairs, held_out, retention, prompts, far, basis, rate, measured, common, digest(model),
-        tuple(notes),
+        tuple(notes), len(scored.layers) if own.train == "layers" and scored.lower else 0,
     )  # fmt: skip
 
 

@@ -56,7 +56,7 @@ def make_trial(run: Run) -> dict[str, Any]:
     found = [_measured(run, inputs, one, seed) for one, seed in _pairs(run, inputs)]
     try:
         beside = {one.name: one.random for one in inputs.candidates}
-        verdict = judge(found, beside, inputs.held_out.seen, inputs.pairs)
+        verdict = judge(found, beside, inputs.held_out.seen, inputs.pairs, inputs.alone)
     except ValueError as error:
         reasons = "; ".join(f"{m.candidate}, seed {m.seed}: {m.failed}" for m in found if m.failed)
         raise RunFailed(f"trial: {error} ({reasons}): set a smaller trial.learning_rate") from error
