@@ -264,7 +264,7 @@ def _run(name: str, settings: Settings, overrides: Sequence[str]) -> None:
             raise  # no worker has to do with it
         except Exception:
             if session.storage.exists("logs"):
-                progress.say(f"worker logs: {session.storage.path('logs')}")
+                progress.say(f"worker logs: {session.storage.shown('logs')}")
             raise
 
 

@@ -34,7 +34,7 @@ def tell(session: Session, summary: dict[str, Any]) -> None:
     from alphatoken.pipeline.run.redaction import redacted
 
     settings = session.settings
-    place = session.storage.path(mask_place(settings.mask.name))
+    place = session.storage.shown(mask_place(settings.mask.name))
     told = f"kept:  {summary['kept_fraction']:.1%}"
     if summary["loss_weight"]:
         told = f"weigh: {summary['loss_weight']['mean']:.3f} on average, all labels kept,"

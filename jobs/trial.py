@@ -67,7 +67,7 @@ def execute_auto(session: Session) -> None:
     chosen = write_chosen(session, summary)
     session.manifest.record({"mask": own})  # which was asked for, and not what came of it
     tell(summary)
-    print(f"mask:  {session.storage.path('masks')}/{chosen}")
+    print(f"mask:  {session.storage.shown('masks/' + chosen)}")
 
 
 def check_names(session: Session) -> None:

@@ -164,7 +164,8 @@ class AnchorWorker:
                 batch = task.sequences.take(group).batch().to(self.device)
                 total.positions = batch.predicting()
                 losses = ghost_pass(self.scored, batch, total, self.kernel)
-                self._finite(losses, batch, [task.sequences.ids[i] for i in group])
+                moved = ", or set a smaller anchor.warmup.learning_rate" if weights else ""
+                self._finite(losses, batch, [task.sequences.ids[i] for i in group], moved)
                 positions, loss = positions + len(losses), loss + float(losses.double().sum())
                 advance(len(group))
         counts = {"positions": positions, "loss": loss}
@@ -202,10 +203,12 @@ class AnchorWorker:
                 squares[name] += float((found[f"{name}_direct"] + found[f"{name}_causal"]).double().square().sum())
         return {name: (total / tokens) ** 0.5 if total else 1.0 for name, total in squares.items()}
 
-    def _finite(self, losses: torch.Tensor, batch: Batch, ids: list[str]) -> None:
+    def _finite(self, losses: torch.Tensor, batch: Batch, ids: list[str], remedy: str = "") -> None:
         if not bool(torch.isfinite(losses).all()):
             error = locate(self.scored, batch, self.kernel)
-            raise RunFailed(f"NaN or infinity in {error.where}, example {ids[error.row]}: check the model or its dtype")
+            raise RunFailed(
+                f"NaN or infinity in {error.where}, example {ids[error.row]}: check the model or its dtype{remedy}"
+            )
 
     def _save(
         self, task: AnchorTask, name: str, tensors: dict[str, torch.Tensor], counts: dict[str, Any] | None = None

@@ -46,7 +46,10 @@ def by_id(reading: Reading, ids: Collection[str], window: Window) -> list[RowCon
     found += _by_number(reading, set(numbers.values()) - {row.number for row in found}, window)
     missing -= numbers.keys()
     if missing:
-        raise RunFailed(f"no row has the id {', '.join(sorted(missing))}; ids here are like {', '.join(some)}")
+        raise RunFailed(
+            f"no row has the id {', '.join(sorted(missing))}; ids here are like {', '.join(some)}, numbers of rows 0 to "
+            f"{reading.total - 1}"
+        )
     return sorted(found, key=lambda row: row.number)
 
 

@@ -51,7 +51,7 @@ def make_report(run: Run) -> str:
     texts = Texts.of(run.manifest)
     page = Page(_facts(run, masks, found, texts))
     run.storage.write_bytes(PAGE, page.render(_data(run, masks, found, texts, page)).encode())
-    run.progress.say(f"report: {run.storage.path(PAGE)}")
+    run.progress.say(f"report: {run.storage.shown(PAGE)}")
     return run.storage.path(PAGE)
 
 

@@ -57,6 +57,11 @@ class Storage:
         """The path of ``name`` within the file system."""
         return f"{self.root}/{name}" if name else self.root
 
+    def shown(self, name: str) -> str:
+        """Where ``name`` is, for people: with the scheme of a store, without what is secret in a URI."""
+        place, mark, parameters = self.place.partition("?") if "://" in self.place else (self.place, "", "")
+        return redacted(f"{place}/{name}{mark}{parameters}")
+
     def exists(self, name: str) -> bool:
         """Whether a file or directory of that name is there."""
         return self._insist(lambda: self.fs.get_file_info(self.path(name)).type) != pafs.FileType.NotFound

@@ -76,6 +76,11 @@ def rehearse(run: Run) -> None:
     }  # fmt: skip
     resources = run.cluster.model_resources()
     data = RehearsedRows(storage, rows, run.settings)
+    if data.steps == 1:
+        run.progress.say(
+            f"value: warning: the rehearsal is one step, of {data.rows} rows, and values all at the untouched model: set "
+            "valuation.rehearsal.batch_size below that"
+        )
     with (
         run.cluster.pool(logged("value", RehearsalWorker), arguments, resources) as pool,
         run.progress.task("value: rehearsal", data.tokens, "tokens") as task,

@@ -39,6 +39,13 @@ def test_a_run_from_and_to_an_object_store_is_that_of_a_local_one_however_often_
         assert file.is_dir() or SECRET.encode() not in file.read_bytes(), file
 
 
+def test_what_is_shown_of_a_place_in_a_store_can_be_opened_but_for_the_secret(storage):
+    storage.write_bytes("masks/default/x", b"1")
+    shown = storage.shown("masks/default")
+    assert shown.startswith("s3://") and SECRET not in shown
+    assert Storage(shown.replace("***@", f"{USER}:{SECRET}@")).read_bytes("x") == b"1"
+
+
 def test_a_client_killed_between_upload_and_commit_leaves_nothing_under_the_name(object_store, tmp_path):
     """All parts of the upload have arrived when the process dies; only the request that commits them has not."""
     arrived, parts, uri = threading.Event(), [], object_store.uri("crash")

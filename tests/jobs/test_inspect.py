@@ -166,7 +166,11 @@ def test_pairs_show_both_branches(tmp_path, inspect):
 @pytest.mark.parametrize(
     ("arguments", "status", "says"),
     [
-        (["--row", "nobody"], 1, "no row has the id nobody; ids here are like row-0, row-1, row-2"),
+        (
+            ["--row", "nobody"],
+            1,
+            "no row has the id nobody; ids here are like row-0, row-1, row-2, numbers of rows 0 to ",
+        ),
         (["--by", "beauty"], 2, "choices: affected, dropped, kept, adaptation_direct"),
         (["--colour", "beauty"], 2, "choices: adaptation_direct"),
         (["--mask", "default,other"], 2, "no mask other; it has default, paper, third"),

@@ -188,6 +188,14 @@ def test_same_bytes_with_one_worker_and_with_two(alphatoken, tmp_path, policy, t
     assert all(any(any(row[name]) for row in rows) for name in columns)
 
 
+@pytest.mark.parametrize(("size", "warned"), [(14, True), (13, False)])
+def test_a_rehearsal_of_one_step_is_said_to_be_none(alphatoken, tmp_path, policy, few_rows, size, warned):
+    more = [f"valuation.rehearsal.batch_size={size}", "cluster.address=inline"]
+    status, _, err = alphatoken("run", *arguments(tmp_path / "r", policy, few_rows, *more))
+    assert status == 0, err
+    assert ("the rehearsal is one step, of 14 rows, and values all at the untouched model" in err) == warned
+
+
 def test_other_columns_do_not_change_what_a_rehearsal_decides(alphatoken, tmp_path, policy, few_rows):
     found = []
     for name, more in (("paper", []), ("every", EVERY_COLUMN)):
