@@ -43,6 +43,7 @@ from alphatoken.pipeline.prepare.windows import of_long_rows
 from alphatoken.pipeline.prepare.worker import PrepareTask, PrepareWorker, chosen_of, to_pair_table, to_table
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.noted import Notes
+from alphatoken.pipeline.run.progress import counted
 from alphatoken.pipeline.run.remote import here
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
@@ -190,7 +191,7 @@ def _held_out_numbers(settings: Settings, total: int) -> tuple[int, int]:
     if validation + prompts >= total:
         raise SettingsWrong(
             [
-                f"data.train has {total} rows, of which data.validation={validation} and "
+                f"data.train has {counted(total, 'rows')}, of which data.validation={validation} and "
                 f"anchor.fisher.prompts={settings.anchor.fisher.prompts} would leave none to train on: give a validation file "
                 "or smaller numbers"
             ]
@@ -277,8 +278,8 @@ class _Prepare:
         cut = halves(rows, self.settings.run.seed)
         if not cut[1]:
             self.progress.say(
-                f"prepare: data.validation has {rows} rows, too few to be cut in two (at least {LEAST_TO_CUT}): all of them make "
-                "the directions, and a trial measures on the same; give others with data.validation_trial"
+                f"prepare: data.validation has {counted(rows, 'rows')}, too few to be cut in two (at least {LEAST_TO_CUT}): all of "
+                "them make the directions, and a trial measures on the same; give others with data.validation_trial"
             )
         return cut
 
