@@ -48,7 +48,7 @@ SETTINGS = {
     "batches of 8": Setting(batch_size=8),
     "6 layers": Setting(layers=6),
     "1 layer": Setting(layers=1),
-    "adapters in all layers": Setting(train="lora"),
+    "adapters in all layers": Setting(train="lora", learning_rate=1e-3),
 }
 
 

@@ -18,6 +18,7 @@ from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.fingerprint import digest, of_model
+from alphatoken.pipeline.run.progress import counted
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.trial.budget import duration
 from alphatoken.pipeline.trial.candidates import FULL, Candidate, kept_tokens, labels_of
@@ -29,6 +30,7 @@ from alphatoken.pipeline.trial.verdict import SEEN, SUMMARY, Measured, Verdict, 
 from alphatoken.pipeline.trial.worker import TrialTask, TrialWorker
 
 RESULTS = "trial/results.parquet"
+LORA_RATE = 10  # adapters take a larger learning rate than the weights themselves
 SEED_STRIDE = 1_000_003  # between the seeds of random masks of two runs
 
 
@@ -56,7 +58,7 @@ def make_trial(run: Run) -> dict[str, Any]:
     found = [_measured(run, inputs, one, seed) for one, seed in _pairs(run, inputs)]
     try:
         beside = {one.name: one.random for one in inputs.candidates}
-        verdict = judge(found, beside, inputs.held_out.seen, inputs.pairs, inputs.alone)
+        verdict = judge(found, beside, inputs.held_out.seen, inputs.pairs, _caveat(run, inputs))
     except ValueError as error:
         reasons = "; ".join(f"{m.candidate}, seed {m.seed}: {m.failed}" for m in found if m.failed)
         raise RunFailed(f"trial: {error} ({reasons}): set a smaller trial.learning_rate") from error
@@ -71,6 +73,17 @@ def make_trial(run: Run) -> dict[str, Any]:
         steps=inputs.extent.steps, examples=inputs.extent.examples, fine_tune_seconds=round(seconds, 3),
     )  # fmt: skip
     return summary
+
+
+def _caveat(run: Run, inputs: TrialInputs) -> str:
+    """What is won in the last layers need not be won where all learn (docs/results.md, the pool)."""
+    if not inputs.alone:
+        return ""
+    rate = LORA_RATE * run.settings.trial.learning_rate
+    return (
+        f"the last {counted(inputs.alone, 'layers')} alone learned: ask with trial.train=lora trial.learning_rate={rate:g} before "
+        "you train all of them"
+    )
 
 
 def _announce(run: Run, inputs: TrialInputs) -> None:

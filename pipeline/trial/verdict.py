@@ -87,10 +87,10 @@ class Verdict:
 
 
 def judge(
-    found: Sequence[Measured], beside: Mapping[str, int], seen: bool, pairs: bool = False, alone: int = 0
+    found: Sequence[Measured], beside: Mapping[str, int], seen: bool, pairs: bool = False, caveat: str = ""
 ) -> Verdict:
     """``found``: all fine-tunes; ``beside``: candidate -> percent of the random mask beside it; ``seen``: see rows.HeldOut; ``pairs``:
-    whether losses are of preference pairs; ``alone``: how many last layers learned where lower ones did not, else 0.
+    whether losses are of preference pairs; ``caveat``: what is to be said of a winner.
 
     Raises ValueError where full has no numbers.
     """
@@ -105,8 +105,8 @@ def judge(
     lines.sort(key=lambda line: line.adaptation[0])
     several = len({one.seed for one in found}) > 1
     winner, sentence = _sentence(lines, "nats per pair" if pairs else "nats per token", several)
-    if alone and winner != FULL:  # what is won in these layers need not be won where all learn
-        sentence += f"; the last {alone} layers alone learned: ask with trial.train=lora before you train all of them"
+    if caveat and winner != FULL:
+        sentence += f"; {caveat}"
     return Verdict(tuple(lines), winner, f"{sentence} ({SEEN})." if seen else f"{sentence}.", failed)
 
 

@@ -221,6 +221,19 @@ def test_a_fine_tune_that_ends_in_nan_is_named_and_the_others_stand(alphatoken, 
     )
 
 
+def test_a_mask_that_wins_in_the_last_layers_is_to_be_asked_about_in_all(alphatoken, run):
+    assert alphatoken("trial", f"run.dir={run}", *QUICK)[0] == 0
+    for seed in (0, 1):  # as if the mask had halved every loss
+        place = of_default(run, seed)
+        content = json.loads(place.read_text())
+        halves = {"adaptation": content["adaptation"] / 2, "row_losses": [loss / 2 for loss in content["row_losses"]]}
+        place.write_text(json.dumps({**content, **halves}))
+    status, out, err = alphatoken("trial", f"run.dir={run}", *QUICK)
+    assert status == 0 and "fine-tunes are done already" in err, err
+    said = "the last 2 layers alone learned: ask with trial.train=lora trial.learning_rate=0.1 before you train all of them."
+    assert summary(run)["winner"] == "default" and said in out
+
+
 def test_what_cannot_be_tried_is_refused_in_a_line(alphatoken, run, tmp_path, made):
     def refused(status: int, reason: str, *more: str) -> None:
         found, _, err = alphatoken("trial", f"run.dir={run}", *more)
