@@ -35,7 +35,7 @@ class Setting:
     """How a trial is made. ``examples``: the first so many of the rows; ``epochs`` over them; ``train``: as trial.train."""
 
     layers: int = 3
-    learning_rate: float = 1e-4
+    learning_rate: float = 3e-4
     batch_size: int = 2
     examples: int = 40
     epochs: float = 1.0

@@ -41,7 +41,7 @@ EXAMPLES = 72
 
 SETTINGS = {
     "trial's own": Setting(),
-    "learning rate 3e-4": Setting(learning_rate=3e-4),
+    "learning rate 1e-4": Setting(learning_rate=1e-4),
     "learning rate 1e-3": Setting(learning_rate=1e-3),
     "all examples": Setting(examples=EXAMPLES),
     "half of the examples, twice": Setting(examples=20, epochs=2.0),

@@ -285,14 +285,17 @@ def rows_of_objectives(sample: Sample, settings: Settings) -> dict[str, int]:
 
 
 def fisher_flops(m: ModelCosts, prompts: Sequence[Example], new: int) -> int:
-    """Sampling ``new`` tokens per prompt and one ghost pass over prompt and completion, batched as the worker does."""
-    total, parts = 0, parts_of(len(prompts))
+    """Sampling ``new`` tokens per prompt and one ghost pass over prompt and completion, batched as the worker does; and once
+    what shows whether padding is ignored."""
+    total, parts, asked = 0, parts_of(len(prompts)), False
     for part in range(parts):
         own = prompts[part * len(prompts) // parts : (part + 1) * len(prompts) // parts]
         lengths = sorted((response_start(example.labels) for example in own), reverse=True)
         for start in range(0, len(lengths), PROMPTS_PER_BATCH):
             batch = lengths[start : start + PROMPTS_PER_BATCH]
             total += sampling_flops(m, len(batch), batch[0], new)
+            if batch[0] > batch[-1] and not asked:
+                total, asked = total + sampling_flops(m, 1, batch[-1], 1) + sampling_flops(m, 2, batch[0], 1), True
             shapes = budget_shapes([length + new for length in batch], len(batch) * new, TOKENS_PER_PASS)
             total += ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
     return total

@@ -37,7 +37,7 @@ class TrialSettings:
         "auto", "training examples, drawn with run.seed; auto: what fits into about ten minutes"
     )
     batch_size: int = option(2, "examples per step")
-    learning_rate: float = option(1e-4, "peak learning rate of AdamW")
+    learning_rate: float = option(3e-4, "peak learning rate of AdamW")
     prompts: int = option(64, "prompts at most whose completions by the reference measure how far the model moves")
     cache_bytes: int = option(
         8 << 30,

@@ -30,7 +30,7 @@ from alphatoken.pipeline.trial.verdict import SEEN, SUMMARY, Measured, Verdict, 
 from alphatoken.pipeline.trial.worker import TrialTask, TrialWorker
 
 RESULTS = "trial/results.parquet"
-LORA_RATE = 10  # adapters take a larger learning rate than the weights themselves
+LORA_RATE = 3  # adapters take a larger learning rate than the weights of the last layers
 SEED_STRIDE = 1_000_003  # between the seeds of random masks of two runs
 
 
