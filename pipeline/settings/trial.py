@@ -6,6 +6,8 @@ from typing import Any
 from alphatoken.pipeline.settings.option import at_least, auto_or_at_least, one_of, option
 
 TRAINED = ("layers", "lora", "all")
+# A few steps of few layers have to get as far as many of all (docs/results.md, which learning rate is to be believed).
+RATES = {"layers": 3e-4, "lora": 1e-3, "all": 1e-4}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,9 @@ class TrialSettings:
         "auto", "training examples, drawn with run.seed; auto: what fits into about ten minutes"
     )
     batch_size: int = option(2, "examples per step")
-    learning_rate: float = option(3e-4, "peak learning rate of AdamW")
+    learning_rate: float | None = option(
+        None, "peak learning rate of AdamW; null: 3e-4 for trial.train=layers, 1e-3 for lora, 1e-4 for all"
+    )
     prompts: int = option(64, "prompts at most whose completions by the reference measure how far the model moves")
     cache_bytes: int = option(
         8 << 30,
@@ -51,12 +55,17 @@ class TrialSettings:
         found += auto_or_at_least("trial.examples", self.examples, 1)
         for name, least in (("rank", 1), ("batch_size", 1), ("prompts", 1), ("cache_bytes", 0)):
             found += at_least(f"trial.{name}", getattr(self, name), least)
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             found.append(f"trial.learning_rate={self.learning_rate}: must be above 0")
         found += [f"trial.rho={rho}: must be above 0 and at most 1" for rho in self.rho if not 0 < rho <= 1]
         return found + one_of("trial.train", self.train, TRAINED)
 
     def fingerprinted(self) -> dict[str, Any]:
         """Those that the numbers of a trial depend on, beside how many rows and steps ``auto`` comes to."""
-        names = ("train", *["rank"] * (self.train == "lora"), "batch_size", "learning_rate", "prompts")
-        return {f"trial.{name}": getattr(self, name) for name in names}
+        names = ("train", *["rank"] * (self.train == "lora"), "batch_size", "prompts")
+        return {"trial.learning_rate": self.rate, **{f"trial.{name}": getattr(self, name) for name in names}}
+
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return RATES[self.train] if self.learning_rate is None else self.learning_rate

@@ -30,7 +30,6 @@ from alphatoken.pipeline.trial.verdict import SEEN, SUMMARY, Measured, Verdict, 
 from alphatoken.pipeline.trial.worker import TrialTask, TrialWorker
 
 RESULTS = "trial/results.parquet"
-LORA_RATE = 3  # adapters take a larger learning rate than the weights of the last layers
 SEED_STRIDE = 1_000_003  # between the seeds of random masks of two runs
 
 
@@ -58,7 +57,7 @@ def make_trial(run: Run) -> dict[str, Any]:
     found = [_measured(run, inputs, one, seed) for one, seed in _pairs(run, inputs)]
     try:
         beside = {one.name: one.random for one in inputs.candidates}
-        verdict = judge(found, beside, inputs.held_out.seen, inputs.pairs, _caveat(run, inputs))
+        verdict = judge(found, beside, inputs.held_out.seen, inputs.pairs, _caveat(inputs))
     except ValueError as error:
         reasons = "; ".join(f"{m.candidate}, seed {m.seed}: {m.failed}" for m in found if m.failed)
         raise RunFailed(f"trial: {error} ({reasons}): set a smaller trial.learning_rate") from error
@@ -75,15 +74,11 @@ def make_trial(run: Run) -> dict[str, Any]:
     return summary
 
 
-def _caveat(run: Run, inputs: TrialInputs) -> str:
+def _caveat(inputs: TrialInputs) -> str:
     """What is won in the last layers need not be won where all learn (docs/results.md, the pool)."""
     if not inputs.alone:
         return ""
-    rate = LORA_RATE * run.settings.trial.learning_rate
-    return (
-        f"the last {counted(inputs.alone, 'layers')} alone learned: ask with trial.train=lora trial.learning_rate={rate:g} before "
-        "you train all of them"
-    )
+    return f"the last {counted(inputs.alone, 'layers')} alone learned: ask with trial.train=lora before you train all of them"
 
 
 def _announce(run: Run, inputs: TrialInputs) -> None:
@@ -210,7 +205,7 @@ def _summary(run: Run, inputs: TrialInputs, verdict: Verdict) -> dict[str, Any]:
     own = run.settings.trial
     return {
         **verdict.as_json(),
-        "settings": asdict(own),
+        "settings": {**asdict(own), "learning_rate": own.rate},
         "layers": run.settings.valuation.layers,
         "steps": inputs.extent.steps,
         "examples": inputs.extent.examples,

@@ -97,7 +97,7 @@ class TrialWorker:
         }
         own, examples = self.settings.trial, self.kind.examples(self.rows.train)
         order = [] if untouched else row_order(examples, own.batch_size, task.steps, task.seed)
-        fit = Fit(order, own.learning_rate, self.settings.model.attention, TOKENS_PER_PASS, self.memory)
+        fit = Fit(order, own.rate, self.settings.model.attention, TOKENS_PER_PASS, self.memory)
         names = self.rows.train.ids
         try:
             self.states.fill(self.kind.sequences(sorted({row for rows in order for row in rows}), self.rows.train))

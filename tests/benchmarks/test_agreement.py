@@ -70,7 +70,7 @@ def test_short_fine_tunes_learn_what_they_are_given(policy, train):
 
 def test_settings_are_of_like_size():
     own = SETTINGS["trial's own"]
-    assert load([]).trial.learning_rate == own.learning_rate and load([]).trial.batch_size == own.batch_size
+    assert load([]).trial.rate == own.learning_rate and load([]).trial.batch_size == own.batch_size
     assert load([]).valuation.layers == own.layers
     assert all(one.steps >= 1 for one in SETTINGS.values())
     assert RUNS.keys() >= set(VALUED)

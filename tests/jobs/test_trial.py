@@ -230,7 +230,7 @@ def test_a_mask_that_wins_in_the_last_layers_is_to_be_asked_about_in_all(alphato
         place.write_text(json.dumps({**content, **halves}))
     status, out, err = alphatoken("trial", f"run.dir={run}", *QUICK)
     assert status == 0 and "fine-tunes are done already" in err, err
-    said = "the last 2 layers alone learned: ask with trial.train=lora trial.learning_rate=0.03 before you train all of them."
+    said = "the last 2 layers alone learned: ask with trial.train=lora before you train all of them."
     assert summary(run)["winner"] == "default" and said in out
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from alphatoken.jobs.config import load
 from alphatoken.pipeline.trial.hidden import PREFIX
 from tests.conftest import SMALL, chat_row, pair_row, save_tokenizer, write_rows
 from tests.jobs.trial_files import results, summary
@@ -170,3 +171,12 @@ def test_a_retention_row_is_measured_as_the_model_says(alphatoken, tmp_path, pol
         count += int((labels != -100).sum())
     assert row_of(tmp_path / "r", "untouched")["retention_loss"] == pytest.approx(sums / count, abs=5e-3)
     assert summary(tmp_path / "r")["retention_rows"] == 4 and "retention: loss on the 4 rows" in " ".join(out.split())
+
+
+@pytest.mark.parametrize(("train", "rate"), [("layers", 3e-4), ("lora", 1e-3), ("all", 1e-4)])
+def test_each_kind_has_a_learning_rate_of_its_own_unless_one_is_given(train, rate):
+    usual, given = load([f"trial.train={train}"]).trial, load([f"trial.train={train}", "trial.learning_rate=2e-5"]).trial
+    assert usual.rate == rate and given.rate == 2e-5
+    assert usual.fingerprinted()["trial.learning_rate"] == rate
+    same = load([f"trial.train={train}", f"trial.learning_rate={rate}"]).trial
+    assert same.fingerprinted() == usual.fingerprinted() != given.fingerprinted()
