@@ -175,7 +175,10 @@ def test_a_retention_row_is_measured_as_the_model_says(alphatoken, tmp_path, pol
 
 @pytest.mark.parametrize(("train", "rate"), [("layers", 3e-4), ("lora", 1e-3), ("all", 1e-4)])
 def test_each_kind_has_a_learning_rate_of_its_own_unless_one_is_given(train, rate):
-    usual, given = load([f"trial.train={train}"]).trial, load([f"trial.train={train}", "trial.learning_rate=2e-5"]).trial
+    usual, given = (
+        load([f"trial.train={train}"]).trial,
+        load([f"trial.train={train}", "trial.learning_rate=2e-5"]).trial,
+    )
     assert usual.rate == rate and given.rate == 2e-5
     assert usual.fingerprinted()["trial.learning_rate"] == rate
     same = load([f"trial.train={train}", f"trial.learning_rate={rate}"]).trial
