@@ -159,12 +159,12 @@ class AnchorWorker:
         weights = mapped_tensors(self.storage, task.weights) if task.weights else None
         total, positions, loss = OuterSum(self.scored), 0, 0.0
         lengths = [len(ids) for ids in task.sequences.input_ids]
+        moved = ", or set a smaller anchor.warmup.learning_rate" if weights else ""
         with swapped(self.scored, weights):
             for group in by_token_budget(lengths, TOKENS_PER_PASS):
                 batch = task.sequences.take(group).batch().to(self.device)
                 total.positions = batch.predicting()
                 losses = ghost_pass(self.scored, batch, total, self.kernel)
-                moved = ", or set a smaller anchor.warmup.learning_rate" if weights else ""
                 self._finite(losses, batch, [task.sequences.ids[i] for i in group], moved)
                 positions, loss = positions + len(losses), loss + float(losses.double().sum())
                 advance(len(group))

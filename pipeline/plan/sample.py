@@ -15,7 +15,7 @@ from alphatoken.pipeline.prepare.positions import own_positions
 from alphatoken.pipeline.prepare.repeated import all_repeat_prompt, repeats_prompt, without_prompt
 from alphatoken.pipeline.prepare.row_counts import because
 from alphatoken.pipeline.prepare.rows import TemplateRequired, Unusable
-from alphatoken.pipeline.prepare.sources import Sources, open_sources
+from alphatoken.pipeline.prepare.sources import Sources
 from alphatoken.pipeline.prepare.tokenize import Example, ExampleMaker
 from alphatoken.pipeline.run.failure import RunFailed, SettingsWrong
 from alphatoken.pipeline.run.remote import Unreachable, here
@@ -123,7 +123,7 @@ def sample_data(settings: Settings, policy: str) -> Sample:
         if not validation:
             raise RunFailed(f"data.validation={data.validation}: none of its first {len(some)} rows can be used")
         validation_rows = round(validation_rows * len(validation) / len(some))
-    retention, retention_rows = _retention(either, data)
+    retention, retention_rows = _retention(either, raw.retention, data)
     flat = [one for made in trained for one in made]
     sequences = [s for made in flat for s in ((made.chosen, made.rejected) if isinstance(made, Pair) else (made,))]
     of_all, parts = round(total * (1 - unusable)) - wanted, data.cut[1] if data.cut else 1
@@ -146,11 +146,12 @@ def _rows_in(sources: Sources | None, names: Sequence[str], rows: Sequence[int])
     return sum(start <= row < stop for row in rows for start, stop in own)
 
 
-def _retention(make: Callable[[Any, str], Example], data: DataSettings) -> tuple[tuple[Example, ...], int]:
-    """A sample of data.retention, and about how many rows it has."""
-    if data.retention is None:
+def _retention(
+    make: Callable[[Any, str], Example], sources: Sources | None, data: DataSettings
+) -> tuple[tuple[Example, ...], int]:
+    """A sample of data.retention, whose files ``sources`` are, and about how many rows it has."""
+    if sources is None:
         return (), 0
-    sources = open_sources("data.retention", data.retention)
     total = sources.starts[-1]
     some = _examples(make, sources, range(min(total, SAMPLE)), data)
     usable = tuple(example for example in some if example is not None)
