@@ -23,7 +23,9 @@ class ScoredAdamW:
     ) -> None:
         self.learning_rate = learning_rate
         self._masters = {name: torch.nn.Parameter(_at_least_float(w.detach()).clone()) for name, w in weights.items()}
-        self._optimizer = torch.optim.AdamW(self._masters.values(), lr=learning_rate, weight_decay=0.0)
+        for master in self._masters.values():
+            master.grad = torch.empty_like(master)  # kept: fresh memory costs more than the arithmetic here
+        self._optimizer = torch.optim.AdamW(self._masters.values(), lr=learning_rate, weight_decay=0.0, fused=True)
         if start is not None:
             self._restore(*start)
 
@@ -40,7 +42,7 @@ class ScoredAdamW:
         clipping.
         """
         for name, master in self._masters.items():
-            master.grad = gradient[name].to(master.dtype) / max(1, tokens)
+            torch.div(gradient[name].to(master.dtype), max(1, tokens), out=master.grad)
         if norm is None:
             norm = float(torch.nn.utils.clip_grad_norm_(self._masters.values(), 1.0))
         else:
@@ -63,7 +65,7 @@ class ScoredAdamW:
         for name, master in self._masters.items():
             master.copy_(state[f"master/{name}"])
             moments = {moment: state[f"{moment}/{name}"].to(master.device).clone() for moment in MOMENTS}
-            self._optimizer.state[master] = {"step": torch.tensor(float(steps)), **moments}
+            self._optimizer.state[master] = {"step": torch.tensor(float(steps), device=master.device), **moments}
 
 
 def norm_of(norms: Iterable[float]) -> float:

@@ -19,7 +19,6 @@ from torch.nn.functional import linear
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, decoder_layers, scored_layers
 from alphatoken.pipeline.maths.frozen import frozen
-from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.learners import Weights
 from alphatoken.pipeline.maths.linear_maps import LinearMap
 from alphatoken.pipeline.maths.whole_pass import Weigh, whole_pass
@@ -94,7 +93,7 @@ class Adapters:
         finally:
             self._held = before
 
-    def backward(self, batch: Batch, kernel: str, memory: HeadMemory, weigh: Weigh | None = None) -> torch.Tensor:
+    def backward(self, batch: Batch, kernel: str, weigh: Weigh | None = None) -> torch.Tensor:
         """See Learner."""
         with frozen(self.scored.model):
             losses = whole_pass(self.scored, batch, kernel, weigh)

@@ -15,7 +15,7 @@ import torch
 from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import ScoredLayers, decoder_layers
-from alphatoken.pipeline.maths.head import chunk_rows, head_of, rows_in_cache, vocabulary_of
+from alphatoken.pipeline.maths.head import chunk_rows, logits_of, rows_in_cache, vocabulary_of
 from alphatoken.pipeline.maths.learners import Learner, Weights
 from alphatoken.pipeline.maths.trial import Entering, add_by_row
 
@@ -70,10 +70,9 @@ class ReferencePredictions:
             for start in range(0, len(own), rows):
                 part = slice(start, start + rows)
                 # One after the other: both may be the head of one model, and it may have learned.
-                with head_of(self.reference, self.outputs) as head:
-                    before = head(theirs[part])
-                with learner.holding(weights), head_of(scored, outputs) as head:
-                    now = head(own[part])
+                before = logits_of(self.reference, self.outputs, theirs[part], "reference")
+                with learner.holding(weights):
+                    now = logits_of(scored, outputs, own[part])
                 found.append(_divergence(before, now))
             add_by_row(sums, counts, torch.cat(found) if found else own.new_zeros(0), batch, group)
         return sums, counts

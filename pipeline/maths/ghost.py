@@ -16,7 +16,7 @@ import torch
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.capture import Visitor, captured
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
-from alphatoken.pipeline.maths.head import HeadMemory, Predictions, Reading, read_head
+from alphatoken.pipeline.maths.head import Predictions, Reading, read_head
 from alphatoken.pipeline.maths.tangents import Tangents, dual_level, tangent_of, without_tangent
 
 
@@ -39,7 +39,6 @@ def read_pass(
     along: Mapping[str, Tangents],
     kernel: str,
     window: int = 0,
-    memory: HeadMemory | None = None,
     keep: torch.Tensor | None = None,
     weigh: Callable[[torch.Tensor], torch.Tensor] | None = None,
 ) -> torch.Tensor:
@@ -48,7 +47,7 @@ def read_pass(
     ``visitor`` None: forward alone. ``along``: direction name -> direction; the readings find the logits' derivative
     along each. The first shares the forward pass, each further one takes a forward pass of its own: let
     ``lower_layers_once`` hand the lower layers on. ``keep``: flat positions whose products M h of the first the visitor is
-    shown. ``memory``: kept from one batch to the next. ``weigh``: the first reading (n,) -> factors (n,), held constant, of
+    shown. ``weigh``: the first reading (n,) -> factors (n,), held constant, of
     every position's loss in the sum whose errors the visitor sees.
     """
     positions = batch.predicting()
@@ -69,7 +68,7 @@ def read_pass(
         if first is not None:
             moved[names[0]] = _derivative(outputs, positions)
         level.close()
-        found, gradient = read_head(scored, outputs, hidden, targets, readings, moved, visitor is not None, memory)
+        found, gradient = read_head(scored, outputs, hidden, targets, readings, moved, visitor is not None)
         if gradient is not None:
             factors = None if weigh is None else weigh(found[0]).to(gradient.dtype)
             hidden.backward(gradient if factors is None else gradient * factors[:, None])

@@ -3,8 +3,9 @@ vocabulary's width.
 
 `tokens x vocabulary` is never held whole. The model's own treatment of the logits (soft caps, scales) is kept: each
 chunk of hidden states is sent through the model's forward with the decoder short-circuited, so that only what comes
-after the decoder runs. Where that turns out to be one matrix, its backward is one product with it, and every chunk
-uses the same memory; otherwise autograd goes back through whatever it is.
+after the decoder runs. Where that turns out to be one matrix, which a few positions show once per model, logits and the
+way back are one product with it each, and every chunk uses the same memory; otherwise autograd goes back through whatever
+it is.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.autograd.forward_ad as forward_ad
@@ -22,7 +24,7 @@ from torch import nn
 from alphatoken.pipeline.maths.tangents import dual_level, tangent_of
 
 CHUNK_BYTES = 128 << 20
-PROBE_ROWS = 16  # positions that go through the model's own head
+PROBE_ROWS = 16  # positions that show what a model's head is
 CACHE_BYTES = 1 << 20  # of logits that are worked on at a time: half of a usual second-level cache
 DEVICE_CACHE_BYTES = 32 << 20  # on an accelerator, where each piece costs a launch per operation
 
@@ -65,8 +67,10 @@ def head_of(scored: HeadedModel, outputs: Any) -> Iterator[Callable[[torch.Tenso
 
 
 def chunk_rows(model: Any, hidden: torch.Tensor) -> int:
-    """Rows of hidden states per chunk, so that one chunk of logits takes at most CHUNK_BYTES."""
-    return max(16, CHUNK_BYTES // (vocabulary_of(model) * max(4, hidden.element_size())))
+    """Rows of hidden states per chunk, so that one chunk of logits takes at most CHUNK_BYTES; a round number, since products of
+    others can take a quarter longer."""
+    rows = CHUNK_BYTES // (vocabulary_of(model) * max(4, hidden.element_size()))
+    return max(16, rows // 64 * 64 if rows > 64 else rows)
 
 
 def rows_in_cache(logits: torch.Tensor) -> int:
@@ -115,13 +119,16 @@ Reading = Callable[[Predictions], torch.Tensor]
 
 
 class HeadMemory:
-    """Logits and their derivatives, and what is worked on in cache: memory that one batch leaves to the next.
+    """Of one model: logits and their derivatives, and what is worked on in cache, memory that one batch leaves to the next;
+    and whether the head is one matrix.
 
-    Fresh memory of this size costs as much as the products that are written to it.
+    Fresh memory of this size costs as much as the products that are written to it, and asking the model what its head is as
+    much as 300 positions, since all of its weight is read.
     """
 
     def __init__(self) -> None:
         self._held: dict[str, torch.Tensor] = {}
+        self.is_matrix: bool | None = None  # None: nobody has looked
 
     def take(self, name: str, rows: int, columns: int, like: torch.Tensor) -> torch.Tensor:
         """(rows, columns) of whatever was there, in dtype and device of ``like``; valid until ``name`` is taken again."""
@@ -129,6 +136,42 @@ class HeadMemory:
         if held is None or held.numel() < rows * columns or held.dtype != like.dtype or held.device != like.device:
             self._held[name] = held = like.new_empty(rows * columns)
         return held[: rows * columns].view(rows, columns)
+
+
+_memories: WeakKeyDictionary[nn.Module, HeadMemory] = WeakKeyDictionary()
+
+
+def memory_of(scored: HeadedModel) -> HeadMemory:
+    """That of a model, kept as long as the model is; one pass at a time uses it."""
+    return _memories.setdefault(scored.model, HeadMemory())
+
+
+def matrix_of(scored: HeadedModel, outputs: Any, hidden: torch.Tensor) -> torch.Tensor | None:
+    """The weight (V, d) where logits are ``hidden @ weight.T`` and nothing else; None: they are not.
+
+    The first positions that a model is met with go through its own head, and what comes of them is let go: no number depends
+    on which batch is a worker's first.
+    """
+    memory, module = memory_of(scored), _output_matrix(scored.model)
+    if not len(hidden):
+        return None
+    if memory.is_matrix is None:
+        with torch.no_grad(), head_of(scored, outputs) as head, watched(scored.model) as is_matrix:
+            part = hidden.detach()[:PROBE_ROWS]
+            memory.is_matrix = is_matrix(part, head(part))
+    if module is None or not memory.is_matrix or module.weight.dtype != hidden.dtype:
+        return None
+    return module.weight.detach()
+
+
+@torch.no_grad()
+def logits_of(scored: HeadedModel, outputs: Any, hidden: torch.Tensor, name: str = "logits") -> torch.Tensor:
+    """Logits (n, V) of hidden states (n, d) without a graph; valid until those of this model and ``name`` are made again."""
+    weight = matrix_of(scored, outputs, hidden)
+    if weight is not None:
+        return product(hidden, weight, memory_of(scored), name)
+    with head_of(scored, outputs) as head:
+        return head(hidden)
 
 
 def read_head(
@@ -139,42 +182,37 @@ def read_head(
     readings: Sequence[Reading],
     moved: Mapping[str, torch.Tensor] | None = None,
     backward: bool = True,
-    memory: HeadMemory | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Every reading at every position, and the gradient of the summed loss with respect to the hidden states.
 
     ``hidden`` (n, d): last hidden states at the predicting positions; ``targets`` (n,); ``moved``: direction ->
     derivative (n, d) of ``hidden`` along it. Returns (readings, n) in at least float32 and, where ``backward``, the
-    gradient (n, d) in the dtype of ``hidden``. Logits are made once for all of it. The first few positions show whether
-    the head is one matrix.
+    gradient (n, d) in the dtype of ``hidden``. Logits are made once for all of it.
     """
-    found, gradients, moved, memory = [], [], moved or {}, memory or HeadMemory()
-    weight: torch.Tensor | None = None  # the head's, where it is this matrix alone
+    found, gradients, moved, memory = [], [], moved or {}, memory_of(scored)
+    weight = matrix_of(scored, outputs, hidden)
     rows = chunk_rows(scored.model, hidden)
-    starts = [0, *range(min(PROBE_ROWS, rows), len(hidden), rows), len(hidden)]
-    with head_of(scored, outputs) as head, watched(scored.model) as plain_weight:
-        for start, stop in zip(starts[:-1], starts[1:], strict=True):
-            part, wanted = hidden.detach()[start:stop], targets[start:stop]
-            tangents = {name: tangent[start:stop] for name, tangent in moved.items()}
+    with head_of(scored, outputs) as head:
+        for start in range(0, max(1, len(hidden)), rows):
+            chunk = slice(start, start + rows)
+            part, wanted = hidden.detach()[chunk], targets[chunk]
+            tangents = {name: tangent[chunk] for name, tangent in moved.items()}
             if weight is None:
                 with torch.set_grad_enabled(backward):
                     logits = head(part.requires_grad_(backward))
                 work = logits.detach().clone()  # the head may need its own once more on the way back
-                if start == 0:  # before the head runs again for the derivative
-                    weight = plain_weight(part, logits)
-            else:
-                work = _product(part, weight, memory, "logits")
-            if weight is None:
                 derived = {name: _derived(head, part, tangent) for name, tangent in tangents.items()}
             else:
-                derived = {name: _product(tangent, weight, memory, name) for name, tangent in tangents.items()}
+                work = product(part, weight, memory, "logits")
+                derived = {name: product(tangent, weight, memory, name) for name, tangent in tangents.items()}
             found.append(_read(work, wanted, readings, derived, memory, backward))
             if backward:
                 gradients.append(work @ weight if weight is not None else torch.autograd.grad(logits, part, work)[0])
     return torch.cat(found, dim=1), torch.cat(gradients) if backward else None
 
 
-def _product(rows: torch.Tensor, weight: torch.Tensor, memory: HeadMemory, name: str) -> torch.Tensor:
+def product(rows: torch.Tensor, weight: torch.Tensor, memory: HeadMemory, name: str) -> torch.Tensor:
+    """``rows`` (n, d) through a head that is one matrix (V, d): (n, V), valid until ``name`` is taken again."""
     return torch.mm(rows, weight.mT, out=memory.take(name, len(rows), len(weight), rows))
 
 
@@ -220,14 +258,9 @@ def _read(
     return found
 
 
-@contextmanager
-def watched(model: Any) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch.Tensor | None]]:
-    """Yields (hidden, logits) -> the weight (vocabulary, d) where logits are hidden @ weight.T and nothing else, or None.
-
-    They are where the output embedding is a linear map without bias that was handed the hidden states as they are, and
-    whose output was handed out as it is: the same memory, never written to since (no scale, cap or cast around it). One
-    with hooks or a forward of its own (offloaded weights) is no such map.
-    """
+def _output_matrix(model: Any) -> nn.Linear | None:
+    """The output embedding where it is a linear map without bias. One with hooks or a forward of its own (offloaded weights)
+    is none."""
     module = model.get_output_embeddings()
     plain = (
         type(module) is nn.Linear
@@ -237,20 +270,30 @@ def watched(model: Any) -> Iterator[Callable[[torch.Tensor, torch.Tensor], torch
         and not module._forward_hooks
         and not module._forward_pre_hooks
     )
+    return module if plain else None
+
+
+@contextmanager
+def watched(model: Any) -> Iterator[Callable[[torch.Tensor, torch.Tensor], bool]]:
+    """Yields (hidden, logits) -> whether logits are hidden @ weight.T, of the output embedding, and nothing else.
+
+    They are where it is a linear map without bias that was handed the hidden states as they are, and whose output was
+    handed out as it is: the same memory, never written to since (no scale, cap or cast around it).
+    """
+    module = _output_matrix(model)
     seen: list[tuple[torch.Tensor, torch.Tensor, int]] = []
 
     def remember(module: nn.Module, args: tuple, output: torch.Tensor) -> None:
         seen[:] = [(args[0], output, output._version)]
 
-    def plain_weight(hidden: torch.Tensor, logits: torch.Tensor) -> torch.Tensor | None:
-        if not seen or not plain:
-            return None
+    def is_matrix(hidden: torch.Tensor, logits: torch.Tensor) -> bool:
+        if not seen:
+            return False
         entering, leaving, version = seen.pop()
-        same = _same_memory(entering, hidden) and _same_memory(leaving, logits) and leaving._version == version
-        return module.weight.detach() if same and module.weight.dtype == hidden.dtype else None
+        return _same_memory(entering, hidden) and _same_memory(leaving, logits) and leaving._version == version
 
     with nullcontext() if module is None else module.register_forward_hook(remember):
-        yield plain_weight
+        yield is_matrix
 
 
 def _same_memory(a: torch.Tensor, b: torch.Tensor) -> bool:

@@ -15,25 +15,25 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from alphatoken.pipeline.maths.head import (
-    PROBE_ROWS,
     HeadedModel,
-    HeadMemory,
     Predictions,
     chunk_rows,
     head_of,
+    matrix_of,
+    memory_of,
+    product,
     read_head,
-    watched,
 )
 
 
 class TwiceDifferentiableHead:
     """The head over n predicting positions of one pass. After a second backward pass ``moved`` (n, d) is what came down.
 
-    ``outputs``: what the decoder returned. ``targets`` (n,): the tokens that follow. ``memory``: for logits.
+    ``outputs``: what the decoder returned. ``targets`` (n,): the tokens that follow.
     """
 
-    def __init__(self, scored: HeadedModel, outputs: Any, targets: torch.Tensor, memory: HeadMemory) -> None:
-        self.scored, self.outputs, self.targets, self.memory = scored, outputs, targets, memory
+    def __init__(self, scored: HeadedModel, outputs: Any, targets: torch.Tensor) -> None:
+        self.scored, self.outputs, self.targets = scored, outputs, targets
         self.losses = torch.zeros(0)
         self.moved: torch.Tensor | None = None
 
@@ -43,9 +43,7 @@ class TwiceDifferentiableHead:
 
     def first(self, hidden: torch.Tensor) -> torch.Tensor:
         """The errors without a graph; leaves the losses (n,) in nats."""
-        found, gradient = read_head(
-            self.scored, self.outputs, hidden, self.targets, [Predictions.losses], memory=self.memory
-        )
+        found, gradient = read_head(self.scored, self.outputs, hidden, self.targets, [Predictions.losses])
         assert gradient is not None
         self.losses = found[0]
         return gradient
@@ -54,28 +52,26 @@ class TwiceDifferentiableHead:
         """The derivative (n, d) of the errors where the hidden states move along ``moved`` (n, d)."""
         self.moved = moved
         found: list[torch.Tensor] = []
-        weight: torch.Tensor | None = None  # the head's, where it is this matrix alone
+        weight = matrix_of(self.scored, self.outputs, hidden)
         rows = max(1, chunk_rows(self.scored.model, hidden) // 2)  # logits and their derivative in the memory of one
-        starts = [0, *range(min(PROBE_ROWS, rows), len(hidden), rows), len(hidden)]
-        with head_of(self.scored, self.outputs) as head, watched(self.scored.model) as plain_weight:
-            for start, stop in zip(starts[:-1], starts[1:], strict=True):
-                part, along = hidden.detach()[start:stop], moved[start:stop]
+        with head_of(self.scored, self.outputs) as head:
+            for start in range(0, len(hidden), rows):
+                chunk = slice(start, start + rows)
+                part, along = hidden.detach()[chunk], moved[chunk]
                 if weight is not None:
                     found.append(self._product(part, along, weight))
                     continue
                 with torch.enable_grad():
                     logits = head(part.requires_grad_(True))
-                    if start == 0:
-                        weight = plain_weight(part, logits)
                     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
-                    loss = F.cross_entropy(wide, self.targets[start:stop], reduction="sum")
+                    loss = F.cross_entropy(wide, self.targets[chunk], reduction="sum")
                     (errors,) = torch.autograd.grad(loss, part, create_graph=True)
                     found.append(torch.autograd.grad(errors, part, along)[0])
         return torch.cat(found)
 
     def _product(self, hidden: torch.Tensor, moved: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         def logits(name: str, rows: torch.Tensor) -> torch.Tensor:
-            found = torch.mm(rows, weight.mT, out=self.memory.take(name, len(rows), len(weight), rows))
+            found = product(rows, weight, memory_of(self.scored), name)
             return found.to(torch.promote_types(found.dtype, torch.float32))
 
         probability, slope = logits("logits", hidden), logits("moved", moved)

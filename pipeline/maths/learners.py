@@ -17,7 +17,7 @@ from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.maths.frozen import frozen
 from alphatoken.pipeline.maths.ghost import read_pass
-from alphatoken.pipeline.maths.head import HeadMemory, Predictions
+from alphatoken.pipeline.maths.head import Predictions
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.whole_pass import Weigh, whole_pass
 
@@ -43,7 +43,7 @@ class Learner(Protocol):
     def holding(self, weights: Weights) -> AbstractContextManager[None]:
         """The model with these weights, for one block of code."""
 
-    def backward(self, batch: Batch, kernel: str, memory: HeadMemory, weigh: Weigh | None = None) -> torch.Tensor:
+    def backward(self, batch: Batch, kernel: str, weigh: Weigh | None = None) -> torch.Tensor:
         """Losses (n,) of the model that is held, nats; adds the gradient of their sum, each times ``weigh(losses)``."""
 
 
@@ -68,9 +68,9 @@ class ScoredWeights:
         """See Learner."""
         return swapped(self.scored, dict(weights))
 
-    def backward(self, batch: Batch, kernel: str, memory: HeadMemory, weigh: Weigh | None = None) -> torch.Tensor:
+    def backward(self, batch: Batch, kernel: str, weigh: Weigh | None = None) -> torch.Tensor:
         """See Learner."""
-        return read_pass(self.scored, batch, READ, self._add, {}, kernel, memory=memory, weigh=weigh)[0]
+        return read_pass(self.scored, batch, READ, self._add, {}, kernel, weigh=weigh)[0]
 
     def _add(self, captured: Captured) -> None:
         """In the last layer most positions have no error: what they put out goes into no prediction that is learned from."""
@@ -113,7 +113,7 @@ class EveryWeight:
             for name, parameter in self._parameters.items():
                 parameter.data = before[name]
 
-    def backward(self, batch: Batch, kernel: str, memory: HeadMemory, weigh: Weigh | None = None) -> torch.Tensor:
+    def backward(self, batch: Batch, kernel: str, weigh: Weigh | None = None) -> torch.Tensor:
         """See Learner."""
         with frozen(self.scored.model):
             for parameter in self._parameters.values():

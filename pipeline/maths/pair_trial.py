@@ -48,7 +48,7 @@ class MaskedPairs:
             return self._slopes(losses, batch, learned, branches)
 
         with from_below:
-            losses = learner.backward(batch, fit.kernel, fit.memory, weigh)
+            losses = learner.backward(batch, fit.kernel, weigh)
         check(losses, batch, branches, where)
         return len(rows), int(learned[:, 1:].sum())
 

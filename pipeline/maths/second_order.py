@@ -24,7 +24,6 @@ from alphatoken.pipeline.maths.batch import IGNORED, Batch
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
 from alphatoken.pipeline.maths.experts import tapped_experts
 from alphatoken.pipeline.maths.frozen import frozen
-from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.head_curvature import TwiceDifferentiableHead
 
 Tensors = Mapping[str, torch.Tensor]
@@ -75,7 +74,6 @@ def curvature_pass(
     directions: Mapping[str, Tensors],
     visit: ProductVisitor,
     kernel: str = "sdpa",
-    memory: HeadMemory | None = None,
 ) -> Curvature:
     """H r and every token's <grad l_i, r> for each of ``directions`` (name -> parameter -> r), at the present weights.
 
@@ -93,7 +91,7 @@ def curvature_pass(
         decoder: Any = scored.decoder
         outputs = decoder(input_ids=batch.input_ids, use_cache=False)
         hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
-        head = TwiceDifferentiableHead(scored, outputs, targets, memory or HeadMemory())
+        head = TwiceDifferentiableHead(scored, outputs, targets)
         errors = head.errors(hidden)
         used, edges = _gradient(hidden, parameters, errors)
         del hidden

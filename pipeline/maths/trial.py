@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -18,7 +18,6 @@ from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget, collate
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.maths.ghost import read_pass
-from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.learners import READ, Learner, Weights
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.nonfinite import NonFinite
@@ -71,13 +70,12 @@ class Entering:
 @dataclass(frozen=True, slots=True)
 class Fit:
     """How a fine-tune is run: ``order``, the rows of every step; peak ``learning_rate``; ``kernel`` of attention;
-    ``budget``, padded tokens of one pass; ``memory`` of logits, kept from one pass to the next."""
+    ``budget``, padded tokens of one pass."""
 
     order: Sequence[Sequence[int]]
     learning_rate: float
     kernel: str
     budget: int
-    memory: HeadMemory = field(default_factory=HeadMemory)
 
 
 class Objective(Protocol):
@@ -108,7 +106,7 @@ class LabelledTokens:
         """See Objective."""
         batch, from_below = self.rows.batch(rows, learner.scored)
         with from_below:
-            losses = learner.backward(batch, fit.kernel, fit.memory)
+            losses = learner.backward(batch, fit.kernel)
         check(losses, batch, rows, where)
         return len(losses), len(losses)
 
@@ -159,7 +157,7 @@ def held_out_losses(learner: Learner, weights: Weights, rows: Entering, fit: Fit
     for group in rows.groups(range(len(rows.sequences)), fit.budget):
         batch, from_below = rows.batch(group, learner.scored)
         with learner.holding(weights), from_below:
-            losses = read_pass(learner.scored, batch, READ, None, {}, fit.kernel, memory=fit.memory)[0]
+            losses = read_pass(learner.scored, batch, READ, None, {}, fit.kernel)[0]
         check(losses, batch, group, "the loss of held-out rows")
         add_by_row(sums, counts, losses, batch, group)
     return sums, counts

@@ -20,7 +20,6 @@ from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.maths.ghost import ghost_pass
-from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.second_order import curvature_pass
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, Taped, Tensors
@@ -82,7 +81,7 @@ def sweep(
     ``tape(t)``: the step as ``simulate`` kept it. ``found(t, swept)`` is called when ``adjoints`` are those before step t.
     The model itself stays as it is. Raises Diverged naming the step.
     """
-    memory, decay = HeadMemory(), descent.decay
+    decay = descent.decay
     for step in reversed(range(len(batches) if start is None else start)):
         taped = tape(step)
         for adjoint in adjoints.values():
@@ -99,7 +98,7 @@ def sweep(
         with swapped(scored, taped.weights):
             for batch in batches[step]:
                 for some in few_rows(batch):
-                    passes.append(curvature_pass(scored, some, directions, add, kernel, memory))
+                    passes.append(curvature_pass(scored, some, directions, add, kernel))
         _check(adjoints, step, len(batches))
         along = {o: factor * torch.cat([one.along[o] for one in passes]) for o in adjoints}
         values = {o: (one.mean() - one) / tokens for o, one in along.items() if len(one)}

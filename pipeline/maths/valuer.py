@@ -22,7 +22,6 @@ from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, no_scored_layers, scored_layers
 from alphatoken.pipeline.maths.directions import NAMES, Directions
 from alphatoken.pipeline.maths.ghost import read_pass
-from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
 from alphatoken.pipeline.maths.placement import device_of
@@ -52,8 +51,8 @@ class TokenValuer:
     them. ``layers`` K: the last K decoder layers are scored. ``window`` W: reach of the causal path in tokens; 0 leaves
     it out. ``attention``: sdpa | flash_attention_2 | eager. ``scores``: of paper | information | loss | entropy |
     gradient_norm; ``exact``: the columns adaptation_exact and stability_exact as well, one more pass of the scored layers
-    where there is a drift. ``memory``: for logits, which valuers that are called in turn may share. Raises ValueError when
-    the directions are not for these layers or a score is unknown, UnsupportedModel when the model cannot be scored.
+    where there is a drift. Raises ValueError when the directions are not for these layers or a score is unknown,
+    UnsupportedModel when the model cannot be scored.
     """
 
     def __init__(
@@ -65,7 +64,6 @@ class TokenValuer:
         attention: str = "sdpa",
         scores: Sequence[str] = ALL,
         exact: bool = False,
-        memory: HeadMemory | None = None,
     ) -> None:
         if unknown := sorted(set(scores) - set(ALL)):
             raise ValueError(f"scores={unknown[0]}: must be among {', '.join(ALL)}")
@@ -88,7 +86,6 @@ class TokenValuer:
             directions.check(self.scored.weights())
             self.weights = dict(directions.weights) if directions.weights is not None else None
         self.window, self.attention = window if "paper" in names else 0, attention
-        self.memory = HeadMemory() if memory is None else memory
         self.head = [score for score in map(SCORES.__getitem__, names) if isinstance(score, HeadScore)]
         looked_at = {direction for score in self.head for direction in score.along}
         self.along = _moving(self.scored, directions, looked_at) if directions is not None else {}
@@ -148,7 +145,6 @@ class TokenValuer:
                 self.along,
                 self.attention,
                 self.window,
-                self.memory,
                 chosen,
             )
             columns = {name: (predicting, values) for name, values in zip(readings, read, strict=True)}

@@ -15,7 +15,6 @@ from alphatoken.pipeline.anchor.loading import held_model
 from alphatoken.pipeline.maths.decoder import UnsupportedModel, no_scored_layers
 from alphatoken.pipeline.maths.divergence import ReferencePredictions, same_vocabulary
 from alphatoken.pipeline.maths.epochs import row_order
-from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.nonfinite import NonFinite
 from alphatoken.pipeline.maths.placement import device_of
@@ -75,7 +74,7 @@ class TrialWorker:
         self.states.fill([])
         completions = self.states.entering("completions")
         predictions = theirs or ReferencePredictions(scored, completions, kernel, TOKENS_PER_PASS)
-        self.kind, self.memory = kind, HeadMemory()
+        self.kind = kind
         self.measures = Measures(self.learner, kind, self.states, predictions)
         self.device_lock = threading.Lock()  # two shards are in flight, one at a time uses the model
 
@@ -97,7 +96,7 @@ class TrialWorker:
         }
         own, examples = self.settings.trial, self.kind.examples(self.rows.train)
         order = [] if untouched else row_order(examples, own.batch_size, task.steps, task.seed)
-        fit = Fit(order, own.rate, self.settings.model.attention, TOKENS_PER_PASS, self.memory)
+        fit = Fit(order, own.rate, self.settings.model.attention, TOKENS_PER_PASS)
         names = self.rows.train.ids
         try:
             self.states.fill(self.kind.sequences(sorted({row for rows in order for row in rows}), self.rows.train))

@@ -16,7 +16,6 @@ from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.directions import NAMES, Directions
 from alphatoken.pipeline.maths.forward import token_losses_of
-from alphatoken.pipeline.maths.head import HeadMemory
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.placement import offloaded_layers
 from alphatoken.pipeline.maths.valuer import TokenValuer, looks_at_layers
@@ -41,7 +40,6 @@ class Scoring:
         scores = [*valuation.scores, *(["loss"] if weighed and "loss" not in valuation.scores else [])]
         if looks_at_layers([*scores, *["exact"] * valuation.exact]):
             checked_layers(model, settings)
-        memory = HeadMemory()
         others = settings.objectives if "paper" in valuation.scores else ()
         directions: list[Directions | None] = [directions_of(storage, index, others) for index in snapshots]
         try:
@@ -54,7 +52,6 @@ class Scoring:
                     settings.model.attention,
                     scores,
                     valuation.exact,
-                    memory,
                 )
                 for each in directions or [None]
             ]

@@ -369,8 +369,7 @@ def test_a_head_that_is_one_matrix_and_one_that_is_not_give_what_autograd_gives(
         positions = batch.predicting()
         outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
         hidden, targets = outputs.last_hidden_state.flatten(0, 1)[positions], batch.labels.flatten()[positions + 1]
-        with head.head_of(scored, outputs) as function, head.watched(policy) as plain_weight:
-            assert (plain_weight(hidden, function(hidden)) is not None) == plain
+        assert (head.matrix_of(scored, outputs, hidden) is not None) == plain
         (losses,), gradient = head.read_head(scored, outputs, hidden, targets, [head.Predictions.losses])
         leaf = hidden.detach().requires_grad_(True)
         with head.head_of(scored, outputs) as function:
@@ -405,7 +404,7 @@ def test_logits_of_16_bits_are_read_in_float32_and_their_errors_rounded_once(
 
 @pytest.mark.parametrize("derived", [False, True])
 def test_a_head_that_is_one_matrix_goes_through_the_model_once(derived: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also where a derivative is read: the first positions show what the head is, all others are one product."""
+    """Also where a derivative is read: the first positions of the first batch show what the head is."""
     policy = model_of("llama", seed=1, dtype=torch.float64).requires_grad_(False)
     scored, batch = scored_layers(policy, LAYERS), sequences([25, 16, 21], 3).batch()
     monkeypatch.setattr(head, "CHUNK_BYTES", 1)
@@ -415,8 +414,32 @@ def test_a_head_that_is_one_matrix_goes_through_the_model_once(derived: bool, mo
     calls = []
     policy.register_forward_pre_hook(lambda *_: calls.append(1))
     moved = {"adaptation": torch.ones_like(hidden)} if derived else {}
-    head.read_head(scored, outputs, hidden, targets, [head.Predictions.losses], moved)
+    first, again = (
+        head.read_head(scored, outputs, hidden, targets, [head.Predictions.losses], moved) for _ in range(2)
+    )
     assert len(targets) > 2 * head.PROBE_ROWS and len(calls) == 1
+    assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))  # whichever batch is the first
+
+
+def test_what_a_head_is_is_asked_anew_of_another_model_and_not_of_no_positions() -> None:
+    capped, plain = (model_of(name, seed=1, dtype=torch.float64).requires_grad_(False) for name in ("gemma2", "llama"))
+    for policy, wanted in ((capped, False), (plain, True), (capped, False)):
+        scored, batch = scored_layers(policy, LAYERS), sequences([9, 6], 3).batch()
+        outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
+        hidden = outputs.last_hidden_state.flatten(0, 1)
+        assert head.matrix_of(scored, outputs, hidden[:0]) is None
+        assert (head.matrix_of(scored, outputs, hidden) is not None) == wanted
+
+
+def test_a_hook_that_comes_later_is_heeded() -> None:
+    """What has been seen of a head is what its module was; hooks that were hung on since then change it."""
+    policy = model_of("llama", seed=1, dtype=torch.float64).requires_grad_(False)
+    scored, batch = scored_layers(policy, LAYERS), sequences([9, 6], 3).batch()
+    outputs = scored.decoder(input_ids=batch.input_ids, use_cache=False)
+    hidden = outputs.last_hidden_state.flatten(0, 1).detach()
+    assert torch.allclose(head.logits_of(scored, outputs, hidden), hidden @ policy.lm_head.weight.T)
+    policy.lm_head.register_forward_hook(lambda module, args, output: 3 * output)
+    assert torch.allclose(head.logits_of(scored, outputs, hidden), 3 * hidden @ policy.lm_head.weight.T)
 
 
 @pytest.mark.parametrize("how", ["hook", "forward"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import combinations
 from typing import Any
 
@@ -288,20 +289,28 @@ def test_no_number_of_a_batch_is_left_to_the_next(monkeypatch: pytest.MonkeyPatc
         assert all(torch.equal(column, kept[name]) for name, column in found.items()), "a result was written over"
 
 
-def test_memory_of_one_vocabulary_serves_another() -> None:
-    """In turn through models of other vocabulary and dtype; every number is what fresh memory gives."""
-    memory, turns = head.HeadMemory(), []
-    for size, dtype in ((61, torch.float64), (17, torch.float64), (90, torch.float32), (61, torch.float64)):
-        config = hf.LlamaConfig(**{**COMMON, "vocab_size": size})
-        model = randomised(hf.LlamaForCausalLM(config), 1).to(dtype)
-        turns.append((model, sequences([30, 9], size, vocabulary=size).batch()))
-    for model, batch in turns * 2:
-        directions = random_directions(model)
-        one, fresh = (TokenValuer(model, directions, LAYERS, WINDOW, exact=True) for _ in range(2))
-        one.memory = memory
-        wanted = fresh.value(batch)
-        for name, column in one.value(batch).items():
-            assert column.dtype == wanted[name].dtype and torch.equal(column, wanted[name]), name
+def test_what_a_batch_leaves_in_the_memory_is_not_seen_by_the_next() -> None:
+    """In turn through models of other vocabulary and batches of other lengths; every number is what fresh memory gives."""
+    turns = []
+    for size, lengths in ((61, [30, 9]), (17, [12, 4]), (90, [20, 11])):
+        model = randomised(hf.LlamaForCausalLM(hf.LlamaConfig(**{**COMMON, "vocab_size": size})), 1).double()
+        one = TokenValuer(model, random_directions(model), LAYERS, WINDOW, exact=True)
+        turns += [(one, sequences(some, size, vocabulary=size).batch()) for some in (lengths, lengths[:1])]
+    for one, batch in turns * 2:
+        found = one.value(batch)
+        head._memories.clear()
+        wanted = one.value(batch)
+        for name, column in found.items():
+            assert torch.equal(column, wanted[name]), name
+
+
+def test_the_memory_of_a_model_goes_with_it() -> None:
+    model = randomised(hf.LlamaForCausalLM(hf.LlamaConfig(**COMMON)), 1).double()
+    TokenValuer(model, None, scores=["entropy"]).value(sequences([9, 6], 3).batch())
+    before = len(head._memories)
+    del model
+    gc.collect()
+    assert len(head._memories) < before
 
 
 def test_memory_is_not_taken_anew_for_what_fits() -> None:
