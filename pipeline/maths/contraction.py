@@ -15,6 +15,7 @@ import torch
 from alphatoken.pipeline.maths.attention_blocks import apply_band
 from alphatoken.pipeline.maths.capture import Captured
 from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.directions import rounded, scale_for
 from alphatoken.pipeline.maths.linear_maps import LinearMap
 from alphatoken.pipeline.maths.positions import Positions
 from alphatoken.pipeline.maths.value_projection import ValueProjection
@@ -26,7 +27,7 @@ class StackedDirections:
     """Named directions side by side, one matrix per linear map (and expert), on the model's device and dtype.
 
     ``given``: the one of them whose products M h come with what is captured; it is in the stacks of experts alone, of which
-    they do not.
+    they do not. ``scales``: what each is multiplied by, see directions.scale_for; those products are as well.
     """
 
     def __init__(
@@ -38,14 +39,16 @@ class StackedDirections:
     ) -> None:
         self.names, self.dtype = tuple(named), scored.maps[0].parameter.dtype
         self.given = None if given is None else self.names.index(given)
+        self.scales = [scale_for(self.dtype, (named[name][m.name] for m in scored.maps)) for name in self.names]
         self.by_output: dict[str, bool] = {}
         self.matrices: dict[str, torch.Tensor] = {}
         for linear in scored.maps:
             weight = linear.parameter
-            stacked = [self.names[line] for line in self.lines(linear)]
-            if not stacked:
+            parts = [
+                rounded(named[self.names[line]][linear.name], weight, self.scales[line]) for line in self.lines(linear)
+            ]
+            if not parts:
                 continue
-            parts = [named[name][linear.name].to(weight.device, weight.dtype) for name in stacked]
             parts = [p.mT if linear.transposed else p for p in parts]  # (..., d_out, d_in)
             d_out, d_in = parts[0].shape[-2:]
             by_output = linear.name in values or d_out <= d_in
@@ -79,7 +82,8 @@ class Contraction:
 
     def found(self) -> torch.Tensor:
         """(2 * directions, positions): direct and causal of each direction in turn."""
-        return torch.stack([self.direct, self.causal], dim=1).flatten(0, 1)
+        scales = self.direct.new_tensor(self.directions.scales)[:, None, None]
+        return (torch.stack([self.direct, self.causal], dim=1) / scales).flatten(0, 1)
 
     def __call__(self, captured: Captured) -> None:
         """Add one linear map's contribution."""

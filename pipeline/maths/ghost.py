@@ -68,7 +68,8 @@ def read_pass(
         if first is not None:
             moved[names[0]] = _derivative(outputs, positions)
         level.close()
-        found, gradient = read_head(scored, outputs, hidden, targets, readings, moved, visitor is not None)
+        scales = {name: one.scale for name, one in along.items()}
+        found, gradient = read_head(scored, outputs, hidden, targets, readings, moved, visitor is not None, scales)
         if gradient is not None:
             factors = None if weigh is None else weigh(found[0]).to(gradient.dtype)
             hidden.backward(gradient if factors is None else gradient * factors[:, None])

@@ -182,12 +182,13 @@ def read_head(
     readings: Sequence[Reading],
     moved: Mapping[str, torch.Tensor] | None = None,
     backward: bool = True,
+    scales: Mapping[str, float] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Every reading at every position, and the gradient of the summed loss with respect to the hidden states.
 
     ``hidden`` (n, d): last hidden states at the predicting positions; ``targets`` (n,); ``moved``: direction ->
-    derivative (n, d) of ``hidden`` along it. Returns (readings, n) in at least float32 and, where ``backward``, the
-    gradient (n, d) in the dtype of ``hidden``. Logits are made once for all of it.
+    derivative (n, d) of ``hidden`` along it, times its entry in ``scales`` (none: 1). Returns (readings, n) in at least
+    float32 and, where ``backward``, the gradient (n, d) in the dtype of ``hidden``. Logits are made once for all of it.
     """
     found, gradients, moved, memory = [], [], moved or {}, memory_of(scored)
     weight = matrix_of(scored, outputs, hidden)
@@ -205,7 +206,7 @@ def read_head(
             else:
                 work = product(part, weight, memory, "logits")
                 derived = {name: product(tangent, weight, memory, name) for name, tangent in tangents.items()}
-            found.append(_read(work, wanted, readings, derived, memory, backward))
+            found.append(_read(work, wanted, readings, derived, scales or {}, memory, backward))
             if backward:
                 gradients.append(work @ weight if weight is not None else torch.autograd.grad(logits, part, work)[0])
     return torch.cat(found, dim=1), torch.cat(gradients) if backward else None
@@ -229,6 +230,7 @@ def _read(
     targets: torch.Tensor,
     readings: Sequence[Reading],
     moved: Mapping[str, torch.Tensor],
+    scales: Mapping[str, float],
     memory: HeadMemory,
     backward: bool,
 ) -> torch.Tensor:
@@ -250,6 +252,7 @@ def _read(
         total = torch.exp(shifted, out=probability).sum(dim=1, keepdim=True)
         probability.div_(total)
         some = {name: derivative[rows].to(wide.dtype) for name, derivative in moved.items()}
+        some |= {name: some[name] / scale for name, scale in scales.items() if scale != 1.0 and name in some}
         predictions = Predictions(wanted, shifted, total, probability, some, scratch)
         for index, reading in enumerate(readings):
             found[index, rows] = reading(predictions)

@@ -18,6 +18,7 @@ import torch.autograd.forward_ad as forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alphatoken.pipeline.maths.decoder import ScoredLayers
+from alphatoken.pipeline.maths.directions import rounded, scale_for
 from alphatoken.pipeline.maths.linear_maps import LinearMap
 
 _LEVEL = threading.Lock()
@@ -53,10 +54,14 @@ def usual_kernels() -> Iterator[None]:
 
 
 class Tangents:
-    """One direction M, in the model's device and dtype: parameter name -> tensor of the weight's shape."""
+    """One direction M, in the model's device and dtype: parameter name -> tensor of the weight's shape.
+
+    All derivatives along it are ``scale`` times what they are, see directions.scale_for.
+    """
 
     def __init__(self, scored: ScoredLayers, direction: Mapping[str, torch.Tensor]) -> None:
-        self.matrices = {m.name: direction[m.name].to(m.parameter.device, m.parameter.dtype) for m in scored.maps}
+        self.scale = scale_for(scored.maps[0].parameter.dtype, (direction[m.name] for m in scored.maps))
+        self.matrices = {m.name: rounded(direction[m.name], m.parameter, self.scale) for m in scored.maps}
 
     @property
     def still(self) -> bool:

@@ -141,23 +141,7 @@ def _fine_tune(run: Run, inputs: TrialInputs, rows: TrialRows) -> float:
         run.progress.say(f"trial: {len(tasks) - len(missing)} of {len(tasks)} fine-tunes are done already")
     if not missing:
         return 0.0
-    own, models, steps = run.settings.model, run.models, inputs.extent.steps
-
-    def source(path: str) -> ModelSource:
-        return ModelSource(path, own.revision, own.dtype, own.trust_remote_code)
-
-    same = of_model(models.policy) == of_model(models.reference)
-    arguments = {
-        "storage": run.storage, "source": source(models.policy), "settings": run.settings, "rows": rows,
-        "reference": None if same else source(models.reference), "name": _name_of_states(run, inputs, rows),
-    }  # fmt: skip
-
-    def payload(shard: Shard) -> TrialTask:
-        one, seed = missing[shard.name]
-        drawn = SEED_STRIDE * (run.settings.run.seed + 1) + seed
-        labels = labels_of(one, inputs.sample, drawn, inputs.masks)
-        return TrialTask(one, labels, seed, steps, _place(one, seed), inputs.fingerprint(one, seed))
-
+    steps = inputs.extent.steps
     shards = [Shard(name, 0 if one.kind == "untouched" else steps) for name, (one, _) in missing.items()]
     finished = len(tasks) - len(missing)
 
@@ -167,12 +151,35 @@ def _fine_tune(run: Run, inputs: TrialInputs, rows: TrialRows) -> float:
         task.note(f"{finished}/{len(tasks)} fine-tunes")
 
     with (
-        run.cluster.pool(logged("trial", TrialWorker), arguments, run.cluster.model_resources()) as pool,
+        run.cluster.pool(
+            logged("trial", TrialWorker), worker_arguments(run, inputs, rows), run.cluster.model_resources()
+        ) as pool,
         run.progress.task("trial", sum(shard.units for shard in shards), "steps") as task,
     ):
-        pool.run(shards, payload, done, task)
+        pool.run(shards, lambda shard: task_of(run, inputs, *missing[shard.name]), done, task)
     remove_unused()  # on this node, after workers that were killed
     return task.seconds
+
+
+def worker_arguments(run: Run, inputs: TrialInputs, rows: TrialRows) -> dict[str, Any]:
+    """What a TrialWorker is made with."""
+    own, models = run.settings.model, run.models
+
+    def source(path: str) -> ModelSource:
+        return ModelSource(path, own.revision, own.dtype, own.trust_remote_code)
+
+    same = of_model(models.policy) == of_model(models.reference)
+    return {
+        "storage": run.storage, "source": source(models.policy), "settings": run.settings, "rows": rows,
+        "reference": None if same else source(models.reference), "name": _name_of_states(run, inputs, rows),
+    }  # fmt: skip
+
+
+def task_of(run: Run, inputs: TrialInputs, one: Candidate, seed: int) -> TrialTask:
+    """The fine-tune of a candidate at a seed."""
+    drawn = SEED_STRIDE * (run.settings.run.seed + 1) + seed
+    labels = labels_of(one, inputs.sample, drawn, inputs.masks)
+    return TrialTask(one, labels, seed, inputs.extent.steps, _place(one, seed), inputs.fingerprint(one, seed))
 
 
 def _name_of_states(run: Run, inputs: TrialInputs, rows: TrialRows) -> str:

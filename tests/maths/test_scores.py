@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 from itertools import combinations
 from typing import Any
@@ -321,6 +322,35 @@ def test_memory_is_not_taken_anew_for_what_fits() -> None:
     assert memory.take("scratch", 3, 4, torch.zeros(1)).data_ptr() != large.data_ptr()
     assert memory.take("p", 3, 4, torch.zeros(1, dtype=torch.float64)).dtype == torch.float64
     assert memory.take("p", 9, 5, torch.zeros(1)).shape == (9, 5)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "gemma2"])
+def test_a_small_direction_is_not_lost_in_float16(family: str) -> None:
+    """Entries of a Fisher drift lie below the least number of float16: values are those of the same direction at a size that
+    fits, times the ratio of both, and near those of a float32 model."""
+    if family == "mixtral":  # of widths that kernels of 16 bits take, and all experts: rounding must not decide which
+        sizes = {"hidden_size": 32, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 4}
+        wide = randomised(hf.MixtralForCausalLM(hf.MixtralConfig(**{**COMMON, **sizes})), 1).float()
+    else:
+        wide = model_of(family, seed=1, dtype=torch.float32)
+    half = copy.deepcopy(wide).half()
+    shrunk = 2.0**-40
+    small = {
+        direction: {name: tensor * shrunk for name, tensor in tensors.items()}
+        for direction, tensors in random_directions(wide).named.items()
+    }
+    large = {d: {name: tensor / shrunk for name, tensor in tensors.items()} for d, tensors in small.items()}
+    assert all(not tensor.half().any() for tensor in small["stability"].values())
+    one, other, truth = (
+        TokenValuer(model, Directions(named), LAYERS, WINDOW, scores=["paper", "information"], exact=True).value(
+            SOME.batch()
+        )
+        for model, named in ((half, small), (half, large), (wide, large))
+    )
+    for name in one:
+        power = 2 if name == "information" else 1
+        assert one[name].any() and torch.equal(one[name] / shrunk**power, other[name]), name
+        assert float(F.cosine_similarity(other[name].flatten(), truth[name].flatten(), dim=0)) > 0.98, name
 
 
 # --- nothing is left in the model ------------------------------------------------------------------------------------
