@@ -23,13 +23,16 @@ class NonFinite(ArithmeticError):
         self.row, self.where = row, where
 
 
-def locate(scored: ScoredLayers, batch: Batch, kernel: str) -> NonFinite:
-    """Go through a batch that gave NaN or infinity one example at a time and name the first module where it shows."""
-    for row in range(batch.shape[0]):
-        one = batch.rows(slice(row, row + 1))
+def locate(scored: ScoredLayers, batch: Batch, kernel: str, row: int = 0) -> NonFinite:
+    """Go through a batch that gave NaN or infinity one example at a time and name the first module where it shows.
+
+    ``row``: an example with such a value, named where every module and gradient is finite.
+    """
+    for example in range(batch.shape[0]):
+        one = batch.rows(slice(example, example + 1))
         module = _first_output(scored.model, one)
         if module is not None:
-            return NonFinite(row, f"the output of {module}")
+            return NonFinite(example, f"the output of {module}")
         gradients: list[str] = []
 
         def look(captured: Captured, gradients: list[str] = gradients) -> None:
@@ -39,10 +42,10 @@ def locate(scored: ScoredLayers, batch: Batch, kernel: str) -> NonFinite:
         # Where no layer is scored there is no backward pass.
         losses = read_pass(scored, one, [Predictions.losses], look if scored.maps else None, {}, kernel)
         if gradients:
-            return NonFinite(row, gradients[0])  # the backward pass goes from the last layer to the first
+            return NonFinite(example, gradients[0])  # the backward pass goes from the last layer to the first
         if not bool(torch.isfinite(losses).all()):
-            return NonFinite(row, "the loss")
-    return NonFinite(0, "the products with the directions (their scale exceeds the dtype)")
+            return NonFinite(example, "the loss")
+    return NonFinite(row, "the products with the directions (their scale exceeds the dtype)")
 
 
 def locate_forward(model: nn.Module, batch: Batch) -> NonFinite | None:

@@ -152,7 +152,8 @@ class TokenValuer:
                 columns |= {name: (chosen, v) for name, v in zip(score.columns, visitor.found(), strict=True)}
             finite = torch.stack([torch.isfinite(values).all() for _, values in columns.values()])
             if not finite.all():  # one answer for the host to wait for
-                raise locate(self.scored, batch, self.attention)
+                where = torch.cat([places[~torch.isfinite(values)] for places, values in columns.values()])
+                raise locate(self.scored, batch, self.attention, int(where[0]) // batch.shape[1])
         return {name: _at_token(*columns[name], batch, self.dtype) for name in self.columns}
 
 
