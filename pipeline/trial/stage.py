@@ -83,13 +83,14 @@ def _caveat(inputs: TrialInputs) -> str:
 
 def _announce(run: Run, inputs: TrialInputs) -> None:
     """What is going to be done, and about how long it takes, before it is."""
-    far, count = inputs.extent, len(_tasks(run, inputs))
+    far, count, left = inputs.extent, len(_tasks(run, inputs)), len(_missing(run, inputs))
     held_out = f"{inputs.held_out.count:,} held-out {'pairs' if inputs.pairs else 'rows'}"
     by = "by the seconds of the value stage" if inputs.measured else "by a rough guess of the device's speed"
     run.progress.say(
         f"trial: {count} fine-tunes ({len(inputs.candidates)} candidates, {run.settings.trial.seeds} seed(s)) of {far.steps} "
         f"steps on {far.examples:,} examples, measured on {held_out}; {far.flops:.2e} "
-        f"operations, about {duration(far.flops / inputs.rate)} {by}"
+        f"operations, about {duration(far.flops / inputs.rate * left / count)} {by}"
+        + (f" for the {left} that are left" if left < count else "")
     )
     for note in inputs.notes:
         run.progress.say(f"trial: {note}")
@@ -131,12 +132,15 @@ def _done(run: Run, inputs: TrialInputs, candidate: Candidate, seed: int) -> dic
     return found if is_own else None
 
 
+def _missing(run: Run, inputs: TrialInputs) -> dict[str, tuple[Candidate, int]]:
+    """(candidate, seed) of every fine-tune that has to be done, by what people call it."""
+    tasks = _tasks(run, inputs).values()
+    return {f"{one.name}, seed {seed}": (one, seed) for one, seed in tasks if _done(run, inputs, one, seed) is None}
+
+
 def _fine_tune(run: Run, inputs: TrialInputs, rows: TrialRows) -> float:
     """Do every fine-tune that is missing, one task each; returns the seconds that took, workers' start included."""
-    tasks = _tasks(run, inputs)
-    missing = {
-        f"{one.name}, seed {seed}": (one, seed) for one, seed in tasks.values() if _done(run, inputs, one, seed) is None
-    }
+    tasks, missing = _tasks(run, inputs), _missing(run, inputs)
     if len(missing) < len(tasks):
         run.progress.say(f"trial: {len(tasks) - len(missing)} of {len(tasks)} fine-tunes are done already")
     if not missing:

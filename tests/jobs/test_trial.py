@@ -86,7 +86,12 @@ def test_a_trial_goes_on_and_a_mask_that_comes_later_costs_its_own_fine_tunes_al
     of_default(run, 1).unlink()
     (run / "trial/fine-tunes/full-100/seed-00.json").write_text("{")
     status, _, err = alphatoken("trial", f"run.dir={run}", *QUICK)
-    assert status == 0 and "7 of 9 fine-tunes are done already" in err and fine_tunes(run) == before
+    assert (
+        status == 0
+        and "7 of 9 fine-tunes are done already" in err
+        and "for the 2 that are left" in err
+        and fine_tunes(run) == before
+    )
     status, _, err = alphatoken("trial", f"run.dir={run}", *QUICK, "trial.masks=[default,paper]")
     assert status == 0 and "9 of 13 fine-tunes are done already" in err, err
     assert (run / "masks/paper/summary.json").exists()
