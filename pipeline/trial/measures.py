@@ -31,8 +31,7 @@ class Measures:
                 sums[what] = held_out_losses(self.learner, weights, rows, fit)
             except NonFinite as error:
                 return {"failed": f"NaN or infinity in {error.where}, example {rows.sequences.ids[error.row]}"}
-        completions = self.states.entering("completions")
-        moved, positions = self.predictions.divergences(self.learner, weights, completions)
+        moved, positions = self.predictions.divergences(self.learner, weights, self.states.entering("completions"))
         divergence = _mean(moved, positions)
         if not divergence < float("inf"):
             return {"failed": "NaN or infinity in the predictions on the reference's completions"}

@@ -50,10 +50,11 @@ def make_trial(run: Run) -> dict[str, Any]:
         },
         {"trial": run.settings.trial},
     )
-    _announce(run, inputs)
+    missing = _missing(run, inputs)
+    _announce(run, inputs, len(missing))
     completions = make_completions(run, inputs.prompts, inputs.completions_fingerprint)
     rows = TrialRows(inputs.sample, inputs.held_out.rows, completions, inputs.retention, inputs.pairs)
-    seconds = _fine_tune(run, inputs, rows)
+    seconds = _fine_tune(run, inputs, rows, missing)
     found = [_measured(run, inputs, one, seed) for one, seed in _pairs(run, inputs)]
     try:
         beside = {one.name: one.random for one in inputs.candidates}
@@ -81,9 +82,9 @@ def _caveat(inputs: TrialInputs) -> str:
     return f"the last {counted(inputs.alone, 'layers')} alone learned: ask with trial.train=lora before you train all of them"
 
 
-def _announce(run: Run, inputs: TrialInputs) -> None:
-    """What is going to be done, and about how long it takes, before it is."""
-    far, count, left = inputs.extent, len(_tasks(run, inputs)), len(_missing(run, inputs))
+def _announce(run: Run, inputs: TrialInputs, left: int) -> None:
+    """What is going to be done, and about how long it takes, before it is; ``left``: fine-tunes that are not there."""
+    far, count = inputs.extent, len(_tasks(run, inputs))
     held_out = f"{inputs.held_out.count:,} held-out {'pairs' if inputs.pairs else 'rows'}"
     by = "by the seconds of the value stage" if inputs.measured else "by a rough guess of the device's speed"
     run.progress.say(
@@ -138,21 +139,21 @@ def _missing(run: Run, inputs: TrialInputs) -> dict[str, tuple[Candidate, int]]:
     return {f"{one.name}, seed {seed}": (one, seed) for one, seed in tasks if _done(run, inputs, one, seed) is None}
 
 
-def _fine_tune(run: Run, inputs: TrialInputs, rows: TrialRows) -> float:
-    """Do every fine-tune that is missing, one task each; returns the seconds that took, workers' start included."""
-    tasks, missing = _tasks(run, inputs), _missing(run, inputs)
-    if len(missing) < len(tasks):
-        run.progress.say(f"trial: {len(tasks) - len(missing)} of {len(tasks)} fine-tunes are done already")
+def _fine_tune(run: Run, inputs: TrialInputs, rows: TrialRows, missing: dict[str, tuple[Candidate, int]]) -> float:
+    """Do every fine-tune that is ``missing``, one task each; returns the seconds that took, workers' start included."""
+    count = len(_tasks(run, inputs))
+    finished = count - len(missing)
+    if finished:
+        run.progress.say(f"trial: {finished} of {count} fine-tunes are done already")
     if not missing:
         return 0.0
     steps = inputs.extent.steps
     shards = [Shard(name, 0 if one.kind == "untouched" else steps) for name, (one, _) in missing.items()]
-    finished = len(tasks) - len(missing)
 
     def done(shard: Shard, result: object) -> None:
         nonlocal finished
         finished += 1
-        task.note(f"{finished}/{len(tasks)} fine-tunes")
+        task.note(f"{finished}/{count} fine-tunes")
 
     with (
         run.cluster.pool(
