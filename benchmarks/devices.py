@@ -19,6 +19,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from alphatoken import Directions, TokenValuer
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.learners import ScoredWeights
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.models import load_model
 from alphatoken.pipeline.maths.placement import OFFLOADED, Placement, equal_rooms, sizes_of, split
@@ -48,7 +49,8 @@ def measured(name: str) -> dict[str, Any]:
         sizes, rest = sizes_of(list(whole.model.layers[:-LAYERS]), whole, "auto", torch.float32)
         own["device_bytes"] = rest + max(sizes)
     scored = scored_layers(whole, LAYERS)
-    gradient, _, _ = loss_gradient(scored, batches_of(examples[-HELD_OUT:], BUDGET), "sdpa")
+    learner = ScoredWeights(scored, rounded=False)
+    gradient, _, _ = loss_gradient(learner, learner.start(), batches_of(examples[-HELD_OUT:], BUDGET), "sdpa")
     directions = Directions(
         {"adaptation": gradient, "stability": {n: torch.zeros_like(t) for n, t in gradient.items()}}
     )

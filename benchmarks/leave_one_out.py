@@ -97,8 +97,9 @@ class Runs:
         tape: list[Taped] = []
         end = {name: weight.clone() for name, weight in self.trained(order, tape=tape).items()}
         held = self.validation.sequences
-        with swapped(self.scored, end):
-            gradient, _, _ = loss_gradient(self.scored, [held.take([i]).batch() for i in range(len(held))], "sdpa")
+        learner = ScoredWeights(self.scored, rounded=False)
+        rows = [held.take([i]).batch() for i in range(len(held))]
+        gradient, _, _ = loss_gradient(learner, end, rows, "sdpa")
         batches = [[self.train.batch(rows, self.scored)[0]] for rows in order]
         values: dict[Token, float] = {}
 
@@ -109,7 +110,7 @@ class Runs:
                 values[token] = values.get(token, 0.0) + value
 
         adjoints = {"only": Adjoint.at_the_end(gradient)}
-        sweep(self.scored, self.descent, batches, tape.__getitem__, adjoints, "sdpa", found)
+        sweep(learner, self.descent, batches, tape.__getitem__, adjoints, "sdpa", found)
         return values
 
     def effects(self, order: Sequence[Sequence[int]], tokens: Sequence[Token]) -> torch.Tensor:

@@ -73,10 +73,14 @@ def anchor_inputs(settings: Settings, models: Models, prepare: Mapping[str, Any]
         inputs["anchor.fisher.temperature"] = anchor.fisher.temperature
     if anchor.unrolled:
         inputs["anchor.direction"] = anchor.direction
-        for name in ("orders", "steps", "examples", "batch_size", "learning_rate", "snapshots"):
-            inputs[f"anchor.unroll.{name}"] = getattr(anchor.unroll, name)
-        if anchor.unroll.layers is not None:
-            inputs["anchor.unroll.layers"] = anchor.unroll.layers
+        unroll = anchor.unroll
+        for name in ("orders", "steps", "examples", "batch_size", "snapshots"):
+            inputs[f"anchor.unroll.{name}"] = getattr(unroll, name)
+        inputs["anchor.unroll.learning_rate"] = unroll.rate
+        if unroll.asked_layers is not None:
+            inputs["anchor.unroll.layers"] = unroll.asked_layers
+        if unroll.train == "lora":
+            inputs |= {"anchor.unroll.train": unroll.train, "anchor.unroll.rank": unroll.rank}
         if settings.valuation.own_step:
             inputs["valuation.schedule"] = settings.valuation.schedule
         if not settings.valuation.looks_at_anchors:
@@ -91,7 +95,8 @@ def anchor_inputs(settings: Settings, models: Models, prepare: Mapping[str, Any]
 
 # Keys of anchor.unroll that the Fisher does not depend on; it does on the layers.
 _OF_THE_RUN = tuple(
-    f"anchor.unroll.{name}" for name in ("orders", "steps", "examples", "batch_size", "learning_rate", "snapshots")
+    f"anchor.unroll.{name}"
+    for name in ("orders", "steps", "examples", "batch_size", "learning_rate", "snapshots", "train", "rank")
 )
 
 

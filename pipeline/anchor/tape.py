@@ -17,12 +17,12 @@ from alphatoken.pipeline.anchor.tensors import carried, counts_of, read_tensors,
 from alphatoken.pipeline.maths.simulated import Taped, Tensors
 from alphatoken.pipeline.run.storage import Storage
 
-STEP_BYTES = 4  # per scored weight: how far it has moved, and its step size
-STATE_BYTES = 12  # per scored weight: the weight and Adam's two moments
+STEP_BYTES = 4  # per weight that learns: how far it has moved, and its step size
+STATE_BYTES = 12  # per weight that learns: the weight and Adam's two moments
 
 
 def tape_bytes(steps: int, every: int, weights: int) -> int:
-    """Bytes on disk of a run of ``steps`` steps over ``weights`` scored weights of which every ``every``-th is kept."""
+    """Bytes on disk of a run of ``steps`` steps over ``weights`` weights that learn of which every ``every``-th is kept."""
     if every == 1:
         return steps * STEP_BYTES * weights
     states = -(-steps // every) - 1  # the first is the model's own
@@ -42,7 +42,7 @@ def least_bytes(steps: int, weights: int) -> int:
 def too_long(steps: int, weights: int, bound: int) -> str:
     """What to say where no s fits."""
     return (
-        f"anchor.unroll.tape_bytes={bound}: a run of {steps} steps over {weights:,} scored weights needs at least "
+        f"anchor.unroll.tape_bytes={bound}: a run of {steps} steps of {weights:,} weights needs at least "
         f"{least_bytes(steps, weights)}; or give fewer anchor.unroll.steps"
     )
 

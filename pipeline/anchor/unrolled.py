@@ -19,15 +19,16 @@ from alphatoken.pipeline.anchor.places import FISHER, PARTIAL, POLICY, REFERENCE
 from alphatoken.pipeline.anchor.saving import Saving
 from alphatoken.pipeline.anchor.tape import Tape, kept_every, too_long
 from alphatoken.pipeline.anchor.tensors import carried, mapped_tensors, read_tensors, write_tensors
+from alphatoken.pipeline.maths.adapters import Adapters
 from alphatoken.pipeline.maths.batch import IGNORED, Batch, Sequences, by_token_budget
-from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.maths.directions import fisher_drift
 from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.forward import token_losses_of
+from alphatoken.pipeline.maths.learners import ScoredWeights, Trained
 from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, SimulatedRun, Taped, Tensors, simulate
-from alphatoken.pipeline.maths.unroll import Adjoint, Swept, loss_gradient, sweep
+from alphatoken.pipeline.maths.unroll import Adjoint, Swept, loss_gradient, pulled, pushed, sweep
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
@@ -77,6 +78,13 @@ def rows_of_steps(examples: int, unroll: UnrollSettings, seed: int, order: int) 
     return row_order(examples, unroll.batch_size, unroll.steps, f"{seed} {order}")
 
 
+def learner_of(scored: ScoredLayers, unroll: UnrollSettings, seed: int) -> Trained:
+    """What a simulated run trains. Raises UnsupportedModel."""
+    if unroll.train == "lora":
+        return Adapters(scored, unroll.rank, seed)
+    return ScoredWeights(scored, rounded=False)
+
+
 class UnrolledRun:
     """Makes one order with the model of ``scored`` at its own weights. Raises RunFailed."""
 
@@ -87,8 +95,9 @@ class UnrolledRun:
         self.storage, self.settings, self.scored, self.held = storage, settings, scored, held
         self.unroll, self.kernel, self.examples = settings.anchor.unroll, settings.model.attention, examples
         self.device = device_of(scored.model)
-        self.descent = Descent("adam", self.unroll.learning_rate, self.unroll.steps)
-        self.start = {name: weight.float().clone() for name, weight in scored.weights().items()}
+        self.descent = Descent("adam", self.unroll.rate, self.unroll.steps)
+        self.seed = settings.run.seed
+        self.start: Tensors = {}
         self.batches: list[list[Batch]] = []
         self.rows: list[list[int]] = []  # of every step: the examples of its passes, one after the other
 
@@ -99,6 +108,8 @@ class UnrolledRun:
         losses are measured: ``units_of`` in all.
         """
         self._make_batches(order)
+        self.seed = self.settings.run.seed + order
+        self.start = {name: weight.float().clone() for name, weight in self._learner().start().items()}
         weights = sum(tensor.numel() for tensor in self.start.values())
         every = kept_every(self.unroll.steps, weights, self.unroll.tape_bytes)
         if every is None:
@@ -128,7 +139,7 @@ class UnrolledRun:
                     tape.put(step, taped)
 
             simulate(
-                self.scored, SimulatedRun(self.start, self.descent, start), self.batches, self.kernel, put, stop
+                self._learner(), SimulatedRun(self.start, self.descent, start), self.batches, self.kernel, put, stop
             )  # fmt: skip
 
         tape = Tape(self.storage, order, fingerprint, self.start, steps, every, again)
@@ -139,7 +150,8 @@ class UnrolledRun:
             if every == 1:
                 tape.put(step, taped)
             if step in snapshots:
-                write_tensors(self.storage, POLICY.format(index=snapshots[step]), taped.weights, marks)
+                policy = self._learner().merged(taped.weights)
+                write_tensors(self.storage, POLICY.format(index=snapshots[step]), policy, marks)
 
         def after(done: int) -> None:
             if every > 1 and done < steps and done % every == 0:
@@ -147,7 +159,7 @@ class UnrolledRun:
             forward(done, run.state(), last=done == steps)
             advance(1)
 
-        simulate(self.scored, run, self.batches, self.kernel, keep, after=after)
+        simulate(self._learner(), run, self.batches, self.kernel, keep, after=after)
         found = self._swept(order, drift, fingerprint, tape, run.masters(), snapshots, advance)
         return {**found, "tape_every": every, "examples": len(self.examples), "steps": steps}
 
@@ -163,7 +175,7 @@ class UnrolledRun:
     ) -> dict[str, Any]:
         saving = Saving(self.storage, f"{PARTIAL}/unroll-sweep-{order:02d}.safetensors", fingerprint)
         saved, marks, values = saving.last_state(), carried(fingerprint, {}), {}
-        step = self.unroll.steps
+        step, learner = self.unroll.steps, self._learner()
         if saved is not None:
             step, state = saved
             values = {int(key): one for key, one in _below("values/", state).items()}
@@ -183,7 +195,7 @@ class UnrolledRun:
                 own_steps.add(self.rows[step], own)
             if step in snapshots:
                 for objective, residual in with_adaptation(swept.residuals(), shares).items():
-                    minus = {name: -tensor for name, tensor in residual.items()}
+                    minus = {n: -tensor for n, tensor in pushed(learner, swept.weights, residual).items()}
                     write_tensors(self.storage, made(objective, snapshots[step]), minus, marks)
             state = {f"values/{t:05d}": one for t, one in values.items()}
             state |= {f"own/{name}": one for name, one in own_steps.state().items()}
@@ -193,7 +205,7 @@ class UnrolledRun:
             saving(step, state, last=step == 0)
             advance(1)
 
-        sweep(self.scored, self.descent, self.batches, tape, adjoints, self.kernel, found, step)
+        sweep(learner, self.descent, self.batches, tape, adjoints, self.kernel, found, step)
         if self.settings.valuation.own_step:
             write_tensors(self.storage, PLACE.format(order=order), own_steps.as_file(), marks)
         tokens = sum(len(one) for one in values.values())
@@ -201,16 +213,16 @@ class UnrolledRun:
 
     def _ends(self, drift: str, end: Tensors) -> dict[str, Tensors]:
         """The gradient of each objective at the end of the run."""
-        found = {}
-        with swapped(self.scored, end):
-            for objective, held in self.held.items():
-                found[objective], _, _ = loss_gradient(self.scored, self._passes(held.made), self.kernel)
+        found, learner = {}, self._learner()
+        for objective, held in self.held.items():
+            found[objective], _, _ = loss_gradient(learner, end, self._passes(held.made), self.kernel)
         if drift != "none":
             fisher, reference = (mapped_tensors(self.storage, name) for name in (FISHER, REFERENCE))
-            found["stability"] = {
+            drifts = {
                 name: fisher_drift(fisher[name].to(weight), weight, reference[name].to(weight))
-                for name, weight in end.items()
+                for name, weight in learner.merged(end).items()
             }
+            found["stability"] = pulled(learner, end, drifts)
         return found
 
     def _falls(self, end: Tensors, values: dict[int, torch.Tensor], advance: Callable[[int], None]) -> dict[str, float]:
@@ -219,7 +231,7 @@ class UnrolledRun:
         lowest = float(every.sort().values[int(DROPPED * len(every))]) if len(every) else 0.0
         kept = [_without(passes, values.get(step, every[:0]) >= lowest) for step, passes in enumerate(self.batches)]
         run = SimulatedRun(self.start, self.descent)
-        simulate(self.scored, run, kept, self.kernel, lambda t, taped: None, after=lambda done: advance(1))
+        simulate(self._learner(), run, kept, self.kernel, lambda t, taped: None, after=lambda done: advance(1))
         found = {}
         of_tasks = [held for name, held in self.held.items() if name != RETENTION]
         for rows, several in (("made", [h.made for h in of_tasks]), ("left_out", [h.left_out for h in of_tasks])):
@@ -231,7 +243,7 @@ class UnrolledRun:
         loss, tokens, seen, told = 0.0, 0, 0, 0
         rows = sum(len(sequences) for sequences in several)
         units = steps_to_measure(rows, self.unroll.batch_size)
-        with swapped(self.scored, weights):
+        with self._learner().holding(weights):
             for batch in [batch for sequences in several for batch in self._passes(sequences)]:
                 losses = token_losses_of(self.scored.model, batch, self.kernel)
                 loss, tokens = loss + float(losses.double().sum()), tokens + len(batch.predicting())
@@ -239,6 +251,9 @@ class UnrolledRun:
                 advance(units * seen // rows - told)
                 told = units * seen // rows
         return loss / max(1, tokens)
+
+    def _learner(self) -> Trained:
+        return learner_of(self.scored, self.unroll, self.seed)
 
     def _objectives(self, drift: str) -> list[str]:
         return [*self.held, *(["stability"] if drift != "none" else [])]

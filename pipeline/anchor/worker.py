@@ -17,7 +17,7 @@ from alphatoken.pipeline.anchor.places import PARTIAL, TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.saving import Saving
 from alphatoken.pipeline.anchor.sums import AddTask, WriteTask
 from alphatoken.pipeline.anchor.tensors import carried, mapped_tensors, write_tensors
-from alphatoken.pipeline.anchor.unrolled import Held, UnrolledRun
+from alphatoken.pipeline.anchor.unrolled import Held, UnrolledRun, learner_of
 from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget, response_start
 from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
@@ -70,7 +70,7 @@ class AnchorWorker:
             own = settings.valuation
             check_model(self.scored, own.scores, own.window, self.kernel, own.exact)
             if settings.anchor.unrolled:
-                check_second_derivative(self.scored, self.kernel)
+                check_second_derivative(learner_of(self.scored, settings.anchor.unroll, seed=0), self.kernel)
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
         self.engine = Engine(self.scored, settings, source.path)

@@ -1,4 +1,4 @@
-"""Low-rank adapters on the linear maps of all decoder layers: what `trial.train=lora` fine-tunes.
+"""Low-rank adapters on the linear maps of decoder layers: what `trial.train=lora` and `anchor.unroll.train=lora` train.
 
 y = W x + SCALE * B (A x)      A: (rank, d_in), drawn by the seed, uniform within 1 / sqrt(d_in); B: (d_out, rank), from 0 on
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -37,16 +38,21 @@ def adapted(scored: ScoredLayers) -> tuple[list[LinearMap], list[LinearMap]]:
     return [m for m in scored.maps if not m.experts], [m for m in scored.maps if m.experts]
 
 
+def adapter_weights(scored: ScoredLayers, rank: int) -> int:
+    """How many numbers adapters of one ``rank`` have."""
+    return rank * sum(sum(one.parameter.shape) for one in adapted(scored)[0])
+
+
 class Adapters:
-    """A Learner of adapters of one ``rank``; ``scored``: of ``all_layers``. Raises UnsupportedModel where none fits."""
+    """Trained adapters of one ``rank`` on the scored maps. Raises UnsupportedModel where none fits."""
 
     def __init__(self, scored: ScoredLayers, rank: int, seed: int) -> None:
         self.scored = replace(scored, shared=False)  # lower layers learn as well
         self._maps = adapted(scored)[0]
         if not self._maps:
             raise UnsupportedModel(
-                f"{type(scored.model).__name__}: every linear map is one of stacked experts, which get no adapters: set "
-                "trial.train=layers"
+                f"{type(scored.model).__name__}: every linear map is one of stacked experts, which get no adapters: train "
+                "weights (trial.train=layers, anchor.unroll.train=weights)"
             )
         generator = torch.Generator().manual_seed(seed)
         self._start: dict[str, torch.Tensor] = {}
@@ -57,8 +63,26 @@ class Adapters:
             wide = torch.promote_types(weight.dtype, torch.float32)
             self._start[f"{one.name}.{DOWN}"] = drawn.to(weight.device, wide)
             self._start[f"{one.name}.{UP}"] = torch.zeros(outputs, rank, dtype=wide, device=weight.device)
-        self.gradient = {name: torch.zeros_like(tensor) for name, tensor in self._start.items()}
         self._held: dict[str, torch.Tensor] = {}
+
+    @cached_property
+    def gradient(self) -> dict[str, torch.Tensor]:
+        """See Learner."""
+        return {name: torch.zeros_like(tensor) for name, tensor in self._start.items()}
+
+    @contextmanager
+    def leaves(self) -> Iterator[Weights]:
+        """See Trained."""
+        yield self._held
+
+    def merged(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """See Trained."""
+        found = {one.name: one.parameter.detach() for one in self.scored.maps}
+        for one in self._maps:
+            down, up = weights[f"{one.name}.{DOWN}"], weights[f"{one.name}.{UP}"]
+            product = SCALE * (up @ down)
+            found[one.name] = found[one.name].to(product.dtype) + (product.T if one.transposed else product)
+        return found
 
     def start(self) -> dict[str, torch.Tensor]:
         """See Learner."""

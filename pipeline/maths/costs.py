@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from alphatoken.pipeline.maths.adapters import adapter_weights
 from alphatoken.pipeline.maths.attention_blocks import BLOCK
 from alphatoken.pipeline.maths.batch import by_token_budget
 from alphatoken.pipeline.maths.decoder import ScoredLayers, scored_layers, stored
@@ -38,6 +39,7 @@ class ModelCosts:
     lower_layers: int
     scored_layers: int
     widths: int  # inputs and outputs of all scored linear maps, per token
+    adapter_width: int  # weights of adapters of rank 1
     value_width: int  # outputs of one value projection
 
     @property
@@ -53,13 +55,15 @@ def model_costs(model: nn.Module, layers: int) -> tuple[ModelCosts, ScoredLayers
     attention, value_width = _attention_widths(config)
     head: Any = scored.model.get_output_embeddings()  # type: ignore[operator]  # as above
     logits = vocabulary_of(scored.model) * config.hidden_size if head is None else head.weight.numel()
-    widths = sum(sum(m.parameter.shape[-2:]) for m in scored.maps if not m.experts)
-    widths += sum(_active_experts(config) * sum(m.parameter.shape[-2:]) for m in scored.maps if m.experts)
+    adapter_width = adapter_weights(scored, 1)
+    widths = adapter_width + sum(
+        _active_experts(config) * sum(m.parameter.shape[-2:]) for m in scored.maps if m.experts
+    )
     costs = ModelCosts(
         parameters=sum(p.numel() for p in scored.model.parameters()), lower=_active(scored.lower, config),
         scored=_active(scored.layers, config), scored_stored=scored.coverage.scored, head=logits,
         attention=attention, lower_layers=len(scored.lower), scored_layers=len(scored.layers), widths=widths,
-        value_width=value_width,
+        adapter_width=adapter_width, value_width=value_width,
     )  # fmt: skip
     return costs, scored
 
@@ -184,11 +188,18 @@ def guard_flops(m: ModelCosts, lengths: Sequence[int]) -> int:
     return total
 
 
-def sweep_flops(m: ModelCosts, s: Shapes, objectives: int) -> int:
-    """One step of the sweep back over a simulated run: the two halves of a training step, and for each objective a
-    backward pass over both; the head's curvature takes three products."""
-    first = forward_flops(m, s) + backward_flops(m, s) + outer_flops(m, s.tokens) + head_flops(m, s)
-    layers = 12 * m.scored * s.tokens + 24 * m.attention * m.scored_layers * s.squares
+def step_flops(m: ModelCosts, s: Shapes, rank: int = 0) -> int:
+    """One step of a simulated run: a ghost pass, and the gradient of what learns; ``rank``: of adapters, 0 of weights."""
+    learned = 6 * rank * m.adapter_width * s.tokens if rank else outer_flops(m, s.tokens)
+    return ghost_flops(m, s) + learned
+
+
+def sweep_flops(m: ModelCosts, s: Shapes, objectives: int, rank: int = 0) -> int:
+    """The same step in the sweep back: both halves of it, and for each objective a backward pass over both; the head's
+    curvature takes three products. Beside adapters the weights move nothing, which spares two thirds of their products."""
+    first = step_flops(m, s, rank)
+    layers = (4 * m.scored + 12 * rank * m.adapter_width if rank else 12 * m.scored) * s.tokens
+    layers += 24 * m.attention * m.scored_layers * s.squares
     return first + objectives * (layers + 6 * m.head * s.predicting)
 
 

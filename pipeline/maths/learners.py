@@ -1,4 +1,4 @@
-"""What of a model a trial fine-tunes: the scored weights over hidden states from below, or every weight by whole passes.
+"""What of a model a trial or a simulated run trains: the scored weights, or every weight by whole passes.
 
 A learner never changes the model: weights are put into it for one block of code. Adapters are a third (adapters.py).
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -32,7 +33,10 @@ class Learner(Protocol):
     """
 
     scored: ScoredLayers
-    gradient: dict[str, torch.Tensor]
+
+    @property
+    def gradient(self) -> dict[str, torch.Tensor]:
+        """See above; there is room for it from the first look at it."""
 
     def start(self) -> dict[str, torch.Tensor]:
         """What learns, by name, as it is before the first step."""
@@ -47,13 +51,50 @@ class Learner(Protocol):
         """Losses (n,) of the model that is held, nats; adds the gradient of their sum, each times ``weigh(losses)``."""
 
 
-class ScoredWeights:
-    """The linear maps of the scored layers, by ghost passes: lower layers run without a graph, or not at all."""
+class Trained(Learner, Protocol):
+    """A learner that a simulated run trains: a sweep goes back over what it did."""
 
-    def __init__(self, scored: ScoredLayers) -> None:
-        self.scored, self._sum = scored, OuterSum(scored, rounded=True)
-        self.gradient = self._sum.total
+    def leaves(self) -> AbstractContextManager[Weights]:
+        """The tensors that the model with the held weights computes with; they require gradients in the block of code."""
+
+    def merged(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """The scored weights, as the model stores them, to which ``weights`` amount; can be differentiated by them."""
+
+
+class ScoredWeights:
+    """The linear maps of the scored layers, by ghost passes: lower layers run without a graph, or not at all.
+
+    ``rounded``: see OuterSum.
+    """
+
+    def __init__(self, scored: ScoredLayers, rounded: bool = True) -> None:
+        self.scored, self._rounded = scored, rounded
         self._last = max((one.layer for one in scored.maps), default=0)
+
+    @cached_property
+    def _sum(self) -> OuterSum:
+        return OuterSum(self.scored, rounded=self._rounded)
+
+    @property
+    def gradient(self) -> dict[str, torch.Tensor]:
+        """See Learner."""
+        return self._sum.total
+
+    @contextmanager
+    def leaves(self) -> Iterator[Weights]:
+        """See Trained."""
+        parameters = {one.name: one.parameter for one in self.scored.maps}
+        try:
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
+            yield parameters
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)
+
+    def merged(self, weights: Weights) -> dict[str, torch.Tensor]:
+        """See Trained."""
+        return dict(weights)
 
     def start(self) -> dict[str, torch.Tensor]:
         """See Learner."""
@@ -90,7 +131,11 @@ class EveryWeight:
         parts = [scored.decoder, *([head] if head is not None else [])]
         own = {id(p) for part in parts for p in part.parameters() if p.is_floating_point()}
         self._parameters = {name: p for name, p in scored.model.named_parameters() if id(p) in own}
-        self.gradient = {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in self._parameters.items()}
+
+    @cached_property
+    def gradient(self) -> dict[str, torch.Tensor]:
+        """See Learner."""
+        return {name: torch.zeros_like(p, dtype=_wide(p)) for name, p in self._parameters.items()}
 
     def start(self) -> dict[str, torch.Tensor]:
         """See Learner."""

@@ -1,8 +1,8 @@
-"""A second backward pass over the first: the Hessian of a batch's loss times directions in the scored weights.
+"""A second backward pass over the first: the Hessian of a batch's loss times directions in the weights that learn.
 
     L(W) = sum over the batch's tokens of l_i(W),   g = grad L,   H r = grad <g(W), r>
 
-The first backward pass leaves a graph of the gradient g of the scored weights; for each direction r a backward pass over
+The first backward pass leaves a graph of the gradient g; for each direction r a backward pass over
 that graph gives H r. What comes down to the errors at the head on its way is the derivative of the hidden states along r,
 so that the derivative of every token's own loss along r, <grad l_i, r>, is read there and costs one product.
 """
@@ -21,10 +21,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from alphatoken.pipeline.maths.attention import intercepted
 from alphatoken.pipeline.maths.batch import IGNORED, Batch
-from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel
+from alphatoken.pipeline.maths.decoder import UnsupportedModel
 from alphatoken.pipeline.maths.experts import tapped_experts
 from alphatoken.pipeline.maths.frozen import frozen
 from alphatoken.pipeline.maths.head_curvature import TwiceDifferentiableHead
+from alphatoken.pipeline.maths.learners import Trained, Weights
 
 Tensors = Mapping[str, torch.Tensor]
 
@@ -45,13 +46,13 @@ ProductVisitor = Callable[[str, str, torch.Tensor], None]
 
 
 @contextmanager
-def _twice_differentiable(scored: ScoredLayers, kernel: str) -> Iterator[list[nn.Parameter]]:
-    """The scored weights require gradients, and everything on the way has a second derivative, inside the block.
+def _twice_differentiable(learner: Trained, kernel: str) -> Iterator[Weights]:
+    """What learns requires gradients, and everything on the way has a second derivative, inside the block.
 
     Fused attention kernels have none, so that attention takes the plain one: its probabilities are held.
     """
+    scored = learner.scored
     experts = {m.module for m in scored.maps if m.experts}
-    parameters = [m.parameter for m in scored.maps]
 
     def as_it_is(module: nn.Module, name: str, expert: int, entering: Any, output: Any, rows: Any) -> torch.Tensor:
         return output
@@ -62,20 +63,17 @@ def _twice_differentiable(scored: ScoredLayers, kernel: str) -> Iterator[list[nn
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if experts:
             stack.enter_context(tapped_experts(scored.model, experts, as_it_is))
-        for parameter in parameters:
-            stack.callback(parameter.requires_grad_, False)
-            parameter.requires_grad_(True)
-        yield parameters
+        yield stack.enter_context(learner.leaves())
 
 
 def curvature_pass(
-    scored: ScoredLayers,
+    learner: Trained,
     batch: Batch,
     directions: Mapping[str, Tensors],
     visit: ProductVisitor,
     kernel: str = "sdpa",
 ) -> Curvature:
-    """H r and every token's <grad l_i, r> for each of ``directions`` (name -> parameter -> r), at the present weights.
+    """H r and every token's <grad l_i, r> for each of ``directions`` (name -> weight -> r), at the weights that are held.
 
     The first backward pass is shared; each direction costs a backward pass over both. Its products are shown to ``visit``
     before the next direction's turn, and are not held here; a weight that no token met has none.
@@ -85,13 +83,13 @@ def curvature_pass(
         none = torch.zeros(0, device=batch.input_ids.device)
         return Curvature(none, dict.fromkeys(directions, none))
     targets = batch.labels.flatten()[positions + 1]
-    names = [m.name for m in scored.maps]
     along = {}
-    with _twice_differentiable(scored, kernel) as parameters:
-        decoder: Any = scored.decoder
+    with _twice_differentiable(learner, kernel) as leaves:
+        names, parameters = list(leaves), list(leaves.values())
+        decoder: Any = learner.scored.decoder
         outputs = decoder(input_ids=batch.input_ids, use_cache=False)
         hidden = outputs.last_hidden_state.flatten(0, 1)[positions]
-        head = TwiceDifferentiableHead(scored, outputs, targets)
+        head = TwiceDifferentiableHead(learner.scored, outputs, targets)
         errors = head.errors(hidden)
         used, edges = _gradient(hidden, parameters, errors)
         del hidden
@@ -109,7 +107,7 @@ def curvature_pass(
 
 
 def _gradient(
-    hidden: torch.Tensor, parameters: Sequence[nn.Parameter], errors: torch.Tensor
+    hidden: torch.Tensor, parameters: Sequence[torch.Tensor], errors: torch.Tensor
 ) -> tuple[list[int], list[GradientEdge]]:
     """The graph of the gradient: which of ``parameters`` have one (an expert may see no token), and the ends of it.
 
@@ -136,12 +134,14 @@ def _refuse_once_differentiable(gradients: Sequence[torch.Tensor | None]) -> Non
         waiting += following
 
 
-def check_second_derivative(scored: ScoredLayers, kernel: str) -> None:
+def check_second_derivative(learner: Trained, kernel: str) -> None:
     """Raise UnsupportedModel where the scored layers have no second derivative; passes two tokens through."""
-    ids = torch.arange(2, device=scored.maps[0].parameter.device)[None]
+    start = learner.start()
+    ids = torch.arange(2, device=next(iter(start.values())).device)[None]
     batch = Batch(ids, torch.where(ids > 0, ids, IGNORED), torch.full((1,), 2, device=ids.device))
     try:
-        curvature_pass(scored, batch, {"probe": scored.weights()}, lambda *product: None, kernel)
+        with learner.holding(start):
+            curvature_pass(learner, batch, {"probe": start}, lambda *product: None, kernel)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, UnsupportedModel) as error:  # whatever an operation says that has no second derivative

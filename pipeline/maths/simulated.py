@@ -1,4 +1,4 @@
-"""A simulated training run on the scored weights alone, and the tape of it that a sweep back needs.
+"""A simulated training run of the scored weights or of adapters on them, and the tape of it that a sweep back needs.
 
     g_t = 1/N_t sum over the labelled tokens of batch t of grad l_i(W_t)
     m_{t+1} = b1 m_t + (1 - b1) c_t g_t,     W_{t+1} = W_t - P_t * m_{t+1}
@@ -17,11 +17,8 @@ from dataclasses import dataclass
 import torch
 
 from alphatoken.pipeline.maths.batch import Batch
-from alphatoken.pipeline.maths.capture import swapped
-from alphatoken.pipeline.maths.decoder import ScoredLayers
-from alphatoken.pipeline.maths.ghost import ghost_pass
+from alphatoken.pipeline.maths.learners import Trained
 from alphatoken.pipeline.maths.nonfinite import locate
-from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.warmup import schedule
 
 KINDS = ("sgd", "momentum", "adam")
@@ -64,7 +61,7 @@ class Taped:
 
 
 class SimulatedRun:
-    """Masters of the scored weights in at least float32, and the optimizer's moments.
+    """Masters of the weights that learn, in at least float32, and the optimizer's moments.
 
     ``start``: steps done and the state that ``state`` gave then, to go on from there to the same numbers.
     """
@@ -118,7 +115,7 @@ class SimulatedRun:
 
 
 def simulate(
-    scored: ScoredLayers,
+    learner: Trained,
     run: SimulatedRun,
     batches: Sequence[Sequence[Batch]],
     kernel: str,
@@ -132,15 +129,16 @@ def simulate(
     step, then ``after(steps done)``. Raises Diverged naming the step.
     """
     for step in range(run.done, len(batches) if stop is None else stop):
-        gradient, tokens = OuterSum(scored), 0
-        with swapped(scored, run.masters()):
+        learner.clear()
+        tokens = 0
+        with learner.holding(run.masters()):
             for batch in batches[step]:
-                losses = ghost_pass(scored, batch, gradient, kernel)
+                losses = learner.backward(batch, kernel)
                 if not bool(torch.isfinite(losses).all()):
-                    raise Diverged(f"step {step + 1} of {len(batches)}: {locate(scored, batch, kernel)}")
+                    raise Diverged(f"step {step + 1} of {len(batches)}: {locate(learner.scored, batch, kernel)}")
                 tokens += len(losses)
-        _check(gradient.total, f"step {step + 1} of {len(batches)}: NaN or infinity in the gradient")
-        taped = run.step(gradient.total, tokens)
+        _check(learner.gradient, f"step {step + 1} of {len(batches)}: NaN or infinity in the gradient")
+        taped = run.step(learner.gradient, tokens)
         # Named by the step that would start from them, as where its first pass shows it; the tape could not hold them.
         where = f"step {step + 2} of {len(batches)}" if step + 1 < len(batches) else "the end of the run"
         _check(run.masters(), f"{where}: NaN or infinity in the weights")

@@ -6,7 +6,8 @@ For an objective J(W_T), with P_t and c_t held constant, the sweep goes back thr
                                                         lambda += H_t r_t;    mu = b1 mu
 
 Minus the derivative of J by the weight of token i of batch t in the loss is -1/N_t <grad l_i(W_t) - g_t, r_t>: a Ghost
-Dot-Product with the direction -r_t at the weights W_t. Several objectives share one sweep.
+Dot-Product with the direction -r_t at the weights W_t. Several objectives share one sweep. Where adapters are trained in
+the place of W, everything is of them; ``pulled`` and ``pushed`` lead there from the scored weights, and back.
 """
 
 from __future__ import annotations
@@ -17,10 +18,7 @@ from dataclasses import dataclass
 import torch
 
 from alphatoken.pipeline.maths.batch import Batch
-from alphatoken.pipeline.maths.capture import swapped
-from alphatoken.pipeline.maths.decoder import ScoredLayers
-from alphatoken.pipeline.maths.ghost import ghost_pass
-from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.learners import Trained, Weights
 from alphatoken.pipeline.maths.second_order import curvature_pass
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, Taped, Tensors
 
@@ -50,13 +48,14 @@ class Swept:
 
     ``values``: objective -> (n,), minus the derivative of J by the weight of each labelled token of batch t, nats, in the
     order of the batch's passes and their ``predicting()``; above 0: learning the token lowers J. ``losses`` (n,).
-    ``adjoints``, ``factor``: what ``residuals`` is made of.
+    ``adjoints``, ``factor``: what ``residuals`` is made of. ``weights``: W_t.
     """
 
     values: dict[str, torch.Tensor]
     losses: torch.Tensor
     adjoints: Mapping[str, Adjoint]
     factor: float
+    weights: Tensors
 
     def residuals(self) -> dict[str, Tensors]:
         """Objective -> r_t by parameter name; while this step is the sweep's last, since it is made of the adjoints."""
@@ -67,7 +66,7 @@ class Swept:
 
 
 def sweep(
-    scored: ScoredLayers,
+    learner: Trained,
     descent: Descent,
     batches: Sequence[Sequence[Batch]],
     tape: Callable[[int], Taped],
@@ -95,14 +94,15 @@ def sweep(
             adjoints[objective].weights[name].add_(product, alpha=share)
 
         passes = []
-        with swapped(scored, taped.weights):
+        with learner.holding(taped.weights):
             for batch in batches[step]:
                 for some in few_rows(batch):
-                    passes.append(curvature_pass(scored, some, directions, add, kernel))
+                    passes.append(curvature_pass(learner, some, directions, add, kernel))
         _check(adjoints, step, len(batches))
         along = {o: factor * torch.cat([one.along[o] for one in passes]) for o in adjoints}
         values = {o: (one.mean() - one) / tokens for o, one in along.items() if len(one)}
-        found(step, Swept(values, torch.cat([one.losses for one in passes]), adjoints, factor))
+        losses = torch.cat([one.losses for one in passes])
+        found(step, Swept(values, losses, adjoints, factor, taped.weights))
 
 
 def few_rows(batch: Batch) -> list[Batch]:
@@ -113,16 +113,34 @@ def few_rows(batch: Batch) -> list[Batch]:
     return [batch.rows(slice(start, start + each)) for start in range(0, rows, each)]
 
 
-def loss_gradient(scored: ScoredLayers, batches: Sequence[Batch], kernel: str) -> tuple[Tensors, float, int]:
-    """The gradient of the mean loss over all labelled tokens by the scored weights, that loss in nats, and their number.
+def loss_gradient(
+    learner: Trained, weights: Weights, batches: Sequence[Batch], kernel: str
+) -> tuple[Tensors, float, int]:
+    """The gradient of the mean loss over all labelled tokens by ``weights``, that loss in nats, and the number of tokens.
 
     All positions enter, the prompt's as well: it is the derivative itself, not the paper's pairing.
     """
-    total, loss, tokens = OuterSum(scored), 0.0, 0
-    for batch in batches:
-        losses = ghost_pass(scored, batch, total, kernel)
-        loss, tokens = loss + float(losses.double().sum()), tokens + len(losses)
-    return {name: tensor / max(1, tokens) for name, tensor in total.total.items()}, loss / max(1, tokens), tokens
+    loss, tokens = 0.0, 0
+    learner.clear()
+    with learner.holding(weights):
+        for batch in batches:
+            losses = learner.backward(batch, kernel)
+            loss, tokens = loss + float(losses.double().sum()), tokens + len(losses)
+    return {name: tensor / max(1, tokens) for name, tensor in learner.gradient.items()}, loss / max(1, tokens), tokens
+
+
+def pulled(learner: Trained, weights: Weights, gradient: Mapping[str, torch.Tensor]) -> Tensors:
+    """The gradient by ``weights`` of what has ``gradient`` by the scored weights to which they amount."""
+    leaves = {name: tensor.detach().requires_grad_() for name, tensor in weights.items()}
+    with torch.enable_grad():
+        moved = {name: one for name, one in learner.merged(leaves).items() if one.requires_grad}
+    ends = [gradient[name].to(one) for name, one in moved.items()]
+    return dict(zip(leaves, torch.autograd.grad(list(moved.values()), list(leaves.values()), ends), strict=True))
+
+
+def pushed(learner: Trained, weights: Weights, direction: Mapping[str, torch.Tensor]) -> Tensors:
+    """How the scored weights to which ``weights`` amount move where those move along ``direction``."""
+    return torch.func.jvp(learner.merged, (dict(weights),), (dict(direction),))[1]
 
 
 def _check(adjoints: Mapping[str, Adjoint], step: int, steps: int) -> None:

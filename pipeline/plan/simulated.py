@@ -14,11 +14,9 @@ from alphatoken.pipeline.maths.batch import IGNORED
 from alphatoken.pipeline.maths.costs import (
     DIRECTIONS,
     ModelCosts,
-    Shapes,
     budget_shapes,
-    ghost_flops,
-    outer_flops,
     shapes_of,
+    step_flops,
     sweep_flops,
     value_flops,
 )
@@ -37,7 +35,7 @@ def warmup_flops(m: ModelCosts, sample: Sample, settings: Settings) -> int:
     total = 0
     for rows in row_order(len(examples), own.batch_size, own.steps, seed):
         lengths = [len(examples[row].input_ids) for row in rows]
-        total += _step_flops(m, shapes_of([(len(rows), max(lengths))], _response(examples, rows)))
+        total += step_flops(m, shapes_of([(len(rows), max(lengths))], _response(examples, rows)))
     return total
 
 
@@ -48,17 +46,19 @@ def unrolled_flops(m: ModelCosts, sample: Sample, settings: Settings, objectives
     Raises SettingsWrong for a tape beyond its bound.
     """
     own, seed = settings.anchor.unroll, settings.run.seed
-    every = kept_every(own.steps, m.scored_stored, own.tape_bytes)
+    rank = own.rank if own.train == "lora" else 0
+    weights = rank * m.adapter_width or m.scored_stored
+    every = kept_every(own.steps, weights, own.tape_bytes)
     if every is None:
-        raise SettingsWrong([too_long(own.steps, m.scored_stored, own.tape_bytes)])
+        raise SettingsWrong([too_long(own.steps, weights, own.tape_bytes)])
     examples = drawn_examples(sample, own.examples, seed)
     forward = sweep = 0
     for order in range(own.orders):
         for rows in rows_of_steps(len(examples), own, seed, order):
             lengths = [len(examples[row].input_ids) for row in rows]
             shapes = budget_shapes(lengths, _response(examples, rows), TOKENS_PER_PASS)
-            forward += _step_flops(m, shapes)
-            sweep += sweep_flops(m, shapes, objectives)
+            forward += step_flops(m, shapes, rank)
+            sweep += sweep_flops(m, shapes, objectives, rank)
     return (2 if every == 1 else 3) * forward + sweep + own.orders * 3 * losses
 
 
@@ -75,10 +75,6 @@ def drawn_examples(sample: Sample, wanted: int, seed: int) -> list[Example]:
     """What a simulated run draws; of pairs the chosen branch."""
     rows = sample.train[::2] if sample.pairs else sample.train
     return [rows[row * len(rows) // sample.train_rows] for row in drawn_rows(sample.train_rows, wanted, seed)]
-
-
-def _step_flops(m: ModelCosts, shapes: Shapes) -> int:
-    return ghost_flops(m, shapes) + outer_flops(m, shapes.tokens)
 
 
 def _response(examples: Sequence[Example], rows: Sequence[int]) -> int:

@@ -21,6 +21,7 @@ from alphatoken.data_schemas import (
     values_schema,
 )
 from alphatoken.pipeline.anchor.tape import kept_every, tape_bytes
+from alphatoken.pipeline.maths.adapters import adapter_weights
 from alphatoken.pipeline.maths.decoder import ScoredLayers
 from alphatoken.pipeline.plan.sample import Sample
 from alphatoken.pipeline.prepare.outcome import IGNORED
@@ -57,7 +58,8 @@ def file_sizes(
     found = {name: _weighed(table, sample.train_rows, parts) for name, table in tables.items()}
     found["values"] *= checkpoints + 1 if checkpoints > 1 else 1
     if anchor.unrolled and settings.valuation.needs_directions:  # until the anchors are complete
-        unroll, weights = anchor.unroll, scored.coverage.scored
+        unroll = anchor.unroll
+        weights = adapter_weights(scored, unroll.rank) if unroll.train == "lora" else scored.coverage.scored
         every = kept_every(unroll.steps, weights, unroll.tape_bytes) or 1
         found["tape"] = unroll.orders * tape_bytes(unroll.steps, every, weights)
     anchors = tensors * directions_bytes(scored)

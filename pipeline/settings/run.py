@@ -91,7 +91,7 @@ class Settings:
     @property
     def anchor_layers(self) -> int | str:
         """How many decoder layers the anchor stage looks at, from the last, or all."""
-        asked = self.anchor.unroll.layers if self.anchor.unrolled else None
+        asked = self.anchor.unroll.asked_layers if self.anchor.unrolled else None
         return self.valuation.layers if asked is None else asked
 
     @property

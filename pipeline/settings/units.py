@@ -19,6 +19,7 @@ UNITS = {
     "anchor.unroll.steps": "optimizer steps",
     "anchor.unroll.examples": "examples",
     "anchor.unroll.batch_size": "examples",
+    "anchor.unroll.rank": "rows of each adapter",
     "anchor.unroll.learning_rate": "per step",
     "anchor.unroll.snapshots": "snapshots per simulated run",
     "anchor.unroll.layers": "decoder layers",

@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 from typing import Any
 
-from alphatoken.pipeline.settings.option import at_least, option
+from alphatoken.pipeline.settings.option import at_least, one_of, option
 
 LEAST_VALIDATION, ENOUGH_VALIDATION = 16, 100  # rows: with fewer the direction fits the rows and not the task
+TRAINED = ("weights", "lora")
+RATES = {"weights": 1e-4, "lora": 1e-3}
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,15 +17,23 @@ class UnrollSettings:
     orders: int = option(
         2, "simulated runs, each over the examples in an order of its own; values are the mean over them"
     )
-    steps: int = option(27, "Adam steps of each run, on the scored modules")
+    steps: int = option(27, "Adam steps of each run")
     examples: int = option(216, "training examples drawn with the seed; as many epochs as the steps need")
     batch_size: int = option(8, "examples per step")
-    learning_rate: float = option(1e-4, "peak learning rate of Adam")
+    train: str = option(
+        "weights",
+        "what the run trains: weights (the linear maps of anchor.unroll.layers) or lora (adapters on them, of all layers where "
+        "nothing else is said: faster, and on a small tape)",
+    )
+    rank: int = option(16, "rank of the adapters of anchor.unroll.train=lora")
+    learning_rate: float | None = option(
+        None, "peak learning rate of Adam; null: 1e-4 for anchor.unroll.train=weights, 1e-3 for lora"
+    )
     snapshots: int = option(5, "points along each run at which tokens are valued")
     layers: Any = option(
         None,
-        "decoder layers that the run trains, from the last, or all; null: valuation.layers; others than these with "
-        "valuation.schedule=own_step alone, whose values are of all trained layers",
+        "decoder layers that the run trains, from the last, or all; null: valuation.layers, of adapters all; others than "
+        "valuation.layers with valuation.schedule=own_step alone, whose values are of all trained layers",
     )
     tape_bytes: int = option(
         32 * 2**30,
@@ -31,10 +41,21 @@ class UnrollSettings:
         "again, for one more forward half",
     )
 
+    @property
+    def rate(self) -> float:
+        """The peak learning rate."""
+        return RATES[self.train] if self.learning_rate is None else self.learning_rate
+
+    @property
+    def asked_layers(self) -> Any:
+        """``layers`` with what adapters take where it is null."""
+        return "all" if self.layers is None and self.train == "lora" else self.layers
+
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = []
-        for name in ("orders", "batch_size", "snapshots", "tape_bytes"):
+        found += one_of("anchor.unroll.train", self.train, TRAINED)
+        for name in ("orders", "rank", "batch_size", "snapshots", "tape_bytes"):
             found += at_least(f"anchor.unroll.{name}", getattr(self, name), 1)
         if isinstance(self.layers, str) and self.layers != "all":
             found.append(f"anchor.unroll.layers={self.layers}: must be a whole number, all or null")
@@ -52,6 +73,6 @@ class UnrollSettings:
             found.append(
                 f"anchor.unroll.examples={self.examples}: fewer than one batch, anchor.unroll.batch_size={self.batch_size}"
             )
-        if not self.learning_rate > 0:
+        if self.learning_rate is not None and not self.learning_rate > 0:
             found.append(f"anchor.unroll.learning_rate={self.learning_rate}: must be above 0")
         return found

@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 from alphatoken.pipeline.anchor.own_step import OwnSteps
 from alphatoken.pipeline.anchor.unrolled import Held, rows_of_steps
 from alphatoken.pipeline.maths.batch import Batch, Sequences
-from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import scored_layers
+from alphatoken.pipeline.maths.learners import ScoredWeights
 from alphatoken.pipeline.maths.simulated import Descent, SimulatedRun, Taped, simulate
 from alphatoken.pipeline.maths.unroll import Adjoint, loss_gradient, sweep
 from alphatoken.pipeline.settings.unroll import UnrollSettings
@@ -55,6 +55,7 @@ class ByHand:
         prepared, held = rows_of((run / "prepared").glob("part-*")), rows_of([run / "prepared/validation.parquet"])
         self.model = AutoModelForCausalLM.from_pretrained(policy).eval().double()
         self.scored = scored_layers(self.model, LAYERS)
+        self.learner = ScoredWeights(self.scored, rounded=False)
         self.rows = rows_of_steps(len(prepared), UnrollSettings(steps=STEPS, batch_size=SIZE), 0, order)
         assert sorted(row for rows in self.rows for row in rows) == list(range(40))
         self.batches = [[one(prepared[row]) for row in rows] for rows in self.rows]
@@ -64,12 +65,11 @@ class ByHand:
         self.start = {name: w.clone() for name, w in self.scored.weights().items()}
         self.tape: dict[int, Taped] = {}
         self.done = SimulatedRun(self.start, Descent("adam", RATE, STEPS))
-        simulate(self.scored, self.done, self.batches, "sdpa", self.tape.__setitem__)
+        simulate(self.learner, self.done, self.batches, "sdpa", self.tape.__setitem__)
 
     def swept(self) -> dict[int, torch.Tensor]:
         """Row -> value of each of its response tokens."""
-        with swapped(self.scored, self.done.masters()):
-            gradient, _, _ = loss_gradient(self.scored, self.validation, "sdpa")
+        gradient, _, _ = loss_gradient(self.learner, self.done.masters(), self.validation, "sdpa")
         found = {}
 
         def keep(step: int, one) -> None:
@@ -78,7 +78,7 @@ class ByHand:
             found.update(zip(self.rows[step], parts, strict=True))
 
         adjoints = {"adaptation": Adjoint.at_the_end(gradient)}
-        sweep(self.scored, self.done.descent, self.batches, self.tape.__getitem__, adjoints, "sdpa", keep)
+        sweep(self.learner, self.done.descent, self.batches, self.tape.__getitem__, adjoints, "sdpa", keep)
         return found
 
     def objective(self, row: int, token: int, moved: float) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -11,13 +12,15 @@ import torch.nn.functional as F
 import transformers as hf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from alphatoken.pipeline.maths.adapters import DOWN, Adapters
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.capture import swapped
 from alphatoken.pipeline.maths.decoder import ScoredLayers, UnsupportedModel, scored_layers
 from alphatoken.pipeline.maths.directions import Directions
+from alphatoken.pipeline.maths.learners import ScoredWeights, Trained
 from alphatoken.pipeline.maths.second_order import check_second_derivative, curvature_pass
 from alphatoken.pipeline.maths.simulated import KINDS, Descent, Diverged, SimulatedRun, Taped, simulate
-from alphatoken.pipeline.maths.unroll import Adjoint, Swept, loss_gradient, sweep
+from alphatoken.pipeline.maths.unroll import Adjoint, Swept, loss_gradient, pulled, pushed, sweep
 from alphatoken.pipeline.maths.valuer import TokenValuer
 from tests.maths.comparison import sequences, state
 from tests.maths.tiny_models import FAMILIES, model_of
@@ -60,36 +63,55 @@ def losses_of(model: Any, weights: dict[str, torch.Tensor], batch: Batch) -> tor
     return torch.cat(found)
 
 
+def weights_of(scored: ScoredLayers) -> Trained:
+    """The scored weights learn."""
+    return ScoredWeights(scored, rounded=False)
+
+
+def adapters_of(scored: ScoredLayers) -> Trained:
+    """Adapters learn."""
+    return Adapters(scored, rank=3, seed=6)
+
+
 class Run:
     """One simulated run and its sweep, for both objectives."""
 
-    def __init__(self, family: str, kind: str, rate: float, steps: int = STEPS) -> None:
+    def __init__(
+        self,
+        family: str,
+        kind: str,
+        rate: float,
+        steps: int = STEPS,
+        make: Callable[[ScoredLayers], Trained] = weights_of,
+    ) -> None:
         self.model = in_float64(family)
         self.scored = scored_layers(self.model, LAYERS)
+        self.learner = make(self.scored)
         self.batches, self.validation = batches_of(10, steps), sequences([9, 12], 77).batch()
         self.descent = Descent(kind, rate, steps)
-        self.start = {name: w.clone() for name, w in self.scored.weights().items()}
-        generator = torch.Generator().manual_seed(5)
-        self.fisher = {n: torch.rand(w.shape, generator=generator, dtype=w.dtype) for n, w in self.start.items()}
+        self.start = {name: w.clone() for name, w in self.learner.start().items()}
+        generator, scored = torch.Generator().manual_seed(5), self.scored.weights()
+        self.fisher = {n: torch.rand(w.shape, generator=generator, dtype=w.dtype) for n, w in scored.items()}
         self.reference = {
-            n: w + 0.05 * torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in self.start.items()
+            n: w + 0.05 * torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in scored.items()
         }
         self.tape: dict[int, Taped] = {}
         run = SimulatedRun(self.start, self.descent)
-        simulate(self.scored, run, self.batches, "sdpa", self.tape.__setitem__)
+        simulate(self.learner, run, self.batches, "sdpa", self.tape.__setitem__)
         self.end = {name: w.clone() for name, w in run.masters().items()}
-        with swapped(self.scored, self.end):
-            gradient, _, _ = loss_gradient(self.scored, [self.validation], "sdpa")
-        drift = {n: self.fisher[n] * (w - self.reference[n]) for n, w in self.end.items()}
-        self.ends = {"adaptation": gradient, "stability": drift}
+        gradient, _, _ = loss_gradient(self.learner, self.end, [self.validation], "sdpa")
+        merged = self.learner.merged(self.end)
+        drift = {n: self.fisher[n] * (w - self.reference[n]) for n, w in merged.items()}
+        self.ends = {"adaptation": gradient, "stability": pulled(self.learner, self.end, drift)}
         adjoints = {name: Adjoint.at_the_end(one) for name, one in self.ends.items()}
         self.swept: dict[int, Swept] = {}
         sweep(
-            self.scored, self.descent, self.batches, self.tape.__getitem__, adjoints, "sdpa", self.swept.__setitem__
+            self.learner, self.descent, self.batches, self.tape.__getitem__, adjoints, "sdpa", self.swept.__setitem__
         )  # fmt: skip
 
     def objectives(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
         """J(W) of both, in float64."""
+        weights = self.learner.merged(weights)
         with torch.no_grad():
             adaptation = float(losses_of(self.model, weights, self.validation).mean())
         parts = [float((self.fisher[n] * (w - self.reference[n]).square()).sum()) for n, w in weights.items()]
@@ -101,7 +123,8 @@ class Run:
         momentum = {name: torch.zeros_like(w) for name, w in weights.items()}
         decay = {"sgd": 0.0, "momentum": 0.9, "adam": 0.9}[self.descent.kind]
         for t, passes in enumerate(self.batches):
-            losses = torch.cat([losses_of(self.model, weights, batch) for batch in passes])
+            merged = self.learner.merged(weights)
+            losses = torch.cat([losses_of(self.model, merged, batch) for batch in passes])
             own = torch.ones_like(losses)
             if t == step:
                 own[token] += moved
@@ -114,12 +137,15 @@ class Run:
         return self.objectives({name: w.detach() for name, w in weights.items()})
 
 
+@pytest.mark.parametrize("make", [weights_of, adapters_of])
 @pytest.mark.parametrize("family", ["gpt2", "llama"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_tokens_value_is_minus_the_derivative_of_the_objective_by_its_weight(family: str, kind: str) -> None:
-    run = Run(family, kind, RATES[kind])
+def test_a_tokens_value_is_minus_the_derivative_of_the_objective_by_its_weight(
+    family: str, kind: str, make: Callable[[ScoredLayers], Trained]
+) -> None:
+    run = Run(family, kind, RATES[kind], make=make)
     assert run.trained(0, 0, 0.0)["adaptation"] == pytest.approx(run.objectives(run.end)["adaptation"], rel=1e-9)
-    width = 1e-3
+    width = 2e-4
     for step in range(STEPS):
         values = run.swept[step].values
         for token in (0, 3, 9):
@@ -165,6 +191,52 @@ def test_one_step_of_plain_gradient_descent_is_the_gradient_direction(family: st
             )
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_the_direction_of_adapters_in_the_scored_weights_gives_the_same_values(family: str) -> None:
+    """So that the value stage need not know of them: along -r_t at W_t, each as the adapters amount to it."""
+    run = Run(family, "adam", RATES["adam"], make=adapters_of)
+    step, batch = 2, run.batches[2][1]
+    swept = run.swept[step]
+    taped = run.tape[step]
+    adjoints = {name: Adjoint.at_the_end(one) for name, one in run.ends.items()}
+    residuals: dict[str, dict[str, torch.Tensor]] = {}
+
+    def keep(at: int, one: Swept) -> None:
+        if at == step:
+            residuals.update(one.residuals())
+
+    sweep(run.learner, run.descent, run.batches, run.tape.__getitem__, adjoints, "sdpa", keep)
+    directions = {o: {n: -t for n, t in pushed(run.learner, taped.weights, r).items()} for o, r in residuals.items()}
+    with swapped(run.scored, run.learner.merged(taped.weights)):
+        found = TokenValuer(run.model, Directions(directions), LAYERS, 0, exact=True, scores=["paper"]).value(batch)
+    first = len(run.batches[step][0].predicting())
+    for objective, values in swept.values.items():
+        own = found[f"{objective}_exact"].flatten()[batch.predicting() + 1]
+        # Less the mean over the step's tokens, and divided by their number: differences tell.
+        wanted = taped.tokens * (values[first:] - values[first])
+        torch.testing.assert_close((own - own[0]).double(), wanted, rtol=1e-5, atol=1e-5 * float(wanted.abs().max()))
+
+
+def test_what_adapters_amount_to_is_what_the_model_with_them_computes() -> None:
+    for family in ("gpt2", "llama", "mixtral"):
+        model = in_float64(family)
+        scored, batch = scored_layers(model, LAYERS), sequences([14, 9], 3).batch()
+        learner, generator = adapters_of(scored), torch.Generator().manual_seed(1)
+        moved = {
+            n: w + 0.1 * torch.randn(w.shape, generator=generator, dtype=w.dtype) for n, w in learner.start().items()
+        }
+        assert all(name.endswith((DOWN, "lora_B")) for name in moved)
+        before = state(model)
+        learner.clear()
+        with learner.holding(moved):
+            found = learner.backward(batch, "sdpa")
+        assert state(model) == before
+        wanted = losses_of(model, learner.merged(moved), batch).detach()
+        relative = 1e-10 if family == "gpt2" else 2e-4
+        torch.testing.assert_close(found.double(), wanted, rtol=relative, atol=relative)
+        assert not torch.allclose(wanted, losses_of(model, scored.weights(), batch), rtol=1e-3)
+
+
 @pytest.mark.parametrize("kernel", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
 def test_products_with_the_hessian_are_those_of_autograd_and_leave_nothing_behind(family: str, kernel: str) -> None:
@@ -177,7 +249,9 @@ def test_products_with_the_hessian_are_those_of_autograd_and_leave_nothing_behin
     }
     before = state(model)
     seen: dict[str, dict[str, torch.Tensor]] = {name: {} for name in directions}
-    found = curvature_pass(scored, batch, directions, lambda d, n, product: seen[d].__setitem__(n, product), kernel)
+    found = curvature_pass(
+        weights_of(scored), batch, directions, lambda d, n, product: seen[d].__setitem__(n, product), kernel
+    )
     assert state(model) == before
     weights = {m.name: m.parameter.detach().clone().requires_grad_(True) for m in scored.maps}
     with sdpa_kernel(SDPBackend.MATH):
@@ -200,9 +274,9 @@ def test_a_run_and_a_sweep_that_are_taken_up_again_give_the_same_numbers() -> No
     whole = Run("gpt2", "adam", RATES["adam"])
     first = SimulatedRun(whole.start, whole.descent)
     kept: dict[int, Taped] = {}
-    simulate(whole.scored, first, whole.batches, "sdpa", kept.__setitem__, stop=2)
+    simulate(whole.learner, first, whole.batches, "sdpa", kept.__setitem__, stop=2)
     again = SimulatedRun(whole.start, whole.descent, (2, {n: t.clone() for n, t in first.state().items()}))
-    simulate(whole.scored, again, whole.batches, "sdpa", kept.__setitem__)
+    simulate(whole.learner, again, whole.batches, "sdpa", kept.__setitem__)
     for step, taped in whole.tape.items():
         assert taped.clip == kept[step].clip and isinstance(taped.scale, dict)
         for name, tensor in taped.weights.items():
@@ -219,7 +293,7 @@ def test_a_run_and_a_sweep_that_are_taken_up_again_give_the_same_numbers() -> No
             for name, a in adjoints.items()
         }
 
-    given = (whole.scored, whole.descent, whole.batches, whole.tape.__getitem__)
+    given = (whole.learner, whole.descent, whole.batches, whole.tape.__getitem__)
     sweep(*given, adjoints, "sdpa", save)
     later: dict[int, Swept] = {}
     sweep(*given, saved[2], "sdpa", later.__setitem__, start=2)
@@ -235,10 +309,10 @@ def test_what_is_not_finite_is_named_by_its_step() -> None:
     adjoints = {"adaptation": Adjoint.at_the_end(run.ends["adaptation"])}
     next(iter(run.tape[1].weights.values()))[0, 0] = torch.nan
     with pytest.raises(Diverged, match="sweep back for adaptation at step 2 of 4"):
-        sweep(run.scored, run.descent, run.batches, run.tape.__getitem__, adjoints, "sdpa", lambda t, s: None)
+        sweep(run.learner, run.descent, run.batches, run.tape.__getitem__, adjoints, "sdpa", lambda t, s: None)
     start = SimulatedRun(run.start, Descent("adam", 1e300, STEPS))
     with pytest.raises(Diverged, match="step [2-4] of 4: NaN or infinity in"):
-        simulate(run.scored, start, run.batches, "sdpa", lambda t, taped: None)
+        simulate(run.learner, start, run.batches, "sdpa", lambda t, taped: None)
 
 
 class _Once(torch.autograd.Function):
@@ -253,14 +327,15 @@ class _Once(torch.autograd.Function):
         return error * ctx.saved_tensors[0].cos()
 
 
-def test_a_model_without_second_derivative_is_refused_with_the_remedy() -> None:
+@pytest.mark.parametrize("make", [weights_of, adapters_of])
+def test_a_model_without_second_derivative_is_refused_with_the_remedy(make: Callable[[ScoredLayers], Trained]) -> None:
     model: Any = hf.LlamaForCausalLM(
         hf.LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=36, num_hidden_layers=3, num_attention_heads=4)
     ).eval()
-    check_second_derivative(scored_layers(model, LAYERS), "sdpa")
+    check_second_derivative(weights_of(scored_layers(model, LAYERS)), "sdpa")
     model.model.layers[-1].mlp.act_fn.forward = _Once.apply
-    scored: ScoredLayers = scored_layers(model, LAYERS)
+    learner = make(scored_layers(model, LAYERS))
     with pytest.raises(
         UnsupportedModel, match=r"cannot be differentiated twice \(.*\): set anchor.direction=gradient$"
     ):
-        check_second_derivative(scored, "sdpa")
+        check_second_derivative(learner, "sdpa")

@@ -12,6 +12,7 @@ import torch
 
 from alphatoken import Directions, TokenValuer
 from alphatoken.data_schemas import SCORES
+from alphatoken.pipeline.maths.adapters import Adapters
 from alphatoken.pipeline.maths.costs import (
     ghost_flops,
     guard_flops,
@@ -21,6 +22,7 @@ from alphatoken.pipeline.maths.costs import (
     pair_flops,
     sampling_flops,
     shapes_of,
+    step_flops,
     sweep_flops,
     value_flops,
 )
@@ -28,6 +30,7 @@ from alphatoken.pipeline.maths.decoder import scored_layers
 from alphatoken.pipeline.maths.forward import token_losses_of
 from alphatoken.pipeline.maths.ghost import ghost_pass
 from alphatoken.pipeline.maths.guard import Guard
+from alphatoken.pipeline.maths.learners import ScoredWeights
 from alphatoken.pipeline.maths.lower import lower_layers_once
 from alphatoken.pipeline.maths.outer_sums import OuterSum
 from alphatoken.pipeline.maths.sampling import sample_completions
@@ -95,10 +98,15 @@ def test_sweep_flops(example):
     model, batch, costs = example
     scored = scored_layers(model, 3)
     shapes = shapes_of([batch.shape], len(batch.predicting()))
-    for objectives in (1, 2):
-        directions = {str(index): scored.weights() for index in range(objectives)}
-        found = counted(lambda directions=directions: curvature_pass(scored, batch, directions, lambda *product: None))
-        assert sweep_flops(costs, shapes, objectives) == pytest.approx(found, rel=0.02)
+    for rank, learner in ((0, ScoredWeights(scored)), (4, Adapters(scored, 4, seed=0))):
+        start = learner.start()
+        with learner.holding(start):
+            found = counted(lambda learner=learner: learner.backward(batch, "sdpa"))
+            assert step_flops(costs, shapes, rank) == pytest.approx(found, rel=0.02)
+            for objectives in (1, 2):
+                directions = {str(index): start for index in range(objectives)}
+                found = counted(lambda ask=(learner, batch, directions, lambda *product: None): curvature_pass(*ask))
+                assert sweep_flops(costs, shapes, objectives, rank) == pytest.approx(found, rel=0.02)
 
 
 def test_an_unrolled_run_is_planned_with_its_tape_and_refused_as_the_run_would_be(
