@@ -110,7 +110,7 @@ class Runs:
                 values[token] = values.get(token, 0.0) + value
 
         adjoints = {"only": Adjoint.at_the_end(gradient)}
-        sweep(learner, self.descent, batches, tape.__getitem__, adjoints, "sdpa", found)
+        sweep(learner, self.descent, batches, tape.__getitem__, adjoints, found)
         return values
 
     def effects(self, order: Sequence[Sequence[int]], tokens: Sequence[Token]) -> torch.Tensor:

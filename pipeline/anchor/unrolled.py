@@ -205,7 +205,7 @@ class UnrolledRun:
             saving(step, state, last=step == 0)
             advance(1)
 
-        sweep(learner, self.descent, self.batches, tape, adjoints, self.kernel, found, step)
+        sweep(learner, self.descent, self.batches, tape, adjoints, found, step)
         if self.settings.valuation.own_step:
             write_tensors(self.storage, PLACE.format(order=order), own_steps.as_file(), marks)
         tokens = sum(len(one) for one in values.values())

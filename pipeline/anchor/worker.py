@@ -70,7 +70,7 @@ class AnchorWorker:
             own = settings.valuation
             check_model(self.scored, own.scores, own.window, self.kernel, own.exact)
             if settings.anchor.unrolled:
-                check_second_derivative(learner_of(self.scored, settings.anchor.unroll, seed=0), self.kernel)
+                check_second_derivative(learner_of(self.scored, settings.anchor.unroll, seed=0))
         except UnsupportedModel as error:
             raise RunFailed(f"model.policy: {error}") from error
         self.engine = Engine(self.scored, settings, source.path)

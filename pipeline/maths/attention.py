@@ -29,7 +29,7 @@ from alphatoken.pipeline.maths.tangents import tangent_of, usual_kernels, withou
 
 KERNELS = ("sdpa", "flash_attention_2", "eager")
 
-_active = threading.local()  # kernel and listener of the forward pass that runs in this thread
+_active = threading.local()  # kernel, listener and held of the forward pass that runs in this thread
 _lock = threading.Lock()
 _blocks_of_code = 0  # how many threads are inside `intercepted`
 _originals: dict[str, Callable | None] = {}
@@ -39,20 +39,21 @@ Listener = Callable[[nn.Module, torch.Tensor, Callable[[int], list[BandBlock]]],
 
 
 @contextmanager
-def intercepted(decoder: Any, kernel: str, listener: Listener | None) -> Iterator[None]:
+def intercepted(decoder: Any, kernel: str, listener: Listener | None, held: bool = False) -> Iterator[None]:
     """Route the attention of a model's ``decoder`` through this file for one block of code.
 
     ``kernel`` (sdpa | flash_attention_2 | eager) computes the outputs; eager: block by block, and so it is where the
-    model supports nothing else. ``listener(module, value, band)`` is called at every attention module: ``value`` (batch,
-    heads, length, head size) as the kernel sees it, ``band(W)`` computes the blocks of the band. Attention implementation
-    and listener are as before when the block is left. Raises ValueError for an unknown kernel.
+    model supports nothing else; ``held``: the blocks' probabilities are held for the backward pass. ``listener(module,
+    value, band)`` is called at every attention module: ``value`` (batch, heads, length, head size) as the kernel sees it,
+    ``band(W)`` computes the blocks of the band. Attention implementation and listener are as before when the block is left.
+    Raises ValueError for an unknown kernel.
     """
     if kernel not in KERNELS:
         raise ValueError(f"attention={kernel}: must be one of {', '.join(KERNELS)}")
     saved = getattr(_active, "state", None)
     with _named(decoder, kernel):
         _install()
-        _active.state = (kernel, listener)
+        _active.state = (kernel, listener, held)
         try:
             yield
         finally:
@@ -154,7 +155,7 @@ def _attention(
     if state is None:  # a model of another thread
         assert original is not None
         return original(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **given)
-    kernel, listener = state
+    kernel, listener, held = state
     _refuse_unknown(name, module, original, given)
     parts, moved = _taken_apart(query, key, value, given.get("position_bias"), attention_mask, _sinks(name, given))
     attended = _attended(name, module, parts, scaling, given)
@@ -162,7 +163,7 @@ def _attention(
     if listener is not None:
         listener(module, attended.value, blocks.band)
     if kernel == "eager" or name == "eager":
-        output = attended.output()
+        output = attended.output(held)
     else:
         assert original is not None
         plain = {**given, **({"position_bias": parts[3]} if "position_bias" in given else {})}

@@ -120,20 +120,20 @@ class Attended:
         logits[..., first - low :].masked_fill_(hidden, floor)
         return logits
 
-    def output(self) -> torch.Tensor:
-        """(batch, length, heads, size); probabilities are recomputed in the backward pass."""
+    def output(self, held: bool = False) -> torch.Tensor:
+        """(batch, length, heads, size); probabilities are recomputed in the backward pass, or ``held`` for it."""
 
         def block(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *span: int) -> torch.Tensor:
             probability = self.probability(query, key, span).to(value.dtype)  # type: ignore[arg-type]  # four of them
             return (_grouped(probability, value.shape[1]) @ value).reshape(*query.shape[:3], -1)
 
         given = (self.query, self.key, self.value, self.bias, self.sinks)
-        needs_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
+        again = not held and torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in given)
         outputs = []
         for span in self.spans():
             start, stop, low, high = span
             arguments = (self.query[:, :, start:stop], self.key[:, :, low:high], self.value[:, :, low:high], *span)
-            outputs.append(checkpoint(block, *arguments, use_reentrant=False) if needs_graph else block(*arguments))
+            outputs.append(checkpoint(block, *arguments, use_reentrant=False) if again else block(*arguments))
         return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
 

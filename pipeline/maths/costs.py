@@ -195,11 +195,12 @@ def step_flops(m: ModelCosts, s: Shapes, rank: int = 0) -> int:
 
 
 def sweep_flops(m: ModelCosts, s: Shapes, objectives: int, rank: int = 0) -> int:
-    """The same step in the sweep back: both halves of it, and for each objective a backward pass over both; the head's
-    curvature takes three products. Beside adapters the weights move nothing, which spares two thirds of their products."""
-    first = step_flops(m, s, rank)
+    """The same step in the sweep back: both halves of it, with attention by blocks whose probabilities are held, and for each
+    objective a backward pass over both; the head's curvature takes three products. Beside adapters the weights move
+    nothing, which spares two thirds of their products."""
+    first = step_flops(m, replace(s, squares=s.blocks), rank) - 2 * m.attention * m.scored_layers * s.blocks
     layers = (4 * m.scored + 12 * rank * m.adapter_width if rank else 12 * m.scored) * s.tokens
-    layers += 24 * m.attention * m.scored_layers * s.squares
+    layers += 24 * m.attention * m.scored_layers * s.blocks
     return first + objectives * (layers + 6 * m.head * s.predicting)
 
 

@@ -46,10 +46,11 @@ ProductVisitor = Callable[[str, str, torch.Tensor], None]
 
 
 @contextmanager
-def _twice_differentiable(learner: Trained, kernel: str) -> Iterator[Weights]:
+def _twice_differentiable(learner: Trained) -> Iterator[Weights]:
     """What learns requires gradients, and everything on the way has a second derivative, inside the block.
 
-    Fused attention kernels have none, so that attention takes the plain one: its probabilities are held.
+    Fused attention kernels have none: attention goes block by block, without the half of the square that causality hides,
+    and a model that calls them past attention.py gets the plain one. Probabilities are held: passes over passes come twice.
     """
     scored = learner.scored
     experts = {m.module for m in scored.maps if m.experts}
@@ -59,7 +60,7 @@ def _twice_differentiable(learner: Trained, kernel: str) -> Iterator[Weights]:
 
     with ExitStack() as stack:
         stack.enter_context(frozen(scored.model))
-        stack.enter_context(intercepted(scored.decoder, "eager" if kernel == "eager" else "sdpa", None))
+        stack.enter_context(intercepted(scored.decoder, "eager", None, held=True))
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if experts:
             stack.enter_context(tapped_experts(scored.model, experts, as_it_is))
@@ -71,7 +72,6 @@ def curvature_pass(
     batch: Batch,
     directions: Mapping[str, Tensors],
     visit: ProductVisitor,
-    kernel: str = "sdpa",
 ) -> Curvature:
     """H r and every token's <grad l_i, r> for each of ``directions`` (name -> weight -> r), at the weights that are held.
 
@@ -84,7 +84,7 @@ def curvature_pass(
         return Curvature(none, dict.fromkeys(directions, none))
     targets = batch.labels.flatten()[positions + 1]
     along = {}
-    with _twice_differentiable(learner, kernel) as leaves:
+    with _twice_differentiable(learner) as leaves:
         names, parameters = list(leaves), list(leaves.values())
         decoder: Any = learner.scored.decoder
         outputs = decoder(input_ids=batch.input_ids, use_cache=False)
@@ -134,14 +134,14 @@ def _refuse_once_differentiable(gradients: Sequence[torch.Tensor | None]) -> Non
         waiting += following
 
 
-def check_second_derivative(learner: Trained, kernel: str) -> None:
+def check_second_derivative(learner: Trained) -> None:
     """Raise UnsupportedModel where the scored layers have no second derivative; passes two tokens through."""
     start = learner.start()
     ids = torch.arange(2, device=next(iter(start.values())).device)[None]
     batch = Batch(ids, torch.where(ids > 0, ids, IGNORED), torch.full((1,), 2, device=ids.device))
     try:
         with learner.holding(start):
-            curvature_pass(learner, batch, {"probe": start}, lambda *product: None, kernel)
+            curvature_pass(learner, batch, {"probe": start}, lambda *product: None)
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, UnsupportedModel) as error:  # whatever an operation says that has no second derivative

@@ -71,7 +71,6 @@ def sweep(
     batches: Sequence[Sequence[Batch]],
     tape: Callable[[int], Taped],
     adjoints: Mapping[str, Adjoint],
-    kernel: str,
     found: Callable[[int, Swept], None],
     start: int | None = None,
 ) -> None:
@@ -97,7 +96,7 @@ def sweep(
         with learner.holding(taped.weights):
             for batch in batches[step]:
                 for some in few_rows(batch):
-                    passes.append(curvature_pass(learner, some, directions, add, kernel))
+                    passes.append(curvature_pass(learner, some, directions, add))
         _check(adjoints, step, len(batches))
         along = {o: factor * torch.cat([one.along[o] for one in passes]) for o in adjoints}
         values = {o: (one.mean() - one) / tokens for o, one in along.items() if len(one)}

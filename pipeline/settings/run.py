@@ -166,7 +166,9 @@ class Settings:
         if self.trial.train != "layers":
             found.append(f"trial.train={self.trial.train} trains in all layers: set trial.train=layers")
         if self.top_layers is None:
-            found.append("anchor.unroll.layers=all trains all layers: set a number of them")
+            found.append(
+                f"{self.anchor.unroll.spelled_layers} trains all layers: set anchor.unroll.layers to a number of them"
+            )
         return [f"{one}, or leave {' and '.join(laid_out)} out, which is for layers below" for one in found]
 
     def mask_problems(self, pairs: bool) -> list[str]:
@@ -203,7 +205,7 @@ class Settings:
             other = f", or valuation.layers={layers}" if isinstance(layers, int) else ""
             plain = ",".join(score for score in own.scores if score not in DIRECTED) or "loss"
             found.append(
-                f"anchor.unroll.layers={layers}: values at snapshots are of the {own.layers} layers of valuation.layers: set "
+                f"{self.anchor.unroll.spelled_layers}: values at snapshots are of the {own.layers} layers of valuation.layers: set "
                 f"valuation.schedule=own_step valuation.scores=[{plain}] valuation.exact=false{other}"
             )
         return found

@@ -51,6 +51,11 @@ class UnrollSettings:
         """``layers`` with what adapters take where it is null."""
         return "all" if self.layers is None and self.train == "lora" else self.layers
 
+    @property
+    def spelled_layers(self) -> str:
+        """What was typed that says which layers learn."""
+        return "anchor.unroll.train=lora" if self.asked_layers != self.layers else f"anchor.unroll.layers={self.layers}"
+
     def problems(self) -> list[str]:
         """Every reason why these settings cannot be used, one sentence each."""
         found = []

@@ -29,6 +29,7 @@ UNROLLED = [
     "anchor=unrolled", "anchor.unroll.steps=6", "anchor.unroll.examples=16", "anchor.unroll.batch_size=4",
     "anchor.unroll.snapshots=2", "anchor.unroll.learning_rate=0.01", "data.shard_examples=20",
 ]  # fmt: skip
+LORA = ("anchor.unroll.train=lora", "anchor.unroll.rank=4", "anchor.unroll.layers=2")  # those that are valued
 WHOLE, BOUNDED = 10**9, 830_000  # bytes of the tape of 12 steps: each kept, and every fourth
 
 
@@ -63,8 +64,9 @@ def counts(run: Path) -> dict:
     return json.loads((run / "run.json").read_text())["stages"]["anchor"]["counts"]
 
 
-def test_each_order_has_its_snapshots_and_the_value_stage_takes_their_mean(made, common, alphatoken):
-    run = made()
+@pytest.mark.parametrize("own", [(), LORA])
+def test_each_order_has_its_snapshots_and_the_value_stage_takes_their_mean(made, common, alphatoken, own):
+    run, common = made(*own), [*common, *own]
     places = [run / f"anchors/snapshot-{index:02d}" for index in range(4)]
     assert counts(run)["snapshots"] == 4 and not (run / "anchors/partial").exists()
     for place in places:
@@ -83,9 +85,9 @@ def test_each_order_has_its_snapshots_and_the_value_stage_takes_their_mean(made,
     assert "plain alignment" not in out + err
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_the_same_bytes_whatever_the_number_of_workers(made, workers):
-    assert anchors(made()) == anchors(made(f"cluster.workers={workers}"))
+@pytest.mark.parametrize(("own", "workers"), [((), 1), ((), 2), (LORA, 2)])
+def test_the_same_bytes_whatever_the_number_of_workers(made, own, workers):
+    assert anchors(made(*own)) == anchors(made(*own, f"cluster.workers={workers}"))
 
 
 def test_the_same_bytes_whatever_the_bound_of_the_tape(made):
@@ -96,10 +98,18 @@ def test_the_same_bytes_whatever_the_bound_of_the_tape(made):
     assert anchors(whole) == anchors(bounded)
 
 
-@pytest.mark.parametrize("bounds", [(WHOLE, WHOLE), (WHOLE, BOUNDED), (BOUNDED, WHOLE)])
+@pytest.mark.parametrize(
+    ("train", "bounds"),
+    [
+        ("weights", (WHOLE, WHOLE)),
+        ("weights", (WHOLE, BOUNDED)),
+        ("weights", (BOUNDED, WHOLE)),
+        ("lora", (WHOLE, WHOLE)),
+    ],
+)
 @pytest.mark.parametrize("half", ["forward", "sweep"])
 def test_a_killed_run_goes_on_from_its_last_saved_step_whatever_the_bound_of_the_tape_is_now(
-    made, policy, tmp_path, monkeypatch, half, bounds
+    made, policy, tmp_path, monkeypatch, half, train, bounds
 ):
     """The task itself is cut off in the middle of a half, in this process, and begun again."""
     whole = made()
@@ -109,7 +119,7 @@ def test_a_killed_run_goes_on_from_its_last_saved_step_whatever_the_bound_of_the
         storage.remove(f"anchors/snapshot-{index:02d}")
     settings = Settings()
     unroll = replace(
-        settings.anchor.unroll, steps=12, examples=16, batch_size=4, snapshots=2, learning_rate=0.01
+        settings.anchor.unroll, steps=12, examples=16, batch_size=4, snapshots=2, learning_rate=0.01, train=train, layers=2
     )  # fmt: skip
     settings = replace(
         settings,

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import transformers as hf
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from alphatoken.pipeline.maths import attention_blocks
 from alphatoken.pipeline.maths.adapters import DOWN, Adapters
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.capture import swapped
@@ -106,7 +107,7 @@ class Run:
         adjoints = {name: Adjoint.at_the_end(one) for name, one in self.ends.items()}
         self.swept: dict[int, Swept] = {}
         sweep(
-            self.learner, self.descent, self.batches, self.tape.__getitem__, adjoints, "sdpa", self.swept.__setitem__
+            self.learner, self.descent, self.batches, self.tape.__getitem__, adjoints, self.swept.__setitem__
         )  # fmt: skip
 
     def objectives(self, weights: dict[str, torch.Tensor]) -> dict[str, float]:
@@ -205,7 +206,7 @@ def test_the_direction_of_adapters_in_the_scored_weights_gives_the_same_values(f
         if at == step:
             residuals.update(one.residuals())
 
-    sweep(run.learner, run.descent, run.batches, run.tape.__getitem__, adjoints, "sdpa", keep)
+    sweep(run.learner, run.descent, run.batches, run.tape.__getitem__, adjoints, keep)
     directions = {o: {n: -t for n, t in pushed(run.learner, taped.weights, r).items()} for o, r in residuals.items()}
     with swapped(run.scored, run.learner.merged(taped.weights)):
         found = TokenValuer(run.model, Directions(directions), LAYERS, 0, exact=True, scores=["paper"]).value(batch)
@@ -237,9 +238,12 @@ def test_what_adapters_amount_to_is_what_the_model_with_them_computes() -> None:
         assert not torch.allclose(wanted, losses_of(model, scored.weights(), batch), rtol=1e-3)
 
 
-@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+@pytest.mark.parametrize("block", [attention_blocks.BLOCK, 6])
 @pytest.mark.parametrize("family", sorted(FAMILIES))
-def test_products_with_the_hessian_are_those_of_autograd_and_leave_nothing_behind(family: str, kernel: str) -> None:
+def test_products_with_the_hessian_are_those_of_autograd_and_leave_nothing_behind(
+    family: str, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention_blocks, "BLOCK", block)  # queries of one: all, or several
     model = model_of(family, seed=1)
     scored, batch = scored_layers(model, LAYERS), sequences([14, 9, 17], 3).batch()
     generator = torch.Generator().manual_seed(0)
@@ -249,9 +253,7 @@ def test_products_with_the_hessian_are_those_of_autograd_and_leave_nothing_behin
     }
     before = state(model)
     seen: dict[str, dict[str, torch.Tensor]] = {name: {} for name in directions}
-    found = curvature_pass(
-        weights_of(scored), batch, directions, lambda d, n, product: seen[d].__setitem__(n, product), kernel
-    )
+    found = curvature_pass(weights_of(scored), batch, directions, lambda d, n, product: seen[d].__setitem__(n, product))
     assert state(model) == before
     weights = {m.name: m.parameter.detach().clone().requires_grad_(True) for m in scored.maps}
     with sdpa_kernel(SDPBackend.MATH):
@@ -294,9 +296,9 @@ def test_a_run_and_a_sweep_that_are_taken_up_again_give_the_same_numbers() -> No
         }
 
     given = (whole.learner, whole.descent, whole.batches, whole.tape.__getitem__)
-    sweep(*given, adjoints, "sdpa", save)
+    sweep(*given, adjoints, save)
     later: dict[int, Swept] = {}
-    sweep(*given, saved[2], "sdpa", later.__setitem__, start=2)
+    sweep(*given, saved[2], later.__setitem__, start=2)
     assert sorted(later) == [0, 1]
     for step in (0, 1):
         assert torch.equal(later[step].values["adaptation"], swept[step].values["adaptation"])
@@ -309,7 +311,7 @@ def test_what_is_not_finite_is_named_by_its_step() -> None:
     adjoints = {"adaptation": Adjoint.at_the_end(run.ends["adaptation"])}
     next(iter(run.tape[1].weights.values()))[0, 0] = torch.nan
     with pytest.raises(Diverged, match="sweep back for adaptation at step 2 of 4"):
-        sweep(run.learner, run.descent, run.batches, run.tape.__getitem__, adjoints, "sdpa", lambda t, s: None)
+        sweep(run.learner, run.descent, run.batches, run.tape.__getitem__, adjoints, lambda t, s: None)
     start = SimulatedRun(run.start, Descent("adam", 1e300, STEPS))
     with pytest.raises(Diverged, match="step [2-4] of 4: NaN or infinity in"):
         simulate(run.learner, start, run.batches, "sdpa", lambda t, taped: None)
@@ -332,10 +334,10 @@ def test_a_model_without_second_derivative_is_refused_with_the_remedy(make: Call
     model: Any = hf.LlamaForCausalLM(
         hf.LlamaConfig(vocab_size=61, hidden_size=24, intermediate_size=36, num_hidden_layers=3, num_attention_heads=4)
     ).eval()
-    check_second_derivative(weights_of(scored_layers(model, LAYERS)), "sdpa")
+    check_second_derivative(weights_of(scored_layers(model, LAYERS)))
     model.model.layers[-1].mlp.act_fn.forward = _Once.apply
     learner = make(scored_layers(model, LAYERS))
     with pytest.raises(
         UnsupportedModel, match=r"cannot be differentiated twice \(.*\): set anchor.direction=gradient$"
     ):
-        check_second_derivative(learner, "sdpa")
+        check_second_derivative(learner)
