@@ -99,9 +99,11 @@ class ShardLoop:
         flying: dict[Any, list[Shard]] = {host: [] for host in self.node_of}
         for host, shard in self.flights.values():
             flying.setdefault(host, []).append(shard)
-        for host in self.node_of:
-            if len(flying[host]) < SHARDS_IN_FLIGHT and host not in self.doubtful and host not in self.leaving:
-                self._feed(host, flying[host])
+        fit = [host for host in self.node_of if host not in self.doubtful and host not in self.leaving]
+        for at_once in range(1, SHARDS_IN_FLIGHT + 1):  # one to each before anybody has a second
+            for host in fit:
+                if len(flying[host]) < at_once:
+                    self._feed(host, flying[host])
         for host in [one for one in self.leaving if not flying.get(one) and one not in self.doubtful]:
             self._retire(host)  # it has finished what it had
         while self.queue and len(self.hosts.all) < self.hosts.resources.workers:
@@ -144,14 +146,19 @@ class ShardLoop:
             raise RunFailed(reason)
 
     def _feed(self, host: Any, flying: list[Shard]) -> None:
-        """Hand out shards; one that has failed before runs alone, so that no other is blamed for it. ``flying``: the host's."""
-        while len(flying) < SHARDS_IN_FLIGHT and not any(shard.name in self.attempts for shard in flying):
-            shard = self._next(alone=not flying)
-            if shard is None:
-                return
+        """Hand out a shard; one that has failed before runs alone, so that no other is blamed for it. ``flying``: the host's."""
+        if any(shard.name in self.attempts for shard in flying) or (flying and len(self.queue) <= self._coming()):
+            return
+        shard = self._next(alone=not flying)
+        if shard is not None:
             self.flights[host.run.remote(shard.name, self.work.payload(shard))] = (host, shard)
             self.alive_at[host] = time.monotonic()
             flying.append(shard)
+
+    def _coming(self) -> int:
+        """How many workers will soon be there for a shard each; where they come as nodes do, nobody waits for them."""
+        resources = self.hosts.resources
+        return max(0, resources.workers - len(self.node_of)) if resources.least is None else 0
 
     def _next(self, alone: bool) -> Shard | None:
         """The first shard that may be tried now, or None: also where one that failed waits for a worker of its own."""

@@ -46,7 +46,7 @@ ALL = AnchorSettings(direction="unrolled", unroll=UnrollSettings(layers="all"))
                 model=ModelSettings(lower_dtype="int8"), anchor=ALL,
                 valuation=ValuationSettings(schedule="own_step", scores=["loss"]),
             ),
-            "anchor.unroll.layers=all trains all layers: set a number of them, or leave model.lower_dtype=int8 out",
+            "anchor.unroll.layers=all trains all layers: set anchor.unroll.layers to a number of them, or leave model.lower_dtype=int8 out",
         ),
     ],
 )  # fmt: skip

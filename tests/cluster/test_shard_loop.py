@@ -80,6 +80,33 @@ def test_an_error_names_the_shard_and_stops(ray_cluster, tmp_path):
         run(tmp_path, {4: "fail"})
 
 
+class Meets:
+    """Ends when as many processes as its payload says have a shard each."""
+
+    def __init__(self, directory: str) -> None:
+        self.directory = Path(directory)
+
+    def __call__(self, payload, advance):
+        (self.directory / str(os.getpid())).touch()
+        end = time.monotonic() + 60
+        while len(list(self.directory.iterdir())) < payload:
+            if time.monotonic() > end:
+                raise RunFailed("alone")
+            time.sleep(0.05)
+
+
+def test_nobody_has_two_shards_while_a_worker_that_is_to_come_has_none(ray_cluster, tmp_path):
+    """A worker that is there before the others would take two long shards, one after the other."""
+    with (
+        Progress(Console(file=open(os.devnull, "w"))) as progress,
+        WorkerPool(Meets, {"directory": str(tmp_path)}, Resources(2, 1, 0.0), 90.0, False) as pool,
+        progress.task("shards", 3, "numbers") as task,
+    ):
+        pool.run([Shard("before", 1)], lambda s: 1, lambda s, r: None, task)
+        assert len(pool.hosts.all) == 1
+        pool.run([Shard(name, 1) for name in ("one", "two")], lambda s: 2, lambda s, r: None, task)
+
+
 class Whose:
     """Tells its process, and how many workers of its kind live there; fails where it is asked to."""
 
