@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from alphatoken.pipeline.anchor.own_step import PLACE
 from alphatoken.pipeline.anchor.places import PARTIAL, POLICY
 from alphatoken.pipeline.anchor.tensors import counts_of
 from alphatoken.pipeline.anchor.unrolled import Held, units_of
-from alphatoken.pipeline.anchor.worker import AnchorTask
+from alphatoken.pipeline.anchor.worker import NO_ROWS, AnchorTask
 from alphatoken.pipeline.cluster.work import Pool, Shard
 from alphatoken.pipeline.maths.batch import Sequences
 from alphatoken.pipeline.run.failure import SettingsWrong
@@ -50,7 +51,8 @@ def check_examples(rows: int, batch_size: int) -> None:
 def unroll_orders(
     run: Run, pool: Pool, fingerprint: str, drift: str, examples: Sequences, rows: Mapping[str, Sequences]
 ) -> dict[str, dict[str, Any]]:
-    """Make every order that is not complete yet, each by one worker; returns the counts of each by name.
+    """Make every order that is not complete yet, each by one worker, whom those help that have none; returns the counts of
+    each by name.
 
     ``rows``: objective -> its validation rows.
     """
@@ -83,8 +85,18 @@ def unroll_orders(
     missing = [Shard(name, units_of(unroll, held)) for name in tasks if name not in found]
     if len(missing) < len(tasks):
         progress.say(f"anchor: {len(tasks) - len(missing)} of {len(tasks)} unrolled runs are complete already")
+    helpers = min(pool.workers - len(missing), len(missing) * (unroll.batch_size - 1))  # a pass has at least a row
+    board = pool.board([tasks[shard.name].output for shard in missing]) if helpers > 0 else None
+    work = {shard.name: replace(tasks[shard.name], board=board, store=pool.store) for shard in missing}
+    helping = [Shard(f"helper-{number:02d}", 0) for number in range(helpers if board is not None else 0)]
+    work |= {shard.name: AnchorTask("help", shard.name, NO_ROWS, board=board, store=pool.store) for shard in helping}
+
+    def done(shard: Shard, result: dict[str, Any]) -> None:
+        if shard not in helping:
+            found[shard.name] = result
+
     with progress.task("anchor: unrolled runs", sum(shard.units for shard in missing), "steps") as shown:
-        pool.run(missing, lambda s: tasks[s.name], lambda s, r: found.__setitem__(s.name, r), shown)
+        pool.run([*missing, *helping], lambda s: work[s.name], done, shown)
     tasks_alone = [one for objective, one in held.items() if objective != RETENTION]
     made, left_out = (sum(len(getattr(one, rows)) for one in tasks_alone) for rows in ("made", "left_out"))
     for name in tasks:
@@ -99,8 +111,9 @@ def _told(counts: dict[str, Any], made: int, left_out: int) -> str:
     if made + left_out < ENOUGH_VALIDATION:
         share += f"; {left_out} rows are too few to go by, `alphatoken trial` has others"
     tape = "" if counts["tape_every"] == 1 else f"; every {counts['tape_every']}th state was kept"
+    helped = f"; other workers made {counts['helped']} of its passes" if counts.get("helped") else ""
     return (
         f"validation loss {counts['made_before']:.4f} to {counts['made_after']:.4f} nats; without the lowest tenth of the "
         f"tokens it ends {own:+.4f} lower on the {made} rows that made the direction, {other:+.4f} on {left_out} others "
-        f"({share}){tape}"
+        f"({share}){tape}{helped}"
     )

@@ -23,7 +23,7 @@ from alphatoken.pipeline.anchor.summing import Sums
 from alphatoken.pipeline.anchor.sums import SumFile, Term
 from alphatoken.pipeline.anchor.tensor_file import TensorFile
 from alphatoken.pipeline.anchor.tensors import carried, counts_of, fingerprint_of, read_metadata
-from alphatoken.pipeline.anchor.worker import AnchorTask, AnchorWorker
+from alphatoken.pipeline.anchor.worker import NO_ROWS, AnchorTask, AnchorWorker
 from alphatoken.pipeline.cluster.work import Pool, Shard
 from alphatoken.pipeline.cluster.worker_log import logged
 from alphatoken.pipeline.maths.batch import Sequences
@@ -36,8 +36,6 @@ from alphatoken.pipeline.run.fingerprint import digest
 from alphatoken.pipeline.run.run import Run
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings.objectives import TASK
-
-NO_ROWS = Sequences([], [], [])
 
 
 def make_anchors(run: Run) -> None:

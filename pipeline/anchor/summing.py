@@ -89,7 +89,7 @@ class Sums:
             else:
                 kept[numbers[shard.name]] = result
 
-        store = self.pool.store if self.pool.several and len(pieces) > 1 else None
+        store = self.pool.store if self.pool.workers > 1 and len(pieces) > 1 else None
         with self.progress.task(title, len(pieces) * (1 if store is None else 2), "pieces") as task:
             if store is not None:
                 adds = {f"{file.output} piece {n}": AddTask(file, piece, store) for n, piece in enumerate(pieces)}

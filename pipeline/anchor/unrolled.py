@@ -26,9 +26,10 @@ from alphatoken.pipeline.maths.directions import fisher_drift
 from alphatoken.pipeline.maths.epochs import row_order
 from alphatoken.pipeline.maths.forward import token_losses_of
 from alphatoken.pipeline.maths.learners import ScoredWeights, Trained
+from alphatoken.pipeline.maths.passes import Passes, alone
 from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, SimulatedRun, Taped, Tensors, simulate
-from alphatoken.pipeline.maths.unroll import Adjoint, Swept, loss_gradient, pulled, pushed, sweep
+from alphatoken.pipeline.maths.unroll import SWEPT_TOKENS, Adjoint, Swept, loss_gradient, pulled, pushed, sweep
 from alphatoken.pipeline.run.failure import RunFailed
 from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
@@ -89,9 +90,17 @@ class UnrolledRun:
     """Makes one order with the model of ``scored`` at its own weights. Raises RunFailed."""
 
     def __init__(
-        self, storage: Storage, settings: Settings, scored: ScoredLayers, examples: Sequences, held: Mapping[str, Held]
+        self,
+        storage: Storage,
+        settings: Settings,
+        scored: ScoredLayers,
+        examples: Sequences,
+        held: Mapping[str, Held],
+        passes: Passes = alone,
     ) -> None:
-        """``held``: objective -> its validation rows: adaptation, or one for each task; retention."""
+        """``held``: objective -> its validation rows: adaptation, or one for each task; retention. ``passes``: makes those of a
+        step."""
+        self.passes = passes
         self.storage, self.settings, self.scored, self.held = storage, settings, scored, held
         self.unroll, self.kernel, self.examples = settings.anchor.unroll, settings.model.attention, examples
         self.device = device_of(scored.model)
@@ -138,9 +147,8 @@ class UnrolledRun:
                 if step >= first or every == 1:
                     tape.put(step, taped)
 
-            simulate(
-                self._learner(), SimulatedRun(self.start, self.descent, start), self.batches, self.kernel, put, stop
-            )  # fmt: skip
+            again = SimulatedRun(self.start, self.descent, start)
+            simulate(self._learner(), again, self.batches, self.kernel, put, stop, passes=self.passes)
 
         tape = Tape(self.storage, order, fingerprint, self.start, steps, every, again)
         run = SimulatedRun(self.start, self.descent, forward.last_state())
@@ -159,7 +167,7 @@ class UnrolledRun:
             forward(done, run.state(), last=done == steps)
             advance(1)
 
-        simulate(self._learner(), run, self.batches, self.kernel, keep, after=after)
+        simulate(self._learner(), run, self.batches, self.kernel, keep, after=after, passes=self.passes)
         found = self._swept(order, drift, fingerprint, tape, run.masters(), snapshots, advance)
         return {**found, "tape_every": every, "examples": len(self.examples), "steps": steps}
 
@@ -205,7 +213,7 @@ class UnrolledRun:
             saving(step, state, last=step == 0)
             advance(1)
 
-        sweep(learner, self.descent, self.batches, tape, adjoints, found, step)
+        sweep(learner, self.descent, self.batches, tape, adjoints, found, step, self.passes)
         if self.settings.valuation.own_step:
             write_tensors(self.storage, PLACE.format(order=order), own_steps.as_file(), marks)
         tokens = sum(len(one) for one in values.values())
@@ -231,7 +239,9 @@ class UnrolledRun:
         lowest = float(every.sort().values[int(DROPPED * len(every))]) if len(every) else 0.0
         kept = [_without(passes, values.get(step, every[:0]) >= lowest) for step, passes in enumerate(self.batches)]
         run = SimulatedRun(self.start, self.descent)
-        simulate(self._learner(), run, kept, self.kernel, lambda t, taped: None, after=lambda done: advance(1))
+        simulate(
+            self._learner(), run, kept, self.kernel, lambda t, taped: None, after=lambda done: advance(1), passes=self.passes
+        )  # fmt: skip
         found = {}
         of_tasks = [held for name, held in self.held.items() if name != RETENTION]
         for rows, several in (("made", [h.made for h in of_tasks]), ("left_out", [h.left_out for h in of_tasks])):
@@ -262,19 +272,19 @@ class UnrolledRun:
         """Of every step the passes that make up its batch, and the examples in them."""
         self.batches, self.rows = [], []
         for rows in rows_of_steps(len(self.examples), self.unroll, self.settings.run.seed, order):
-            groups = _groups(self.examples.take(rows))
+            groups = _groups(self.examples.take(rows), SWEPT_TOKENS)
             self.batches.append([self._batch(self.examples.take([rows[i] for i in group])) for group in groups])
             self.rows.append([rows[i] for group in groups for i in group])
 
     def _passes(self, sequences: Sequences) -> list[Batch]:
-        return [self._batch(sequences.take(group)) for group in _groups(sequences)]
+        return [self._batch(sequences.take(group)) for group in _groups(sequences, TOKENS_PER_PASS)]
 
     def _batch(self, sequences: Sequences) -> Batch:
         return sequences.batch().to(self.device)
 
 
-def _groups(sequences: Sequences) -> list[list[int]]:
-    return by_token_budget([len(ids) for ids in sequences.input_ids], TOKENS_PER_PASS)
+def _groups(sequences: Sequences, tokens: int) -> list[list[int]]:
+    return by_token_budget([len(ids) for ids in sequences.input_ids], tokens)
 
 
 def _below(prefix: str, state: Tensors) -> Tensors:

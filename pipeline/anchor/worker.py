@@ -15,9 +15,11 @@ from alphatoken.pipeline.anchor.engine import Engine
 from alphatoken.pipeline.anchor.loading import held_model
 from alphatoken.pipeline.anchor.places import PARTIAL, TOKENS_PER_PASS
 from alphatoken.pipeline.anchor.saving import Saving
+from alphatoken.pipeline.anchor.shared_passes import SharedPasses, help_leads
 from alphatoken.pipeline.anchor.sums import AddTask, WriteTask
 from alphatoken.pipeline.anchor.tensors import carried, mapped_tensors, write_tensors
 from alphatoken.pipeline.anchor.unrolled import Held, UnrolledRun, learner_of
+from alphatoken.pipeline.cluster.work import Board, Shared
 from alphatoken.pipeline.maths.batch import Batch, Sequences, by_token_budget, response_start
 from alphatoken.pipeline.maths.capture import Captured, swapped
 from alphatoken.pipeline.maths.decoder import UnsupportedModel
@@ -28,6 +30,7 @@ from alphatoken.pipeline.maths.kronecker import KroneckerFactors
 from alphatoken.pipeline.maths.model_source import ModelSource
 from alphatoken.pipeline.maths.nonfinite import NonFinite, locate
 from alphatoken.pipeline.maths.outer_sums import OuterSum
+from alphatoken.pipeline.maths.passes import alone
 from alphatoken.pipeline.maths.placement import device_of
 from alphatoken.pipeline.maths.sampling import sample_completions
 from alphatoken.pipeline.maths.second_order import check_second_derivative
@@ -38,12 +41,16 @@ from alphatoken.pipeline.run.storage import Storage
 from alphatoken.pipeline.settings import Settings
 
 PROMPTS_PER_BATCH = 16
+NO_ROWS = Sequences([], [], [])
 WARMUP_STATE = f"{PARTIAL}/warm-up.safetensors"
 
 
 @dataclass(frozen=True, slots=True)
 class AnchorTask:
-    """``what``: weights | fisher | warmup | gradient | unroll | directions; ``output``: the file to write."""
+    """``what``: weights | fisher | warmup | gradient | unroll | help | directions; ``output``: the file to write.
+
+    ``board``, ``store``: where passes of unrolled runs are shared with workers that help; None: with nobody.
+    """
 
     what: str
     output: str  # for a warm-up, with {index} in the place of the snapshot's number
@@ -55,6 +62,8 @@ class AnchorTask:
     held: Mapping[str, Held] = field(default_factory=dict)  # of an unrolled run: objective -> its validation rows
     drift: str = "none"
     metadata: dict[str, str] = field(default_factory=dict)
+    board: Board | None = None
+    store: Callable[[Any], Shared] | None = None
 
 
 class AnchorWorker:
@@ -84,6 +93,8 @@ class AnchorWorker:
             "weights": self._weights, "fisher": self._fisher, "warmup": self._warmup, "gradient": self._gradient,
             "unroll": self._unroll, "directions": self._directions,
         }  # fmt: skip
+        if task.what == "help":  # takes the model pass by pass
+            return self._help(task, advance)
         with self.device_lock:
             self.engine(task.sequences.input_ids)
             return work[task.what](task, advance)
@@ -175,10 +186,22 @@ class AnchorWorker:
     def _unroll(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
         for held in task.held.values():
             self.engine([*held.made.input_ids, *held.left_out.input_ids])
-        run = UnrolledRun(self.storage, self.settings, self.scored, task.sequences, task.held)
+        shared = None
+        if task.board is not None and task.store is not None:
+            shared = SharedPasses(task.board, task.output, task.store)
+        passes = alone if shared is None else shared
+        run = UnrolledRun(self.storage, self.settings, self.scored, task.sequences, task.held, passes)
         counts = run(task.index, task.drift, task.fingerprint, advance)
+        if shared is not None:
+            shared.leave()
+            counts["helped"] = shared.helped
         self._save(task, task.output, {}, counts)
         return counts
+
+    def _help(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
+        assert task.board is not None and task.store is not None
+        learner = learner_of(self.scored, self.settings.anchor.unroll, seed=0)  # whatever it learns comes from the lead
+        return {"passes": help_leads(task.board, learner, task.store, self.device_lock, advance)}
 
     def _directions(self, task: AnchorTask, advance: Callable[[int], None]) -> dict[str, Any]:
         """Write all directions of one snapshot; returns norms and scales."""

@@ -23,6 +23,7 @@ from alphatoken.pipeline.cluster.work import (
     SET_ASIDE_IN_A_ROW,
     THE_REST_IS_DONE,
     THE_REST_WAS_LEFT,
+    Board,
     Resources,
     Shard,
     Shared,
@@ -86,7 +87,7 @@ class InlinePool:
         self.make, self.arguments, self.cpus, self.debug = make, arguments, cpus, debug
         self.worker: Worker | None = None
         self.store: Callable[[Any], Shared] = Here
-        self.several = False
+        self.workers = 1
         self.threads = torch.get_num_threads()
 
     def __enter__(self) -> InlinePool:
@@ -102,6 +103,10 @@ class InlinePool:
 
     def start(self) -> None:
         """There is one worker, and nothing to do meanwhile."""
+
+    def board(self, leads: Sequence[str]) -> Board | None:
+        """There is nobody else."""
+        return None
 
     def run(
         self, shards: Sequence[Shard], payload: Callable[[Shard], Any], done: Callable[[Shard, Any], None], task: Task

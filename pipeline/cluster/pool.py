@@ -8,9 +8,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayError
 
-from alphatoken.pipeline.cluster.host import Hosts
+from alphatoken.pipeline.cluster.board import RayBoard
+from alphatoken.pipeline.cluster.host import Hosts, kill
 from alphatoken.pipeline.cluster.shard_loop import ShardLoop
-from alphatoken.pipeline.cluster.work import Lost, Resources, Shard, Shared, Work, Worker
+from alphatoken.pipeline.cluster.work import Board, Lost, Resources, Shard, Shared, Work, Worker
 from alphatoken.pipeline.run.failure import first_line
 from alphatoken.pipeline.run.progress import Task
 
@@ -29,13 +30,23 @@ class WorkerPool:
         self.arguments, self.timeout, self.debug = arguments, timeout, debug
         self.hosts = Hosts(make, arguments, resources, idle)
         self.store: Callable[[Any], Shared] = InStore
-        self.several = resources.workers > 1
+        self.workers = resources.workers
+        self.boards: list[RayBoard] = []
 
     def __enter__(self) -> WorkerPool:
         return self
 
     def __exit__(self, kind: object = None, *_: object) -> None:
+        for board in self.boards:
+            kill(board.actor)
         self.hosts.close(keep=kind is None)
+
+    def board(self, leads: Sequence[str]) -> Board | None:
+        """See ``work.Pool``."""
+        if self.workers == 1:
+            return None
+        self.boards.append(RayBoard(leads))
+        return self.boards[-1]
 
     def start(self) -> None:
         """Start all workers now and wait for none: for a pool whose first call has fewer shards than workers."""

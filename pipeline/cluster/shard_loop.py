@@ -283,7 +283,8 @@ class ShardLoop:
         for host in [*busy, *self.starting.values()]:
             if now - self.alive_at.get(host, now) > self.timeout:
                 self._hung(host)
-        running = sum(sum(units.values()) for host, units in self.seen.items() if host in busy)
+        sizes = {shard.name: shard.units for _, shard in self.flights.values()}  # what helps others has none
+        running = sum(min(done, sizes.get(name, 0)) for host in busy for name, done in self.seen.get(host, {}).items())
         self.task.at(self.finished_units + running)
 
     def _hung(self, host: Any) -> None:

@@ -82,16 +82,53 @@ class Shared(Protocol):
         """The value; numpy arrays in it are not to be written to. Raises Lost."""
 
 
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What a helper takes from a board: the number of a part of what ``lead`` offers as ``work``; ``key``: of that offer."""
+
+    lead: str
+    key: int
+    number: int
+    work: Shared
+
+
+class Board(Protocol):
+    """Where leads offer parts of their work and helpers take them. Raises Lost where it is gone."""
+
+    def offer(self, lead: str, work: Shared, count: int) -> None:
+        """Parts 0 to ``count`` - 1 of ``work``, in the place of what the lead offered before."""
+
+    def claim(self, lead: str, number: int) -> bool:
+        """Whether the lead may make a part itself: nobody has taken it."""
+
+    def take(self) -> Part | None:
+        """A part for a helper, which nobody else gets; None: there is none now."""
+
+    def over(self) -> bool:
+        """Whether all leads have left."""
+
+    def deliver(self, part: Part, result: Shared) -> None:
+        """What has become of a part that was taken."""
+
+    def result(self, lead: str, number: int) -> Shared | None:
+        """What was delivered of a part of the present offer."""
+
+    def leave(self, lead: str) -> None:
+        """The lead has done its work."""
+
+
 class Pool(Protocol):
     """Workers made by the same factory with ``arguments``, until the end of the ``with`` block.
 
     ``store`` keeps a value where all workers can read it: a worker calls it, so that a shard's result can name the value
-    without its passing through the driver, or the driver does. ``several``: whether there may be more than one worker.
+    without its passing through the driver, or the driver does. ``workers``: how many there may be. ``board(leads)``: a new one,
+    until the end of the block; where there is one worker, None.
     """
 
     arguments: dict[str, Any]
     store: Callable[[Any], Shared]
-    several: bool
+    workers: int
+    board: Callable[[Sequence[str]], Board | None]
 
     def __enter__(self) -> Pool:
         """Begin; workers are made when there is work."""

@@ -19,6 +19,7 @@ import torch
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.learners import Trained
 from alphatoken.pipeline.maths.nonfinite import locate
+from alphatoken.pipeline.maths.passes import Passes, StepWork, alone
 from alphatoken.pipeline.maths.warmup import schedule
 
 KINDS = ("sgd", "momentum", "adam")
@@ -122,23 +123,26 @@ def simulate(
     keep: Callable[[int, Taped], None],
     stop: int | None = None,
     after: Callable[[int], None] = lambda done: None,
+    passes: Passes = alone,
 ) -> None:
     """Take ``run`` from where it stands to ``stop`` steps (None: the end). The model itself stays as it is.
 
-    ``batches``: of every step the passes that make up its batch, summed in order. ``keep(t, taped)`` is called after each
-    step, then ``after(steps done)``. Raises Diverged naming the step.
+    ``batches``: of every step the passes that make up its batch, summed in order; ``passes`` makes them. ``keep(t, taped)`` is
+    called after each step, then ``after(steps done)``. Raises Diverged naming the step.
     """
     for step in range(run.done, len(batches) if stop is None else stop):
-        learner.clear()
-        tokens = 0
-        with learner.holding(run.masters()):
-            for batch in batches[step]:
-                losses = learner.backward(batch, kernel)
-                if not bool(torch.isfinite(losses).all()):
+        total = {name: torch.zeros_like(tensor) for name, tensor in run.masters().items()}
+
+        def add(direction: str, name: str, gradient: torch.Tensor, total: Tensors = total) -> None:
+            total[name] += gradient
+
+        found = passes(learner, StepWork(run.masters(), batches[step], None, kernel), add)
+        for batch, one in zip(batches[step], found, strict=True):
+            if not bool(torch.isfinite(one.losses).all()):
+                with learner.holding(run.masters()):
                     raise Diverged(f"step {step + 1} of {len(batches)}: {locate(learner.scored, batch, kernel)}")
-                tokens += len(losses)
-        _check(learner.gradient, f"step {step + 1} of {len(batches)}: NaN or infinity in the gradient")
-        taped = run.step(learner.gradient, tokens)
+        _check(total, f"step {step + 1} of {len(batches)}: NaN or infinity in the gradient")
+        taped = run.step(total, sum(len(one.losses) for one in found))
         # Named by the step that would start from them, as where its first pass shows it; the tape could not hold them.
         where = f"step {step + 2} of {len(batches)}" if step + 1 < len(batches) else "the end of the run"
         _check(run.masters(), f"{where}: NaN or infinity in the weights")

@@ -19,7 +19,7 @@ import torch
 
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.learners import Trained, Weights
-from alphatoken.pipeline.maths.second_order import curvature_pass
+from alphatoken.pipeline.maths.passes import Passes, StepWork, alone
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, Taped, Tensors
 
 SWEPT_TOKENS = 1024
@@ -73,11 +73,12 @@ def sweep(
     adjoints: Mapping[str, Adjoint],
     found: Callable[[int, Swept], None],
     start: int | None = None,
+    passes: Passes = alone,
 ) -> None:
     """Go back over the steps below ``start`` (None: all of them), ``adjoints`` being those after it.
 
     ``tape(t)``: the step as ``simulate`` kept it. ``found(t, swept)`` is called when ``adjoints`` are those before step t.
-    The model itself stays as it is. Raises Diverged naming the step.
+    ``passes`` makes the passes of a step. The model itself stays as it is. Raises Diverged naming the step.
     """
     decay = descent.decay
     for step in reversed(range(len(batches) if start is None else start)):
@@ -92,15 +93,12 @@ def sweep(
         def add(objective: str, name: str, product: torch.Tensor, share: float = factor / tokens) -> None:
             adjoints[objective].weights[name].add_(product, alpha=share)
 
-        passes = []
-        with learner.holding(taped.weights):
-            for batch in batches[step]:
-                for some in few_rows(batch):
-                    passes.append(curvature_pass(learner, some, directions, add))
+        few = [some for batch in batches[step] for some in few_rows(batch)]
+        each = passes(learner, StepWork(taped.weights, few, directions, ""), add)
         _check(adjoints, step, len(batches))
-        along = {o: factor * torch.cat([one.along[o] for one in passes]) for o in adjoints}
+        along = {o: factor * torch.cat([one.along[o] for one in each]) for o in adjoints}
         values = {o: (one.mean() - one) / tokens for o, one in along.items() if len(one)}
-        losses = torch.cat([one.losses for one in passes])
+        losses = torch.cat([one.losses for one in each])
         found(step, Swept(values, losses, adjoints, factor, taped.weights))
 
 

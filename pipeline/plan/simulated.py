@@ -21,6 +21,7 @@ from alphatoken.pipeline.maths.costs import (
     value_flops,
 )
 from alphatoken.pipeline.maths.epochs import row_order
+from alphatoken.pipeline.maths.unroll import SWEPT_TOKENS
 from alphatoken.pipeline.plan.sample import Sample
 from alphatoken.pipeline.prepare.draw import drawn_rows
 from alphatoken.pipeline.prepare.tokenize import Example
@@ -56,7 +57,7 @@ def unrolled_flops(m: ModelCosts, sample: Sample, settings: Settings, objectives
     for order in range(own.orders):
         for rows in rows_of_steps(len(examples), own, seed, order):
             lengths = [len(examples[row].input_ids) for row in rows]
-            shapes = budget_shapes(lengths, _response(examples, rows), TOKENS_PER_PASS)
+            shapes = budget_shapes(lengths, _response(examples, rows), SWEPT_TOKENS)
             forward += step_flops(m, shapes, rank)
             sweep += sweep_flops(m, shapes, objectives, rank)
     return (2 if every == 1 else 3) * forward + sweep + own.orders * 3 * losses

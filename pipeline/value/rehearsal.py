@@ -254,7 +254,7 @@ class _Rehearsal:
         """Sums of the gradient to be added up in their order, by piece; tokens, loss, and the hidden states of the groups."""
         found: list[LaneResult] = []
         # One worker adds up all lanes by itself, so that it holds one sum and not one for each.
-        several = [[lane] for lane in lanes] if self.pool.several else [lanes]
+        several = [[lane] for lane in lanes] if self.pool.workers > 1 else [lanes]
         self._each(self._task(what, step), several, lambda number, result: found.append(result))
         hidden = [one for result in found for one in result.hidden]
         loss = sum(loss for result in found for loss in result.losses)
