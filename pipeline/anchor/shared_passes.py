@@ -25,7 +25,10 @@ from alphatoken.pipeline.maths.second_order import Curvature
 
 LOOK_SECONDS = 0.01  # between two looks at the board
 LEAST_PATIENCE, PATIENCE = 5.0, 3.0  # seconds, and lengths of the lead's own longest pass, until it makes a pass itself
-IDLE_SECONDS = 60.0  # after which a helper ends: the worker may be wanted for a lead that was lost
+IDLE_SECONDS = 900.0  # after which a helper ends: the worker may be wanted for a lead that was lost
+ALIVE_SECONDS = (
+    5.0  # between two signs of life of a helper for whom there is nothing to do, as while losses are measured
+)
 
 Arrays = dict[str, np.ndarray]
 log = logging.getLogger("alphatoken")
@@ -151,12 +154,16 @@ def help_leads(
 
     ``lock``: held while the model is used.
     """
-    passes, idle, held = 0, time.monotonic(), _Held(device_of(learner.scored.model))
+    passes, held = 0, _Held(device_of(learner.scored.model))
+    idle = told = time.monotonic()
     try:
         while not board.over() and time.monotonic() - idle < IDLE_SECONDS:
             part = board.take()
             if part is None:
                 time.sleep(LOOK_SECONDS)
+                if time.monotonic() - told > ALIVE_SECONDS:
+                    advance(1)
+                    told = time.monotonic()
                 continue
             with lock:
                 made = _made(held.work(part), part.number, learner)

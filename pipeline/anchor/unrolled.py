@@ -223,7 +223,7 @@ class UnrolledRun:
         """The gradient of each objective at the end of the run."""
         found, learner = {}, self._learner()
         for objective, held in self.held.items():
-            found[objective], _, _ = loss_gradient(learner, end, self._passes(held.made), self.kernel)
+            found[objective], _, _ = loss_gradient(learner, end, self._passes(held.made), self.kernel, self.passes)
         if drift != "none":
             fisher, reference = (mapped_tensors(self.storage, name) for name in (FISHER, REFERENCE))
             drifts = {

@@ -23,6 +23,7 @@ from alphatoken.pipeline.maths.passes import Passes, StepWork, alone
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, Taped, Tensors
 
 SWEPT_TOKENS = 1024
+AT_ONCE = 8  # passes of a gradient that are shared: what helpers make of them is held until it is added
 
 
 @dataclass(slots=True)
@@ -111,19 +112,23 @@ def few_rows(batch: Batch) -> list[Batch]:
 
 
 def loss_gradient(
-    learner: Trained, weights: Weights, batches: Sequence[Batch], kernel: str
+    learner: Trained, weights: Weights, batches: Sequence[Batch], kernel: str, passes: Passes = alone
 ) -> tuple[Tensors, float, int]:
     """The gradient of the mean loss over all labelled tokens by ``weights``, that loss in nats, and the number of tokens.
 
-    All positions enter, the prompt's as well: it is the derivative itself, not the paper's pairing.
+    All positions enter, the prompt's as well: it is the derivative itself, not the paper's pairing. ``passes`` makes the passes.
     """
-    loss, tokens = 0.0, 0
-    learner.clear()
-    with learner.holding(weights):
-        for batch in batches:
-            losses = learner.backward(batch, kernel)
-            loss, tokens = loss + float(losses.double().sum()), tokens + len(losses)
-    return {name: tensor / max(1, tokens) for name, tensor in learner.gradient.items()}, loss / max(1, tokens), tokens
+    total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
+
+    def add(direction: str, name: str, gradient: torch.Tensor) -> None:
+        total[name] += gradient
+
+    losses = []
+    for start in range(0, len(batches), AT_ONCE):
+        work = StepWork(weights, batches[start : start + AT_ONCE], None, kernel)
+        losses += [one.losses for one in passes(learner, work, add)]
+    loss, tokens = sum(float(one.double().sum()) for one in losses), sum(map(len, losses))
+    return {name: tensor / max(1, tokens) for name, tensor in total.items()}, loss / max(1, tokens), tokens
 
 
 def pulled(learner: Trained, weights: Weights, gradient: Mapping[str, torch.Tensor]) -> Tensors:

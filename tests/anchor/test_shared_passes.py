@@ -185,6 +185,15 @@ def test_helpers_take_from_the_back_of_whoever_has_most_left_and_nobody_takes_a_
     assert board.over() and board.take() is None
 
 
+def test_a_helper_without_work_shows_that_it_lives_and_ends_after_a_while(ray_cluster, monkeypatch) -> None:
+    monkeypatch.setattr(shared_passes, "IDLE_SECONDS", 1.0)
+    monkeypatch.setattr(shared_passes, "ALIVE_SECONDS", 0.1)
+    signs: list[int] = []
+    board = RayBoard(["lead that measures losses"])
+    assert help_leads(board, learner_of("weights"), InStore, threading.Lock(), signs.append) == 0
+    assert 3 <= len(signs) <= 10 and not board.over()
+
+
 def rows_of(count: int, seed: int) -> Sequences:
     """So long that a step of sixteen is two passes."""
     made = sequences([120 + number for number in range(count)], seed)
