@@ -158,18 +158,18 @@ def help_leads(
     idle = told = time.monotonic()
     try:
         while not board.over() and time.monotonic() - idle < IDLE_SECONDS:
-            part = board.take()
-            if part is None:
-                time.sleep(LOOK_SECONDS)
-                if time.monotonic() - told > ALIVE_SECONDS:
-                    advance(1)
-                    told = time.monotonic()
+            with lock:  # first: while a lead of this worker's own holds it, others are to have the parts
+                part = board.take()
+                made = None if part is None else _made(held.work(part), part.number, learner)
+            if part is not None:
+                board.deliver(part, store(made))
+                passes, idle = passes + 1, time.monotonic()
+                advance(1)
                 continue
-            with lock:
-                made = _made(held.work(part), part.number, learner)
-            board.deliver(part, store(made))
-            passes, idle = passes + 1, time.monotonic()
-            advance(1)
+            time.sleep(LOOK_SECONDS)
+            if time.monotonic() - told > ALIVE_SECONDS:
+                advance(1)
+                told = time.monotonic()
     except Lost as error:  # the lead makes it itself
         log.warning("helps no longer: %s", error)
     return passes

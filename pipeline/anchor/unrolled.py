@@ -147,8 +147,8 @@ class UnrolledRun:
                 if step >= first or every == 1:
                     tape.put(step, taped)
 
-            again = SimulatedRun(self.start, self.descent, start)
-            simulate(self._learner(), again, self.batches, self.kernel, put, stop, passes=self.passes)
+            anew = SimulatedRun(self.start, self.descent, start)
+            simulate(self._learner(), anew, self.batches, self.kernel, put, stop, passes=self.passes)
 
         tape = Tape(self.storage, order, fingerprint, self.start, steps, every, again)
         run = SimulatedRun(self.start, self.descent, forward.last_state())
