@@ -185,6 +185,8 @@ def test_a_wrong_request_is_refused_in_one_line_that_names_the_remedy(alphatoken
 
     assert "a run of one step is anchor.direction=gradient" in refused("anchor.unroll.steps=1")
     assert "fewer than one batch" in refused("anchor.unroll.examples=3")
+    assert "anchor.unroll.train=adapters: must be one of weights, lora" in refused("anchor.unroll.train=adapters")
+    assert "anchor.unroll.rank=0: must be at least 1" in refused("anchor.unroll.rank=0")
     assert "has fewer points" in refused("anchor.unroll.snapshots=7")
     assert "set anchor.precondition=none" in refused("anchor.precondition=kfac")
     assert "anchor.unroll.snapshots" in refused("anchor.snapshots=2", "anchor.drift=warmup")
