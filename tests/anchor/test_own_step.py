@@ -18,7 +18,7 @@ from alphatoken.pipeline.maths.simulated import Descent, SimulatedRun, Taped, si
 from alphatoken.pipeline.maths.unroll import Adjoint, loss_gradient, sweep
 from alphatoken.pipeline.settings.unroll import UnrollSettings
 from tests.conftest import SMALL
-from tests.maths.test_unroll import losses_of
+from tests.maths.test_unroll import losses_of, norms_in_float64
 
 STEPS, SIZE, RATE, LAYERS, ORDERS, RANK = 5, 8, 0.003, 3, 2, 4
 OWN = [
@@ -66,6 +66,7 @@ class ByHand:
     def __init__(self, run: Path, policy: Path, order: int, train: str) -> None:
         prepared, held = rows_of((run / "prepared").glob("part-*")), rows_of([run / "prepared/validation.parquet"])
         self.model = AutoModelForCausalLM.from_pretrained(policy).eval().double()
+        norms_in_float64(self.model)
         self.scored = scored_layers(self.model, LAYERS)
         self.learner = learner_of(self.scored, UnrollSettings(train=train, rank=RANK), order)
         self.rows = rows_of_steps(len(prepared), UnrollSettings(steps=STEPS, batch_size=SIZE), 0, order)
@@ -131,17 +132,19 @@ def test_values_are_minus_the_derivative_of_the_end_of_the_run_by_each_tokens_we
         column.append(np.array(own["adaptation_unrolled"])[inside])
         wanted.append(np.mean([one[number].numpy() for one in swept], axis=0))
     flat, exact = np.concatenate(column), np.concatenate(wanted)
-    # The tape is in bfloat16 and the model in float32.
-    assert np.abs(flat - exact).max() < 0.03 * np.abs(exact).max() and np.corrcoef(flat, exact)[0, 1] > 0.9995
+    # The tape is in bfloat16 and the model in float32: of a weight whose gradient is nearly 0 the step is hardly known.
+    assert np.abs(flat - exact).max() < 0.06 * np.abs(exact).max() and np.corrcoef(flat, exact)[0, 1] > 0.999
     width = 2e-4
     for number in (0, 17, 39):
         token = int(np.abs(wanted[number]).argmax())
-        slopes = [
-            (hand.objective(number, token, width) - hand.objective(number, token, -width)) / (2 * width)
-            for hand in hands
-        ]
-        assert wanted[number][token] == pytest.approx(-np.mean(slopes), rel=1e-3)  # norms compute in float32
-        assert column[number][token] == pytest.approx(-np.mean(slopes), abs=0.03 * np.abs(exact).max())
+        slopes = []
+        for hand in hands:  # of the fourth order, as in the tests of the maths
+            far, near = (
+                hand.objective(number, token, m) - hand.objective(number, token, -m) for m in (2 * width, width)
+            )
+            slopes.append((8 * near - far) / (12 * width))
+        assert wanted[number][token] == pytest.approx(-np.mean(slopes), rel=1e-5)
+        assert column[number][token] == pytest.approx(-np.mean(slopes), abs=0.06 * np.abs(exact).max())
 
 
 def test_no_snapshot_is_made_that_no_score_looks_at_and_the_mask_takes_the_column(run):
@@ -228,7 +231,7 @@ def test_plan_states_the_cost_of_more_layers(alphatoken, common, tmp_path):
     assert every["flops"]["anchor"]["unrolled"] > 1.5 * last["flops"]["anchor"]["unrolled"]
     assert every["storage"]["tape"] == 3 * last["storage"]["tape"]
     assert every["flops"]["value"]["flops"] == last["flops"]["value"]["flops"]
-    adapters = planned("anchor.unroll.train=lora", "anchor.unroll.layers=null")
+    adapters = planned("anchor.unroll.train=lora", "anchor.unroll.rank=1", "anchor.unroll.layers=null")
     assert adapters["model"]["trained_layers"] == 3
     assert adapters["flops"]["anchor"]["unrolled"] < 0.8 * every["flops"]["anchor"]["unrolled"]
     assert adapters["storage"]["tape"] != every["storage"]["tape"]

@@ -56,7 +56,7 @@ def test_help_is_short_and_one_group_can_be_asked_for(capsys):
     [
         ("rho=0.3", "rho=0.3: no such key; did you mean mask.rho or"),
         ("policy=/m", "did you mean model.policy?"),
-        ("train=/t", "did you mean data.train or trial.train?"),
+        ("train=/t", "did you mean data.train or trial.train or anchor.unroll.train?"),
         ("model=/m", "no such choice; choices: embedded; a value of your own is model.policy=/m"),
         ("data=/t.jsonl", "choices: embedded, embedded_preference; a value of your own is data.train=/t.jsonl"),
         ("mask.rhoo=1", "did you mean mask.rho?; keys of mask: score, rho, stability_weight"),

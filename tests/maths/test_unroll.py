@@ -33,10 +33,15 @@ RATES = {"sgd": 0.3, "momentum": 0.6, "adam": 0.02}
 def in_float64(family: str) -> Any:
     """A tiny model that computes in float64 throughout: root-mean-square norms would go through float32."""
     model: Any = model_of(family, seed=1)
+    norms_in_float64(model)
+    return model
+
+
+def norms_in_float64(model: Any) -> None:
+    """Root-mean-square norms of a model in float64 would go through float32."""
     for module in model.modules():
         if type(module).__name__ == "LlamaRMSNorm":
             module.forward = partial(_normed, module)
-    return model
 
 
 def _normed(norm: Any, hidden: torch.Tensor) -> torch.Tensor:
