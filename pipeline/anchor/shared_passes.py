@@ -170,7 +170,7 @@ def help_leads(
             if time.monotonic() - told > ALIVE_SECONDS:
                 advance(1)
                 told = time.monotonic()
-    except Lost as error:  # the lead makes it itself
+    except (Lost, torch.OutOfMemoryError) as error:  # the lead makes it itself
         log.warning("helps no longer: %s", error)
     return passes
 

@@ -194,6 +194,26 @@ def test_a_helper_without_work_shows_that_it_lives_and_ends_after_a_while(ray_cl
     assert 3 <= len(signs) <= 10 and not board.over()
 
 
+def test_a_helper_whose_device_is_too_small_ends_and_the_lead_makes_the_pass(ray_cluster, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(shared_passes, "LEAST_PATIENCE", 0.3)
+    board = RayBoard(["lead"])
+    real = board.offer
+
+    def full(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def offer(*given) -> None:
+        real(*given)
+        with monkeypatch.context() as patch:
+            patch.setattr(shared_passes, "_made", full)
+            assert help_leads(board, learner_of("weights"), InStore, threading.Lock(), lambda n: None) == 0
+
+    monkeypatch.setattr(board, "offer", offer)
+    shared = SharedPasses(board, "lead", InStore)
+    assert_same(made(shared, "weights", True), made(alone, "weights", True))
+    assert not shared.helped and "helps no longer: CUDA out of memory" in caplog.text
+
+
 def rows_of(count: int, seed: int) -> Sequences:
     """So long that a step of sixteen is two passes."""
     made = sequences([120 + number for number in range(count)], seed)
