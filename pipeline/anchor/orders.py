@@ -85,10 +85,11 @@ def unroll_orders(
     missing = [Shard(name, units_of(unroll, held)) for name in tasks if name not in found]
     if len(missing) < len(tasks):
         progress.say(f"anchor: {len(tasks) - len(missing)} of {len(tasks)} unrolled runs are complete already")
-    helpers = min(pool.workers - len(missing), len(missing) * (unroll.batch_size - 1))  # a pass has at least a row
-    board = pool.board([tasks[shard.name].output for shard in missing]) if helpers > 0 else None
+    # A pass has at least a row.
+    helpers = max(0, min(pool.workers - len(missing), len(missing) * (unroll.batch_size - 1)))
+    board = pool.board([tasks[shard.name].output for shard in missing]) if helpers else None
     work = {shard.name: replace(tasks[shard.name], board=board, store=pool.store) for shard in missing}
-    helping = [Shard(f"helper-{number:02d}", 0) for number in range(helpers if board is not None else 0)]
+    helping = [Shard(f"helper-{number:02d}", 0) for number in range(helpers)]
     work |= {shard.name: AnchorTask("help", shard.name, NO_ROWS, board=board, store=pool.store) for shard in helping}
 
     def done(shard: Shard, result: dict[str, Any]) -> None:

@@ -26,9 +26,7 @@ from alphatoken.pipeline.maths.second_order import Curvature
 LOOK_SECONDS = 0.01  # between two looks at the board
 LEAST_PATIENCE, PATIENCE = 5.0, 3.0  # seconds, and lengths of the lead's own longest pass, until it makes a pass itself
 IDLE_SECONDS = 900.0  # after which a helper ends: the worker may be wanted for a lead that was lost
-ALIVE_SECONDS = (
-    5.0  # between two signs of life of a helper for whom there is nothing to do, as while losses are measured
-)
+ALIVE_SECONDS = 5.0  # between two signs of life of a helper without work, as while losses are measured
 
 Arrays = dict[str, np.ndarray]
 log = logging.getLogger("alphatoken")

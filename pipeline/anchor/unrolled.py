@@ -223,7 +223,7 @@ class UnrolledRun:
         """The gradient of each objective at the end of the run."""
         found, learner = {}, self._learner()
         for objective, held in self.held.items():
-            found[objective], _, _ = loss_gradient(learner, end, self._passes(held.made), self.kernel, self.passes)
+            found[objective], _, _ = loss_gradient(learner, end, self._batches_of(held.made), self.kernel, self.passes)
         if drift != "none":
             fisher, reference = (mapped_tensors(self.storage, name) for name in (FISHER, REFERENCE))
             drifts = {
@@ -254,7 +254,7 @@ class UnrolledRun:
         rows = sum(len(sequences) for sequences in several)
         units = steps_to_measure(rows, self.unroll.batch_size)
         with self._learner().holding(weights):
-            for batch in [batch for sequences in several for batch in self._passes(sequences)]:
+            for batch in [batch for sequences in several for batch in self._batches_of(sequences)]:
                 losses = token_losses_of(self.scored.model, batch, self.kernel)
                 loss, tokens = loss + float(losses.double().sum()), tokens + len(batch.predicting())
                 seen += len(batch.lengths)
@@ -276,7 +276,7 @@ class UnrolledRun:
             self.batches.append([self._batch(self.examples.take([rows[i] for i in group])) for group in groups])
             self.rows.append([rows[i] for group in groups for i in group])
 
-    def _passes(self, sequences: Sequences) -> list[Batch]:
+    def _batches_of(self, sequences: Sequences) -> list[Batch]:
         return [self._batch(sequences.take(group)) for group in _groups(sequences, TOKENS_PER_PASS)]
 
     def _batch(self, sequences: Sequences) -> Batch:

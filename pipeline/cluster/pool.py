@@ -41,10 +41,8 @@ class WorkerPool:
             kill(board.actor)
         self.hosts.close(keep=kind is None)
 
-    def board(self, leads: Sequence[str]) -> Board | None:
+    def board(self, leads: Sequence[str]) -> Board:
         """See ``work.Pool``."""
-        if self.workers == 1:
-            return None
         self.boards.append(RayBoard(leads))
         return self.boards[-1]
 

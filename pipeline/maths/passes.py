@@ -16,6 +16,7 @@ from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.learners import Trained, Weights
 from alphatoken.pipeline.maths.second_order import Curvature, curvature_pass
 
+AT_ONCE = 8  # passes of a gradient that are shared: what helpers make of them is held until it is added
 GRADIENT = ""  # stands for a direction where the gradient itself is made
 
 # Called with a direction's name or GRADIENT, a weight's name, and what a pass adds to H r or to the gradient.
@@ -50,6 +51,22 @@ class Passes(Protocol):
 
     def __call__(self, learner: Trained, work: StepWork, visit: Visitor) -> list[Curvature]:
         """Of every pass; ``visit`` is shown what they add in the passes' order."""
+
+
+def summed_gradient(
+    learner: Trained, weights: Weights, batches: Sequence[Batch], kernel: str, passes: Passes
+) -> tuple[dict[str, torch.Tensor], list[torch.Tensor]]:
+    """The gradient of the SUM of all losses, in at least float32, and the losses (n,) of every pass."""
+    total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
+
+    def add(direction: str, name: str, gradient: torch.Tensor) -> None:
+        total[name] += gradient
+
+    losses = []
+    for start in range(0, len(batches), AT_ONCE):
+        work = StepWork(weights, batches[start : start + AT_ONCE], None, kernel)
+        losses += [one.losses for one in passes(learner, work, add)]
+    return total, losses
 
 
 def alone(learner: Trained, work: StepWork, visit: Visitor) -> list[Curvature]:

@@ -19,7 +19,7 @@ import torch
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.learners import Trained
 from alphatoken.pipeline.maths.nonfinite import locate
-from alphatoken.pipeline.maths.passes import Passes, StepWork, alone
+from alphatoken.pipeline.maths.passes import Passes, alone, summed_gradient
 from alphatoken.pipeline.maths.warmup import schedule
 
 KINDS = ("sgd", "momentum", "adam")
@@ -131,18 +131,13 @@ def simulate(
     called after each step, then ``after(steps done)``. Raises Diverged naming the step.
     """
     for step in range(run.done, len(batches) if stop is None else stop):
-        total = {name: torch.zeros_like(tensor) for name, tensor in run.masters().items()}
-
-        def add(direction: str, name: str, gradient: torch.Tensor, total: Tensors = total) -> None:
-            total[name] += gradient
-
-        found = passes(learner, StepWork(run.masters(), batches[step], None, kernel), add)
-        for batch, one in zip(batches[step], found, strict=True):
-            if not bool(torch.isfinite(one.losses).all()):
+        total, losses = summed_gradient(learner, run.masters(), batches[step], kernel, passes)
+        for batch, one in zip(batches[step], losses, strict=True):
+            if not bool(torch.isfinite(one).all()):
                 with learner.holding(run.masters()):
                     raise Diverged(f"step {step + 1} of {len(batches)}: {locate(learner.scored, batch, kernel)}")
         _check(total, f"step {step + 1} of {len(batches)}: NaN or infinity in the gradient")
-        taped = run.step(total, sum(len(one.losses) for one in found))
+        taped = run.step(total, sum(map(len, losses)))
         # Named by the step that would start from them, as where its first pass shows it; the tape could not hold them.
         where = f"step {step + 2} of {len(batches)}" if step + 1 < len(batches) else "the end of the run"
         _check(run.masters(), f"{where}: NaN or infinity in the weights")

@@ -19,11 +19,10 @@ import torch
 
 from alphatoken.pipeline.maths.batch import Batch
 from alphatoken.pipeline.maths.learners import Trained, Weights
-from alphatoken.pipeline.maths.passes import Passes, StepWork, alone
+from alphatoken.pipeline.maths.passes import Passes, StepWork, alone, summed_gradient
 from alphatoken.pipeline.maths.simulated import Descent, Diverged, Taped, Tensors
 
 SWEPT_TOKENS = 1024
-AT_ONCE = 8  # passes of a gradient that are shared: what helpers make of them is held until it is added
 
 
 @dataclass(slots=True)
@@ -118,15 +117,7 @@ def loss_gradient(
 
     All positions enter, the prompt's as well: it is the derivative itself, not the paper's pairing. ``passes`` makes the passes.
     """
-    total = {n: torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for n, w in weights.items()}
-
-    def add(direction: str, name: str, gradient: torch.Tensor) -> None:
-        total[name] += gradient
-
-    losses = []
-    for start in range(0, len(batches), AT_ONCE):
-        work = StepWork(weights, batches[start : start + AT_ONCE], None, kernel)
-        losses += [one.losses for one in passes(learner, work, add)]
+    total, losses = summed_gradient(learner, weights, batches, kernel, passes)
     loss, tokens = sum(float(one.double().sum()) for one in losses), sum(map(len, losses))
     return {name: tensor / max(1, tokens) for name, tensor in total.items()}, loss / max(1, tokens), tokens
 

@@ -47,7 +47,7 @@ def unrolled_flops(m: ModelCosts, sample: Sample, settings: Settings, objectives
     Raises SettingsWrong for a tape beyond its bound.
     """
     own, seed = settings.anchor.unroll, settings.run.seed
-    rank = own.rank if own.train == "lora" else 0
+    rank = own.adapter_rank
     weights = rank * m.adapter_width or m.scored_stored
     every = kept_every(own.steps, weights, own.tape_bytes)
     if every is None:

@@ -59,7 +59,7 @@ def file_sizes(
     found["values"] *= checkpoints + 1 if checkpoints > 1 else 1
     if anchor.unrolled and settings.valuation.needs_directions:  # until the anchors are complete
         unroll = anchor.unroll
-        weights = adapter_weights(scored, unroll.rank) if unroll.train == "lora" else scored.coverage.scored
+        weights = adapter_weights(scored, unroll.adapter_rank) or scored.coverage.scored
         every = kept_every(unroll.steps, weights, unroll.tape_bytes) or 1
         found["tape"] = unroll.orders * tape_bytes(unroll.steps, every, weights)
     anchors = tensors * directions_bytes(scored)

@@ -47,6 +47,11 @@ class UnrollSettings:
         return RATES[self.train] if self.learning_rate is None else self.learning_rate
 
     @property
+    def adapter_rank(self) -> int:
+        """Of the adapters that learn; 0 where weights do."""
+        return self.rank if self.train == "lora" else 0
+
+    @property
     def asked_layers(self) -> Any:
         """``layers`` with what adapters take where it is null."""
         return "all" if self.layers is None and self.train == "lora" else self.layers
